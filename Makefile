@@ -1,0 +1,43 @@
+# Two commands for everyone: `make demo` and `make test`. The rest is for those who change the code.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test soak lint format types bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip 2>&1 | grep -v '^WARNING: Location' || true
+	$(BIN)/python -m pip install --quiet --editable '.[dvc,test,dev]'
+	touch $@
+
+demo: install
+	dvc repro --quiet
+	milan report --params params.yaml
+
+test: install lint types
+	python -m pytest -m 'not soak'
+
+soak: install
+	python -m pytest -m soak
+
+lint: install
+	ruff check . && ruff format --check .
+
+format: install
+	ruff check --fix . ; ruff format .
+
+types: install
+	mypy
+
+bench: install
+	python -m benchmarks
+
+clean:
+	rm -rf demo/targets.zarr runs report

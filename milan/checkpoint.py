@@ -1,0 +1,301 @@
+"""Checkpoints: written whole or not at all, and the encoder in the form others use.
+
+    runs/pretrain/checkpoints/step-00000120/
+        model.safetensors      every parameter of the student
+        optimiser.safetensors  AdamW's moments, by parameter name
+        state.json             step, gradient scaler, what the run is
+    runs/pretrain/encoder.safetensors   the encoder as timm loads it, with mean, std, input size
+
+No pickles: nothing here can run code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from milan.errors import CacheError, ConfigError, TrainError
+from milan.model import DECODER, Decoder, Student, build_encoder
+
+ENCODER = "encoder.safetensors"
+FOLDER = "checkpoints"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(
+    run: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    state: dict,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step`, then drop all but the newest `keep`. Returns its folder."""
+    folder = run / FOLDER / f"step-{step:08d}"
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, fresh / "model.safetensors")
+    save_file(_moments(model, optimiser), fresh / "optimiser.safetensors")
+    write_json(fresh / "state.json", {"step": step} | state)
+    for file in fresh.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(fresh, folder)
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(run / FOLDER / f"step-{old:08d}", ignore_errors=True)
+    return folder
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    folder = run / FOLDER
+    if not folder.exists():
+        return []
+    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def load_newest(
+    run: Path, *, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole; returns its state, None if there is none."""
+    for step in reversed(steps(run)):
+        folder = run / FOLDER / f"step-{step:08d}"
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+            moments = load_file(folder / "optimiser.safetensors")
+        except (OSError, ValueError, SafetensorError):
+            continue  # torn by a crash of the machine: the one before is whole
+        try:
+            model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()[:200]
+            raise TrainError(
+                f"{folder} is of another model: {first}", fix="--resume never, or another --out"
+            ) from None
+        _restore(model, optimiser, moments)
+        return state
+    return None
+
+
+def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for parameter, state in optimiser.state.items()
+        for key, value in state.items()
+    }
+
+
+def _restore(
+    model: nn.Module, optimiser: torch.optim.Optimizer, moments: dict[str, torch.Tensor]
+) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():
+        name, _, kind = key.partition("|")
+        parameter = parameters[name]
+        on = parameter.device if kind != "step" else torch.device("cpu")
+        if kind == "step" and any(g.get("fused") for g in optimiser.param_groups):
+            on = parameter.device
+        optimiser.state[parameter][kind] = value.to(on)
+
+
+# --- the encoder, as timm loads it ----------------------------------------------------------------
+
+
+def save_encoder(path: Path, encoder: nn.Module, about: dict[str, Any]) -> None:
+    """Write the encoder with what is needed to use it.
+
+    `about`: model (timm name), model_args, mean, std, input_size, and whatever tells its origin;
+    kept as JSON strings in the header.
+    """
+    weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in about.items()})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_about(run: str | Path) -> dict[str, Any]:
+    """What an encoder.safetensors (or the run that holds it) says of itself in its header."""
+    path = _encoder_file(run)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (SafetensorError, ValueError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from None
+    if "model" not in about:
+        raise CacheError(
+            f"{path} was not written by milan", expected="an encoder of milan pretrain"
+        )
+    return about
+
+
+def _encoder_file(run: str | Path) -> Path:
+    path = Path(run)
+    path = path / ENCODER if path.is_dir() else path
+    if not path.is_file():
+        raise CacheError(f"no {ENCODER} at {run}", expected="the folder of a finished pretraining")
+    return path
+
+
+def load_encoder(run: str | Path) -> Any:
+    """The pretrained encoder of a run (its folder, or an encoder.safetensors), in eval mode.
+
+    A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
+    """
+    about = read_about(run)
+    weights = load_file(_encoder_file(run))
+    size = about["input_size"]
+    encoder = build_encoder(about["model"], img_size=size, args=about["model_args"])
+    encoder.load_state_dict(weights, strict=True)
+    encoder.pretrained_cfg = {
+        **encoder.pretrained_cfg,
+        "mean": tuple(about["mean"]),
+        "std": tuple(about["std"]),
+        "input_size": (3, size, size),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+    }
+    return encoder.eval()
+
+
+# --- the published checkpoints --------------------------------------------------------------------
+
+_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width -> heads (MILAN, models_milan.py)
+_RENAMED = {
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.pos_embed",
+    "decoder_embed.": "decoder.embed.",
+    "decoder_blocks.": "decoder.blocks.",
+    "decoder_norm.": "decoder.norm.",
+    "decoder_pred.": "decoder.pred.",
+}
+
+
+def our_name(published: str) -> str:
+    """The name in a Student of a parameter of the published layout."""
+    for theirs, ours in _RENAMED.items():
+        if published == theirs or (theirs.endswith(".") and published.startswith(theirs)):
+            return ours + published[len(theirs) :]
+    return "encoder." + published
+
+
+def load_published(
+    source: str | Path | Mapping[str, Any], *, config: Mapping[str, Any] | None = None
+) -> Student:
+    """A Student with the weights of a checkpoint in the published layout, in eval mode.
+
+    `source`: a file (.pth, .safetensors), or a state dict of tensors or arrays. `config` as in
+    the golden vectors (img_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim,
+    decoder_depth, decoder_num_heads, target_dim, norm_eps); left out, sizes are read off the
+    weights and heads are the published models'. Raises ConfigError if they do not fit.
+    """
+    state = {k: torch.as_tensor(v) for k, v in _published_state(source).items()}
+    try:
+        shape = _published_shape(state) | dict(config or {})
+        vit = build_encoder(
+            "vit_base_patch16_224",
+            img_size=shape["img_size"],
+            args={
+                "patch_size": shape["patch_size"],
+                "embed_dim": shape["embed_dim"],
+                "depth": shape["depth"],
+                "num_heads": shape["num_heads"],
+                "mlp_ratio": shape["mlp_ratio"],
+                "norm_layer": partial(nn.LayerNorm, eps=shape["norm_eps"]),
+            },
+        )
+        decoder = Decoder(
+            "prompt",
+            encoder_width=shape["embed_dim"],
+            grid=shape["img_size"] // shape["patch_size"],
+            target_width=shape["target_dim"],
+            embed_dim=shape["decoder_embed_dim"],
+            depth=shape["decoder_depth"],
+            num_heads=shape["decoder_num_heads"],
+            mlp_ratio=shape["decoder_mlp_ratio"],
+        )
+        for module in decoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = shape["norm_eps"]
+        student = Student(vit, decoder)
+        student.load_state_dict({our_name(k): v for k, v in state.items()}, strict=True)
+    except (KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[-1].strip()[:200]
+        raise ConfigError(
+            f"the checkpoint is not in MILAN's published layout: {first}",
+            expected="patch_embed.proj, blocks.i…, decoder_blocks.j.attn.q/kv, …",
+        ) from None
+    return student.eval()
+
+
+def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(source, str | Path):
+        return dict(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"no checkpoint at {path}", expected="a .pth or .safetensors file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Published files carry their command line, an argparse.Namespace; nothing else may run.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            read = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and torch each have their own
+            raise ConfigError(
+                f"{path} cannot be loaded safely: {str(error).splitlines()[0][:160]}"
+            ) from None
+    return dict(read.get("model", read))
+
+
+def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Sizes read off the weights; heads are not in them and taken from the published models."""
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    decoder_width = state["decoder_embed.weight"].shape[0]
+    return {
+        "img_size": grid * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        "num_heads": _HEADS.get(width, max(1, width // 64)),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "norm_eps": 1e-6,
+        "decoder_embed_dim": decoder_width,
+        "decoder_depth": 1
+        + max(int(k.split(".")[1]) for k in state if k.startswith("decoder_blocks.")),
+        "decoder_num_heads": DECODER["num_heads"],
+        "decoder_mlp_ratio": state["decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width,
+        "target_dim": state["decoder_pred.weight"].shape[0],
+    }

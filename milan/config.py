@@ -1,0 +1,151 @@
+"""Settings: default < parameter file < --set < flag; an unknown key stops the run.
+
+Each command has one frozen dataclass, beside its function. No file is read unless named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from milan.errors import ConfigError, nearest
+
+Config = TypeVar("Config")
+
+# `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
+_NESTED = {"model": "model_args"}
+
+
+def resolve(
+    kind: type[Config],
+    *,
+    section: str,
+    params: str | None = None,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Config:
+    """The settings of a command: an instance of the dataclass `kind`.
+
+    `params` names a YAML file, of which only `section` is read; `sets` are `key=value` or
+    `model.key=value`; `flags` that are None were not given. Raises ConfigError, which names the
+    nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    if params:
+        for key, value in read_section(params, section).items():
+            _put(kind, values, key, value, f"{params}, section {section}")
+    for item in sets or []:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}", expected="key=value, such as epochs=100")
+        _put(kind, values, key.strip(), _parse(text), "--set")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(kind, values, key, value, "the command line")
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        names = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"{names} not given", expected=f"a value for {names}")
+    return kind(**values)
+
+
+def read_section(params: str, section: str) -> dict[str, Any]:
+    """One section of a YAML parameter file; empty if the file has no such section."""
+    import yaml
+
+    path = Path(params)
+    if not path.is_file():
+        raise ConfigError(f"no parameter file at {params}", fix="--params params.yaml")
+    try:
+        read = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(read, dict) or not isinstance(read.get(section, {}), dict):
+        raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
+    return read.get(section) or {}
+
+
+def deviations(config: Any, *, leave: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """field -> (value, default) where a resolved config differs from its defaults."""
+    found = {}
+    for f in dataclasses.fields(config):
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        value = getattr(config, f.name)
+        if f.name not in leave and default is not dataclasses.MISSING and value != default:
+            found[f.name] = (value, default)
+    return found
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
+    hints = typing.get_type_hints(kind)
+    head, dot, rest = key.partition(".")
+    if dot:
+        head = _NESTED.get(head, head)
+        if _is_dict(hints.get(head)):
+            values[head] = {**values.get(head, {}), rest: value}
+            return
+    if key not in hints:
+        close = nearest(key, hints)
+        raise ConfigError(
+            f"unknown parameter {key!r} in {where}",
+            expected="one of " + ", ".join(sorted(hints)),
+            fix=close,
+        )
+    values[key] = _coerce(hints[key], value, key, where)
+
+
+def _is_dict(hint: Any) -> bool:
+    return hint is dict or typing.get_origin(hint) is dict
+
+
+def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as the field's type; YAML reads 1e-3 as text and 1 as an int."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(a for a in inner if a is not type(None))
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is tuple:
+            return tuple(_coerce(i, v, key, where) for i, v in zip(inner, value, strict=True))
+        if _is_dict(hint):
+            if not isinstance(value, dict):
+                raise TypeError
+            return dict(value)
+        if hint is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if hint is int:
+            if isinstance(value, bool) or int(float(value)) != float(value):
+                raise TypeError
+            return int(float(value))
+        if hint is float:
+            if isinstance(value, bool):
+                raise TypeError
+            return float(value)
+        return str(value)
+    except (TypeError, ValueError):
+        name = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{key} = {value!r} in {where}", expected=f"of type {name}") from None

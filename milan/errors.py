@@ -1,0 +1,80 @@
+"""What can go wrong, said once: what was found, what was expected, what to type next.
+
+MilanError            exit code 1, one message, no traceback
+├── DataError         images, manifests, data sets
+├── TeacherError      the frozen teacher: its name, weights, shape
+├── CacheError        a store that is missing, incomplete, damaged or another's
+├── ConfigError       parameters and model arguments
+└── TrainError        a run that cannot go on
+ImageFault            one image that cannot be read; a reason in a record, not the end of a run
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MilanError(Exception):
+    """An error a user can mend. `found` happened, `expected` should have been, `fix` is to type."""
+
+    def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        parts = [found]
+        if expected:
+            parts.append(f"expected: {expected}")
+        if fix:
+            parts.append(f"try: {fix}")
+        super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple:
+        # Exceptions cross process borders (loader workers, Ray); keyword arguments must survive.
+        return (_rebuild, (type(self), self.found, self.expected, self.fix))
+
+
+def _rebuild(kind: type[MilanError], found: str, expected: str, fix: str) -> MilanError:
+    return kind(found, expected=expected, fix=fix)
+
+
+class DataError(MilanError):
+    """Images or a manifest that cannot be used."""
+
+
+class TeacherError(MilanError):
+    """A teacher that is unknown, unsafe to load or of a shape that does not fit."""
+
+
+class CacheError(MilanError):
+    """A store that is missing, incomplete, damaged or made by something else."""
+
+
+class ConfigError(MilanError):
+    """A parameter that is unknown or out of range."""
+
+
+class TrainError(MilanError):
+    """A training run that cannot go on."""
+
+
+class ImageFault(Exception):
+    """One image that cannot be read. `reason` is a short code kept in records and counted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+    def __reduce__(self) -> tuple:
+        return (ImageFault, (self.reason, self.detail))
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """The names most like `name`, as a phrase for an error's `fix`; empty if none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    if not close:
+        lowered = {k.lower(): k for k in known}
+        close = [
+            lowered[k]
+            for k in difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.4)
+        ]
+    return " or ".join(close)

@@ -1,0 +1,316 @@
+"""Pretraining: cached targets in, a student out. The teacher never runs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milan import checkpoint
+from milan.cache import TargetCache
+from milan.config import deviations
+from milan.data import Batch, CachedDataset, Order, StepSampler, training_loader
+from milan.device import MEAN, STD, normalise, pick_device
+from milan.errors import ConfigError, TrainError
+from milan.masking import Mask, importance_mask, random_mask, visible_count
+from milan.model import Student, build_student
+from milan.objectives import feature_regression, pixel_regression
+from milan.settings import PretrainConfig, choice
+from milan.train import Course, decay_groups, fit
+from milan.watch import Silent, Watch
+
+_BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
+_MICRO = 256  # images a device takes at once, as published for ViT-B
+
+# What may change between a run and its resumption, because it changes no step.
+_FREE = ("cache", "out", "data_root", "num_workers", "device", "log_every", "save_every", "keep")
+
+
+def resolved(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+    """The same with every default that depends on other fields filled in."""
+    milan = config.objective == "milan"
+    precision = config.precision
+    if precision == "auto":
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        precision = half if device.type == "cuda" else "fp32"
+    micro = config.micro_batch
+    if micro is None:
+        micro = next(m for m in range(min(_MICRO, config.batch_size), 0, -1)
+                     if config.batch_size % m == 0)  # fmt: skip
+    if config.batch_size % micro:
+        raise ConfigError(
+            f"batch size {config.batch_size} with micro-batches of {micro}",
+            expected="a whole number of micro-batches",
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    filled = {
+        "decoder_kind": config.decoder_kind or ("prompt" if milan else "mae"),
+        "masking": config.masking or ("semantic" if milan else "random"),
+        "warmup_epochs": config.epochs / 10
+        if config.warmup_epochs is None
+        else config.warmup_epochs,
+        "lr": config.lr or _BASE_LR * config.batch_size / 256,
+        "micro_batch": micro,
+        "precision": precision,
+        "num_workers": max(1, min(8, (cores or 1) - 1))
+        if config.num_workers is None
+        else config.num_workers,
+    }
+    return PretrainConfig(**{**asdict(config), **filled})
+
+
+def pretrain(
+    cache: str | PretrainConfig = "targets.zarr",
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a student on a finished store; the run's folder then holds `encoder.safetensors`.
+
+    `cache` and `settings` are the command's arguments (PretrainConfig's fields). `resume="auto"`
+    goes on from the newest checkpoint of the same settings, `"never"` starts anew; `overwrite`
+    replaces a run of other settings instead of refusing. Returns the figures of metrics.json.
+    Raises MilanError.
+    """
+    config = cache if isinstance(cache, PretrainConfig) else PretrainConfig(cache=cache, **settings)
+    watch = watch or Silent()
+    config.check()
+    choice("resume", resume, ("auto", "never"))
+    device = pick_device(config.device)
+    published = deviations(config, leave=("cache", "out", "data_root"))
+    config = resolved(config, device)
+    targets = TargetCache(config.cache)
+    dataset = CachedDataset(targets, data_root=config.data_root)
+    _tell(config, targets, published, watch)
+
+    order = Order(
+        targets.good_rows(), targets.spec.shard_size, targets.views, config.seed, config.batch_size
+    )
+    student = student_of(config, targets).to(device)
+    optimiser = torch.optim.AdamW(
+        decay_groups(student, config.weight_decay), lr=0.0, betas=(0.9, config.beta2)
+    )
+    course = Course(
+        epochs=config.epochs,
+        steps_per_epoch=order.steps,
+        batch_size=config.batch_size,
+        accumulate=config.batch_size // config.micro_batch,  # type: ignore[operator]
+        lr=config.lr,  # type: ignore[arg-type]
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+        min_lr=config.min_lr,
+        precision=config.precision,
+        save_every=config.save_every or max(50, order.steps),
+        keep=config.keep,
+        log_every=config.log_every,
+    )
+    run = Path(config.out)
+    _take_run(run, config, targets, resume, overwrite, published, watch)
+    objective = loss_function(student, config, targets, device)
+    watch.note(
+        f"steps: {course.steps:,} of {config.batch_size} images "
+        f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
+        f"{config.precision} on {device}, {config.num_workers} loader workers"
+    )
+
+    def batches_from(step: int) -> Any:
+        sampler = StepSampler(order, start=step, stop=course.steps, micro=config.micro_batch)  # type: ignore[arg-type]
+        return training_loader(
+            dataset,
+            sampler,
+            features=config.objective == "milan",
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            pin_memory=device.type == "cuda",
+        )
+
+    figures = fit(
+        student,
+        optimiser,
+        course=course,
+        run=run,
+        device=device,
+        batches_from=batches_from,
+        loss_of_batch=objective,
+        rows_of_batch=lambda batch: batch.rows.tolist(),
+        watch=watch,
+        stop_after=stop_after,
+    )
+    about = {
+        "model": config.model,
+        "model_args": config.model_args,
+        "mean": MEAN,
+        "std": STD,
+        "input_size": targets.view_spec.size,
+        "objective": config.objective,
+        "epochs": figures["step"] / order.steps,
+        "cache": targets.digest,
+        "teacher": targets.attributes["about"],
+        "milan": version("milan-pretrain"),
+    }
+    checkpoint.save_encoder(run / checkpoint.ENCODER, student.encoder, about)
+    metrics_path = run / "metrics.json"
+    if figures["seconds"] < 1 and metrics_path.exists() and figures["finished"]:
+        # Nothing was left to do: keep the figures of the run that did it.
+        figures = json.loads(metrics_path.read_text())
+    checkpoint.write_json(metrics_path, figures)
+    return figures | {"run": str(run)}
+
+
+def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
+    """The student that fits the store: its patch grid is the teacher's. Raises ConfigError."""
+    size, grid = targets.view_spec.size, targets.grid
+    milan = config.objective == "milan"
+    patch = int(config.model_args.get("patch_size", 0)) or _patch_of(config.model)
+    if patch * grid != size:
+        raise ConfigError(
+            f"{config.model} with {patch}-pixel patches on views of {size} pixels",
+            expected=f"the teacher's grid of {grid} x {grid} patches",
+            fix=f"--set model.patch_size={size // grid}",
+        )
+    return build_student(
+        config.model,
+        img_size=size,
+        target_width=targets.spec.channels if milan else 3 * patch * patch,
+        decoder_kind=config.decoder_kind or "prompt",
+        model_args=config.model_args,
+        decoder=config.decoder,
+        seed=config.seed,
+    )
+
+
+def _patch_of(model: str) -> int:
+    from milan.model import build_encoder
+
+    return build_encoder(model, img_size=224, args={"depth": 1}).patch_embed.patch_size[0]
+
+
+def loss_function(
+    student: Student, config: PretrainConfig, targets: TargetCache, device: torch.device
+) -> Callable[[Batch], torch.Tensor]:
+    """The objective as a function of a batch."""
+    patches = targets.spec.tokens - 1
+    visible = visible_count(patches, config.mask_ratio)
+    patch = targets.view_spec.size // targets.grid
+
+    def loss(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
+        images = normalise(batch.pixels, MEAN, STD)
+        prediction, mask = predict(student, images, batch, config.masking, visible)
+        if config.objective == "pixels":
+            return pixel_regression(prediction, images, mask.boolean(), patch=patch)
+        assert batch.codes is not None
+        return feature_regression(prediction, targets.codec.decode(batch.codes, batch.scale))
+
+    return loss
+
+
+def predict(
+    student: Student, images: torch.Tensor, batch: Batch, masking: str | None, visible: int
+) -> tuple[torch.Tensor, Mask]:
+    """Mask and predict: (predictions [B, T, C], the mask)."""
+    if masking == "semantic":
+        mask = importance_mask(batch.attention, batch.noise, visible=visible)
+    else:
+        mask = random_mask(batch.noise, visible=visible)
+    return student(images, mask), mask
+
+
+def _tell(
+    config: PretrainConfig, targets: TargetCache, published: dict[str, Any], watch: Watch
+) -> None:
+    about, spec = targets.attributes["about"], targets.spec
+    random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
+    watch.note(
+        f"cache: {config.cache}, {spec.rows:,} images x {spec.views} views, {spec.codec}, "
+        f"teacher {about['name']} ({about['pretrained']}{random}), {targets.digest[:12]}"
+    )
+    if targets.bad:
+        watch.note(f"left out by plan: {len(targets.bad)} images without targets")
+    told = ", ".join(f"{key} {value}" for key, (value, _) in published.items())
+    watch.note(f"differs from the published recipe: {told or 'nothing'}")
+    watch.note(
+        f"objective: {config.objective}, {config.masking} masks of {config.mask_ratio:.0%}, "
+        f"{config.decoder_kind} decoder, {config.epochs} epochs, lr {config.lr:.3g}, "
+        f"warm-up {config.warmup_epochs:g}"
+    )
+
+
+def _identity(config: PretrainConfig, targets: TargetCache) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    fixed = {k: v for k, v in asdict(config).items() if k not in _FREE}
+    return json.loads(json.dumps({"cache": targets.digest, **fixed}))
+
+
+def _take_run(
+    run: Path,
+    config: PretrainConfig,
+    targets: TargetCache,
+    resume: str,
+    overwrite: bool,
+    published: dict[str, Any],
+    watch: Watch,
+) -> None:
+    """Make the run's folder ready: fresh, or with the run that is to go on."""
+    identity = _identity(config, targets)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(
+            f"{run} cannot be written: {error.strerror}", fix="--out another folder"
+        ) from None
+    there = run / "run.json"
+    saved = checkpoint.steps(run)
+    if saved and there.exists():
+        before = json.loads(there.read_text())["identity"]
+        changed = [k for k in identity if before.get(k) != identity[k]]
+        if resume == "never" or (changed and overwrite):
+            shutil.rmtree(run / checkpoint.FOLDER)
+            saved = []
+        elif changed:
+            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in changed)
+            raise TrainError(
+                f"{run} holds a run of other settings ({told})",
+                expected="the settings it was started with",
+                fix="--out another folder, or --overwrite (or --resume never) to start it anew",
+            )
+    if saved:
+        watch.note(f"resuming: {run} at step {saved[-1]}")
+        return
+    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    checkpoint.write_json(
+        there,
+        {
+            "identity": identity,
+            "config": asdict(config),
+            "differs": {k: list(v) for k, v in published.items()},
+            "fingerprint": targets.spec.fingerprint(),
+            "versions": {n: version(n) for n in ("torch", "timm", "tensorstore", "numpy")},
+            "command": sys.argv,
+            "platform": platform.platform(),
+        },
+    )
+
+
+def sample_mask(
+    attention: np.ndarray, noise: np.ndarray, *, mask_ratio: float = 0.75
+) -> np.ndarray:
+    """The semantic mask of one view, [N] bool, True = masked; for pictures."""
+    visible = visible_count(attention.shape[-1], mask_ratio)
+    mask = importance_mask(
+        torch.from_numpy(attention[None]), torch.from_numpy(noise[None]), visible=visible
+    )
+    return mask.boolean()[0].numpy()

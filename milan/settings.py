@@ -1,0 +1,125 @@
+"""What the commands of learning can be told. No heavy imports: flags and help are made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from milan.errors import ConfigError
+
+OBJECTIVES = ("milan", "pixels")
+MASKINGS = ("semantic", "random")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What `milan pretrain` does; defaults are the published ViT-B/16 recipe (MILAN, table 8)."""
+
+    cache: str = "targets.zarr"
+    """A finished store."""
+    out: str = "runs/pretrain"
+    """The run's folder."""
+    data_root: str | None = None
+    """Where the images lie, if not where the store says."""
+    model: str = "vit_base_patch16_224"
+    """A ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """embed_dim 512, depth 8, num_heads 16, mlp_ratio 4: --set decoder.depth=2."""
+    objective: str = "milan"
+    """milan (the teacher's features), or pixels (MAE, the baseline)."""
+    decoder_kind: str | None = None
+    """prompt or mae; default: prompt for milan, mae for pixels."""
+    masking: str | None = None
+    """semantic or random; default: semantic for milan, random for pixels."""
+    mask_ratio: float = 0.75
+    """Share of patches hidden from the student."""
+    epochs: int = 400
+    """Passes over the images."""
+    warmup_epochs: float | None = None
+    """Linear warm-up; default: a tenth of the epochs (40 of 400)."""
+    batch_size: int = 4096
+    """Images a step, over everything."""
+    micro_batch: int | None = None
+    """Images at once, the rest accumulates; default: at most 256."""
+    lr: float | None = None
+    """Peak rate; default: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
+    min_lr: float = 0.0
+    """Rate at the end."""
+    weight_decay: float = 0.05
+    """AdamW's; none for biases and norms."""
+    beta2: float = 0.95
+    """AdamW's second moment; the first is 0.9."""
+    seed: int = 0
+    """Of weights, order and masks."""
+    precision: str = "auto"
+    """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    num_workers: int | None = None
+    """Loader processes; default: the cores but one, at most 8."""
+    save_every: int | None = None
+    """Steps between checkpoints; default: about an epoch's, at least 50."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        choice("objective", self.objective, OBJECTIVES)
+        choice("masking", self.masking, (*MASKINGS, None))
+        choice("precision", self.precision, PRECISIONS)
+        for name in ("epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}", expected="at least 1")
+        if self.lr is not None and self.lr <= 0:
+            raise ConfigError(f"lr {self.lr}", expected="greater than 0")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
+            raise ConfigError(
+                f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
+                expected="less than the epochs",
+            )
+
+
+def choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        names = ", ".join(str(a) for a in allowed if a is not None)
+        raise ConfigError(f"{name} {value!r}", expected=f"one of {names}")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What `milan linear-probe` does."""
+
+    checkpoint: str = "runs/pretrain"
+    """A run's folder, random, timm:NAME, or teacher."""
+    data: str = "imagenet"
+    """Labelled images to fit on."""
+    val_data: str | None = None
+    """Labelled images to measure on; default: a fifth of --data, by seed."""
+    data_root: str | None = None
+    """Where data names are looked up."""
+    out: str | None = None
+    """Where the metrics go (JSON); default: linear_probe.json in the run's folder."""
+    like: str | None = None
+    """With random: a run whose encoder's shape is taken."""
+    model: str = "vit_base_patch16_224"
+    """With random and no --like: a ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    crop_share: float = 0.875
+    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    batch_size: int = 256
+    """Images at once."""
+    num_workers: int | None = None
+    """Decoding threads; default: the cores, at most 16."""
+    limit: int | None = None
+    """Only so many images of each set."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    seed: int = 0
+    """Of random weights and of the splits."""

@@ -1,0 +1,1 @@
+"""The extraction job: images and a teacher become a target cache."""

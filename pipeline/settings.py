@@ -1,0 +1,86 @@
+"""What `milan extract-targets` can be told. No heavy imports: flags and help are made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from milan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What `milan extract-targets` does; the fields are its flags."""
+
+    data: str
+    """A path, or a name below --data-root, else $MILAN_DATA, else ./data (`imagenet`)."""
+    out: str = "targets.zarr"
+    """The store."""
+    data_root: str | None = None
+    """Where data names are looked up."""
+    teacher: str = "ViT-B-16-quickgelu"
+    """An open_clip name, hf-hub:…, local-dir:…, or a model config (JSON)."""
+    pretrained: str | None = None
+    """Weights: a tag, a file, or none (random, flagged)."""
+    teacher_norm: str | None = None
+    """imagenet (as published; default of the default teacher) or own."""
+    img_size: int | None = None
+    """Edge of a view in pixels; default: the teacher's."""
+    views: int = 4
+    """K, views of each image."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Least and greatest share of the area in a crop."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Least and greatest width / height of a crop."""
+    hflip: float = 0.5
+    """Probability of a mirrored view."""
+    codec: str = "int8"
+    """int8 (1 byte a channel) or float16 (2 bytes)."""
+    executor: str = "ray"
+    """ray, or local: the same work in this process."""
+    address: str | None = None
+    """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray in this machine."""
+    replicas: int | None = None
+    """Copies of the teacher; default: one per GPU, one on CPU."""
+    num_workers: int | None = None
+    """Decoding threads of each copy; default: its share of the cores, at most 16."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    precision: str = "auto"
+    """fp32, bf16, fp16; auto: fp16 on CUDA, as published, else fp32."""
+    batch_size: int = 64
+    """Views a forward pass of the teacher."""
+    shard_size: int = 1024
+    """Rows of a block: the unit of work, of files and of resuming."""
+    seed: int = 0
+    """Of the order of rows and of the views."""
+    limit: int | None = None
+    """Only the first so many rows of the permutation."""
+    max_bad: str = "0"
+    """Bad images allowed: a number, or a percentage such as 0.1%."""
+    offline: bool = False
+    """Never use the network."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        for name in ("views", "batch_size", "shard_size", "replicas", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}", expected="at least 1")
+        if self.executor not in ("ray", "local"):
+            raise ConfigError(f"--executor {self.executor}", expected="ray or local")
+        allowed_bad(self.max_bad, 1)
+
+
+def allowed_bad(text: str, rows: int) -> int:
+    """How many bad images `--max-bad text` allows among `rows`: a number or a percentage."""
+    text = str(text).strip()
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if 0 <= share <= 1:
+                return int(share * rows)
+        elif int(text) >= 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"--max-bad {text}", expected="a number such as 10, or a share such as 0.1%")

@@ -1,0 +1,1 @@
+"""The commands of milan, one module per stage."""

@@ -1,0 +1,60 @@
+"""The `milan` command: registers the stages, turns errors into exit codes.
+
+Exit codes: 0 done; 1 an error that one line explains; 2 a command line that cannot be understood.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from milan.errors import MilanError
+from stages import artifacts, extract_targets, pretrain, transfer
+
+# Before anything heavy is imported: milan sends nothing anywhere.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+app = typer.Typer(
+    name="milan",
+    help="Pretrain vision transformers on cached CLIP targets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("extract-targets")(extract_targets.extract_targets)
+app.command("pretrain")(pretrain.pretrain)
+app.command("linear-probe")(transfer.linear_probe)
+app.command("visualise")(artifacts.visualise)
+app.command("report")(artifacts.report)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        from milan.version import __version__
+
+        typer.echo(f"milan-pretrain {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
+    try:
+        app()
+    except MilanError as error:
+        sys.stdout.flush()
+        print(f"milan: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("milan: interrupted; run the same line again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

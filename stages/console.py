@@ -1,0 +1,120 @@
+"""What people see: progress with rate and time left, notes, tables. The one place that prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
+
+
+class ConsoleWatch:
+    """A progress bar on a terminal; without one, a plain line a minute."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._what, self._unit, self._total = "", "", 0
+        self._started = self._spoke = 0.0
+        self._first = self._done = 0
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        (self._bar.console if self._bar else out).print(text, markup=False)
+
+    def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
+        """Show the work begun."""
+        self._what, self._unit, self._total = what, unit, int(total)
+        self._started = self._spoke = time.monotonic()
+        self._first = self._done = done
+        if out.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=out,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                what, total=self._total, completed=done, rate="", figures=""
+            )
+
+    def advance(self, done: int, figures: str = "") -> None:
+        """Move the bar, or say a line if the last one is a minute old."""
+        self._done = done
+        now = time.monotonic()
+        rate = (done - self._first) / max(1e-9, now - self._started)
+        if self._bar:
+            text = f"{rate:,.1f} {self._unit}/s"
+            self._bar.update(self._task, completed=done, rate=text, figures=figures)
+        elif now - self._spoke >= _PLAIN_EVERY:
+            self._spoke = now
+            left = (self._total - done) / rate if rate > 0 else float("inf")
+            out.print(
+                f"{self._what}: {done:,}/{self._total:,} {self._unit}, {rate:,.1f}/s, "
+                f"{_clock(left)} left, {figures}",
+                markup=False,
+            )
+            sys.stdout.flush()
+
+    def end(self) -> None:
+        """Take the bar away and leave one line."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        seconds = time.monotonic() - self._started
+        count = self._done - self._first
+        out.print(
+            f"{self._what}: {count:,} {self._unit} in {_clock(seconds)}, "
+            f"{count / max(seconds, 1e-9):,.1f} {self._unit}/s",
+            markup=False,
+        )
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    whole = int(seconds)
+    if whole < 100:
+        return f"{seconds:.1f} s"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table; the first column is left-aligned, the others right."""
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*[str(cell) for cell in row])
+    out.print(shown)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"

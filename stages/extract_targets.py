@@ -1,0 +1,58 @@
+"""`milan extract-targets`: run the teacher once over the images."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.settings import ExtractConfig
+from stages.options import settings_command
+
+
+@settings_command(
+    ExtractConfig,
+    (
+        "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
+        "scale", "ratio", "hflip", "codec", "executor", "address", "replicas", "num_workers",
+        "device", "precision", "batch_size", "shard_size", "seed", "limit", "max_bad",
+    ),
+)  # fmt: skip
+def extract_targets(
+    *,
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network.", show_default=False)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")
+    ] = False,
+) -> None:
+    """Run the teacher once over K views of every image and write a target cache.
+
+    Killed at any moment, the same line goes on where it stopped.
+    """
+    from milan.config import resolve
+    from pipeline.extract import extract_targets as run
+    from stages import console
+
+    flags["offline"] = offline or None
+    config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
+    summary = run(config, watch=console.ConsoleWatch(), dry_run=dry_run)
+    rows = [
+        ("store", summary["path"]),
+        ("images x views", f"{summary['images']:,} x {summary['views']}"),
+        ("shards", f"{summary['shards']:,}"),
+        ("bytes a view", f"{summary['bytes_per_view']:,}"),
+        ("bytes", console.size(summary["bytes"])),
+    ]
+    if not dry_run:
+        rate, bad = summary["images_per_second"], summary["bad"]
+        told = ", ".join(f"{n} {why}" for why, n in bad.items())
+        rows += [
+            ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
+            ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
+        ]
+    console.table("Planned" if dry_run else "Extracted", ("what", ""), rows)

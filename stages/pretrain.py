@@ -1,0 +1,60 @@
+"""`milan pretrain`: train a student from a cache."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from milan.settings import PretrainConfig
+from stages.options import settings_command
+
+
+@settings_command(
+    PretrainConfig,
+    (
+        "cache", "out", "data_root", "model", "objective", "masking", "epochs", "batch_size", "lr",
+        "warmup_epochs", "seed", "precision", "device", "num_workers",
+    ),
+)  # fmt: skip
+def pretrain(
+    *,
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest checkpoint; never: start anew.")
+    ] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run of other settings.")
+    ] = False,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(help="End this call after so many steps, checkpoint written."),
+    ] = None,
+) -> None:
+    """Train a student on a target cache; the teacher never runs.
+
+    Leaves encoder.safetensors, which timm loads. Killed at any moment, the same line goes on.
+    """
+    from milan.config import resolve
+    from milan.pretraining import pretrain as run
+    from stages import console
+
+    config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
+    figures = run(
+        config,
+        resume=resume,
+        overwrite=overwrite,
+        stop_after=max_steps,
+        watch=console.ConsoleWatch(),
+    )
+    rows = [
+        ("run", figures["run"]),
+        ("step", f"{figures['step']:,} of {figures['steps']:,}"),
+        ("loss", f"{figures['loss']:.4f}"),
+        ("images/s", f"{figures['images_per_second']:,.1f}"),
+        ("waiting for data", f"{figures['wait_share']:.1%}"),
+        ("encoder", figures["run"] + "/encoder.safetensors"),
+    ]
+    console.table("Pretrained", ("what", ""), rows)

@@ -1,0 +1,53 @@
+"""`milan linear-probe`: measure a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from milan.settings import ProbeConfig
+from stages.options import settings_command
+
+_Teacher = Annotated[
+    str | None, typer.Option(help="With teacher: as in extract-targets.", show_default=False)
+]
+
+
+@settings_command(
+    ProbeConfig,
+    (
+        "checkpoint", "data", "val_data", "data_root", "out", "like", "model", "crop_share",
+        "batch_size", "num_workers", "limit", "device", "seed",
+    ),
+)  # fmt: skip
+def linear_probe(
+    *,
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    teacher: _Teacher = None,
+    pretrained: _Teacher = None,
+    teacher_norm: _Teacher = None,
+) -> None:
+    """Fit a linear classifier on frozen features (class token, mean of patches); measure it."""
+    from milan.checkpoint import write_json
+    from milan.config import resolve
+    from milan.transfer import linear_probe as run
+    from stages import console
+
+    config = resolve(ProbeConfig, section="linear_probe", params=params, sets=sets, flags=flags)
+    frozen = None
+    if config.checkpoint == "teacher":
+        from pipeline.teacher import frozen_teacher
+
+        frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
+    metrics = run(config, frozen=frozen, watch=console.ConsoleWatch())
+    folder = Path(config.checkpoint)
+    place = folder if folder.is_dir() else Path("runs") / config.checkpoint.replace(":", "-")
+    path = Path(config.out) if config.out else place / "linear_probe.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics)
+    rows = [(key.replace("_", " "), value) for key, value in metrics.items()]
+    console.table("Linear probe", ("what", ""), [*rows, ("metrics", path)])
