@@ -32,6 +32,8 @@ FORMAT = "milan-targets"
 VERSION = 1
 INDEX = "index.json"
 GENERATION = "generations/000"
+LOG = "extract.log.jsonl"
+"""Times, hosts, attempts: what varies between runs, outside what is proven."""
 
 
 def canonical(value: Any) -> bytes:

@@ -108,7 +108,7 @@ def load_newest(
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for parameter, state in optimiser.state.items()

@@ -18,11 +18,21 @@ from milan.errors import ConfigError, nearest
 class Codec(Protocol):
     """Turns features into what a store keeps, and back."""
 
-    name: str
-    dtype: str
-    fill: float
-    """What absent chunks would read as: a value that no encoded feature is made of alone."""
-    scaled: bool
+    @property
+    def name(self) -> str:
+        """What the store calls it."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored codes."""
+
+    @property
+    def fill(self) -> float:
+        """What absent chunks would read as: a value that no encoded feature is made of alone."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a scale a token."""
 
     def encode(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         """Features [B, T, C], finite, to codes [B, T, C] and scales [B, T] (or None)."""

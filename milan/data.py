@@ -8,7 +8,7 @@ sees one view of every image, K epochs see each once, and reads stay whole shard
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,11 +49,15 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory the copy does not wait."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return self._each(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader where there is a GPU."""
-        return Batch(*(None if t is None else t.pin_memory() for t in self))
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        moved: Any = (None if tensor is None else move(tensor) for tensor in self)
+        return Batch(*moved)
 
 
 class CachedDataset(Dataset):

@@ -259,15 +259,15 @@ def _list_parquet(source: Path, files: list[str], seed: int) -> Manifest:
         for group in range(reader.metadata.num_row_groups):
             meta = reader.metadata.row_group(group)
             n = meta.num_rows
-            part = reader.read_row_group(group, columns=columns) if columns else None
-            paths = part["image"].combine_chunks().field("path").to_pylist() if has_path else []
-            paths = paths or [None] * n
+            part = reader.read_row_group(group, columns=columns)
+            nulls = [None] * n
+            paths = part["image"].combine_chunks().field("path").to_pylist() if has_path else nulls
             prefix = "" if len(files) == 1 else f"{name}/"
             keys = [f"{prefix}{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
-            labels = part["label"].cast(pa.int32()) if part and "label" in columns else [None] * n
-            captions = part["caption"] if part and "caption" in columns else [None] * n
+            labels = part["label"].cast(pa.int32()) if "label" in columns else nulls
+            captions = part["caption"] if "caption" in columns else nulls
             table = pa.table(
-                [keys, [name] * n, [group] * n, list(range(n)), [None] * n, labels, captions],
+                [keys, [name] * n, [group] * n, list(range(n)), nulls, labels, captions],
                 schema=SCHEMA,
             )
             groups.append((meta.total_byte_size, table))

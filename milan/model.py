@@ -82,9 +82,10 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
             expected="a plain ViT of timm: one class token, absolute positions",
             fix="--model vit_base_patch16_224",
         )
-    vit.pos_embed.data.copy_(sincos_positions(vit.embed_dim, vit.patch_embed.grid_size[0]))
-    vit.pos_embed.requires_grad_(False)
-    return vit
+    made: Any = vit
+    made.pos_embed.data.copy_(sincos_positions(made.embed_dim, made.patch_embed.grid_size[0]))
+    made.pos_embed.requires_grad_(False)
+    return made
 
 
 def encode(vit: Any, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,6 +138,11 @@ class PromptBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def _mae_block(width: int, heads: int, mlp_ratio: float) -> nn.Module:
+    norm: Any = partial(nn.LayerNorm, eps=_EPS)
+    return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+
+
 class Decoder(nn.Module):
     """Predicts all T tokens from the encoded visible ones.
 
@@ -169,14 +175,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
-        if kind == "prompt":
-            blocks = [PromptBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
-        else:
-            norm = partial(nn.LayerNorm, eps=_EPS)
-            blocks = [
-                Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
-                for _ in range(depth)
-            ]
+        block = PromptBlock if kind == "prompt" else _mae_block
+        blocks = [block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=_EPS)
         self.pred = nn.Linear(embed_dim, target_width)

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from milan import checkpoint
@@ -303,14 +302,3 @@ def _take_run(
             "platform": platform.platform(),
         },
     )
-
-
-def sample_mask(
-    attention: np.ndarray, noise: np.ndarray, *, mask_ratio: float = 0.75
-) -> np.ndarray:
-    """The semantic mask of one view, [N] bool, True = masked; for pictures."""
-    visible = visible_count(attention.shape[-1], mask_ratio)
-    mask = importance_mask(
-        torch.from_numpy(attention[None]), torch.from_numpy(noise[None]), visible=visible
-    )
-    return mask.boolean()[0].numpy()

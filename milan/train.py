@@ -42,7 +42,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     As published: timm's grouping by dimension, which for ViT-B gives 93 with and 175 without.
     """
-    decay, free = [], []
+    decay: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (free if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)

@@ -7,6 +7,7 @@ harm nothing but its own staging folder.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections import deque
@@ -75,7 +76,7 @@ def _connect(address: str | None) -> bool:
         ray.init(
             address=target,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             **({} if target else local),
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -132,8 +133,8 @@ class _Pool:
         self, worker: tuple[str, str], init: dict, replicas: int, gpus: float, attempts: int
     ) -> None:
         # Two calls at a time: a block's work, and the question how far it is.
-        self.host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=2)(
-            _host_class()
+        self.host: Any = ray.remote(_host_class()).options(
+            num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=2
         )
         root = str(Path(__file__).resolve().parent.parent)
         self.arguments = (root, *worker, pickle.dumps(init))

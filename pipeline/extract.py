@@ -384,7 +384,7 @@ def _run(
     watch: Watch,
 ) -> None:
     config, spec = work.config, work.spec
-    init = {
+    init: dict[str, Any] = {
         "spec": spec,
         "manifest": work.manifest,
         "root": str(data_root(work.source).resolve()),
@@ -483,4 +483,4 @@ def _finish(work: Plan, store: Store, summary: dict) -> None:
         )
     generation = store.finish()
     summary["digest"] = generation["digest"]
-    store.log("finish", digest=generation["digest"])
+    store.log("finish", digest=generation["digest"], images_per_second=summary["images_per_second"])

@@ -32,6 +32,7 @@ from milan.cache import (
     FORMAT,
     GENERATION,
     INDEX,
+    LOG,
     VERSION,
     CacheSpec,
     canonical,
@@ -43,7 +44,6 @@ from milan.errors import CacheError
 from milan.manifest import Manifest
 
 STAGING = ".staging"
-LOG = "extract.log.jsonl"
 BAD_CSV = "bad-images.csv"
 
 

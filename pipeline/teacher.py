@@ -56,10 +56,8 @@ class TeacherSpec:
 class Teacher:
     """A loaded tower. `identity` determines its outputs; `about` tells people of its origin."""
 
-    def __init__(
-        self, visual: nn.Module, *, identity: dict, about: dict, device: torch.device
-    ) -> None:
-        self.visual = visual.to(device).eval().requires_grad_(False)
+    def __init__(self, visual: Any, *, identity: dict, about: dict, device: torch.device) -> None:
+        self.visual: Any = visual.to(device).eval().requires_grad_(False)
         self.identity, self.about, self.device = identity, about, device
         self.size: int = identity["image_size"]
         self.patch: int = identity["patch_size"]
@@ -95,7 +93,7 @@ class Teacher:
         self._seen["output"] = output
 
 
-def class_attention(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def class_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
     """The class token's attention to each patch inside `block`, mean over heads.
 
     `x` [B, T, W] is the block's input; returns [B, N] float32, strictly positive, not renormalised
@@ -429,7 +427,7 @@ def _check_size(img_size: int | None, config: dict) -> None:
         )
 
 
-def _check_native(name: str, visual: nn.Module) -> None:
+def _check_native(name: str, visual: Any) -> None:
     from open_clip.transformer import VisionTransformer
 
     why = ""

@@ -18,7 +18,6 @@ def visualise(
 ) -> None:
     """Draw a sheet: image with its views as boxes, a view, attention, a mask, features."""
     from milan.visualise import contact_sheet
-
     from stages import console
 
     path = contact_sheet(cache, out=out, images=images, seed=seed, data_root=data_root)
@@ -28,13 +27,13 @@ def visualise(
 def report(
     params: Annotated[str, typer.Option(help="The pipeline's parameter file.")] = "params.yaml",
 ) -> None:
-    """Put a pipeline's figures together: tables, metrics.json, and pictures."""
+    """Put a pipeline's figures together: tables (report.txt), metrics.json, and pictures."""
     from milan.report import build_report
-
     from stages import console
 
     found = build_report(params, watch=console.ConsoleWatch())
-    console.table("Linear probe", ("encoder", "top-1 %", "top-5 %"), found["probes"])
-    console.table("Cost", ("what", ""), found["costs"])
-    for picture in found["pictures"]:
-        console.out.print(f"picture: {picture}", markup=False)
+    with console.kept_in(found["folder"] + "/report.txt"):
+        console.table("Linear probe", ("encoder", "top-1 %", "top-5 %"), found["probes"])
+        console.table("Cost", ("what", ""), found["costs"])
+        for picture in found["pictures"]:
+            console.out.print(f"picture: {picture}", markup=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -109,6 +110,16 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         shown.add_row(*[str(cell) for cell in row])
     out.print(shown)
+
+
+@contextmanager
+def kept_in(path: str) -> Iterator[None]:
+    """What is printed inside is also written to a text file."""
+    out.record = True
+    yield
+    with open(path, "w") as file:
+        file.write(out.export_text())
+    out.record = False
 
 
 def size(count: float) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from milan.checkpoint import load_published, our_name
 from milan.masking import Mask, importance_mask
 from milan.model import encode
 from milan.objectives import feature_regression
 from milan.train import learning_rate
 from pipeline.teacher import TeacherSpec, load_teacher
-from safetensors.torch import save_file
 
 GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or Path(__file__).parent / "golden")
 
