@@ -9,6 +9,8 @@ int8 targets decoded, then the step. Loading is left out on both sides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.measure import interleaved, parser, ratio, report

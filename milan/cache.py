@@ -167,8 +167,8 @@ def read_json(path: Path) -> Any:
     """The JSON in a file of a store. Raises CacheError if it does not parse."""
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path} is damaged: {error}", expected="JSON") from None
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
 
 
 def read_group(generation: Path) -> tuple[CacheSpec, dict]:
@@ -368,10 +368,10 @@ def _read_index(store: Path) -> dict:
     index = read_json(store / INDEX)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
-    if index.get("version") != VERSION or len(index["generations"]) != 1:
+    generations = index.get("generations") or []
+    if index.get("version") != VERSION or len(generations) != 1:
         raise CacheError(
-            f"{store} has format version {index.get('version')} and "
-            f"{len(index['generations'])} generations",
+            f"{store} has format version {index.get('version')} and {len(generations)} generations",
             expected=f"version {VERSION} and one generation",
             fix="pip install --upgrade milan-pretrain",
         )

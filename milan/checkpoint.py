@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialise
 from torch import nn
 
 from milan.errors import CacheError, ConfigError, TrainError
@@ -30,6 +32,12 @@ from milan.model import DECODER, Decoder, Student, build_encoder
 
 ENCODER = "encoder.safetensors"
 FOLDER = "checkpoints"
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder and try to write in it, before the work. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,11 +147,26 @@ def save_encoder(path: Path, encoder: nn.Module, about: dict[str, Any]) -> None:
     kept as JSON strings in the header.
     """
     weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    data = serialise(weights, metadata={k: json.dumps(v) for k, v in about.items()})
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in about.items()})
-    with open(temporary, "rb") as file:
+    with open(temporary, "wb") as file:
+        file.write(_same_header(data))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _same_header(data: bytes) -> bytes:
+    """A safetensors file with its header's keys in order.
+
+    The library writes metadata in an order that changes from call to call; the same encoder must
+    be the same bytes, or DVC takes it for another.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format's alignment of what follows
+    return len(encoded).to_bytes(8, "little") + encoded + data[8 + length :]
 
 
 def read_about(run: str | Path) -> dict[str, Any]:

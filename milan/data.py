@@ -8,10 +8,13 @@ sees one view of every image, K epochs see each once, and reads stay whole shard
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from milan import draws
 from milan.cache import TargetCache
-from milan.errors import ConfigError, DataError, ImageFault
+from milan.errors import ConfigError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.sources import ImageSource
@@ -168,7 +171,10 @@ def find_root(cache: TargetCache, data_root: str | None) -> Path:
     places = [Path(data_root).expanduser()] if data_root else []
     if not data_root:
         places = [cache.path.resolve() / about["data_root_from_store"], Path(about["data_root"])]
-    first = cache.manifest.table["path"][int(cache.good_rows()[0])].as_py()
+    good = cache.good_rows()
+    if not len(good):
+        raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
+    first = cache.manifest.table["path"][int(good[0])].as_py()
     for place in places:
         if (place / first).exists():
             return place
@@ -264,7 +270,13 @@ class _Batches(Dataset):
     def __init__(self, dataset: CachedDataset, seed: int, features: bool) -> None:
         self.dataset, self.seed, self.features = dataset, seed, features
 
-    def __getitem__(self, address: Address) -> Batch:
+    def __getitem__(self, address: Address) -> Batch | MilanError:
+        try:
+            return self._load(address)
+        except MilanError as error:
+            return error  # raised by _Loader: DataLoader would bury it in a traceback's text
+
+    def _load(self, address: Address) -> Batch:
         epoch, rows, views = address
         cache = self.dataset.cache
         targets = cache.read(rows, views, features=self.features)
@@ -279,6 +291,16 @@ class _Batches(Dataset):
             None if targets.codes is None else torch.from_numpy(targets.codes),
             None if targets.scale is None else torch.from_numpy(targets.scale),
         )
+
+
+class _Loader(DataLoader):
+    """A DataLoader that raises a loader worker's MilanError as it was."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, MilanError):
+                raise batch
+            yield batch
 
 
 def training_loader(
@@ -301,17 +323,27 @@ def training_loader(
         if method == "forkserver":
             context.set_forkserver_preload(["milan.data"])
         options = {"multiprocessing_context": context, "prefetch_factor": 4}
-    return DataLoader(
+    return _Loader(
         _Batches(dataset, sampler.order.seed, features),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         **options,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     # The cores belong to the training process.
     torch.set_num_threads(1)
+    # torch looks whether its worker's parent lives, but that is the fork server, which lives as
+    # long as its children: a worker of a killed run would wait for ever.
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -5,7 +5,9 @@ The rules, the same for teacher and student:
 - Palette, grey, CMYK and 8-bit modes are converted to RGB by Pillow. An alpha channel is dropped,
   as torchvision's ImageFolder does.
 - 16-bit samples are scaled by the least of 8, 10, 12, 14 or 16 bits that holds the image's largest
-  sample, so that a 12-bit picture in a 16-bit PNG is neither a white nor a black square.
+  sample, so that a 12-bit picture in a 16-bit PNG is neither a white nor a black square. Samples
+  that are fractions up to 1 are scaled by 1. Pillow reads only the high bytes of 16-bit colour
+  TIFFs: one that uses no more than 14 bits is refused, for it would come out dark.
 - Files of several pages (animations, multi-page TIFF) are refused. MPO, the JPEG of many phones,
   holds one photograph and previews of it: its first picture is taken.
 """
@@ -73,11 +75,15 @@ def _decode(data: bytes) -> Image.Image:
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":
         raise ImageFault("multi-page", f"{pages} pages in a {image.format} file")
+    # Loaded first: Pillow turns TIFFs upright by itself, and then takes the tag away.
+    image.load()
     orientation = image.getexif().get(0x0112, 1)
     if _deep_png(data):
         image = _eight_bits(_png_samples(data))
     elif image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         image = _eight_bits(np.asarray(image))
+    elif _deep_tiff(image) and np.asarray(image)[..., :3].max() < 64:
+        raise ImageFault("unreadable", "a colour TIFF of 16 bits that uses at most 14 of them")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA").convert("RGB")
     else:
@@ -92,6 +98,11 @@ def _deep_png(data: bytes) -> bool:
     return data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16
 
 
+def _deep_tiff(image: Image.Image) -> bool:
+    bits = getattr(image, "tag_v2", {}).get(258, 8)  # BitsPerSample: a number, or one a channel
+    return image.mode.startswith("RGB") and 16 in np.atleast_1d(bits)
+
+
 def _png_samples(data: bytes) -> np.ndarray:
     import torch
     from torchvision.io import ImageReadMode, decode_png
@@ -103,11 +114,18 @@ def _png_samples(data: bytes) -> np.ndarray:
 
 def _eight_bits(samples: np.ndarray) -> Image.Image:
     """Samples of more than 8 bits ([H, W] or [H, W, 3]) as an RGB image, by the stated rule."""
-    samples = np.clip(samples.astype(np.float64), 0, None)
-    peak = samples.max(initial=0.0)
+    peak = samples.max(initial=0)
+    if not np.isfinite(samples).all():
+        raise ImageFault("unreadable", "samples that are not finite")
     depth = next((d for d in _DEPTHS if peak <= 2**d - 1), None)
     top = float(peak) if depth is None else float(2**depth - 1)
-    scaled = np.rint(samples * (255.0 / top)).astype(np.uint8)
+    if samples.dtype.kind == "f" and peak <= 1:
+        top = 1.0
+    flat, scaled = samples.reshape(-1), np.empty(samples.shape, np.uint8)
+    # In pieces: float64 copies of the largest picture allowed would take 5 GB.
+    for at in range(0, flat.size, 1 << 22):
+        piece = np.clip(flat[at : at + (1 << 22)].astype(np.float64), 0, None)
+        scaled.reshape(-1)[at : at + (1 << 22)] = np.rint(piece * (255.0 / top))
     return Image.fromarray(scaled).convert("RGB")
 
 

@@ -118,7 +118,7 @@ def _training_part(place: Path) -> Path:
     """`place`, or its folder `train` where it is cut into splits: those are no classes."""
     if not place.is_dir():
         return place
-    folders = {entry.name for entry in os.scandir(place) if entry.is_dir()}
+    folders = {e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith(".")}
     splits = {"train", "val", "valid", "validation", "test"}
     return place / "train" if "train" in folders and folders <= splits else place
 
@@ -199,11 +199,18 @@ def _list_folder(root: Path, seed: int) -> Manifest:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """(path below root as POSIX, size) of every file; follows links, once each, hides dot files."""
+    """(path below root as POSIX, size) of every file; follows links, once each, hides dot files.
+
+    A folder that has several names is listed by its own, else by the first in order of names:
+    whatever order the file system lists it in.
+    """
     seen: set[tuple[int, int]] = set()
-    stack = [""]
-    while stack:
-        below = stack.pop()
+    folders: list[str] = [""]
+    links: list[str] = []
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+        below = folders.pop() if folders else links.pop()
         folder = root / below
         status = folder.stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -214,11 +221,14 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
                 if entry.name.startswith("."):
                     continue
                 path = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_dir():
-                    stack.append(path)
-                else:
-                    # A dangling link is listed with size 0: a row with a reason, not a hole.
-                    yield path, entry.stat().st_size if os.path.exists(entry.path) else 0
+                try:
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else folders).append(path)
+                        continue
+                    size = entry.stat().st_size
+                except OSError:
+                    size = 0  # a link to nothing, or to itself: a row with a reason, not a hole
+                yield path, size
 
 
 # --- Parquet ------------------------------------------------------------------------------------
@@ -228,7 +238,8 @@ def _parquet_files(source: Path) -> list[str]:
     """Names of the Parquet files that make up `source`, relative to `parquet_root(source)`."""
     if source.is_file():
         return [source.name] if source.suffix == ".parquet" else []
-    files = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet"))
+    found = (p for p in source.rglob("*.parquet") if p.is_file())
+    files = sorted(p.relative_to(source).as_posix() for p in found)
     return [f for f in files if not any(part.startswith(".") for part in f.split("/"))]
 
 
@@ -247,13 +258,14 @@ def _list_parquet(source: Path, files: list[str], seed: int) -> Manifest:
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{root / name} cannot be read: {error}") from None
         schema = reader.schema_arrow
-        if "image" not in schema.names or not pa.types.is_struct(schema.field("image").type):
+        image = schema.field("image").type if "image" in schema.names else pa.null()
+        if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
             raise DataError(
-                f"{root / name} has columns {schema.names}",
+                f"{root / name} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
                 expected="the Hugging Face image schema: a column image{bytes, path}",
             )
         classes = classes or _class_names(schema.metadata)
-        has_path = any(f.name == "path" for f in schema.field("image").type)
+        has_path = image.get_field_index("path") >= 0
         columns = ["image.path"] if has_path else []
         columns += [c for c in ("label", "caption") if c in schema.names]
         for group in range(reader.metadata.num_row_groups):
@@ -264,8 +276,14 @@ def _list_parquet(source: Path, files: list[str], seed: int) -> Manifest:
             paths = part["image"].combine_chunks().field("path").to_pylist() if has_path else nulls
             prefix = "" if len(files) == 1 else f"{name}/"
             keys = [f"{prefix}{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
-            labels = part["label"].cast(pa.int32()) if "label" in columns else nulls
-            captions = part["caption"] if "caption" in columns else nulls
+            try:
+                labels = part["label"].cast(pa.int32()) if "label" in columns else nulls
+                captions = part["caption"].cast(pa.string()) if "caption" in columns else nulls
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(
+                    f"a column of {root / name} cannot be used: {error}",
+                    expected="`label` as class numbers, `caption` as text",
+                ) from None
             table = pa.table(
                 [keys, [name] * n, [group] * n, list(range(n)), nulls, labels, captions],
                 schema=SCHEMA,
@@ -290,5 +308,7 @@ def _class_names(metadata: dict | None) -> list[str] | None:
     raw = (metadata or {}).get(b"huggingface")
     if not raw:
         return None
-    features = json.loads(raw).get("info", {}).get("features", {})
-    return features.get("label", {}).get("names") or None
+    try:
+        return json.loads(raw)["info"]["features"]["label"]["names"] or None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -64,7 +64,10 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
     try:
         vit = timm.create_model(name, **{"img_size": img_size, "num_classes": 0, **args})
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model {name} cannot be built with {args}: {error}") from None
+        raise ConfigError(
+            f"model {name} cannot be built with {args}: {error}",
+            expected="a plain ViT of timm, and arguments that it takes",
+        ) from None
     why = ""
     if not isinstance(vit, VisionTransformer):
         why = f"is a {type(vit).__name__}"
@@ -239,6 +242,10 @@ def build_student(
                 expected="one of " + ", ".join(DECODER),
                 fix=nearest(key, DECODER),
             )
+    for key, value in (decoder or {}).items():
+        kind = (int, float) if key == "mlp_ratio" else int
+        if not isinstance(value, kind) or value <= 0:
+            raise ConfigError(f"decoder argument {key} = {value!r}", expected="a number above 0")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = build_encoder(name, img_size=img_size, args=model_args)

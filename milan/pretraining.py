@@ -88,6 +88,8 @@ def pretrain(
     watch = watch or Silent()
     config.check()
     choice("resume", resume, ("auto", "never"))
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
     published = deviations(config, leave=("cache", "out", "data_root"))
     config = resolved(config, device)
@@ -115,9 +117,9 @@ def pretrain(
         keep=config.keep,
         log_every=config.log_every,
     )
+    objective = loss_function(student, config, targets, device)
     run = Path(config.out)
     _take_run(run, config, targets, resume, overwrite, published, watch)
-    objective = loss_function(student, config, targets, device)
     watch.note(
         f"steps: {course.steps:,} of {config.batch_size} images "
         f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
@@ -160,9 +162,10 @@ def pretrain(
     }
     checkpoint.save_encoder(run / checkpoint.ENCODER, student.encoder, about)
     metrics_path = run / "metrics.json"
-    if figures["seconds"] < 1 and metrics_path.exists() and figures["finished"]:
-        # Nothing was left to do: keep the figures of the run that did it.
-        figures = json.loads(metrics_path.read_text())
+    if not figures["seconds"]:
+        watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
+        if metrics_path.exists():  # the figures of the call that trained
+            figures = json.loads(metrics_path.read_text())
     checkpoint.write_json(metrics_path, figures)
     return figures | {"run": str(run)}
 
@@ -171,7 +174,9 @@ def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
     """The student that fits the store: its patch grid is the teacher's. Raises ConfigError."""
     size, grid = targets.view_spec.size, targets.grid
     milan = config.objective == "milan"
-    patch = int(config.model_args.get("patch_size", 0)) or _patch_of(config.model)
+    patch = config.model_args.get("patch_size") or _patch_of(config.model)
+    if not isinstance(patch, int):
+        raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
     if patch * grid != size:
         raise ConfigError(
             f"{config.model} with {patch}-pixel patches on views of {size} pixels",
@@ -264,13 +269,23 @@ def _take_run(
     """Make the run's folder ready: fresh, or with the run that is to go on."""
     identity = _identity(config, targets)
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_writable(run)
     except OSError as error:
         raise TrainError(
             f"{run} cannot be written: {error.strerror}", fix="--out another folder"
         ) from None
     there = run / "run.json"
     saved = checkpoint.steps(run)
+    # What a run leaves at its end, or what is not ours: lost, if this run began here at step 0.
+    ends = [checkpoint.ENCODER, "metrics.json"]
+    ends += [] if there.exists() else ["log.jsonl", "curves.csv", "tensorboard", checkpoint.FOLDER]
+    kept = [name for name in ends if (run / name).exists()]
+    if kept and not (saved and there.exists()) and not overwrite and resume == "auto":
+        raise TrainError(
+            f"{run} holds {', '.join(kept)}, and no run that can go on",
+            expected="an empty folder, or a run with its run.json and checkpoints",
+            fix="--out another folder, or --overwrite to replace them",
+        )
     if saved and there.exists():
         before = json.loads(there.read_text())["identity"]
         changed = [k for k in identity if before.get(k) != identity[k]]

@@ -78,6 +78,12 @@ class PretrainConfig:
                 raise ConfigError(f"{name} {value}", expected="at least 1")
         if self.lr is not None and self.lr <= 0:
             raise ConfigError(f"lr {self.lr}", expected="greater than 0")
+        for name in ("num_workers", "weight_decay", "min_lr"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} {value}", expected="at least 0")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(f"beta2 {self.beta2}", expected="at least 0, less than 1")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
@@ -123,3 +129,12 @@ class ProbeConfig:
     """auto, cuda, cpu, ..."""
     seed: int = 0
     """Of random weights and of the splits."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        for name in ("batch_size", "limit", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}", expected="at least 1")
+        if not 0 < self.crop_share <= 1:
+            raise ConfigError(f"crop_share {self.crop_share}", expected="above 0, at most 1")

@@ -107,7 +107,8 @@ def fit(
     `batches_from(step)` gives the micro-batches from a step on; `loss_of_batch` is called under
     autocast. Every draw is addressed, so a resumed run is the uninterrupted one. `stop_after`
     ends this call after so many steps, checkpoint written: for tests, and for time limits.
-    Returns figures of this call. Raises TrainError on a loss that is not finite.
+    Returns figures of this call; rates leave out the start of the loader. Raises TrainError on a
+    loss that is not finite.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
     state = checkpoint.load_newest(run, model=model, optimiser=optimiser)
@@ -115,13 +116,20 @@ def fit(
     if state and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     last = course.steps if stop_after is None else min(course.steps, start + stop_after)
+    if start >= last:  # nothing is left to do
+        line = _kept_lines(run, start)[-1]
+        rates = {key: line[key] for key in ("loss", "images_per_second", "wait_share")}
+        return {"step": start, "steps": course.steps, "finished": True, "seconds": 0.0, **rates}
     log = _Log(run, start)
     watch.begin("train", course.steps, "steps", done=start)
     model.train()
     began = time.perf_counter()
-    waited, loss_sum, counted, loss_value = 0.0, 0.0, 0, float("nan")
-    mark = (began, 0.0)
-    batches: Iterator[Any] = iter(batches_from(start)) if start < last else iter(())
+    waited, loss_sum, counted = 0.0, 0.0, 0
+    batches: Iterator[Any] = iter(batches_from(start))
+    # The first batch waits for the loader's processes to start; that is not waiting for data.
+    ahead: list[Any] = [next(batches)]
+    startup = time.perf_counter() - began
+    mark = (time.perf_counter(), 0.0)
     for step in range(start, last):
         rate = course.rate(step)
         for group in optimiser.param_groups:
@@ -130,7 +138,7 @@ def fit(
         loss_value, rows = 0.0, []
         for _ in range(course.accumulate):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = ahead.pop() if ahead else next(batches)
             waited += time.perf_counter() - asked
             with autocast(device, course.precision):
                 loss = loss_of_batch(batch) / course.accumulate
@@ -143,7 +151,8 @@ def fit(
         scaler.update()
         loss_sum, counted = loss_sum + loss_value, counted + 1
         done = step + 1
-        if done % course.log_every == 0 or done == last or done % course.steps_per_epoch == 0:
+        saving = done == last or done % course.save_every == 0
+        if saving or done % course.log_every == 0 or done % course.steps_per_epoch == 0:
             now = time.perf_counter()
             span = max(now - mark[0], 1e-9)
             line = {
@@ -163,7 +172,7 @@ def fit(
             )
         else:
             watch.advance(done)
-        if done % course.save_every == 0 or done == last:
+        if saving:
             extra = {"scaler": scaler.state_dict()}
             checkpoint.save(
                 run, step=done, model=model, optimiser=optimiser, state=extra, keep=course.keep
@@ -178,8 +187,9 @@ def fit(
         "finished": last == course.steps,
         "loss": log.last_loss(),
         "seconds": round(seconds, 2),
-        "images_per_second": round((last - start) * course.batch_size / max(seconds, 1e-9), 2),
-        "wait_share": round(waited / max(seconds, 1e-9), 4),
+        "startup_seconds": round(startup, 2),
+        "images_per_second": round((last - start) * course.batch_size / (seconds - startup), 2),
+        "wait_share": round(waited / (seconds - startup), 4),
     }
 
 
@@ -199,17 +209,8 @@ class _Log:
 
     def __init__(self, run: Path, start: int) -> None:
         self.path, self.csv = run / LOG, run / CURVES
-        kept = []
-        if self.path.exists():
-            for text in self.path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # cut short when the run was killed
-                if line["step"] <= start:
-                    kept.append(line)
-        self.lines: list[dict[str, Any]] = kept
-        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = _kept_lines(run, start)
+        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
         self.board = _board(run, start)
 
@@ -233,6 +234,19 @@ class _Log:
         self.curves()
         self.file.close()
         self.board.close()
+
+
+def _kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of the log up to `step`; what a killed run logged after it will be logged anew."""
+    kept = []
+    for text in (run / LOG).read_text().splitlines() if (run / LOG).exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short when the run was killed
+        if line["step"] <= step:
+            kept.append(line)
+    return kept
 
 
 def _board(run: Path, start: int) -> Any:

@@ -110,6 +110,7 @@ def linear_probe(
         else ProbeConfig(checkpoint=checkpoint, **settings)
     )
     watch = watch or Silent()
+    config.check()
     device = pick_device(config.device)
     frozen = frozen or frozen_encoder(config, device)
     began = time.perf_counter()
@@ -125,6 +126,8 @@ def linear_probe(
         mix = torch.from_numpy(draws.permutation(config.seed, draws.SAMPLE, (0,), len(y)))
         cut = max(1, len(y) // 5)
         vx, vy, x, y = x[mix[:cut]], y[mix[:cut]], x[mix[cut:]], y[mix[cut:]]
+    if len(y) < 2:
+        raise DataError(f"{len(y)} images to fit on", expected="2 and more, and some to measure on")
     classes = int(max(y.max(), vy.max())) + 1
     mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
     x, vx = ((x - mean) / std).to(device), ((vx - mean) / std).to(device)

@@ -6,7 +6,6 @@ shown to the teacher, and the block's K shards are staged; the driver commits th
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from milan.cache import CacheSpec, record_name
+from milan.cache import GENERATION, CacheSpec, record_name
 from milan.codecs import codec_of
 from milan.errors import CacheError, ConfigError, DataError, ImageFault, TeacherError
 from milan.images import content_digest, decode
@@ -30,7 +29,7 @@ from milan.sources import ImageSource
 from milan.views import ViewSpec, checksum, render, view_of
 from milan.watch import Silent, Watch
 from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, group_attributes, stage_shard
+from pipeline.store import Store, group_attributes, stage_shard, told_if_full
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 
 _ATTEMPTS = 3  # of one block, before the run gives it up
@@ -136,17 +135,10 @@ class Extractor:
 
         staged = []
         for v in views:
-            try:
+            with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
                 files = stage_shard(
                     Path(folder), self.spec, block, v, {n: a[v] for n, a in arrays.items()}
                 )
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise CacheError(
-                        f"no space left while staging shard {record_name(block, v)[:-5]}",
-                        fix="free some space and run the same line again: nothing is lost",
-                    ) from None
-                raise
             staged.append(
                 {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": bad}
                 | record
@@ -286,6 +278,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     return Plan(config, source, manifest, teacher, spec)
 
 
+@told_if_full("writing the store")
 def extract_targets(
     data: str | ExtractConfig, *, watch: Watch | None = None, dry_run: bool = False, **settings: Any
 ) -> dict:
@@ -313,8 +306,9 @@ def extract_targets(
         f"executor: {config.executor}, {replicas} x teacher, {threads} decoding threads each, "
         f"batches of {config.batch_size} views, {held / 1e6:,.0f} MB of targets held by each"
     )
-    if dry_run:
+    if dry_run or not (out / GENERATION / "zarr.json").exists():
         _check_space(out, summary["bytes"])
+    if dry_run:
         return summary
     store = Store(out, work.spec, work.attributes(), work.manifest)
     try:
@@ -359,17 +353,20 @@ def _share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
     else:
         replicas = torch.cuda.device_count() if on_gpu else 1
     threads = config.num_workers or max(1, min(16, cores // replicas))
-    return replicas, threads, None if on_gpu else max(1, cores // replicas)
+    # In this process the user's setting holds; Ray would give a worker one thread.
+    here = on_gpu or config.executor == "local"
+    return replicas, threads, None if here else max(1, torch.get_num_threads() // replicas)
 
 
 def _check_space(out: Path, needed: int) -> None:
     place = out.absolute()
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed * 1.02 > free:
+    usage = shutil.disk_usage(place)
+    if needed * 1.02 > usage.free and usage.total:  # without size: no disk, and not writable either
         raise CacheError(
-            f"the store needs {needed / 1e9:,.2f} GB, and {place} has {free / 1e9:,.2f} GB free",
+            f"the store needs {needed / 1e9:,.2f} GB, "
+            f"and {place} has {usage.free / 1e9:,.2f} GB free",
             fix="fewer --views, --codec int8, --limit, or --out on a larger disk",
         )
 
@@ -418,7 +415,13 @@ def _run(
         return folder
 
     if config.executor == "local":
-        _run_here(Extractor(teacher=work.teacher, **init), todo, folder_of, commit, progress)
+        import torch
+
+        before = torch.get_num_threads()
+        try:
+            _run_here(Extractor(teacher=work.teacher, **init), todo, folder_of, commit, progress)
+        finally:
+            torch.set_num_threads(before)  # the caller's own
     else:
         from pipeline.cluster import map_blocks
 

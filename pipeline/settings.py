@@ -62,7 +62,9 @@ class ExtractConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
-        for name in ("views", "batch_size", "shard_size", "replicas", "num_workers"):
+        for name in (
+            "views", "batch_size", "shard_size", "replicas", "num_workers", "img_size", "limit"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}", expected="at least 1")

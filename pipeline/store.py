@@ -11,6 +11,7 @@ run, which holds the lock) or a whole shard. The only module that imports zarr.
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,32 @@ BAD_CSV = "bad-images.csv"
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
+    """Write a file so that it is there whole or not at all, even after a power cut.
+
+    It is made in `aside`, a folder of the same file system that the next run clears.
+    """
+    temporary = aside / f"{path.name}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def told_if_full(doing: str) -> Iterator[None]:
+    """A full disk becomes a CacheError: what is committed stays, and the next run goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"no space left while {doing}",
+            fix="free some space and run the same line again: nothing is lost",
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,9 +154,10 @@ class Store:
         """
         self.path, self.spec = path, spec
         self.root = path / GENERATION
-        if path.exists() and not path.is_dir():
+        # os.path: where a parent may not be searched, pathlib raises instead of answering.
+        if os.path.exists(path) and not path.is_dir():
             raise CacheError(f"{path} is a file", expected="a folder for the store", fix="--out …")
-        if path.is_dir() and any(path.iterdir()) and not _is_store(path):
+        if os.path.isdir(path) and any(path.iterdir()) and not _is_store(path):
             raise CacheError(
                 f"{path} is a folder with other content", expected="a new or empty folder",
                 fix="--out another.zarr",
@@ -169,7 +189,7 @@ class Store:
             fresh.mkdir(parents=True)
             create_arrays(fresh, self.spec, attributes)
             (fresh / "records").mkdir()
-            write_whole(fresh / "manifest.parquet", manifest.to_parquet())
+            write_whole(fresh / "manifest.parquet", manifest.to_parquet(), aside=fresh.parent)
             for folder, _, files in os.walk(fresh):
                 for name in files:
                     with open(Path(folder, name), "rb") as file:
@@ -179,7 +199,8 @@ class Store:
             for group in (self.path, self.root.parent):
                 if not (group / "zarr.json").exists():
                     meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-                    write_whole(group / "zarr.json", json.dumps(meta, indent=2).encode())
+                    data = json.dumps(meta, indent=2).encode()
+                    write_whole(group / "zarr.json", data, aside=fresh.parent)
             os.replace(fresh, self.root)
             sync_folder(self.root.parent)
             return
@@ -226,7 +247,8 @@ class Store:
                 sync_folder(target.parent.parent)
             os.replace(folder / file["path"], target)
             sync_folder(target.parent)
-        write_whole(self.root / "records" / record_name(block, view), canonical(record))
+        proof = self.root / "records" / record_name(block, view)
+        write_whole(proof, canonical(record), aside=self.staging)
 
     def records(self) -> Iterable[tuple[str, dict, bytes]]:
         """(file name, record, its bytes) of every shard, in order."""
@@ -275,7 +297,7 @@ class Store:
         index = {"format": FORMAT, "version": VERSION, "generations": [generation]}
         data = canonical(index)
         if not (self.path / INDEX).exists() or (self.path / INDEX).read_bytes() != data:
-            write_whole(self.path / INDEX, data)
+            write_whole(self.path / INDEX, data, aside=self.staging)
         return generation
 
     def log(self, event: str, **facts: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def class_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
 def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
     """Build and load the teacher that `spec` names. Raises TeacherError, with nearest names."""
     if spec.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        _go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     place = pick_device(device)
     name, pretrained = spec.name, _pretrained(spec)
@@ -157,7 +157,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         "precision": precision,
     }
     about = {
-        "name": Path(name).stem if name.endswith(".json") else name,
+        "name": _display_name(name),
         "pretrained": Path(pretrained).name if pretrained else "its own",
         "random_weights": pretrained == "none",
         "normalisation": choice,
@@ -189,6 +189,14 @@ def weights_digest(visual: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def _display_name(name: str) -> str:
+    if not name.endswith(".json"):
+        return name
+    path = Path(name)
+    plain = path.stem in ("config", "open_clip_config")  # then the folder's name says more
+    return path.resolve().parent.name if plain else path.stem
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """open_clip logs on the root logger what milan says itself."""
@@ -198,6 +206,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def _go_offline() -> None:
+    # The hub's client reads its switch once, when it is imported, and timm has imported it.
+    import huggingface_hub.constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _pretrained(spec: TeacherSpec) -> str:
@@ -237,19 +253,22 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
         options["force_image_size"] = spec.img_size
     if name.startswith(("hf-hub:", "local-dir:")):
         config = _published_config(name, spec)
+        _check_config(name, config)
         _check_size(spec.img_size, config)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
                 model = open_clip.create_model(
                     name, load_weights=pretrained != "none", require_pretrained=not pretrained,
                     **options,
                 )  # fmt: skip
-            except (RuntimeError, OSError, ValueError) as error:
-                raise TeacherError(f"teacher {name} cannot be loaded: {error}") from None
+            except Exception as error:  # pickle, safetensors, torch and the hub: each has its own
+                told = " ".join(str(error).split())[:300]
+                raise TeacherError(f"teacher {name} cannot be loaded: {told}") from None
         return model, config, notes, "unknown"
 
     config, preprocess, source = _local_or_named_config(name)
+    _check_config(name, config)
     _check_size(spec.img_size, config)
     state, licence = None, "none (random weights)"
     if pretrained != "none":
@@ -275,7 +294,7 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
             if not config.get("quick_gelu", False):
                 config = {**config, "quick_gelu": True}
                 notes.append(f"{file.name} is of OpenAI's making: {name} runs QuickGELU")
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         # The one way to hand open_clip a config: a folder in the layout of its hub.
         whole = {"model_cfg": config, "preprocess_cfg": preprocess}
         Path(folder, "open_clip_config.json").write_text(json.dumps(whole))
@@ -295,8 +314,11 @@ def _published_config(name: str, spec: TeacherSpec) -> dict:
     kind, where = name.split(":", 1)
     try:
         if kind == "local-dir":
-            return json.loads(Path(where, "open_clip_config.json").read_text())["model_cfg"]
-        return open_clip.factory._get_hf_config(where)["model_cfg"]
+            config = json.loads(Path(where, "open_clip_config.json").read_text())["model_cfg"]
+        else:
+            config = open_clip.factory._get_hf_config(where)["model_cfg"]
+        config["vision_cfg"].keys(), config["embed_dim"]
+        return config
     except Exception as error:  # hub clients raise many kinds; all mean: no such teacher here
         raise TeacherError(
             f"teacher {name} cannot be loaded: {type(error).__name__}: {error}",
@@ -313,23 +335,22 @@ def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
     """(model config, preprocessing, its file) of a JSON path or of a name of open_clip."""
     import open_clip
 
-    if name.endswith(".json") or os.path.sep in name:
+    # Only the image tower is used: any text tower, also one of another library, becomes the least.
+    least = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+    if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
             raise TeacherError(f"no model config at {name}", expected="an open_clip model config")
         try:
             read = json.loads(path.read_text())
             config = read.get("model_cfg", read)
-            config["vision_cfg"], config["embed_dim"]
+            config["vision_cfg"].keys(), config["embed_dim"]
         except (ValueError, KeyError, AttributeError):
             raise TeacherError(
                 f"{name} is no open_clip model config",
                 expected="JSON with embed_dim, vision_cfg and text_cfg",
             ) from None
-        # Only the image tower is used; a config without a text tower gets the least one.
-        least = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-        config = {"text_cfg": least, **config}
-        return config, read.get("preprocess_cfg", {}), path
+        return {**config, "text_cfg": least}, read.get("preprocess_cfg", {}), path
     config = open_clip.get_model_config(name)
     if config is None:
         known = open_clip.list_models()
@@ -338,7 +359,7 @@ def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
             expected="an open_clip name, hf-hub:…, local-dir:… or a config file",
             fix="--teacher " + (nearest(name, known) or DEFAULT_TEACHER),
         )
-    return config, {}, None
+    return {**config, "text_cfg": least}, {}, None
 
 
 def _weight_file(name: str, pretrained: str, *, named: bool) -> Path:
@@ -381,7 +402,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle, zip and torch each have their own
-        first = str(error).splitlines()[0][:160]
+        first = " ".join(str(error).split())[:160] or "an empty file"
         raise TeacherError(
             f"{file} cannot be loaded safely: {type(error).__name__}: {first}",
             expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",
@@ -392,13 +413,14 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
 def _load_visual(model: Any, state: dict, name: str, pretrained: str) -> None:
     from open_clip.model import resize_pos_embed
 
-    resize_pos_embed(state, model)
     prefix = "visual."
-    visual = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     try:
-        model.visual.load_state_dict({k: v.float() for k, v in visual.items()}, strict=True)
+        visual = {k: v.float() for k, v in state.items() if k.startswith(prefix)}
+        resize_pos_embed(visual, model)  # in float32: there is no interpolation of halves
+        visual = {k.removeprefix(prefix): v for k, v in visual.items()}
+        model.visual.load_state_dict(visual, strict=True)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        lines = [line.strip() for line in str(error).splitlines()[:3]]
         raise TeacherError(
             f"the weights {pretrained} do not fit the image tower of {name}: "
             + " ".join(lines)[:300]
@@ -427,6 +449,15 @@ def _check_size(img_size: int | None, config: dict) -> None:
         )
 
 
+def _check_config(name: str, config: dict) -> None:
+    """Refuse by the config what need not be built to be known: some have billions of weights."""
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        _refuse(name, f"its image tower is timm's {vision['timm_model_name']}")
+    if isinstance(vision.get("layers"), list):
+        _refuse(name, "its image tower is a ResNet")
+
+
 def _check_native(name: str, visual: Any) -> None:
     from open_clip.transformer import VisionTransformer
 
@@ -444,8 +475,12 @@ def _check_native(name: str, visual: Any) -> None:
     elif not hasattr(visual.transformer.resblocks[-1].ln_1, "eps"):
         why = "its blocks are not pre-norm"
     if why:
-        raise TeacherError(
-            f"teacher {name} cannot give targets: {why}",
-            expected="a native open_clip ViT with a class token",
-            fix=f"--teacher {DEFAULT_TEACHER}",
-        )
+        _refuse(name, why)
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise TeacherError(
+        f"teacher {name} cannot give targets: {why}",
+        expected="a native open_clip ViT with a class token",
+        fix=f"--teacher {DEFAULT_TEACHER}",
+    )

@@ -25,7 +25,7 @@ def visualise(
 
 
 def report(
-    params: Annotated[str, typer.Option(help="The pipeline's parameter file.")] = "params.yaml",
+    params: Annotated[str, typer.Option(help="The pipeline's parameter file.", show_default=False)],
 ) -> None:
     """Put a pipeline's figures together: tables (report.txt), metrics.json, and pictures."""
     from milan.report import build_report

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -48,12 +49,18 @@ def main() -> None:
     try:
         app()
     except MilanError as error:
-        sys.stdout.flush()
-        print(f"milan: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(str(error))
+    except OSError as error:  # a disk that is full, a share that is gone: no fault of the code
+        _fail(str(error))
     except KeyboardInterrupt:
         print("milan: interrupted; run the same line again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _fail(text: str) -> NoReturn:
+    sys.stdout.flush()
+    print("milan:", " ".join(text.splitlines()), file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

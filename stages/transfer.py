@@ -32,20 +32,29 @@ def linear_probe(
     teacher_norm: _Teacher = None,
 ) -> None:
     """Fit a linear classifier on frozen features (class token, mean of patches); measure it."""
-    from milan.checkpoint import write_json
+    from milan.checkpoint import make_writable, write_json
     from milan.config import resolve
+    from milan.errors import ConfigError
     from milan.transfer import linear_probe as run
     from stages import console
 
     config = resolve(ProbeConfig, section="linear_probe", params=params, sets=sets, flags=flags)
+    if config.out:
+        try:
+            make_writable(Path(config.out).parent)
+        except OSError as error:
+            raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
     frozen = None
     if config.checkpoint == "teacher":
         from pipeline.teacher import frozen_teacher
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
     metrics = run(config, frozen=frozen, watch=console.ConsoleWatch())
-    folder = Path(config.checkpoint)
-    place = folder if folder.is_dir() else Path("runs") / config.checkpoint.replace(":", "-")
+    place = Path(config.checkpoint)
+    if place.is_file():
+        place = place.parent
+    elif not place.is_dir():
+        place = Path("runs") / config.checkpoint.replace(":", "-")
     path = Path(config.out) if config.out else place / "linear_probe.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+
+# Models here are tiny: a second thread costs more at its barriers than it brings, above all where
+# several processes share the cores. Set before torch is imported; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
 import pytest
@@ -20,8 +28,6 @@ from pipeline.extract import extract_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 TEACHER = {
     "embed_dim": 24,
@@ -38,6 +44,12 @@ STUDENT = {
 """A student that fits TEACHER's grid of 4 x 4 patches."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from more threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def teacher_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small CLIP on disk, weights drawn by a seed: `teacher` and `pretrained` of the commands.
@@ -49,7 +61,7 @@ def teacher_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("teacher")
     (folder / "config.json").write_text(json.dumps(TEACHER))
     torch.manual_seed(1)
-    model = open_clip.CLIP(**{k: v for k, v in TEACHER.items()})  # type: ignore[arg-type]
+    model = open_clip.CLIP(**TEACHER)
     state = {k: v * 2 if v.ndim == 2 else v for k, v in model.state_dict().items()}
     save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / "model.safetensors")
     return {
@@ -115,7 +127,7 @@ def milan() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(
             [str(command), *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             capture_output=True,
             text=True,
             timeout=300,
@@ -132,3 +144,31 @@ def tree(root: Path) -> dict[str, bytes]:
         if path.is_file()
         and not path.relative_to(root).as_posix().startswith((".staging", ".lock", "extract.log"))
     }
+
+
+class Ran(NamedTuple):
+    """What a command run in this process did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(*arguments: object, cwd: Path | None = None) -> Ran:
+    """`milan` with `arguments`, by its entry point in this process: torch is loaded only once.
+
+    For tests of what a command does and says; those of the process itself use `milan`.
+    """
+    from stages import cli
+
+    torch.set_num_threads(1)
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = ["milan", *map(str, arguments)], 0
+    try:
+        with chdir(cwd or Path.cwd()), redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    finally:
+        sys.argv = before
+    return Ran(code, out.getvalue(), err.getvalue())

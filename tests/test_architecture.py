@@ -1,0 +1,186 @@
+"""Who may import whom, what costs nothing to import, and which names are public."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import milan
+from milan.settings import PretrainConfig, ProbeConfig
+from pipeline.settings import ExtractConfig
+from stages.options import field_docs
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+    for package in ("milan", "pipeline", "stages")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+HEAVY = {"torch", "torchvision", "ray", "open_clip", "timm", "pyarrow", "zarr", "tensorstore"}
+HEAVY |= {"matplotlib", "tensorboard"}
+
+# package -> what it may never import, wherever in a file the import stands
+FORBIDDEN = {
+    "milan": {"ray", "open_clip", "typer", "dvc", "zarr", "pipeline", "stages"},
+    "pipeline": {"typer", "stages"},
+    "stages": set(),
+}
+# library -> the files that may import it
+ONLY = {
+    "open_clip": {"pipeline/teacher.py"},
+    "ray": {"pipeline/cluster.py"},
+    "zarr": {"pipeline/store.py"},
+    "tensorstore": {"milan/cache.py"},
+}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Top-level names of every import in a file, those inside functions included.
+
+    Modules named by a string (import_module, __import__) count, or the rule would be easily evaded.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.add(node.args[0].value.split(".")[0])
+    return found
+
+
+def prints(tree: ast.Module) -> list[int]:
+    """Lines that write to the terminal: print(…), sys.stdout, sys.stderr."""
+    lines = []
+    for node in ast.walk(tree):
+        called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        stream = (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("stdout", "stderr")
+            and getattr(node.value, "id", "") == "sys"
+        )
+        if called or stream:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_package_is_looked_at() -> None:
+    """A moved folder would make every other test here pass on nothing."""
+    assert {name.split("/")[0] for name in FILES} == set(FORBIDDEN)
+    assert len(FILES) > 25
+    for only in ONLY.values():
+        assert only <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_down(file: str) -> None:
+    """Else pretraining could run the teacher, and help would start Ray."""
+    names = imported(FILES[file])
+    assert not names & FORBIDDEN[file.split("/")[0]]
+    for library, allowed in ONLY.items():
+        assert library not in names or file in allowed, f"{library} belongs in {allowed}"
+
+
+def test_each_fenced_library_is_used_where_it_may_be() -> None:
+    """A rule about a library that nobody imports any more would test nothing."""
+    for library, allowed in ONLY.items():
+        for file in allowed:
+            assert library in imported(FILES[file])
+
+
+def test_only_stages_use_typer_and_speak() -> None:
+    """A library that prints cannot be used in someone's own program."""
+    for file, tree in FILES.items():
+        if not file.startswith("stages/"):
+            assert not imported(tree) & {"typer", "rich"}, file
+            assert not prints(tree), f"{file}, lines {prints(tree)}"
+
+
+def test_the_rules_can_see() -> None:
+    """The walkers find imports inside functions, named by text, and prints."""
+    tree = ast.parse(
+        "def f():\n    import ray.util\n    from zarr.storage import x\n    print(1)\n"
+        "    sys.stderr.write('')\n    importlib.import_module('open_clip.model')\n"
+    )
+    assert imported(tree) == {"ray", "zarr", "open_clip"}
+    assert prints(tree) == [4, 5]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_says_what_it_is(file: str) -> None:
+    """The first line of a file is its purpose; every public function and class has one too."""
+    tree = FILES[file]
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            short = isinstance(node, ast.FunctionDef) and len(node.body) <= 4
+            assert short or ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def test_public_names() -> None:
+    """Names are loaded on first use: a typing error in the table would show only there."""
+    assert len(set(milan.__all__)) == len(milan.__all__)
+    for name in milan.__all__:
+        assert getattr(milan, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        milan.no_such_name  # noqa: B018
+
+
+def loaded_by(code: str) -> set[str]:
+    """Heavy modules in a fresh interpreter after `code`."""
+    tail = "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+RUN = """
+import sys
+from stages.cli import app
+sys.argv = ["milan", *{arguments!r}]
+try:
+    app()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import milan, stages.cli",
+        "import milan.settings, pipeline.settings, milan.config",
+        RUN.format(arguments=["--help"]),
+        RUN.format(arguments=["extract-targets", "--help"]),
+        RUN.format(arguments=["pretrain", "--help"]),
+        RUN.format(arguments=["--version"]),
+    ],
+    ids=["import", "settings", "help", "extract-targets", "pretrain", "version"],
+)
+def test_help_is_light(code: str) -> None:
+    """Help that imports torch takes seconds."""
+    assert loaded_by(code) == set()
+
+
+def test_lightness_is_seen() -> None:
+    """The check above can fail: a module that needs pyarrow shows."""
+    assert "pyarrow" in loaded_by("import milan.manifest")
+
+
+@pytest.mark.parametrize("config", [ExtractConfig, PretrainConfig, ProbeConfig])
+def test_every_setting_is_explained(config: type) -> None:
+    """Flags take their help from the line below the field; a field without one has no help."""
+    fields = config.__dataclass_fields__  # type: ignore[attr-defined]
+    docs = field_docs(config)
+    assert set(docs) == set(fields)
+    assert all(len(text) > 5 for text in docs.values())
