@@ -36,6 +36,10 @@ LOG = "extract.log.jsonl"
 """Times, hosts, attempts: what varies between runs, outside what is proven."""
 
 
+_reader: dict[str, int] = {}
+"""The process that uses tensorstore, by `pid`: used again after a fork, it aborts the child."""
+
+
 def canonical(value: Any) -> bytes:
     """The one JSON spelling that digests are taken of: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -226,12 +230,11 @@ class TargetCache:
         self.view_spec = ViewSpec.from_law(self.spec.view_law)
         self.codec: Codec = codec_of(self.spec.codec)
         self._arrays: dict[str, Any] = {}
-        self._pid = 0
 
     def __getstate__(self) -> dict:
         # Handles stay behind; the manifest is read again where it is needed.
         state = {k: v for k, v in self.__dict__.items() if k != "manifest"}
-        return state | {"_arrays": {}, "_pid": 0}
+        return state | {"_arrays": {}}
 
     @property
     def rows(self) -> int:
@@ -323,13 +326,13 @@ class TargetCache:
         raise CacheError(f"{self.path}: a batch could not be read, though each row of it can")
 
     def _array(self, name: str) -> Any:
-        if self._pid not in (0, os.getpid()):
+        if _reader.setdefault("pid", os.getpid()) != os.getpid():
             raise CacheError(
-                f"{self.path} was read before this process was forked",
-                expected="loader workers started by forkserver or spawn, or a cache opened in them",
+                f"{self.path}: a cache was read before this process was forked",
+                expected="loader workers started by forkserver or spawn",
+                fix='DataLoader(..., multiprocessing_context="forkserver")',
             )
         if name not in self._arrays:
-            self._pid = os.getpid()
             self._arrays[name] = _open_array(self.root / name)
         return self._arrays[name]
 

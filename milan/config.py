@@ -6,6 +6,7 @@ Each command has one frozen dataclass, beside its function. No file is read unle
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -36,7 +37,7 @@ def resolve(
     values: dict[str, Any] = {}
     if params:
         for key, value in read_section(params, section).items():
-            _put(kind, values, key, value, f"{params}, section {section}")
+            _put(kind, values, str(key), value, f"{params}, section {section}")
     for item in sets or []:
         key, equals, text = item.partition("=")
         if not equals:
@@ -69,7 +70,9 @@ def read_section(params: str, section: str) -> dict[str, Any]:
         read = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(read, dict) or not isinstance(read.get(section, {}), dict):
+    except UnicodeDecodeError:
+        raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
+    if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
         raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
     return read.get(section) or {}
 
@@ -102,7 +105,7 @@ def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
     if dot:
         head = _NESTED.get(head, head)
         if _is_dict(hints.get(head)):
-            values[head] = {**values.get(head, {}), rest: value}
+            values[head] = {**values.get(head, {}), rest: _number(value)}
             return
     if key not in hints:
         close = nearest(key, hints)
@@ -116,6 +119,14 @@ def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
 
 def _is_dict(hint: Any) -> bool:
     return hint is dict or typing.get_origin(hint) is dict
+
+
+def _number(value: Any) -> Any:
+    """A model's argument has no type to go by: text that is a number becomes one (1e-3)."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
@@ -132,7 +143,7 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         if _is_dict(hint):
             if not isinstance(value, dict):
                 raise TypeError
-            return dict(value)
+            return {name: _number(inner) for name, inner in value.items()}
         if hint is bool:
             if not isinstance(value, bool):
                 raise TypeError
@@ -140,12 +151,14 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         if hint is int:
             if isinstance(value, bool) or int(float(value)) != float(value):
                 raise TypeError
-            return int(float(value))
+            return value if isinstance(value, int) else int(float(value))
         if hint is float:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or math.isnan(float(value)):
                 raise TypeError
             return float(value)
+        if value is None or isinstance(value, bool | list | dict):
+            raise TypeError
         return str(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         name = getattr(hint, "__name__", str(hint))
         raise ConfigError(f"{key} = {value!r} in {where}", expected=f"of type {name}") from None

@@ -33,7 +33,7 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
     MAE's layout: the first half of the channels encodes the column, the second half the row, each
     half sines then cosines (MAE, util/pos_embed.py). Raises ConfigError unless 4 divides width.
     """
-    if width % 4:
+    if width < 4 or width % 4:
         raise ConfigError(f"width {width}", expected="a multiple of 4, for sine-cosine positions")
     omega = 10000 ** -(np.arange(width // 4) / (width / 4))
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
@@ -46,7 +46,18 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
 
 
 def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = None) -> Any:
-    """A timm ViT without head, with frozen sine-cosine positions and MAE's initial weights.
+    """A timm ViT without head, with frozen sine-cosine positions in place of its own.
+
+    Arguments and errors are `create_vit`'s; `initialise` gives it MAE's initial weights.
+    """
+    vit = create_vit(name, img_size=img_size, args=args)
+    vit.pos_embed.data.copy_(sincos_positions(vit.embed_dim, vit.patch_embed.grid_size[0]))
+    vit.pos_embed.requires_grad_(False)
+    return vit
+
+
+def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) -> Any:
+    """A timm ViT without head, initialised as timm does.
 
     `args` override its arguments (patch_size, embed_dim, depth, num_heads, ...). Raises
     ConfigError: unknown name or argument (the nearest are named), or a ViT of another kind.
@@ -63,9 +74,9 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
             raise ConfigError(f"unknown model argument {key!r}", fix=nearest(key, allowed))
     try:
         vit = timm.create_model(name, **{"img_size": img_size, "num_classes": 0, **args})
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ConfigError(
-            f"model {name} cannot be built with {args}: {error}",
+            f"model {name} cannot be built with {args}: {e}",
             expected="a plain ViT of timm, and arguments that it takes",
         ) from None
     why = ""
@@ -79,16 +90,17 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
         why = f"has patches of {vit.patch_embed.patch_size[0]} pixels, which do not tile {img_size}"
     elif vit.pos_embed is None or vit.pos_embed.shape[1] != 1 + vit.patch_embed.num_patches:
         why = "has no absolute positions for all its tokens"
+    elif not vit.patch_embed.flatten or vit.patch_embed.proj.in_channels != 3:
+        why = "takes pictures of any size, or not of three colours"
+    elif vit.pos_drop.p or not all(isinstance(m, nn.Identity) for m in (vit.patch_drop, vit.head)):
+        why = "drops tokens by itself, or has a classifier"
     if why:
         raise ConfigError(
             f"model {name} {why}",
             expected="a plain ViT of timm: one class token, absolute positions",
             fix="--model vit_base_patch16_224",
         )
-    made: Any = vit
-    made.pos_embed.data.copy_(sincos_positions(made.embed_dim, made.patch_embed.grid_size[0]))
-    made.pos_embed.requires_grad_(False)
-    return made
+    return vit
 
 
 def encode(vit: Any, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:

@@ -102,7 +102,7 @@ class ProbeConfig:
     """What `milan linear-probe` does."""
 
     checkpoint: str = "runs/pretrain"
-    """A run's folder, random, timm:NAME, or teacher."""
+    """A run's folder, random (as timm initialises it), timm:NAME, or teacher."""
     data: str = "imagenet"
     """Labelled images to fit on."""
     val_data: str | None = None

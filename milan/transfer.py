@@ -22,7 +22,7 @@ from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import ConfigError, DataError, ImageFault, nearest
 from milan.images import decode
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
-from milan.model import build_student, encode
+from milan.model import create_vit, encode
 from milan.settings import ProbeConfig
 from milan.sources import ImageSource
 from milan.views import centre_view, render
@@ -84,8 +84,9 @@ def frozen_encoder(config: ProbeConfig, device: torch.device) -> Frozen:
 
 
 def _random(name: str, args: dict[str, Any], size: int, seed: int) -> Any:
-    student = build_student(name, img_size=size, target_width=8, model_args=args, seed=seed)
-    vit = student.encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = create_vit(name, img_size=size, args=args)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": MEAN, "std": STD}
     return vit
 

@@ -50,11 +50,11 @@ def linear_probe(
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
     metrics = run(config, frozen=frozen, watch=console.ConsoleWatch())
-    place = Path(config.checkpoint)
-    if place.is_file():
+    name, place = config.checkpoint, Path(config.checkpoint)
+    if name in ("random", "teacher") or name.startswith("timm:"):  # no paths, whatever lies there
+        place = Path("runs") / name.replace(":", "-")
+    elif place.is_file():
         place = place.parent
-    elif not place.is_dir():
-        place = Path("runs") / config.checkpoint.replace(":", "-")
     path = Path(config.out) if config.out else place / "linear_probe.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)

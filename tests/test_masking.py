@@ -125,7 +125,9 @@ def test_tiny_attention_works() -> None:
     mask = importance_mask(weights, noise(2000, 8), visible=2)
     share = np.bincount(mask.visible.flatten().numpy(), minlength=8) / 2000
     assert np.abs(share - 0.25).max() < 0.05
-    assert torch.equal(mask.visible, random_mask(noise(2000, 8), visible=2).visible)
+    for tiny in (1e-38, 1e-44):  # where float32 would divide to infinity, all would tie
+        mask = importance_mask(torch.full((2000, 8), tiny), noise(2000, 8), visible=6)
+        assert torch.equal(mask.visible, random_mask(noise(2000, 8), visible=6).visible)
     weights[:, 0] = 1.0
     mask = importance_mask(weights, noise(2000, 8), visible=2)
     assert (mask.visible[:, 0] == 0).all()

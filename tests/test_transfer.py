@@ -229,7 +229,9 @@ def test_random_like_a_run_has_its_shape_and_other_weights(run: Path) -> None:
 
 
 def test_the_teacher_itself(teacher_files: dict[str, str], tmp_path: Path, photos: Path) -> None:
-    """The figure that a student is measured against, by the same command."""
+    """The figure that a student is measured against, by the same command; a folder that bears
+    the word's name is not meant by it."""
+    (tmp_path / "teacher").mkdir()
     ran = run_here(
         "linear-probe", "--checkpoint", "teacher", "--teacher", teacher_files["teacher"],
         "--pretrained", teacher_files["pretrained"], "--teacher-norm", "imagenet",
@@ -239,6 +241,7 @@ def test_the_teacher_itself(teacher_files: dict[str, str], tmp_path: Path, photo
     metrics = json.loads((tmp_path / "runs/teacher/linear_probe.json").read_text())
     assert metrics["checkpoint"].startswith("teacher ")
     assert metrics["features"] == 48
+    assert not list((tmp_path / "teacher").iterdir())
 
 
 def test_an_encoder_file_is_a_checkpoint_too(run: Path, photos: Path, tmp_path: Path) -> None:

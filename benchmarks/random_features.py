@@ -1,0 +1,42 @@
+"""Linear probes of an untrained encoder: as timm initialises it, and with the student's weights.
+
+    python -m benchmarks.random_features
+
+The demo's encoder and data. Says how much of a probe's accuracy is owed to random features alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from milan import checkpoint
+from milan.config import read_section
+from milan.device import MEAN, STD
+from milan.model import build_student
+from milan.transfer import linear_probe
+
+from benchmarks.measure import parser, report
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parser(__doc__.splitlines()[0]).parse_args()
+    probe = read_section("params.yaml", "linear_probe")
+    recipe = read_section("params.yaml", "pretrain")
+    shape = {"model": recipe["model"], "model_args": recipe["model_args"], "input_size": 28}
+    with tempfile.TemporaryDirectory() as folder:
+        student = build_student(
+            shape["model"], img_size=28, target_width=64, model_args=shape["model_args"]
+        )
+        about = shape | {"mean": MEAN, "std": STD}
+        file = Path(folder, checkpoint.ENCODER)
+        checkpoint.save_encoder(file, student.encoder, about)
+        timms = linear_probe(checkpoint="random", like=folder, **probe)["top1"]
+        ours = linear_probe(checkpoint=folder, **probe)["top1"]
+    lines = [f"Top-1: {timms} % as timm initialises it, {ours} % with the student's weights."]
+    report("random_features", "python -m benchmarks.random_features", lines, keep=args.keep)
+
+
+if __name__ == "__main__":
+    main()

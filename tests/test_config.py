@@ -1,0 +1,285 @@
+"""Settings: default < parameter file < --set < flag, as the right types, and nothing unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milan.config import deviations, read_section, resolve
+from milan.errors import ConfigError, nearest
+from milan.settings import PretrainConfig, ProbeConfig
+from pipeline.settings import ExtractConfig
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Any:
+    """params("pretrain: {...}") writes a parameter file and gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "params.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def pretraining(
+    sets: list[str] | None = None, params: str | None = None, **flags: Any
+) -> PretrainConfig:
+    return resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
+
+
+def test_later_wins(params: Any) -> None:
+    """Each source alone, and each over the ones before it."""
+    file = params("pretrain: {epochs: 10, batch_size: 11, seed: 12}\nextract: {seed: 99}")
+    sets = ["batch_size=21", "seed=22"]
+    assert pretraining() == PretrainConfig()
+    config = pretraining(params=file)
+    assert (config.epochs, config.batch_size, config.seed) == (10, 11, 12)
+    config = pretraining(sets, file)
+    assert (config.epochs, config.batch_size, config.seed) == (10, 21, 22)
+    config = pretraining(sets, file, seed=32)
+    assert (config.epochs, config.batch_size, config.seed) == (10, 21, 32)
+    assert config.lr is None
+    assert pretraining(["seed=1", "seed=2"]).seed == 2
+
+
+def test_flags_not_given_say_nothing(params: Any) -> None:
+    """A flag's absence must not undo what the file says; a false or a zero does."""
+    file = params("pretrain: {seed: 5, weight_decay: 0.1}")
+    assert pretraining(params=file, seed=None).seed == 5
+    assert pretraining(params=file, seed=0).seed == 0
+    assert pretraining(params=file, weight_decay=0.0).weight_decay == 0.0
+
+
+def test_null_undoes(params: Any) -> None:
+    """Where a field may be None, a later source may put the default back."""
+    file = params("pretrain: {lr: 0.1}")
+    assert pretraining(params=file).lr == 0.1
+    assert pretraining(["lr=null"], file).lr is None
+
+
+def test_no_file_is_read_unless_named(
+    params: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A params.yaml in the working folder is DVC's business, not a command's."""
+    params("pretrain: {epochs: 3}")
+    monkeypatch.chdir(tmp_path)
+    assert pretraining().epochs == PretrainConfig().epochs
+
+
+def test_arguments_of_models_are_merged(params: Any) -> None:
+    """model.x and decoder.x go to dictionaries of their own, key by key."""
+    file = params("pretrain: {model: vit_small, model_args: {depth: 2}, decoder: {depth: 3}}")
+    config = pretraining(["model.embed_dim=128", "decoder.num_heads=4", "decoder.depth=1"], file)
+    assert config.model == "vit_small"
+    assert config.model_args == {"depth": 2, "embed_dim": 128}
+    assert config.decoder == {"depth": 1, "num_heads": 4}
+    assert pretraining().decoder == {}
+    assert pretraining(["model=vit_tiny", "model.depth=2"]).model == "vit_tiny"
+    assert resolve(ProbeConfig, section="probe", sets=["model.depth=2"]).model_args == {"depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("item", "field", "value"),
+    [
+        ("lr=1e-3", "lr", 0.001),  # YAML reads this as text
+        ("lr=.001", "lr", 0.001),
+        ("lr=1", "lr", 1.0),
+        ("epochs=1e2", "epochs", 100),
+        ("epochs=7.0", "epochs", 7),
+        ("seed=9007199254740993", "seed", 9007199254740993),  # more than a float holds
+        ("out=123", "out", "123"),
+        ("out=a=b", "out", "a=b"),
+        ("out=runs/a b", "out", "runs/a b"),
+        ("out=[a", "out", "[a"),  # no YAML: text
+        (" seed =3", "seed", 3),
+        ("model.drop_path_rate=1e-1", "model_args", {"drop_path_rate": 0.1}),
+        ("model.qkv_bias=false", "model_args", {"qkv_bias": False}),
+        ("model.norm_layer=rmsnorm", "model_args", {"norm_layer": "rmsnorm"}),
+    ],
+)
+def test_types(item: str, field: str, value: Any) -> None:
+    """As the field declares; the value and its type."""
+    got = getattr(pretraining([item]), field)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_tuples(params: Any) -> None:
+    """Of the right length and of floats, from a file, --set or a flag."""
+    file = params("extract: {data: x, scale: [1, 1], ratio: [1e-1, 2]}")
+    config = resolve(ExtractConfig, section="extract", params=file)
+    assert config.scale == (1.0, 1.0)
+    assert config.ratio == (0.1, 2.0)
+    assert all(isinstance(edge, float) for edge in config.scale + config.ratio)
+    config = resolve(ExtractConfig, section="extract", sets=["scale=[0.5, 1]"], params=file)
+    assert config.scale == (0.5, 1.0)
+    flags = {"scale": (0.3, 0.9), "offline": True}
+    config = resolve(ExtractConfig, section="extract", params=file, flags=flags)
+    assert config.scale == (0.3, 0.9)
+    assert config.offline is True
+
+
+@pytest.mark.parametrize(
+    ("item", "kind"),
+    [
+        ("epochs=ten", "int"),
+        ("epochs=1.5", "int"),
+        ("epochs=.inf", "int"),
+        ("epochs=.nan", "int"),
+        ("epochs=yes", "int"),
+        ("epochs=", "int"),
+        ("epochs=[1]", "int"),
+        ("lr=fast", "float"),
+        ("lr=true", "float"),
+        ("lr=.nan", "float"),
+        ("lr=[1]", "float"),
+        ("model=[a]", "str"),
+        ("model={a: 1}", "str"),
+        ("masking=off", "str"),  # YAML's false
+        ("out=", "str"),
+        ("model_args=3", "dict"),
+    ],
+)
+def test_values_of_another_type(item: str, kind: str) -> None:
+    """Named with where it stands; never "None" as a folder or "False" as a masking."""
+    key = item.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: of type {kind}$"):
+        pretraining([item])
+
+
+@pytest.mark.parametrize(
+    "item", ["scale=0.2", "scale=0.2 1.0", "scale=[0.2]", "scale=[a, b]", "offline=1", "limit=x"]
+)
+def test_values_of_another_type_to_extract(item: str) -> None:
+    """Tuples of the wrong length, numbers for switches."""
+    with pytest.raises(ConfigError, match="in --set"):
+        resolve(ExtractConfig, section="extract", sets=["data=x", item])
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("epoch", "epochs"), ("batchsize", "batch_size"), ("LR", "lr"), ("seed.x", "seed")],
+)
+def test_unknown_keys_stop_the_run(params: Any, key: str, near: str) -> None:
+    """A misspelt setting would be a run of the wrong recipe; the nearest name is given."""
+    with pytest.raises(ConfigError, match=f"unknown parameter '{key}' in --set") as error:
+        pretraining([f"{key}=3"])
+    assert near in error.value.fix
+    assert "warmup_epochs" in error.value.expected
+    file = params(f"pretrain: {{{key}: 3}}")
+    with pytest.raises(ConfigError, match="section pretrain") as error:
+        pretraining(params=file)
+    assert file in str(error.value)
+
+
+def test_keys_of_other_sections_are_theirs(params: Any) -> None:
+    """One file serves all commands; a missing or an empty section is no error."""
+    file = params("pretrain:\nextract: {data: x, no_such: 1}\nother: 3")
+    assert pretraining(params=file) == PretrainConfig()
+    assert resolve(ProbeConfig, section="linear-probe", params=file) == ProbeConfig()
+    with pytest.raises(ConfigError, match="no_such"):
+        resolve(ExtractConfig, section="extract", params=file)
+    assert read_section(params(""), "pretrain") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pretrain: 3", "- pretrain", "pretrain: [epochs]", "pretrain: {epochs", "a: b: c", "1"],
+)
+def test_files_that_are_no_settings(params: Any, text: str) -> None:
+    """The file is named; no traceback of a parser."""
+    file = params(text)
+    with pytest.raises(ConfigError) as error:
+        pretraining(params=file)
+    assert file in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(params: Any, tmp_path: Path) -> None:
+    """Missing, a folder, not text, a key that is a number."""
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="no parameter file at"):
+            pretraining(params=str(path))
+    (tmp_path / "latin.yaml").write_bytes("pretrain: {out: ü}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        pretraining(params=str(tmp_path / "latin.yaml"))
+    with pytest.raises(ConfigError, match="unknown parameter '1'"):
+        pretraining(params=params("pretrain: {1: 2}"))
+
+
+def test_files_run_no_code(params: Any) -> None:
+    """Safe YAML only."""
+    with pytest.raises(ConfigError, match="no YAML"):
+        pretraining(params=params("pretrain: {out: !!python/object/apply:os.getcwd []}"))
+
+
+@pytest.mark.parametrize("item", ["epochs", "=3", ""])
+def test_sets_need_key_and_value(item: str) -> None:
+    """`--set epochs 3` is a slip of the hand."""
+    with pytest.raises(ConfigError):
+        pretraining([item])
+
+
+def test_required_settings() -> None:
+    """Named as a flag, since that is how it is given."""
+    with pytest.raises(ConfigError, match="--data not given"):
+        resolve(ExtractConfig, section="extract")
+    assert resolve(ExtractConfig, section="extract", sets=["data=x"]).data == "x"
+
+    @dataclasses.dataclass
+    class Two:
+        data: str
+        max_size: int
+
+    with pytest.raises(ConfigError, match="--data, --max-size not given"):
+        resolve(Two, section="x")
+
+
+def test_deviations() -> None:
+    """What differs from the published recipe, and only that."""
+    assert deviations(PretrainConfig()) == {}
+    config = pretraining(["epochs=3", "model.depth=2", "out=elsewhere", "lr=0.1", "keep=2"])
+    assert deviations(config, leave=("out",)) == {
+        "epochs": (3, 400),
+        "model_args": ({"depth": 2}, {}),
+        "lr": (0.1, None),
+    }
+    assert "out" in deviations(config)
+    assert "data" not in deviations(ExtractConfig(data="x")), "required: no default to differ from"
+
+
+def test_settings_share_no_state() -> None:
+    """A default dictionary used twice would carry one run's arguments into the next."""
+    first = pretraining(["model.depth=2"])
+    assert pretraining().model_args == {}
+    assert first.model_args is not pretraining(["model.depth=2"]).model_args
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objective": "clip"}, {"masking": "none"}, {"precision": "fp64"}, {"epochs": 0},
+        {"batch_size": 0}, {"micro_batch": 0}, {"lr": 0.0}, {"lr": -1.0}, {"keep": 0},
+        {"warmup_epochs": -1.0}, {"epochs": 10, "warmup_epochs": 10.0},
+    ],
+)  # fmt: skip
+def test_values_out_of_range(wrong: dict) -> None:
+    """Refused before anything is read or written."""
+    PretrainConfig().check()
+    with pytest.raises(ConfigError):
+        PretrainConfig(**wrong).check()
+
+
+def test_nearest_names() -> None:
+    """Like, or like but for its capitals; nothing for nonsense."""
+    known = ["ViT-B-16", "ViT-L-14", "RN50"]
+    assert nearest("vit-b-16", known).split(" or ")[0] == "ViT-B-16"
+    assert nearest("ViT-B16", known).split(" or ")[0] == "ViT-B-16"
+    assert nearest("zzzzzz", known) == ""
