@@ -10,13 +10,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from benchmarks.measure import parser, report
 from milan import checkpoint
 from milan.config import read_section
 from milan.device import MEAN, STD
 from milan.model import build_student
 from milan.transfer import linear_probe
-
-from benchmarks.measure import parser, report
 
 
 def main() -> None:
