@@ -246,6 +246,11 @@ class StepSampler(Sampler):
     def __init__(
         self, order: Order, *, start: int, stop: int, micro: int, rank: int = 0, ranks: int = 1
     ) -> None:
+        if order.batch_size % (ranks * micro):
+            raise ConfigError(
+                f"batch size {order.batch_size} over {ranks} ranks in micro-batches of {micro}",
+                expected="a whole number of micro-batches for every rank",
+            )
         self.order, self.start, self.stop = order, start, stop
         self.micro, self.rank, self.ranks = micro, rank, ranks
 

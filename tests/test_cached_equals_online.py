@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
+import open_clip
 import pytest
 import torch
-from conftest import STUDENT
+from conftest import STUDENT, TEACHER
+from safetensors.torch import save_file
 
 from milan.data import Batch, CachedDataset, Order, StepSampler, open_cache, training_loader
 from milan.device import MEAN, STD, normalise
@@ -37,8 +40,29 @@ class Difference(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher_files: dict[str, str]) -> Teacher:
-    spec = TeacherSpec(teacher_files["teacher"], teacher_files["pretrained"])
+def wide_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A CLIP of 64 patches and 96 channels, weights as in `teacher_files`.
+
+    A loss is a mean over tokens and channels, and so is its rounding: that of 24 channels and 16
+    patches is three times as large.
+    """
+    folder = tmp_path_factory.mktemp("wide")
+    vision = {**TEACHER["vision_cfg"], "patch_size": 4}  # type: ignore[dict-item]
+    config = {**TEACHER, "embed_dim": 96, "vision_cfg": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    state = open_clip.CLIP(**config).state_dict()
+    state = {k: v * 2 if v.ndim == 2 else v for k, v in state.items()}
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / "model.safetensors")
+    return {
+        "teacher": str(folder / "config.json"),
+        "pretrained": str(folder / "model.safetensors"),
+    }
+
+
+@pytest.fixture(scope="module")
+def teacher(wide_files: dict[str, str]) -> Teacher:
+    spec = TeacherSpec(wide_files["teacher"], wide_files["pretrained"])
     return load_teacher(spec, device="cpu")
 
 
@@ -58,7 +82,13 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     """Twenty AdamW steps from the cache, by pretraining's own parts; the teacher looks on."""
     cache = dataset.cache
     config = resolved(
-        PretrainConfig(epochs=10, batch_size=BATCH, warmup_epochs=0, **STUDENT),  # type: ignore[arg-type]
+        PretrainConfig(
+            epochs=10,
+            batch_size=BATCH,
+            warmup_epochs=0,
+            model_args={**STUDENT["model_args"], "patch_size": 4},
+            decoder=STUDENT["decoder"],
+        ),
         torch.device("cpu"),
     )
     order = Order(cache.good_rows(), cache.spec.shard_size, cache.views, config.seed, BATCH)
@@ -113,19 +143,19 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
 
 @pytest.mark.parametrize("codec", ["float16", "int8"])
 def test_cached_equals_online(
-    photos: Path, teacher_files: dict[str, str], teacher: Teacher, tmp_path: Path, codec: str
+    photos: Path, wide_files: dict[str, str], teacher: Teacher, tmp_path: Path, codec: str
 ) -> None:
     """Loss, gradient and masks at twenty sets of parameters; what must differ does."""
     extract_targets(
         str(photos), out=str(tmp_path / "t.zarr"), views=VIEWS, codec=codec, shard_size=8,
-        batch_size=7, executor="local", **teacher_files,
+        batch_size=7, executor="local", **wide_files,
     )  # fmt: skip
     found = train(open_cache(tmp_path / "t.zarr"), teacher)
-    print(codec, max(d.loss for d in found), max(d.gradient for d in found), min(d.flipped for d in found), min(d.other_view for d in found)); bound = GRADIENT[codec]
+    bound = GRADIENT[codec]
     for step, difference in enumerate(found):
         assert difference.gradient <= bound, (step, difference)
         if codec == "float16":
             assert difference.loss <= LOSS, (step, difference)
         # The bounds can be broken: by the mirrored view, and by another view of the same image.
-        assert difference.flipped > 4 * bound, (step, difference)
-        assert difference.other_view > 4 * bound, (step, difference)
+        assert difference.flipped > 2 * bound, (step, difference)
+        assert difference.other_view > 2 * bound, (step, difference)
