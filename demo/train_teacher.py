@@ -63,7 +63,9 @@ def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.Ada
 def export(model: CLIP, folder: Path) -> None:
     """Write the model's weights in half precision."""
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "licence": "Apache-2.0"})
+    save_file(
+        state, folder / "model.safetensors", metadata={"format": "pt", "licence": "Apache-2.0"}
+    )
 
 
 def main() -> None:

@@ -151,7 +151,6 @@ def test_its_image_tower_is_open_clips(teacher: Teacher, zero_shot: ModuleType) 
 
 def test_zero_shot_accuracy(zero_shot: ModuleType) -> None:
     """Worth learning from: at least 84 % of the embedded test images, by text prompts alone."""
-    torch.set_num_threads(2)
     model, tokenizer = zero_shot.load_teacher()
     images, labels = zero_shot.read_embedded(DEMO / "data/test.parquet")
     found = zero_shot.accuracy(
