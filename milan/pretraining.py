@@ -102,7 +102,10 @@ def pretrain(
     )
     student = student_of(config, targets).to(device)
     optimiser = torch.optim.AdamW(
-        decay_groups(student, config.weight_decay), lr=0.0, betas=(0.9, config.beta2)
+        decay_groups(student, config.weight_decay),
+        lr=0.0,
+        betas=(0.9, config.beta2),
+        fused=device.type in ("cpu", "cuda"),
     )
     course = Course(
         epochs=config.epochs,

@@ -83,6 +83,7 @@ def project(
         "extract": {
             "data": "data/train.parquet", "out": store, "teacher": "teacher/config.json",
             "pretrained": "teacher/model.safetensors", "views": 2, "executor": "local",
+            "scale": [0.6, 1.0],
             "shard_size": 8,
         },
         "pretrain": {
