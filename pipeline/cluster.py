@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,8 +58,8 @@ def map_blocks(
             ray.shutdown()
 
 
-def cluster_gpus(address: str) -> int:
-    """GPUs of the cluster at `address`."""
+def cluster_gpus(address: str | None) -> int:
+    """GPUs of the cluster at `address` or $RAY_ADDRESS."""
     ours = _connect(address)
     count = int(ray.cluster_resources().get("GPU", 0))
     if ours:
@@ -73,6 +74,8 @@ def _connect(address: str | None) -> bool:
     target = address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
     try:
+        if target:
+            _knock(target)
         ray.init(
             address=target,
             log_to_driver=False,
@@ -86,6 +89,13 @@ def _connect(address: str | None) -> bool:
             fix="--executor local does the same work in one process",
         ) from None
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody answers at host:port; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _host_class() -> type:

@@ -315,7 +315,7 @@ def extract_targets(
         todo = store.missing()
         shards = sum(len(views) for _, views in todo)
         committed = summary["shards"] - shards
-        rows_todo = sum(np.diff(work.spec.block_rows(block))[0] for block, _ in todo)
+        rows_todo = sum(stop - start for start, stop in (work.spec.block_rows(b) for b, _ in todo))
         _check_space(out, int(summary["bytes"] * shards / summary["shards"]))
         if committed:
             watch.note(f"resuming: {committed} of {summary['shards']} shards are there")
@@ -346,7 +346,7 @@ def _share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
         replicas = 1
     elif config.replicas:
         replicas = config.replicas
-    elif config.address:
+    elif config.address or os.environ.get("RAY_ADDRESS"):
         from pipeline.cluster import cluster_gpus
 
         replicas = max(1, cluster_gpus(config.address))

@@ -1,0 +1,289 @@
+"""Tests of pipeline/cluster.py with real Ray: same bytes as in one process, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_photos, tree
+from safetensors.torch import load_file, save_file
+
+from milan.errors import MilanError
+from pipeline.extract import extract_targets
+
+pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
+
+MILAN = str(Path(sys.executable).parent / "milan")
+STORE = "t.zarr"
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def tagged(tag: str) -> dict[int, str]:
+    """Processes that inherited `tag` from a command: pid -> its title. Reads /proc."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if tag.encode() in (entry / "environ").read_bytes():
+                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state != "Z":
+                        found[int(entry.name)] = title
+            except OSError:
+                continue  # gone, or somebody else's
+    return found
+
+
+def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
+    """Wait for a truthy answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = what()
+        if answer:
+            return answer
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+class Command:
+    """`milan extract-targets` running in a folder, in a session of its own."""
+
+    def __init__(self, data: Path, cwd: Path, teacher_files: dict[str, str], *more: object) -> None:
+        self.tag, self.cwd = f"MILAN_TEST_TAG={uuid.uuid4().hex}", cwd
+        words = ["extract-targets", "--data", data, "--out", STORE, "--views", 2]
+        words += ["--shard-size", 2, "--batch-size", 3, "--num-workers", 1]
+        for key, value in teacher_files.items():
+            words += [f"--{key}", value]
+        name, value = self.tag.split("=")
+        # A user who allows Ray's statistics elsewhere: milan still sends none.
+        env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "1"}
+        env.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(
+            [MILAN, *map(str, (*words, *more))], cwd=cwd, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def records(self) -> int:
+        return len(list((self.cwd / STORE / "generations/000/records").glob("*.json")))
+
+    def actors(self) -> list[int]:
+        return [pid for pid, title in tagged(self.tag).items() if title.startswith("ray::Host")]
+
+    def end(self) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error) when it is over."""
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+    def all_gone(self) -> bool:
+        return not tagged(self.tag)
+
+    def statistics(self) -> set[str]:
+        """RAY_USAGE_STATS_ENABLED as Ray's own processes have it."""
+        found = set()
+        for pid, title in tagged(self.tag).items():
+            if "raylet" in title or "gcs_server" in title:
+                try:
+                    environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                found |= {e.decode() for e in environ if e.startswith(b"RAY_USAGE_STATS_ENABLED=")}
+        return found
+
+
+@pytest.fixture
+def start(teacher_files: dict[str, str]) -> Iterator[Callable[..., Command]]:
+    """start(data, cwd, *flags) -> a running command; nothing of it outlives the test."""
+    begun: list[Command] = []
+
+    def run(data: Path, cwd: Path, *more: object) -> Command:
+        cwd.mkdir(exist_ok=True)
+        begun.append(Command(data, cwd, teacher_files, *more))
+        return begun[-1]
+
+    yield run
+    for command in begun:
+        command.process.kill()
+        command.process.communicate()
+        for pid in tagged(command.tag):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def hostile_folder(path: Path) -> Path:
+    """A user's project that has packages of our names, which must never be imported."""
+    for name in ("pipeline", "stages", "milan"):
+        (path / name).mkdir(parents=True)
+        text = f"raise SystemError('the user's own {name} was imported')\n"
+        (path / name / "__init__.py").write_text(text.replace("user's", "user"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 photos: 24 blocks, time enough to kill somebody in the middle."""
+    return make_photos(tmp_path_factory.mktemp("many"), count=48, seed=4)
+
+
+def local(data: Path, out: Path, teacher_files: dict[str, str], **more: Any) -> dict[str, bytes]:
+    """The tree that one undisturbed process makes."""
+    torch.set_num_threads(1)
+    extract_targets(
+        str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
+        **{**teacher_files, **more},
+    )  # fmt: skip
+    return tree(out)
+
+
+# --- one machine ----------------------------------------------------------------------------------
+
+
+def test_ray_in_a_folder_with_packages_of_our_names(
+    photos: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Same bytes as in one process; nothing imported from there, sent anywhere, or left behind."""
+    folder = hostile_folder(tmp_path / "project")
+    command = start(photos, folder)
+    assert until(command.statistics) == {"RAY_USAGE_STATS_ENABLED=0"}
+    until(command.actors)
+    code, out, err = command.end()
+    assert (code, err) == (0, "")
+    assert "executor: ray, 1 x teacher" in out
+    until(command.all_gone, seconds=20)
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == local(photos, tmp_path / "other" / STORE, teacher_files)
+    assert not (folder / STORE / ".staging").exists()
+
+
+def test_killed_workers_and_drivers_change_no_byte(
+    many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL of the driver after the first commit; the same line again, and SIGKILL of a worker."""
+    folder, moment = tmp_path / "killed", random.Random(3)
+    first = start(many, folder, "--replicas", 2)
+    until(first.records)
+    time.sleep(moment.uniform(0, 0.3))
+    first.process.kill()
+    first.process.communicate()
+    assert 0 < first.records() < 48, "the driver was not killed in the middle"
+    assert not (folder / STORE / "index.json").exists()
+    until(first.all_gone, seconds=60)
+
+    second = start(many, folder, "--replicas", 2)
+    before = second.records()
+    until(lambda: second.records() > before)
+    victims = second.actors()
+    assert len(victims) == 2
+    os.kill(victims[0], signal.SIGKILL)
+    at = second.records()
+    code, out, err = second.end()
+    assert (code, err) == (0, "")
+    assert at < 48, "the worker was not killed in the middle"
+    assert "resuming: " in out
+    log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
+    failures = [entry for entry in log if entry["event"] == "failure"]
+    assert [entry["attempt"] for entry in failures] == [0]
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == local(many, tmp_path / "other" / STORE, teacher_files)
+    until(second.all_gone, seconds=20)
+
+
+def test_an_address_of_nothing(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One clear error at once; left alone, Ray tries for many minutes."""
+    began = time.monotonic()
+    for address in ("127.0.0.1:1", "somewhere"):
+        with pytest.raises(MilanError, match=rf"the Ray cluster at {address} cannot be reached: "):
+            extract_targets(str(photos), out=str(tmp_path / STORE), address=address,
+                            **teacher_files)  # fmt: skip
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    with pytest.raises(MilanError, match=r"127\.0\.0\.1:2 cannot be .*--executor local"):
+        extract_targets(str(photos), out=str(tmp_path / STORE), **teacher_files)
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / STORE).exists()
+
+
+# --- a running cluster ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster that was there before, and stays: its address."""
+    import ray
+
+    from pipeline.cluster import _connect
+
+    assert _connect(None)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def test_joining_a_cluster(
+    cluster: str, photos: Path, start: Callable[..., Command], teacher_files: dict[str, str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """--address: the work is done there, from any folder, and the cluster goes on living."""
+    import ray
+
+    folder = hostile_folder(tmp_path / "project")
+    command = start(photos, folder, "--address", cluster, "--replicas", 2)
+    code, out, err = command.end()
+    assert (code, err) == (0, "")
+    assert "executor: ray, 2 x teacher" in out
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == local(photos, tmp_path / "other" / STORE, teacher_files)
+    assert ray.cluster_resources()["CPU"] >= 1
+
+
+def test_what_a_worker_refuses_ends_the_run(
+    cluster: str, photos: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """An error with a cause is told as it is, not tried three times; finished shards stay."""
+    state = load_file(teacher_files["pretrained"])
+    state["visual.proj"] = state["visual.proj"] * float("inf")
+    save_file(state, tmp_path / "loud.safetensors")
+    with pytest.raises(MilanError, match=r"output for row \d+ is not finite") as error:
+        extract_targets(
+            str(photos), out=str(tmp_path / STORE), views=2, batch_size=3,
+            teacher=teacher_files["teacher"], pretrained=str(tmp_path / "loud.safetensors"),
+        )  # fmt: skip
+    assert type(error.value).__name__ == "TeacherError"
+    assert not (tmp_path / STORE / ".staging").exists()
+
+
+def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
+    """A worker that dies each time: three attempts, then the block is named with a reason."""
+    from pipeline.cluster import map_blocks
+
+    failures: list[tuple[int, int]] = []
+    lost = map_blocks(
+        ("os", "_exit"),  # a worker that ends its process as soon as it is made
+        {"status": 1},
+        [(7, [0, 1])],
+        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+        on_done=lambda *_: pytest.fail("there is nothing to commit"),
+        on_progress=lambda _: None,
+        on_failure=lambda block, attempt, why: failures.append((block, attempt)),
+        replicas=1,
+        gpus=0,
+        address=None,
+        attempts=3,
+    )
+    assert failures == [(7, 0), (7, 1), (7, 2)]
+    assert list(lost) == [7]
+    assert lost[7]
