@@ -244,8 +244,9 @@ def load_published(
     decoder_depth, decoder_num_heads, target_dim, norm_eps); left out, sizes are read off the
     weights and heads are the published models'. Raises ConfigError if they do not fit.
     """
-    state = {k: torch.as_tensor(v) for k, v in _published_state(source).items()}
+    read = _published_state(source)
     try:
+        state = {k: torch.as_tensor(v) for k, v in read.items()}
         shape = _published_shape(state) | dict(config or {})
         vit = build_encoder(
             "vit_base_patch16_224",
@@ -274,8 +275,9 @@ def load_published(
                 module.eps = shape["norm_eps"]
         student = Student(vit, decoder)
         student.load_state_dict({our_name(k): v for k, v in state.items()}, strict=True)
-    except (KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[-1].strip()[:200]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        missing = "it has no " if isinstance(error, KeyError) else ""
+        first = missing + str(error).strip().splitlines()[-1].strip()[:200]
         raise ConfigError(
             f"the checkpoint is not in MILAN's published layout: {first}",
             expected="patch_embed.proj, blocks.i…, decoder_blocks.j.attn.q/kv, …",
@@ -290,16 +292,21 @@ def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {path}", expected="a .pth or .safetensors file")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged: {error}") from None
     # Published files carry their command line, an argparse.Namespace; nothing else may run.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             read = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zip and torch each have their own
-            raise ConfigError(
-                f"{path} cannot be loaded safely: {str(error).splitlines()[0][:160]}"
-            ) from None
-    return dict(read.get("model", read))
+            first = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise ConfigError(f"{path} cannot be loaded safely: {first}") from None
+    held = read.get("model", read) if isinstance(read, dict) else None
+    if not isinstance(held, dict):
+        raise ConfigError(f"{path} holds no state dict", expected="named tensors, or `model`")
+    return held
 
 
 def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

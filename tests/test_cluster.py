@@ -172,7 +172,7 @@ def test_ray_in_a_folder_with_packages_of_our_names(
 def test_killed_workers_and_drivers_change_no_byte(
     many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver after the first commit; the same line again, and SIGKILL of a worker."""
+    """SIGKILL of the driver after a commit; the same line again, and SIGKILL of a worker."""
     folder, moment = tmp_path / "killed", random.Random(3)
     first = start(many, folder, "--replicas", 2)
     until(first.records)
