@@ -175,7 +175,8 @@ class Store:
             self.close()
             raise
         self.run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.staging = path / STAGING / self.run
+        # Absolute: a worker on a cluster that was there before has another working folder.
+        self.staging = path.absolute() / STAGING / self.run
         # We hold the lock, so every other run's staging belongs to the dead.
         shutil.rmtree(path / STAGING, ignore_errors=True)
         self.staging.mkdir(parents=True)
