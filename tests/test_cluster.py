@@ -161,7 +161,7 @@ def test_ray_in_a_folder_with_packages_of_our_names(
     assert until(command.statistics) == {"RAY_USAGE_STATS_ENABLED=0"}
     until(command.actors)
     code, out, err = command.end()
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     assert "executor: ray, 1 x teacher" in out
     until(command.all_gone, seconds=20)
     (tmp_path / "other").mkdir()
@@ -191,7 +191,7 @@ def test_killed_workers_and_drivers_change_no_byte(
     os.kill(victims[0], signal.SIGKILL)
     at = second.records()
     code, out, err = second.end()
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     assert at < 48, "the worker was not killed in the middle"
     assert "resuming: " in out
     log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
@@ -243,7 +243,7 @@ def test_joining_a_cluster(
     folder = hostile_folder(tmp_path / "project")
     command = start(photos, folder, "--address", cluster, "--replicas", 2)
     code, out, err = command.end()
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     assert "executor: ray, 2 x teacher" in out
     (tmp_path / "other").mkdir()
     assert tree(folder / STORE) == local(photos, tmp_path / "other" / STORE, teacher_files)
