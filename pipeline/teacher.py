@@ -105,8 +105,8 @@ def _attend(attn: nn.MultiheadAttention, q_x: torch.Tensor, **_: Any) -> torch.T
     """
     batch, tokens, width = q_x.shape
     qkv = nn.functional.linear(q_x, attn.in_proj_weight, attn.in_proj_bias)
-    heads = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
+    q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v)
     return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
