@@ -97,16 +97,19 @@ def resolve_data(name: str, root: str | None = None) -> Path:
     """The folder or file that `--data name` means.
 
     An existing path wins; else a name means a folder below the data root: `root`, else
-    $MILAN_DATA, else ./data. Of a folder cut into train, val, ... the part `train` is meant.
+    $MILAN_DATA, else ./data; of that its part `train`, where there is one. Of a path that is cut
+    into train, val, ... and nothing else the part `train` is meant too.
     Raises DataError listing every place looked at.
     """
     places = [Path(name).expanduser()]
+    if places[0].exists():
+        return _training_part(places[0])
     if not places[0].is_absolute():
         base = Path(root or os.environ.get("MILAN_DATA") or "data").expanduser()
-        places += [base / name]
-    for place in places:
+        places += [base / name / "train", base / name]
+    for place in places[1:]:
         if place.exists():
-            return _training_part(place)
+            return place
     raise DataError(
         f"no data found for --data {name}; looked at: " + ", ".join(str(p) for p in places),
         expected="an image folder, a Parquet file or a folder of Parquet files",

@@ -430,7 +430,7 @@ def test_where_a_name_leads(here: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """A path, else below --data-root, else $MILAN_DATA, else ./data; each only if nothing wins."""
     put(here, "data/imagenet/train/c/1.jpg", "data/imagenet/val/c/1.jpg")
     assert resolve_data("imagenet").resolve() == here / "data/imagenet/train"
-    put(tmp_path / "env", "imagenet/train/c/1.jpg")
+    put(tmp_path / "env", "imagenet/train/c/1.jpg", "imagenet/other/c/1.jpg")
     monkeypatch.setenv("MILAN_DATA", str(tmp_path / "env"))
     assert resolve_data("imagenet") == tmp_path / "env/imagenet/train"
     put(tmp_path / "root", "imagenet/train/c/1.jpg")
