@@ -457,12 +457,19 @@ def test_a_missing_name_lists_where_it_was_sought(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every place, in order; an absolute path is only itself."""
-    with pytest.raises(DataError, match=r"looked at: imagenet, data/imagenet;"):
+    with pytest.raises(
+        DataError, match=r"looked at: imagenet, data/imagenet/train, data/imagenet;"
+    ):
         resolve_data("imagenet")
     monkeypatch.setenv("MILAN_DATA", "/nowhere/else")
-    with pytest.raises(DataError, match=r"looked at: imagenet, /nowhere/else/imagenet;"):
+    with pytest.raises(
+        DataError,
+        match=r"looked at: imagenet, /nowhere/else/imagenet/train, /nowhere/else/imagenet;",
+    ):
         resolve_data("imagenet")
-    with pytest.raises(DataError, match=r"looked at: imagenet, /root/of/it/imagenet;"):
+    with pytest.raises(
+        DataError, match=r"looked at: imagenet, /root/of/it/imagenet/train, /root/of/it/imagenet;"
+    ):
         resolve_data("imagenet", "/root/of/it")
     with pytest.raises(DataError, match=r"looked at: /nowhere/imagenet;") as error:
         resolve_data("/nowhere/imagenet", "/root/of/it")
