@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -23,11 +24,13 @@ from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch.nn import functional as F
 
 import pipeline.timm_vit
-from milan.cache import TargetCache
+from milan.data import open_cache
 from milan.errors import TeacherError
+from milan.watch import Silent
 from pipeline.extract import extract_targets
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from pipeline.weights import weights_digest
+from pipeline.towers import TimmTower
+from pipeline.weights import read_weights, weights_digest
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -343,6 +346,19 @@ def test_attention_knows_no_autocast(files: Any, images: torch.Tensor, name: str
     assert torch.equal(inside, expected_attention)
 
 
+def test_attention_of_a_half_precision_input(files: Any) -> None:
+    """A tower that hands its last block halves: the logits are computed in float32 all the same."""
+    tower = load_teacher(files("small_eva02"), device="cpu").tower
+    assert isinstance(tower, TimmTower)
+    x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        tower._keep_input(tower.trunk, (x,), {})
+        halves = tower.attention()
+        tower._keep_input(tower.trunk, (x.float(),), {})
+        assert torch.equal(halves, tower.attention())
+    assert halves.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["small_dinov2", "siglip", "gap"])
 def test_attention_stays_positive(files: Any, images: torch.Tensor, name: str) -> None:
     """Nearly one-hot attention, where a float32 softmax underflows, is drawn from too."""
@@ -443,15 +459,15 @@ def test_timms_published_weights(monkeypatch: pytest.MonkeyPatch, name: str, rea
 
 def test_weights_fit_to_the_last_tensor(files: Any, tmp_path: Path) -> None:
     """timm alone would leave what it does not find random, because the classifier is gone."""
-    spec = files("small_dinov2")
-    whole = timm.create_model("small_dinov2", num_classes=7).state_dict()
+    spec = files("small_vit")
+    whole = timm.create_model("small_vit", num_classes=7).state_dict()
     with_classifier = {k: v.contiguous() for k, v in whole.items()}
     save_file(with_classifier, tmp_path / "classifier.safetensors")
     load_teacher(TeacherSpec(spec.name, str(tmp_path / "classifier.safetensors")), device="cpu")
     torch.save({"model": {f"module.{k}": v for k, v in whole.items()}}, tmp_path / "run.pt")
     load_teacher(TeacherSpec(spec.name, str(tmp_path / "run.pt")), device="cpu")
     wrong = {
-        "less": {k: v for k, v in with_classifier.items() if k != "blocks.1.ls1.gamma"},
+        "less": {k: v for k, v in with_classifier.items() if k != "blocks.1.norm1.weight"},
         "more": {**with_classifier, "blocks.2.norm1.bias": torch.zeros(48)},
         "shape": {**with_classifier, "norm.weight": torch.ones(49)},
         "other": {"a": torch.zeros(1)},
@@ -468,7 +484,7 @@ def test_weights_fit_to_the_last_tensor(files: Any, tmp_path: Path) -> None:
 def test_a_clips_weights_fit_to_the_last_tensor(files: Any, tmp_path: Path) -> None:
     """A timm tower inside a CLIP is loaded as strictly as open_clip's own."""
     spec = files("siglip")
-    state = pipeline.timm_vit.read_weights(Path(spec.pretrained))
+    state = read_weights(Path(spec.pretrained))
     del state["visual.trunk.attn_pool.latent"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(TeacherError, match=r"do not fit the image tower of .*siglip"):
@@ -523,7 +539,7 @@ def test_resized_positions_are_timms(files: Any) -> None:
     teacher = load_teacher(spec, device="cpu")
     model = timm.create_model("small_dinov2", num_classes=0, img_size=48)
     filtered = timm.models.vision_transformer.checkpoint_filter_fn(
-        pipeline.timm_vit.read_weights(Path(spec.pretrained)), model
+        read_weights(Path(spec.pretrained)), model
     )
     assert torch.allclose(teacher.visual.pos_embed, filtered["pos_embed"], atol=1e-6)
 
@@ -596,8 +612,8 @@ def test_offline_says_which_file_to_place(monkeypatch: pytest.MonkeyPatch, tmp_p
 # --- into a store ---------------------------------------------------------------------------------
 
 
-class Notes:
-    """A watch that keeps what it is told."""
+class Heard(Silent):
+    """Keeps the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -605,21 +621,28 @@ class Notes:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def __getattr__(self, _: str) -> Any:
-        return lambda *args, **kwargs: None
-
 
 @pytest.mark.parametrize("name", ["siglip", "small_dinov2", "gap"])
 def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None:
-    """A real store of such a teacher: shapes, values, and what it tells of row 0."""
-    spec, watch = files(name), Notes()
+    """A real store of such a teacher holds what it says, and tells what row 0 is."""
+    spec, watch = files(name), Heard()
+    path = tmp_path / "t.zarr"
     extract_targets(
-        str(photos), out=str(tmp_path / "t.zarr"), teacher=spec.name, pretrained=spec.pretrained,
-        views=1, shard_size=24, limit=5, codec="float16", executor="local", device="cpu",
-        watch=watch,
+        str(photos), out=str(path), teacher=spec.name, pretrained=spec.pretrained, views=1,
+        shard_size=24, limit=5, codec="float16", executor="local", device="cpu", watch=watch,
     )  # fmt: skip
     teacher = load_teacher(spec, device="cpu")
-    cache = TargetCache(tmp_path / "t.zarr")
+    views = open_cache(path)
+    cache = views.cache
+    rows, zeros = np.arange(5), np.zeros(5, np.int64)
+    tokens, attention = teacher.targets(views.pixels(rows, zeros))
+    got = cache.read(rows, zeros)
+    assert np.abs(got.attention - attention.numpy()).max() <= 1e-6
+    assert got.codes is not None
+    features = cache.codec.decode(torch.from_numpy(got.codes), None)
+    assert (features - tokens).abs().max() <= 1e-3 * tokens.abs().max()
+    assert (tokens[0] - tokens[1]).abs().max() > 1e-2 * tokens.abs().max()
+
     about = cache.attributes["about"]
     for key in ("class_token", "attention", "left_out", "notes"):
         assert about[key] == teacher.about[key]
