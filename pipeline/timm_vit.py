@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from milan.errors import TeacherError, nearest
-from pipeline.towers import Loaded, TimmTower, patch_of, refuse
+from pipeline.towers import Loaded, TimmTower, check_vit, patch_of, refuse
 from pipeline.weights import do_not_fit, not_here, read_weights, stated_licence, weight_file
 
 # Modules of timm whose models may have tokens. Others are refused before they are built: some have
@@ -26,6 +26,9 @@ from pipeline.weights import do_not_fit, not_here, read_weights, stated_licence,
 _FAMILIES: Final = (
     "vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin",
 )  # fmt: skip
+
+# What timm raises over settings, and its conversions over files that are another model's.
+_ODD: Final = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def check_family(name: str, model: str) -> None:
@@ -78,24 +81,21 @@ def load_timm_vit(
         # Strictly: timm would leave what it does not find random, because the classifier is gone.
         heads = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
         gone = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
-        state = {k: v.float() for k, v in state.items() if k not in gone}
+        state = {
+            k: v.float() if isinstance(v, torch.Tensor) else v
+            for k, v in state.items()
+            if k not in gone
+        }
         overlay = {"state_dict": state, "num_classes": 0, "custom_load": False, "label_offset": 0}
         options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             trunk: Any = timm.create_model(model, num_classes=0, **options)
-        except (
-            AssertionError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as e:
+        except _ODD as error:
             if state is None:
-                raise TeacherError(f"timm cannot build {model}: {e}") from None
-            raise do_not_fit(label, name, e) from None
+                raise TeacherError(f"timm cannot build {model}: {error}") from None
+            raise do_not_fit(label, name, error) from None
     trunk.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
     resize(name, trunk, img_size)
     # A class token is one, even where timm's classifier would average (DINOv3).
@@ -126,8 +126,9 @@ def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
 def resize(name: str, trunk: Any, size: int | None) -> None:
     """Make `trunk` take images of `size` pixels; positions are resampled by timm, bicubic.
 
-    None leaves it as it is. Raises TeacherError unless its patches tile the size.
+    None leaves it as it is. Raises TeacherError unless it is a ViT whose patches tile the size.
     """
+    check_vit(name, trunk)
     if size is None or (size, size) == tuple(trunk.patch_embed.img_size):
         return
     check_tiling(size, patch_of(trunk))

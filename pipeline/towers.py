@@ -162,8 +162,7 @@ class TimmTower(Tower):
     def __init__(
         self, name: str, module: nn.Module, trunk: Any, head: nn.Module, pooling: str
     ) -> None:
-        if not isinstance(trunk, VisionTransformer | Eva | Beit):
-            refuse(name, f"its image tower is a {type(trunk).__name__}")
+        check_vit(name, trunk)
         embed = trunk.patch_embed
         self.size, self.patch = int(embed.img_size[0]), patch_of(trunk)
         self.module, self.trunk, self.head, self.pooling = module, trunk, head, pooling
@@ -220,6 +219,12 @@ class TimmTower(Tower):
 
     def _keep_input(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self._input = args, kwargs
+
+
+def check_vit(name: str, trunk: Any) -> None:
+    """Refuse the teacher `name` unless timm's `trunk` is a ViT as this module knows them."""
+    if not isinstance(trunk, VisionTransformer | Eva | Beit):
+        refuse(name, f"its image tower is a {type(trunk).__name__}")
 
 
 def patch_of(trunk: Any) -> int:

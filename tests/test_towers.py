@@ -555,6 +555,7 @@ def test_resized_positions_are_timms(files: Any) -> None:
         ("timm:swin_large_patch4_window12_384", "its image tower is timm's swin_large"),
         ("timm:small_parallel", "its blocks have no attention of their own"),
         ("timm:small_max", "it pools by 'max'"),
+        ("timm:of_the_users_own", "its image tower is a ResNet"),
         ("ViTamin-B-none", "unknown teacher"),
     ],
 )
@@ -569,6 +570,11 @@ def test_models_without_tokens_are_refused(name: str, why: str) -> None:
 
 small("small_parallel", "vit_base_patch16_xp_224")
 small("small_max", "vit_base_patch16_siglip_gap_224", global_pool="max")
+
+
+@register_model
+def of_the_users_own(pretrained: bool = False, **kwargs: Any) -> Any:
+    return model_entrypoint("resnet10t")(pretrained, **kwargs)
 
 
 def test_names_of_timm_that_are_not_there() -> None:
