@@ -18,7 +18,7 @@ class ExtractConfig:
     data_root: str | None = None
     """Where data names are looked up."""
     teacher: str = "ViT-B-16-quickgelu"
-    """An open_clip name, hf-hub:…, local-dir:…, or a model config (JSON)."""
+    """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, or a model config (JSON)."""
     pretrained: str | None = None
     """Weights: a tag, a file, or none (random, flagged)."""
     teacher_norm: str | None = None

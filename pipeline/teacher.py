@@ -1,12 +1,11 @@
-"""The frozen CLIP tower that gives targets. The only module that imports open_clip.
+"""The frozen image tower that gives targets. The only module that imports open_clip.
 
-Shapes: B views, S pixels an edge, N patches, T = 1 + N tokens with the class token first,
-C the joint width of image and text.
+Shapes: B views, S pixels an edge, N patches, T = 1 + N tokens with the class token (or what stands
+in for it, see pipeline/towers.py) first, C the joint width of image and text.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -14,17 +13,26 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
 
 from milan.device import MEAN, STD, autocast, normalise, pick_device
 from milan.errors import TeacherError, nearest
 from milan.transfer import Frozen
+from pipeline.timm_vit import check_family, check_tiling, load_timm_vit, resize
+from pipeline.towers import Loaded, NativeTower, TimmTower, Tower, refuse
+from pipeline.weights import (
+    do_not_fit,
+    go_offline,
+    not_here,
+    read_weights,
+    stated_licence,
+    weight_file,
+    weights_digest,
+)
 
 DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
 DEFAULT_PRETRAINED: Final = "openai"
@@ -40,10 +48,11 @@ class TeacherSpec:
     """Which teacher to load, as the user named it."""
 
     name: str = DEFAULT_TEACHER
-    """An open_clip name, `hf-hub:…`, `local-dir:…`, or the path of a model config (JSON)."""
+    """An open_clip name, `timm:NAME`, `hf-hub:…`, `local-dir:…`, or a model config (JSON)."""
     pretrained: str | None = None
-    """A tag of open_clip, a file (.safetensors, or .pt loaded safely), or `none`: random weights.
-    Left out it means `openai` for the default teacher."""
+    """A tag of open_clip or timm, a file (.safetensors, or .pt loaded safely), or `none`: random
+    weights. Left out it means `openai` for the default teacher, and timm's default for a ViT of
+    timm."""
     norm: str | None = None
     """`imagenet` (what the published results used; default of the default teacher) or `own`."""
     img_size: int | None = None
@@ -57,19 +66,12 @@ class TeacherSpec:
 class Teacher:
     """A loaded tower. `identity` determines its outputs; `about` tells people of its origin."""
 
-    def __init__(self, visual: Any, *, identity: dict, about: dict, device: torch.device) -> None:
-        self.visual: Any = visual.to(device).eval().requires_grad_(False)
+    def __init__(self, tower: Tower, *, identity: dict, about: dict, device: torch.device) -> None:
+        self.visual: Any = tower.module.to(device).eval().requires_grad_(False)
+        self.tower = tower
         self.identity, self.about, self.device = identity, about, device
-        self.size: int = identity["image_size"]
-        self.patch: int = identity["patch_size"]
+        self.size, self.patch, self.channels = tower.size, tower.patch, tower.channels
         self.tokens = 1 + (self.size // self.patch) ** 2
-        self.channels: int = identity["channels"]
-        self._seen: dict[str, torch.Tensor] = {}
-        for block in self._blocks():
-            if isinstance(block.attn, nn.MultiheadAttention):
-                block.attention = partial(_attend, block.attn)
-        self._blocks()[-1].register_forward_pre_hook(self._keep_input)
-        visual.get_submodule("transformer").register_forward_hook(self._keep_output)
 
     @torch.inference_mode()
     def targets(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,69 +84,16 @@ class Teacher:
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `targets`, of normalised images [B, 3, S, S], float32."""
         with autocast(self.device, self.identity["precision"]):
-            self.visual(images)
-            tokens = self.visual.ln_post(self._seen.pop("output")) @ self.visual.proj
-        attention = class_attention(self._blocks()[-1], self._seen.pop("input"))
-        return tokens.float(), attention
-
-    def _blocks(self) -> Any:
-        return self.visual.get_submodule("transformer").get_submodule("resblocks")
-
-    def _keep_input(self, _: nn.Module, args: tuple) -> None:
-        self._seen["input"] = args[0]
-
-    def _keep_output(self, _: nn.Module, __: tuple, output: torch.Tensor) -> None:
-        self._seen["output"] = output
-
-
-def _attend(attn: nn.MultiheadAttention, q_x: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Self-attention of [B, T, W] by the weights of `attn`.
-
-    nn.MultiheadAttention transposes to [T, B, W] first; under autocast on a CPU its projection of
-    that copies the weights once a token, and ViT-B/16 in bf16 takes four times as long as here.
-    """
-    batch, tokens, width = q_x.shape
-    qkv = nn.functional.linear(q_x, attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-    return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-
-
-def class_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
-    """The class token's attention to each patch inside `block`, mean over heads.
-
-    `x` [B, T, W] is the block's input; returns [B, N] float32, strictly positive, not renormalised
-    (rows sum to 1 minus the class token's attention to itself). One query row, no second
-    attention: q·(W_k y) = (W_k^T q)·y, so the keys are never projected, and the key's bias adds
-    the same to every logit of a row, which softmax does not see.
-    """
-    attn = block.attn
-    heads, width = attn.num_heads, x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.nn.functional.layer_norm(
-            x.float(),
-            (width,),
-            block.ln_1.weight.float(),
-            block.ln_1.bias.float(),
-            block.ln_1.eps,
-        )
-        weight_q, weight_k, _ = attn.in_proj_weight.float().chunk(3)
-        q = y[:, 0] @ weight_q.T + attn.in_proj_bias.float()[:width]  # [B, W]
-        q = q.view(-1, heads, width // heads)
-        back = torch.einsum("bhd,hdw->bhw", q, weight_k.view(heads, width // heads, width))
-        logits = back @ y.transpose(1, 2) * (width // heads) ** -0.5  # [B, heads, T]
-        attention = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
-    # A softmax tail can underflow; sampling must never meet a zero weight.
-    return attention.clamp_min(torch.finfo(torch.float32).tiny)
+            tokens = self.tower.tokens(images)
+        return tokens.float(), self.tower.attention()
 
 
 def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
     """Build and load the teacher that `spec` names. Raises TeacherError, with nearest names."""
     if spec.offline:
-        _go_offline()
+        go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    place = pick_device(device)
-    name, pretrained = spec.name, _pretrained(spec)
+    place, name = pick_device(device), spec.name
     if spec.norm not in (None, "imagenet", "own"):
         raise TeacherError(f"--teacher-norm {spec.norm}", expected="imagenet or own")
     if spec.precision not in ("auto", "fp32", "bf16", "fp16"):
@@ -154,34 +103,34 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         precision = "fp16" if place.type == "cuda" else "fp32"
 
     with _quiet():
-        model, config, notes, licence = _build(name, pretrained, spec)
-    visual = model.visual
-    _check_native(name, visual)
-    own_norm = dict(getattr(visual, "preprocess_cfg", {}))
+        if name.startswith("timm:"):
+            size, offline = spec.img_size, spec.offline
+            found = load_timm_vit(name, spec.pretrained, img_size=size, offline=offline)
+        else:
+            found = _load_clip(spec)
+    tower = found.tower
     choice = spec.norm or ("imagenet" if name == DEFAULT_TEACHER else "own")
-    mean, std = (MEAN, STD) if choice == "imagenet" else (own_norm["mean"], own_norm["std"])
-    vision = config["vision_cfg"]
+    mean, std = (MEAN, STD) if choice == "imagenet" else (found.own["mean"], found.own["std"])
     identity = {
-        "weights": weights_digest(visual),
-        "architecture": {
-            key: vision[key] for key in sorted(vision) if key not in ("image_size", "patch_dropout")
-        }
-        | {"quick_gelu": bool(config.get("quick_gelu", False))},
-        "channels": int(visual.proj.shape[1]),
-        "image_size": int(visual.image_size[0]),
-        "patch_size": int(visual.patch_size[0]),
+        "weights": weights_digest(tower.module),
+        "architecture": found.architecture,
+        "channels": tower.channels,
+        "image_size": tower.size,
+        "patch_size": tower.patch,
         "normalisation": {"mean": [float(m) for m in mean], "std": [float(s) for s in std]},
         "precision": precision,
+        **tower.identity(),
     }
     about = {
-        "name": _display_name(name),
-        "pretrained": Path(pretrained).name if pretrained else "its own",
-        "random_weights": pretrained == "none",
+        "name": _shown_name(name),
+        "pretrained": found.pretrained,
+        "random_weights": spec.pretrained == "none",
         "normalisation": choice,
-        "licence": licence,
-        "notes": notes,
+        "licence": found.licence,
+        **tower.about(),
+        "notes": found.notes + tower.notes(),
     }
-    return Teacher(visual, identity=identity, about=about, device=place)
+    return Teacher(tower, identity=identity, about=about, device=place)
 
 
 def frozen_teacher(
@@ -197,16 +146,8 @@ def frozen_teacher(
     return Frozen(features, teacher.size, f"teacher {teacher.about['name']}")
 
 
-def weights_digest(visual: nn.Module) -> str:
-    """SHA-256 of the image tower's tensors as float32, by name; file formats do not matter."""
-    sha = hashlib.sha256()
-    for key, tensor in sorted(visual.state_dict().items()):
-        sha.update(f"{key}{list(tensor.shape)}".encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return sha.hexdigest()
-
-
-def _display_name(name: str) -> str:
+def _shown_name(name: str) -> str:
+    """As a store calls the teacher: its name, or that of its config file or folder."""
     if not name.endswith(".json"):
         return name
     path = Path(name)
@@ -223,14 +164,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _go_offline() -> None:
-    # The hub's client reads its switch once, when it is imported, and timm has imported it.
-    import huggingface_hub.constants
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _pretrained(spec: TeacherSpec) -> str:
@@ -260,18 +193,32 @@ def _tags(name: str) -> str:
     return "--pretrained " + " | ".join(tags) if tags else "--pretrained FILE.safetensors"
 
 
+def _load_clip(spec: TeacherSpec) -> Loaded:
+    pretrained = _pretrained(spec)
+    model, config, notes, licence = _build(spec.name, pretrained, spec)
+    visual, vision = model.visual, config["vision_cfg"]
+    if "timm_model_name" in vision:
+        # As open_clip does, but of the config's size too: a trunk of another size would not run.
+        resize(spec.name, visual.trunk, spec.img_size or int(visual.image_size[0]))
+    unseen = ("image_size", "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path")
+    architecture = {key: vision[key] for key in sorted(vision) if key not in unseen}
+    if "timm_model_name" not in vision:  # timm's towers run the activation of their own name
+        architecture["quick_gelu"] = bool(config.get("quick_gelu", False))
+    return Loaded(
+        _tower(spec.name, visual), architecture, dict(getattr(visual, "preprocess_cfg", {})),
+        Path(pretrained).name if pretrained else "its own", licence, notes,
+    )  # fmt: skip
+
+
 def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, list[str], str]:
     """(model, its config, notes for the user, licence of the weights)."""
     import open_clip
 
     notes: list[str] = []
     options: dict[str, Any] = {"force_patch_dropout": 0.0}
-    if spec.img_size:
-        options["force_image_size"] = spec.img_size
     if name.startswith(("hf-hub:", "local-dir:")):
-        config = _published_config(name, spec)
-        _check_config(name, config)
-        _check_size(spec.img_size, config)
+        config = _published_config(name)
+        options |= _sized(name, config, spec.img_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -285,15 +232,15 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
         return model, config, notes, "unknown"
 
     config, preprocess, source = _local_or_named_config(name)
-    _check_config(name, config)
-    _check_size(spec.img_size, config)
+    options |= _sized(name, config, spec.img_size)
     state, licence = None, "none (random weights)"
     if pretrained != "none":
         tag = open_clip.get_pretrained_cfg(name, pretrained) if not source else {}
         if tag:
             preprocess = {key: tag[key] for key in ("mean", "std") if key in tag}
             quick = bool(tag.get("quick_gelu", False))
-            if quick != bool(config.get("quick_gelu", False)):
+            native = "timm_model_name" not in config["vision_cfg"]
+            if native and quick != bool(config.get("quick_gelu", False)):
                 config = {**config, "quick_gelu": quick}
                 notes.append(
                     f"{pretrained} weights were trained with {'Quick' if quick else 'exact '}GELU: "
@@ -303,9 +250,10 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
             found = [text for key, text in _LICENCES.items() if pretrained.startswith(key)]
             licence = found[0] if found else "unknown"
         else:
-            file = _weight_file(name, pretrained, named=not source)
-            licence = _stated_licence(file)
-        state = _read_weights(file)
+            tags = [] if source else open_clip.list_pretrained_tags_by_model(name)
+            file = weight_file(name, pretrained, tags)
+            licence = stated_licence(file)
+        state = read_weights(file)
         if any(key in state for key in _OPENAI_KEYS):
             state = {k: v for k, v in state.items() if k not in _OPENAI_KEYS}
             if not config.get("quick_gelu", False):
@@ -325,7 +273,7 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
     return model, config, notes, licence
 
 
-def _published_config(name: str, spec: TeacherSpec) -> dict:
+def _published_config(name: str) -> dict:
     import open_clip
 
     kind, where = name.split(":", 1)
@@ -373,25 +321,10 @@ def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
         known = open_clip.list_models()
         raise TeacherError(
             f"unknown teacher {name!r}",
-            expected="an open_clip name, hf-hub:…, local-dir:… or a config file",
+            expected="an open_clip name, timm:NAME, hf-hub:…, local-dir:… or a config file",
             fix="--teacher " + (nearest(name, known) or DEFAULT_TEACHER),
         )
     return {**config, "text_cfg": least}, {}, None
-
-
-def _weight_file(name: str, pretrained: str, *, named: bool) -> Path:
-    file = Path(pretrained).expanduser()
-    if file.is_file():
-        return file
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(name) if named else []
-    near = nearest(pretrained, tags) or " or ".join(tags[:4])
-    raise TeacherError(
-        f"--pretrained {pretrained} is neither a file nor a tag of {name}",
-        expected="a .safetensors or .pt file, a tag, or none",
-        fix=f"--pretrained {near}" if near else "",
-    )
 
 
 def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
@@ -403,28 +336,13 @@ def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
     wanted = (
         f"open_clip_model.safetensors of https://huggingface.co/{repository}" if repository else url
     )
-    fix = f"place {wanted} on this machine and use --pretrained FILE"
+    what = f"{tag} of {name}"
     if offline and not repository and held and not held.exists():
-        raise TeacherError(f"--offline, and the weights {tag} of {name} are not here", fix=fix)
+        raise not_here(what, wanted, offline=True)
     try:
         return Path(open_clip.pretrained.download_pretrained(entry))
     except Exception as error:  # hub clients raise many kinds; all mean: not to be had
-        why = "--offline, and" if offline else f"no network ({type(error).__name__}), and"
-        raise TeacherError(f"{why} the weights {tag} of {name} are not here", fix=fix) from None
-
-
-def _read_weights(file: Path) -> dict[str, torch.Tensor]:
-    from open_clip.factory import load_state_dict
-
-    try:
-        state = load_state_dict(str(file), device="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle, zip and torch each have their own
-        first = " ".join(str(error).split())[:160] or "an empty file"
-        raise TeacherError(
-            f"{file} cannot be loaded safely: {type(error).__name__}: {first}",
-            expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",
-        ) from None
-    return dict(state)
+        raise not_here(what, wanted, offline=offline, error=error) from None
 
 
 def _load_visual(model: Any, state: dict, name: str, pretrained: str) -> None:
@@ -437,67 +355,35 @@ def _load_visual(model: Any, state: dict, name: str, pretrained: str) -> None:
         visual = {k.removeprefix(prefix): v for k, v in visual.items()}
         model.visual.load_state_dict(visual, strict=True)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[:3]]
-        raise TeacherError(
-            f"the weights {pretrained} do not fit the image tower of {name}: "
-            + " ".join(lines)[:300]
-        ) from None
+        raise do_not_fit(pretrained, name, error) from None
 
 
-def _stated_licence(file: Path) -> str:
-    if file.suffix != ".safetensors":
-        return "unknown"
-    from safetensors import safe_open
+def _sized(name: str, config: dict, img_size: int | None) -> dict[str, int]:
+    """What open_clip is told of the image size. Refuses what need not be built to be known.
 
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return (handle.metadata() or {}).get("licence", "unknown")
-    except Exception:  # _read_weights says what is wrong with the file
-        return "unknown"
-
-
-def _check_size(img_size: int | None, config: dict) -> None:
-    patch = config["vision_cfg"].get("patch_size")
-    if img_size and patch and img_size % patch:
-        low = max(patch, img_size // patch * patch)
-        raise TeacherError(
-            f"--img-size {img_size} is not a whole number of the teacher's {patch}-pixel patches",
-            fix=f"--img-size {low} or {low + patch}",
-        )
-
-
-def _check_config(name: str, config: dict) -> None:
-    """Refuse by the config what need not be built to be known: some have billions of weights."""
+    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
+    """
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
-        _refuse(name, f"its image tower is timm's {vision['timm_model_name']}")
+        check_family(name, vision["timm_model_name"])
+        return {}
     if isinstance(vision.get("layers"), list):
-        _refuse(name, "its image tower is a ResNet")
+        refuse(name, "its image tower is a ResNet")
+    if not img_size:
+        return {}
+    if vision.get("patch_size"):
+        check_tiling(img_size, vision["patch_size"])
+    return {"force_image_size": img_size}
 
 
-def _check_native(name: str, visual: Any) -> None:
+def _tower(name: str, visual: Any) -> Tower:
+    """The tower of a CLIP. Raises TeacherError for one without usable tokens."""
+    from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
-    why = ""
-    if not isinstance(visual, VisionTransformer):
-        why = f"its image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None:
-        why = "it pools by attention, so ln_post and proj do not apply to its tokens"
-    elif visual.image_size[0] != visual.image_size[1]:
-        why = f"its images are not square: {visual.image_size}"
-    elif visual.image_size[0] % visual.patch_size[0]:
-        why = f"{visual.patch_size[0]}-pixel patches do not tile {visual.image_size[0]} pixels"
-    elif not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
-        why = "its attention is not a plain one"
-    elif not hasattr(visual.transformer.resblocks[-1].ln_1, "eps"):
-        why = "its blocks are not pre-norm"
-    if why:
-        _refuse(name, why)
-
-
-def _refuse(name: str, why: str) -> NoReturn:
-    raise TeacherError(
-        f"teacher {name} cannot give targets: {why}",
-        expected="a native open_clip ViT with a class token",
-        fix=f"--teacher {DEFAULT_TEACHER}",
-    )
+    if isinstance(visual, VisionTransformer):
+        return NativeTower(name, visual)
+    if not isinstance(visual, TimmModel):
+        refuse(name, f"its image tower is a {type(visual).__name__}")
+    trunk: Any = visual.trunk
+    return TimmTower(name, visual, trunk, visual.head, trunk.global_pool)

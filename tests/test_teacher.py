@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from milan.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TeacherError
-from pipeline.teacher import Teacher, TeacherSpec, class_attention, load_teacher, weights_digest
+from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from pipeline.towers import class_attention
+from pipeline.weights import weights_digest
 
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -470,7 +472,8 @@ def test_unknown_names_suggest_the_nearest(teacher_files: dict[str, str], tmp_pa
     [
         ("RN50", "its image tower is a ResNet"),
         ("convnext_base", "its image tower is timm's convnext_base"),
-        ("EVA02-E-14", "its image tower is timm's eva02_enormous"),  # 4.4 billion: never built
+        ("swin_base_patch4_window7_224", "its image tower is timm's swin_base"),
+        ("convnext_xxlarge", "its image tower is timm's convnext_xxlarge"),  # never built
         ("coca_ViT-B-32", "it pools by attention"),
     ],
 )

@@ -1,0 +1,107 @@
+"""Weight files of teachers: found, read without running anything in them, named by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from milan.errors import TeacherError, nearest
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict by name, on the CPU, in the file's own types.
+
+    A state dict inside a training checkpoint is taken out; `module.` of a wrapped model is cut off.
+    No code in the file is run. Raises TeacherError for what is no state dict.
+    """
+    found: Any
+    try:
+        if file.suffix == ".safetensors":
+            found = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            if isinstance(found.get(key), dict):
+                found = found[key]
+                break
+        state = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+        if not state:
+            raise ValueError("no tensors in it")
+    except Exception as error:  # safetensors, pickle, zip and torch each have their own
+        first = " ".join(str(error).split())[:160] or "an empty file"
+        raise TeacherError(
+            f"{file} cannot be loaded safely: {type(error).__name__}: {first}",
+            expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",
+        ) from None
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def weight_file(name: str, pretrained: str, tags: list[str]) -> Path:
+    """The file that `pretrained` names. Raises TeacherError with the nearest of `tags`."""
+    file = Path(pretrained).expanduser()
+    if file.is_file():
+        return file
+    near = nearest(pretrained, tags) or " or ".join(tags[:4])
+    raise TeacherError(
+        f"--pretrained {pretrained} is neither a file nor a tag of {name}",
+        expected="a .safetensors or .pt file, a tag, or none",
+        fix=f"--pretrained {near}" if near else "",
+    )
+
+
+def stated_licence(file: Path) -> str:
+    """The licence that a safetensors file states in its metadata, else `unknown`."""
+    if file.suffix != ".safetensors":
+        return "unknown"
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return (handle.metadata() or {}).get("licence", "unknown")
+    except Exception:  # read_weights says what is wrong with the file
+        return "unknown"
+
+
+def not_here(
+    what: str, wanted: str, *, offline: bool, error: Exception | None = None
+) -> TeacherError:
+    """The error for weights `what` that cannot be fetched; `wanted` is the file to place here."""
+    why = "no file of them is published in a form that is read here, and"
+    if offline:
+        why = "--offline, and"
+    elif error is not None:
+        why = f"no network ({type(error).__name__}), and"
+    return TeacherError(
+        f"{why} the weights {what} are not here",
+        fix=f"place {wanted} on this machine and use --pretrained FILE",
+    )
+
+
+def do_not_fit(pretrained: str, name: str, error: Exception) -> TeacherError:
+    """The error for weights of another layout than the image tower's."""
+    lines = [line.strip() for line in str(error).splitlines()[:3]]
+    told = " ".join(lines)[:300] or type(error).__name__
+    return TeacherError(f"the weights {pretrained} do not fit the image tower of {name}: {told}")
+
+
+def weights_digest(visual: nn.Module) -> str:
+    """SHA-256 of the image tower's tensors as float32, by name; file formats do not matter."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(visual.state_dict().items()):
+        sha.update(f"{key}{list(tensor.shape)}".encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return sha.hexdigest()
+
+
+def go_offline() -> None:
+    """No hub is asked from here on, in this process and in those it starts."""
+    # The hub's client reads its switch once, when it is imported, and timm has imported it.
+    import huggingface_hub.constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
