@@ -151,13 +151,16 @@ class CachedDataset(Dataset):
         )
 
 
-def open_cache(path: str | Path, *, data_root: str | None = None) -> CachedDataset:
+def open_cache(
+    path: str | Path, *, layer: str | None = None, data_root: str | None = None
+) -> CachedDataset:
     """A finished store as a torch Dataset. `data_root` is where the images lie, if they moved.
 
+    Of a store that holds the targets of several teachers or codecs, `layer` names one.
     Raises CacheError for a store that is absent, incomplete, foreign or damaged, and DataError if
     the images are not found.
     """
-    return CachedDataset(TargetCache(path), data_root=data_root)
+    return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
 
 
 def find_root(cache: TargetCache, data_root: str | None) -> Path:

@@ -13,8 +13,8 @@ from stages.options import settings_command
 @settings_command(
     PretrainConfig,
     (
-        "cache", "out", "data_root", "model", "objective", "masking", "epochs", "batch_size", "lr",
-        "warmup_epochs", "seed", "precision", "device", "num_workers",
+        "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
+        "batch_size", "lr", "warmup_epochs", "seed", "precision", "device", "num_workers",
     ),
 )  # fmt: skip
 def pretrain(
