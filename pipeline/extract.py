@@ -25,6 +25,7 @@ from milan.codecs import codec_of
 from milan.errors import CacheError, ConfigError, DataError, ImageFault, TeacherError
 from milan.images import content_digest, decode
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.places import Place
 from milan.sources import ImageSource
 from milan.views import ViewSpec, checksum, render, view_of
 from milan.watch import Silent, Watch
@@ -73,7 +74,7 @@ class Extractor:
         self.spec, self.batch_size, self.threads = spec, batch_size, threads
         self.view_spec = ViewSpec.from_law(spec.view_law)
         self.codec = codec_of(spec.codec)
-        self.source = ImageSource(manifest, Path(root))
+        self.source = ImageSource(manifest, root)
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
@@ -211,7 +212,7 @@ class Plan:
     """Everything decided before the first image is read."""
 
     config: ExtractConfig
-    source: Path
+    source: Place
     manifest: Manifest
     teacher: Teacher
     spec: CacheSpec
@@ -222,7 +223,10 @@ class Plan:
         about = self.teacher.about | {
             "data": self.config.data,
             "data_root": str(root),
-            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve()),
+            # A URL is where it is, wherever the store goes.
+            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve())
+            if isinstance(root, Path)
+            else None,
         }
         versions = {name: version(name) for name in _RECORDED}
         versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
@@ -251,7 +255,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     watch.note(f"manifest: {len(manifest):,} images{classes}")
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        watch.note(f"not images by name, left out: {kinds}")
+        watch.note(f"no images, left out: {kinds}")
     teacher = load_teacher(_teacher_spec(config), device=config.device)
     law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
     spec = CacheSpec(
