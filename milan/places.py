@@ -70,8 +70,8 @@ class Url:
         """Names of the folders right in it."""
         fs, path = self.at()
         with told(self), _os_errors():
-            entries = fs.ls(path, detail=True)
-        return {e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] != "file"}
+            entries = [e for e in fs.ls(path, detail=True) if e["type"] == "directory"]
+        return {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries}
 
     def at(self, below: str = "") -> tuple[Any, str]:
         """fsspec's file system, and what it calls the file `below`. Raises DataError if none."""
@@ -86,7 +86,10 @@ class Url:
             fs.invalidate_cache()  # what was listed a moment ago may be gone
             try:
                 return fs.info(path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                # fsspec's http calls a server that does not answer a missing file.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
                 return None
 
 
@@ -199,18 +202,36 @@ def _find(root: Url) -> Iterator[tuple[str, int | None]]:
     fs, base = root.at()
     with told(root), _os_errors():
         fs.invalidate_cache()
-        try:
-            # Walking folder by folder, fsspec leaves out what it cannot list, unless told so.
-            found = fs.find(base, detail=True, on_error="raise")
-        except TypeError:  # object stores list all keys at once, and know no such option
-            found = fs.find(base, detail=True)
-    for name, info in found.items():
-        path = name.removeprefix(base).removeprefix("/")
+        found = fs.find(base, detail=True).values() if _lists_flat(fs) else _visit(fs, base)
+    for entry in found:
+        path = entry["name"].removeprefix(base).removeprefix("/")
         # Some tools make a "folder" of an object store by an empty object whose name ends in /.
-        if info["type"] == "file" and path and not path.endswith("/"):
-            if any(part.startswith(".") for part in path.split("/")):
-                continue
-            yield path, info.get("size")
+        hidden = any(part.startswith(".") for part in path.split("/"))
+        if path and not hidden and not path.endswith("/"):
+            yield path, entry.get("size")
+
+
+def _lists_flat(fs: Any) -> bool:
+    """Whether it lists all below a folder at once, as object stores do, not folder by folder."""
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    kind: Any = type(fs)
+    own = getattr(kind, "_find", AsyncFileSystem._find)
+    return kind.find is not AbstractFileSystem.find or own is not AsyncFileSystem._find
+
+
+def _visit(fs: Any, base: str) -> list[dict]:
+    """Every file, folder by folder. fsspec's own walk leaves out what it cannot list."""
+    found, folders = [], [base]
+    while folders:
+        folder = folders.pop()
+        for entry in fs.ls(folder, detail=True):
+            if entry["type"] != "directory":
+                found.append(entry)
+            elif entry["name"].rstrip("/") != folder.rstrip("/"):  # some list it in itself
+                folders.append(entry["name"])
+    return found
 
 
 @contextmanager
