@@ -273,14 +273,18 @@ def test_a_read_is_one_request(sets: Path, server: Server) -> None:
 
 
 def test_what_changes_is_seen(server: Server) -> None:
-    """fsspec keeps listings: a second extraction in one process would miss new images."""
+    """fsspec keeps listings: a second extraction in one process would go by the first's."""
+    server.put("splits", {"train/c/1.jpg": b"1", "val/c/2.jpg": b"2"})
+    assert str(resolve_data("s3://splits")) == "s3://splits/train"
+    server.put("splits", {"bus/3.jpg": b"3"})
+    assert str(resolve_data("s3://splits")) == "s3://splits"
     server.put("grows", {"a/1.jpg": b"1"})
     assert len(build_manifest(place("s3://grows"), seed=0)) == 1
     assert not place("s3://grows/b").exists()
     server.put("grows", {"b/2.jpg": b"2", "b/empty.jpg": b""})
+    assert place("s3://grows/b").is_dir()
     manifest = build_manifest(place("s3://grows"), seed=0)
     assert len(manifest) == 3
-    assert place("s3://grows/b").is_dir()
     source = ImageSource(manifest, "s3://grows")
     assert sorted(source.read(row) for row in range(3)) == [b"", b"1", b"2"]
 
