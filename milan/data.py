@@ -138,9 +138,8 @@ class CachedDataset(Dataset):
 
     def _changed(self, row: int, view: int, data: bytes, what: str) -> DataError:
         """What happened to an image since extraction, told apart by its content checksum."""
-        record = self.cache.record(row, view)
         key = self.cache.manifest.key(row)
-        if content_digest(data) == record["digests"][row - record["rows"][0]]:
+        if content_digest(data) == self.cache.content_digest(row, view):
             return DataError(
                 f"image {key!r} (row {row}, view {view}) is unchanged, but {what}",
                 expected="the pixels that the teacher saw: this machine decodes images differently",
@@ -168,10 +167,10 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
     `data_root` if given; else as the store recorded it, first relative to the store (a project
     that was moved as a whole), then absolute. Raises DataError listing the places looked at.
     """
-    about = cache.attributes["about"]
-    places = [place(data_root or about["data_root"])]
-    if not data_root and about["data_root_from_store"]:
-        places.insert(0, cache.path.resolve() / about["data_root_from_store"])
+    origin = cache.generations[0].origin
+    places = [place(data_root or origin["data_root"])]
+    if not data_root and origin["data_root_from_store"]:
+        places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
     if not len(good):
         raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
@@ -194,7 +193,9 @@ class Order:
     """Which (row, view) comes when: a pure function of its fields; ranks and workers are not."""
 
     good: np.ndarray
-    """Rows with targets, ascending."""
+    """Rows with targets, ascending; int64."""
+    shards: np.ndarray
+    """Which shard of a view holds each of them, ascending; int64 (TargetCache.shards_of)."""
     shard_size: int
     views: int
     seed: int
@@ -216,21 +217,29 @@ class Order:
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows, views) of an epoch in order, each int64 [good rows]."""
-        shard_of = self.good // self.shard_size
-        shards, starts = np.unique(shard_of, return_index=True)
+        shards, starts = np.unique(self.shards, return_index=True)
         members = np.split(self.good, starts[1:])
         order = draws.permutation(self.seed, draws.ORDER, (0, epoch), len(shards))
         per_window = max(1, -(-_WINDOW_ROWS // self.shard_size))
-        rows = []
+        rows, places = [], []
         for window, first in enumerate(range(0, len(shards), per_window)):
-            inside = np.concatenate([members[s] for s in order[first : first + per_window]])
+            chosen = order[first : first + per_window]
+            inside = np.concatenate([members[s] for s in chosen])
+            holders = np.repeat(chosen, [len(members[s]) for s in chosen])
             shuffle = draws.permutation(self.seed, draws.ORDER, (1 + window, epoch), len(inside))
             rows.append(inside[shuffle])
-        stream = np.concatenate(rows)
+            places.append(holders[shuffle])
+        stream, place = np.concatenate(rows), np.concatenate(places)
         turn = {int(s): draws.bits(self.seed, draws.VIEW_TURN, (int(s),), 1)[0] for s in shards}
         turns = np.array([int(turn[int(s)] % np.uint64(self.views)) for s in shards])
-        views = (epoch + turns[np.searchsorted(shards, stream // self.shard_size)]) % self.views
-        return stream, views
+        return stream, (epoch + turns[place]) % self.views
+
+
+def order_of(cache: TargetCache, *, seed: int, batch_size: int) -> Order:
+    """The order in which training meets a store."""
+    good = cache.good_rows()
+    shards = cache.shards_of(good)
+    return Order(good, shards, cache.spec.shard_size, cache.views, seed, batch_size)
 
 
 Address = tuple[int, np.ndarray, np.ndarray]

@@ -76,6 +76,17 @@ class Manifest:
         return sink.getvalue()
 
     @classmethod
+    def join(cls, parts: list[Manifest]) -> Manifest:
+        """Parts of one order, one after the other; class names of the last that has any."""
+        names = [part.classes for part in parts if part.classes]
+        table = pa.concat_tables([p.table.replace_schema_metadata(None) for p in parts])
+        return cls(table, names[-1] if names else None)
+
+    def take(self, rows: np.ndarray) -> Manifest:
+        """These rows, in this order."""
+        return Manifest(self.table.take(pa.array(rows)), self.classes, self.ignored)
+
+    @classmethod
     def read(cls, path: Path) -> Manifest:
         """The manifest of a store."""
         table = pq.read_table(path, page_checksum_verification=True)

@@ -18,7 +18,7 @@ import torch
 from milan import checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
-from milan.data import Batch, CachedDataset, Order, StepSampler, training_loader
+from milan.data import Batch, CachedDataset, StepSampler, order_of, training_loader
 from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import ConfigError, TrainError
 from milan.masking import Mask, importance_mask, random_mask, visible_count
@@ -94,12 +94,11 @@ def pretrain(
     published = deviations(config, leave=("cache", "out", "data_root"))
     config = resolved(config, device)
     targets = TargetCache(config.cache)
+    targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
 
-    order = Order(
-        targets.good_rows(), targets.spec.shard_size, targets.views, config.seed, config.batch_size
-    )
+    order = order_of(targets, seed=config.seed, batch_size=config.batch_size)
     student = student_of(config, targets).to(device)
     optimiser = torch.optim.AdamW(
         decay_groups(student, config.weight_decay),

@@ -1,7 +1,7 @@
-"""Extraction: which shards are missing, and how one is made.
+"""Extraction: what a store lacks of what was asked for, and the run that makes it.
 
-A task is a block of rows. Each image of it is read and decoded once, its K views are rendered and
-shown to the teacher, and the block's K shards are staged; the driver commits them.
+A new store is one generation. A store that is there grows by whole generations: more views of each
+stretch of rows, and then the new rows; what is committed stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -10,201 +10,35 @@ import os
 import platform
 import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from milan.cache import GENERATION, CacheSpec, record_name
-from milan.codecs import codec_of
-from milan.errors import CacheError, ConfigError, DataError, ImageFault, TeacherError
-from milan.images import content_digest, decode
+from milan.cache import TargetCache
+from milan.codecs import Codec, codec_of
+from milan.errors import CacheError, ConfigError, DataError
+from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
+from milan.generation import open_array
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
 from milan.places import Place
 from milan.sources import ImageSource
-from milan.views import ViewSpec, checksum, render, view_of
+from milan.views import ViewSpec
 from milan.watch import Silent, Watch
+from pipeline.growth import Part, parts_of
+from pipeline.prepare import Prepared, check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, group_attributes, stage_shard, told_if_full
+from pipeline.store import Store, Writer, group_attributes, told_if_full
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from pipeline.worker import Extractor
 
 _ATTEMPTS = 3  # of one block, before the run gives it up
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
-
-
-# --- the worker -----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Rendered:
-    """An image after decoding: its K views, or why there are none."""
-
-    row: int
-    pixels: np.ndarray | None = None  # [K, S, S, 3] uint8
-    crops: np.ndarray | None = None  # [K, 5]
-    digest: str | None = None
-    size: tuple[int, int] = (0, 0)  # height, width
-    reason: str | None = None
-
-
-class Extractor:
-    """A copy of the teacher and the threads that feed it; stages whole shards, one block a call."""
-
-    def __init__(
-        self,
-        *,
-        spec: CacheSpec,
-        manifest: Manifest,
-        root: str,
-        teacher: TeacherSpec | Teacher,
-        device: str,
-        batch_size: int,
-        threads: int,
-        torch_threads: int | None = None,
-    ) -> None:
-        if torch_threads:
-            import torch
-
-            torch.set_num_threads(torch_threads)
-        self.spec, self.batch_size, self.threads = spec, batch_size, threads
-        self.view_spec = ViewSpec.from_law(spec.view_law)
-        self.codec = codec_of(spec.codec)
-        self.source = ImageSource(manifest, root)
-        self.teacher = (
-            teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
-        )
-        if self.teacher.identity != spec.teacher:
-            raise TeacherError(
-                "a worker loaded another teacher than the driver",
-                expected="the same weight file and settings on every node",
-            )
-        self.images = 0
-        """Images dealt with since the start; read by the driver while a block is in work."""
-
-    def run(self, block: int, views: list[int], folder: str) -> list[dict]:
-        """Stage the shards (block, view) for `views` in `folder`; returns their records.
-
-        All K views are computed whichever are asked for, so that the teacher meets the same
-        batches, and gives the same bits, as in an undisturbed run.
-        """
-        start, stop = self.spec.block_rows(block)
-        count, k = stop - start, self.spec.views
-        arrays = {
-            name: np.full((k, count, *array.shape[2:]), array.fill, array.dtype)
-            for name, array in self.spec.arrays().items()
-        }
-        record: dict[str, Any] = {
-            "digests": [None] * count,
-            "heights": [0] * count,
-            "widths": [0] * count,
-        }
-        pixel_sums = np.zeros((k, count), np.int64)
-        bad: dict[str, str] = {}
-
-        def rendered() -> Iterator[tuple[int, int, np.ndarray]]:
-            for image in self._images(range(start, stop)):
-                at = image.row - start
-                record["digests"][at] = image.digest
-                record["heights"][at], record["widths"][at] = image.size
-                if image.pixels is None or image.crops is None:
-                    bad[str(image.row)] = image.reason or "unreadable"
-                    self.images += 1
-                    continue
-                arrays["crop"][:, at] = image.crops
-                for view, pixels in enumerate(image.pixels):
-                    pixel_sums[view, at] = checksum(pixels)
-                    yield at, view, pixels
-                self.images += 1
-
-        for batch in _batches(rendered(), self.batch_size):
-            at = np.array([item[0] for item in batch])
-            view = np.array([item[1] for item in batch])
-            features, attention = self.teacher.targets(np.stack([item[2] for item in batch]))
-            self._check(features, attention, at + start)
-            codes, scale = self.codec.encode(features)
-            if not np.isfinite(codes).all():
-                raise TeacherError("features beyond the range of float16", fix="--codec int8")
-            arrays["features"][view, at] = codes
-            arrays["attention"][view, at] = attention.cpu().numpy()
-            if scale is not None:
-                arrays["scale"][view, at] = scale
-
-        staged = []
-        for v in views:
-            with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
-                files = stage_shard(
-                    Path(folder), self.spec, block, v, {n: a[v] for n, a in arrays.items()}
-                )
-            staged.append(
-                {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": bad}
-                | record
-                | {"pixels": pixel_sums[v].tolist()}
-            )
-        return staged
-
-    def _images(self, rows: range) -> Iterator[_Rendered]:
-        """The images of `rows` in order, decoded by threads a few batches ahead of the teacher."""
-        ahead = 2 * max(1, self.batch_size // self.spec.views) + self.threads
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            waiting: deque[Future[_Rendered]] = deque()
-            for row in rows:
-                waiting.append(pool.submit(self._render, row))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-    def _render(self, row: int) -> _Rendered:
-        digest = None
-        try:
-            data = self.source.read(row)
-            digest = content_digest(data)
-            image = decode(data)
-        except ImageFault as fault:
-            return _Rendered(row, digest=digest, reason=str(fault))
-        width, height = image.size
-        views = [
-            view_of(self.view_spec, row, view=v, height=height, width=width)
-            for v in range(self.spec.views)
-        ]
-        size = self.view_spec.size
-        return _Rendered(
-            row,
-            np.stack([render(image, view, size=size) for view in views]),
-            np.array([view.numbers() for view in views], np.int32),
-            digest,
-            (height, width),
-        )
-
-    def _check(self, features: Any, attention: Any, rows: np.ndarray) -> None:
-        good = features.isfinite().flatten(1).all(1) & (attention > 0).all(1)
-        good &= attention.isfinite().all(1)
-        if not bool(good.all()):
-            first = int(rows[int((~good).int().argmax())])
-            raise TeacherError(
-                f"the teacher's output for row {first} is not finite or its attention not > 0",
-                expected="finite features",
-                fix="--precision fp32",
-            )
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-# --- the driver -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -213,24 +47,28 @@ class Plan:
 
     config: ExtractConfig
     source: Place
-    manifest: Manifest
     teacher: Teacher
-    spec: CacheSpec
+    layer: str
+    """What the store calls the targets of this teacher and codec."""
+    parts: list[Part]
+    """The generations that the store will have of this layer, the finished ones included."""
 
-    def attributes(self) -> dict:
-        """What the store says of itself beside its spec."""
+    def origin(self) -> dict:
+        """What differs between machines: told, not compared."""
         root = data_root(self.source).resolve()
-        about = self.teacher.about | {
+        versions = {name: version(name) for name in _RECORDED}
+        versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
+        return {
             "data": self.config.data,
             "data_root": str(root),
             # A URL is where it is, wherever the store goes.
             "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve())
             if isinstance(root, Path)
             else None,
+            "teacher": asdict(_teacher_spec(self.config)),
+            "batch_size": self.config.batch_size,
+            "versions": versions,
         }
-        versions = {name: version(name) for name in _RECORDED}
-        versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
-        return group_attributes(self.spec, about, versions)
 
 
 def _teacher_spec(config: ExtractConfig) -> TeacherSpec:
@@ -245,26 +83,30 @@ def _teacher_spec(config: ExtractConfig) -> TeacherSpec:
 
 
 def plan(config: ExtractConfig, watch: Watch) -> Plan:
-    """Resolve data and teacher and fix the store's spec; reads no image. Raises MilanError."""
+    """Resolve data and teacher and fix the specs; reads no image. Raises MilanError."""
     config.check()
     codec_of(config.codec)
     source = resolve_data(config.data, config.data_root)
     watch.note(f"data: {source.resolve()}")
-    manifest = build_manifest(source, seed=config.seed, limit=config.limit)
+    manifest = build_manifest(source, seed=config.seed)
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-    watch.note(f"manifest: {len(manifest):,} images{classes}")
+    some = f" of {len(manifest):,}" if config.limit and config.limit < len(manifest) else ""
+    rows = min(len(manifest), config.limit or len(manifest))
+    watch.note(f"manifest: {rows:,}{some} images{classes}")
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
         watch.note(f"no images, left out: {kinds}")
     teacher = load_teacher(_teacher_spec(config), device=config.device)
     law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
-    spec = CacheSpec(
-        manifest=manifest.digest(),
-        rows=len(manifest),
+    codec = codec_of(config.codec)
+    codec.width(teacher.channels)
+    wanted = CacheSpec(
+        manifest="",
+        rows=rows,
         views=config.views,
         tokens=teacher.tokens,
         channels=teacher.channels,
-        codec=config.codec,
+        codec=codec.name,
         shard_size=config.shard_size,
         view_law=law,
         teacher=teacher.identity,
@@ -279,7 +121,9 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     )
     for note in about["notes"]:
         watch.note(f"teacher: {note}")
-    return Plan(config, source, manifest, teacher, spec)
+    layer = f"{about['name']}/{codec.name}"
+    layer, parts = parts_of(Path(config.out), wanted, manifest, layer, extend=config.extend)
+    return Plan(config, source, teacher, layer, parts)
 
 
 @told_if_full("writing the store")
@@ -289,53 +133,109 @@ def extract_targets(
     """Run the teacher over K views of every image and leave a finished store.
 
     `data` and `settings` are the command's arguments (ExtractConfig's fields). Going on where a
-    killed run stopped is the same call again. Returns a summary: path, images, views, bad (a
-    count by reason), bytes_per_view, seconds, images_per_second. Raises MilanError.
+    killed run stopped is the same call again; so is growing a store, with more views or images.
+    Returns a summary: path, images, views, bad (a count by reason), bytes_per_view, fidelity,
+    seconds, images_per_second. Raises MilanError.
     """
     config = data if isinstance(data, ExtractConfig) else ExtractConfig(data=data, **settings)
     watch = watch or Silent()
     work = plan(config, watch)
     out = Path(config.out)
+    specs = [part.spec for part in work.parts]
+    fresh = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]
     summary: dict[str, Any] = {
         "path": str(out),
-        "images": work.spec.rows,
-        "views": work.spec.views,
-        "shards": work.spec.blocks * work.spec.views,
-        "bytes_per_view": work.spec.view_bytes(),
-        "bytes": work.spec.total_bytes(),
+        "layer": work.layer,
+        "images": max(s.first_row + s.rows for s in specs),
+        "views": max(s.first_view + s.views for s in specs),
+        "shards": sum(s.shards for s in specs),
+        "bytes_per_view": specs[0].view_bytes(),
+        "bytes": sum(s.total_bytes() for s in specs),
     }
-    replicas, threads, torch_threads = _share(config, work)
-    held = config.shard_size * config.views * work.spec.view_bytes()
+    workers = share(config, work)
+    held = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
     watch.note(
-        f"executor: {config.executor}, {replicas} x teacher, {threads} decoding threads each, "
+        f"executor: {config.executor}, {workers[0]} x teacher, {workers[1]} decoding threads each, "
         f"batches of {config.batch_size} views, {held / 1e6:,.0f} MB of targets held by each"
     )
-    if dry_run or not (out / GENERATION / "zarr.json").exists():
-        _check_space(out, summary["bytes"])
+    _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
         return summary
-    store = Store(out, work.spec, work.attributes(), work.manifest)
+    store = Store(out)
     try:
-        todo = store.missing()
-        shards = sum(len(views) for _, views in todo)
-        committed = summary["shards"] - shards
-        rows_todo = sum(stop - start for start, stop in (work.spec.block_rows(b) for b, _ in todo))
-        _check_space(out, int(summary["bytes"] * shards / summary["shards"]))
-        if committed:
-            watch.note(f"resuming: {committed} of {summary['shards']} shards are there")
-        started = time.perf_counter()
-        if todo:
-            _run(work, store, todo, replicas, threads, torch_threads, watch)
-        seconds = time.perf_counter() - started
-        summary["seconds"] = round(seconds, 3)
-        summary["images_per_second"] = round(rows_todo / seconds, 2) if todo else None
-        _finish(work, store, summary)
+        _fill(work, store, workers, summary, watch)
     finally:
         store.close()
     return summary
 
 
-def _share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
+def _fill(
+    work: Plan, store: Store, workers: tuple[int, int, int | None], summary: dict, watch: Watch
+) -> None:
+    """Make what is missing, generation by generation, and publish each when it is whole."""
+    bad: dict[int, str] = {}
+    seconds, images = 0.0, 0
+    codec: Codec | None = None
+    for part in work.parts:
+        started = time.perf_counter()
+        writer, codec = _open(work, store, part, codec, watch)
+        if part is work.parts[0]:
+            check_canaries(writer.root, work.teacher)
+        summary["fidelity"] = read_json(writer.root / FIDELITY)
+        todo = writer.missing()
+        shards = sum(len(views) for _, views in todo)
+        rows = sum(int(np.diff(part.spec.block_rows(b))[0]) for b, _ in todo)
+        _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)
+        if todo and shards < part.spec.shards:
+            there = part.spec.shards - shards
+            watch.note(f"resuming: {there} of {part.spec.shards} shards are there")
+        if todo:
+            started = time.perf_counter()
+            run_part(work, writer, part, codec, todo, workers, watch)
+            seconds, images = seconds + time.perf_counter() - started, images + rows
+        bad |= {part.spec.first_row + row: why for row, why in writer.bad().items()}
+        _publish(work, writer, bad, summary)
+    summary["seconds"] = round(seconds, 3)
+    summary["images_per_second"] = round(images / seconds, 2) if images else None
+    cache = TargetCache(store.path, layer=work.layer)
+    summary["digest"] = cache.digest
+    store.log("finish", digest=cache.digest, images_per_second=summary["images_per_second"])
+
+
+def _open(
+    work: Plan, store: Store, part: Part, codec: Codec | None, watch: Watch
+) -> tuple[Writer, Codec]:
+    """The generation of `part`, new or as it is, and the codec of its layer."""
+    images = ImageSource(part.manifest, data_root(work.source))
+    prepared: Prepared | None = None
+
+    def make() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
+        nonlocal prepared
+        batch = work.config.batch_size
+        prepared = prepare(part.spec, images, work.teacher, batch=batch, codec=codec)
+        demand(prepared.fidelity, work.config.min_cosine)
+        if codec is not None:  # the first generation has the tables and canaries of its layer
+            prepared = replace(prepared, codec=replace(codec, tables={}), canaries={})
+        files = {
+            MANIFEST: part.manifest.to_parquet(),
+            FIDELITY: canonical(prepared.fidelity),
+            ORIGIN: canonical(work.origin()),
+        }
+        return group_attributes(part.spec, work.teacher.about), prepared.tables(), files
+
+    writer = store.generation(part.name, part.spec, make)
+    return writer, codec or codec_at(writer.root, part.spec)
+
+
+def codec_at(root: Path, spec: CacheSpec) -> Codec:
+    """The codec with the tables that the generation at `root` keeps."""
+    folder = root / "codec"
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    tables = {n: np.asarray(open_array(folder / n).read().result()) for n in names}
+    return codec_of(spec.codec).restored(tables)
+
+
+def share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
     """(replicas, decoding threads each, torch threads each) on the machine or cluster at hand."""
     import torch
 
@@ -375,19 +275,22 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _run(
+def run_part(
     work: Plan,
-    store: Store,
+    writer: Writer,
+    part: Part,
+    codec: Codec,
     todo: list[tuple[int, list[int]]],
-    replicas: int,
-    threads: int,
-    torch_threads: int | None,
+    workers: tuple[int, int, int | None],
     watch: Watch,
 ) -> None:
-    config, spec = work.config, work.spec
+    """Make the shards `todo` of a generation; `workers` as `share` gives them."""
+    config, spec, store = work.config, part.spec, writer.store
+    replicas, threads, torch_threads = workers
     init: dict[str, Any] = {
         "spec": spec,
-        "manifest": work.manifest,
+        "codec": codec,
+        "manifest": part.manifest,
         "root": str(data_root(work.source).resolve()),
         "device": config.device,
         "batch_size": config.batch_size,
@@ -402,7 +305,7 @@ def _run(
     def commit(block: int, folder: Path, records: list[dict]) -> None:
         nonlocal done, written
         for record in records:
-            store.commit(folder, record)
+            writer.commit(folder, record)
             done += 1
             written += sum(file["bytes"] for file in record["files"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -412,10 +315,10 @@ def _run(
         watch.advance(images, f"{done}/{shards} shards, {written / 1e9:.2f} GB")
 
     def folder_of(block: int, attempt: int) -> Path:
-        folder = store.staging / f"{block:05d}.{attempt}"
+        folder = store.staging / f"{writer.root.name}.{block:05d}.{attempt}"
         for name in spec.arrays():
             (folder / name).mkdir(parents=True)
-            shutil.copyfile(store.root / name / "zarr.json", folder / name / "zarr.json")
+            shutil.copyfile(writer.root / name / "zarr.json", folder / name / "zarr.json")
         return folder
 
     if config.executor == "local":
@@ -430,7 +333,7 @@ def _run(
         from pipeline.cluster import map_blocks
 
         lost = map_blocks(
-            ("pipeline.extract", "Extractor"),
+            ("pipeline.worker", "Extractor"),
             init | {"teacher": _teacher_spec(config)},
             todo,
             folder_of=folder_of,
@@ -471,23 +374,22 @@ def _run_here(
             progress(extractor.images)
 
 
-def _finish(work: Plan, store: Store, summary: dict) -> None:
-    """Count the bad, write their list and, if they are few enough, the index."""
-    bad = store.bad()
+def _publish(work: Plan, writer: Writer, bad: dict[int, str], summary: dict) -> None:
+    """Count the bad so far, write their list and, if they are few enough, publish."""
     reasons = Counter(why.split(":")[0] for why in bad.values())
     summary["bad"] = dict(reasons.most_common())
-    listed = store.report_bad(bad, work.manifest)
+    manifest = Manifest.join([p.manifest for p in work.parts if p.spec.first_view == 0])
+    listed = writer.store.report_bad(bad, manifest)
     summary["bad_csv"] = str(listed) if listed else None
-    allowed = allowed_bad(work.config.max_bad, work.spec.rows)
+    allowed = allowed_bad(work.config.max_bad, summary["images"])
     if len(bad) > allowed:
         counts = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
-        store.log("withheld", bad=len(bad))
+        writer.store.log("withheld", bad=len(bad))
         raise DataError(
-            f"{len(bad)} of {work.spec.rows} images are bad ({counts}); all others are done, "
+            f"{len(bad)} of {summary['images']} images are bad ({counts}); all others are done, "
             f"the list is {listed}",
             expected=f"at most {allowed} (--max-bad {work.config.max_bad})",
             fix=f"the same line with --max-bad {len(bad)}: it then only writes the index",
         )
-    generation = store.finish()
-    summary["digest"] = generation["digest"]
-    store.log("finish", digest=generation["digest"], images_per_second=summary["images_per_second"])
+    here = [row for row in bad if row >= writer.spec.first_row]
+    writer.finish(work.layer, len(here))

@@ -34,7 +34,11 @@ class ExtractConfig:
     hflip: float = 0.5
     """Probability of a mirrored view."""
     codec: str = "int8"
-    """int8 (1 byte a channel) or float16 (2 bytes)."""
+    """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
+    min_cosine: float | None = None
+    """Mean cosine to the teacher that the codec must keep, or the run ends before it begins."""
+    extend: bool = False
+    """Add the targets of another teacher or codec to a store that has some."""
     executor: str = "ray"
     """ray, or local: the same work in this process."""
     address: str | None = None

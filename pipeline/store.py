@@ -1,8 +1,8 @@
 """Writing the cache: shards staged in private, committed whole, the index last.
 
     worker   stage_shard     -> .staging/<run>/<block>/…   fsync, read back, digest
-    driver   Store.commit    -> generations/000/…          rename, fsync, then the record
-    driver   Store.finish    -> index.json                 when no record is missing
+    driver   Writer.commit   -> generations/000/…          rename, fsync, then the record
+    driver   Writer.finish   -> index.json                 when no record is missing
 
 Only a record makes a shard exist. Killing anything at any time leaves staging (cleaned by the next
 run, which holds the lock) or a whole shard. The only module that imports zarr.
@@ -14,35 +14,43 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from milan.cache import (
+from milan.errors import CacheError
+from milan.format import (
     FORMAT,
     GENERATION,
+    GENERATIONS,
     INDEX,
     LOG,
+    ORIGIN,
+    SHARDS,
     VERSION,
     CacheSpec,
+    Entry,
+    Index,
     canonical,
     read_group,
     read_json,
     record_name,
 )
-from milan.errors import CacheError
 from milan.manifest import Manifest
 
 STAGING = ".staging"
@@ -92,8 +100,10 @@ def sync_folder(folder: Path) -> None:
 # --- the worker's side ----------------------------------------------------------------------------
 
 
-def create_arrays(root: Path, spec: CacheSpec, attributes: dict) -> None:
-    """The metadata of a generation at `root`: group and arrays, no chunk yet."""
+def create_arrays(
+    root: Path, spec: CacheSpec, attributes: dict, tables: dict[str, np.ndarray]
+) -> None:
+    """A generation at `root`: its group, its arrays without a chunk, and small `tables` whole."""
     group = zarr.create_group(zarr.storage.LocalStore(root), zarr_format=3, attributes=attributes)
     for name, array in spec.arrays().items():
         group.create_array(
@@ -108,6 +118,18 @@ def create_arrays(root: Path, spec: CacheSpec, attributes: dict) -> None:
             fill_value=array.fill,
             dimension_names=array.dimensions,
         )
+    for name, values in tables.items():
+        table = group.create_array(
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=values.shape,
+            filters=None,
+            serializer=BytesCodec(),
+            compressors=[Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+        table[...] = values
 
 
 def stage_shard(
@@ -144,16 +166,15 @@ def stage_shard(
 
 
 class Store:
-    """A store being written by this process, which holds its lock until `close`."""
+    """A store that this process writes; it holds the lock until `close`."""
 
-    def __init__(self, path: Path, spec: CacheSpec, attributes: dict, manifest: Manifest) -> None:
-        """Create the store, or take up the one that is there if it is of the same spec.
+    def __init__(self, path: Path) -> None:
+        """Take the store at `path`, or make an empty one.
 
-        Raises CacheError: another spec (with the fields that differ), a folder that is no store,
-        a run that holds it, or a place that cannot be written.
+        Raises CacheError: a folder that is no store, a run that holds it, or a place that cannot
+        be written.
         """
-        self.path, self.spec = path, spec
-        self.root = path / GENERATION
+        self.path = path
         # os.path: where a parent may not be searched, pathlib raises instead of answering.
         if os.path.exists(path) and not path.is_dir():
             raise CacheError(f"{path} is a file", expected="a folder for the store", fix="--out …")
@@ -169,11 +190,6 @@ class Store:
             raise CacheError(
                 f"{path} cannot be written: {error.strerror}", fix="--out a folder of your own"
             ) from None
-        try:
-            self._open(attributes, manifest)
-        except BaseException:
-            self.close()
-            raise
         self.run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         # Absolute: a worker on a cluster that was there before has another working folder.
         self.staging = path.absolute() / STAGING / self.run
@@ -181,38 +197,100 @@ class Store:
         shutil.rmtree(path / STAGING, ignore_errors=True)
         self.staging.mkdir(parents=True)
 
-    def _open(self, attributes: dict, manifest: Manifest) -> None:
-        if not (self.root / "zarr.json").exists():
-            # Built aside and renamed: a group without its manifest or arrays never exists.
-            shutil.rmtree(self.root, ignore_errors=True)
-            fresh = self.path / STAGING / "generation"
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            create_arrays(fresh, self.spec, attributes)
-            (fresh / "records").mkdir()
-            write_whole(fresh / "manifest.parquet", manifest.to_parquet(), aside=fresh.parent)
-            for folder, _, files in os.walk(fresh):
-                for name in files:
-                    with open(Path(folder, name), "rb") as file:
-                        os.fsync(file.fileno())
-                sync_folder(Path(folder))
-            self.root.parent.mkdir(exist_ok=True)
-            for group in (self.path, self.root.parent):
-                if not (group / "zarr.json").exists():
-                    meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-                    data = json.dumps(meta, indent=2).encode()
-                    write_whole(group / "zarr.json", data, aside=fresh.parent)
-            os.replace(fresh, self.root)
-            sync_folder(self.root.parent)
-            return
-        there, _ = read_group(self.root)
-        if there.fingerprint() != self.spec.fingerprint():
-            fields = there.differences(self.spec)
-            raise CacheError(
-                f"{self.path} was made with other settings ({'; '.join(fields)})",
-                expected="one store, one teacher, one set of views: stores are never mixed",
-                fix=f"--out another.zarr, or delete {self.path} first",
-            )
+    def generation(
+        self,
+        name: str,
+        spec: CacheSpec,
+        make: Callable[[], tuple[dict, dict[str, np.ndarray], dict[str, bytes]]],
+    ) -> Writer:
+        """The generation called `name`, created or taken up again.
+
+        `make` gives what a new one starts with: attributes, tables, files. Raises CacheError if
+        the one that is there is of another spec, with the fields that differ.
+        """
+        root = self.path / name
+        if (root / "zarr.json").exists():
+            there, _ = read_group(root)
+            if there.fingerprint() != spec.fingerprint():
+                raise other_settings(self.path, there, spec)
+        else:
+            self._create(root, spec, *make())
+        return Writer(self, name, spec)
+
+    def _create(
+        self,
+        root: Path,
+        spec: CacheSpec,
+        attributes: dict,
+        tables: dict[str, np.ndarray],
+        files: dict[str, bytes],
+    ) -> None:
+        # Built aside and renamed: a group without its manifest or arrays never exists.
+        shutil.rmtree(root, ignore_errors=True)
+        fresh = self.staging / "generation"
+        fresh.mkdir(parents=True)
+        create_arrays(fresh, spec, attributes, tables)
+        (fresh / "records").mkdir()
+        for name, data in files.items():
+            write_whole(fresh / name, data, aside=self.staging)
+        for folder, _, names in os.walk(fresh):
+            for name in names:
+                with open(Path(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(folder))
+        root.parent.mkdir(exist_ok=True)
+        for group in (self.path, root.parent):
+            if not (group / "zarr.json").exists():
+                meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+                write_whole(
+                    group / "zarr.json", json.dumps(meta, indent=2).encode(), aside=self.staging
+                )
+        os.replace(fresh, root)
+        sync_folder(root.parent)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """The committed generations, oldest first."""
+        return Index.read(self.path).generations if (self.path / INDEX).exists() else ()
+
+    def publish(self, entry: Entry) -> None:
+        """Put a finished generation into the index, in the place of its earlier self if any."""
+        entries = list(self.entries())
+        at = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
+        entries[at : at + 1] = [entry]
+        data = Index(tuple(entries)).to_bytes()
+        if not (self.path / INDEX).exists() or (self.path / INDEX).read_bytes() != data:
+            write_whole(self.path / INDEX, data, aside=self.staging)
+
+    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> Path | None:
+        """Write the list of bad images as CSV beside the index; None if there are none."""
+        path = self.path / BAD_CSV
+        if not bad:
+            path.unlink(missing_ok=True)
+            return None
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "key", "reason"])
+            writer.writerows([row, manifest.key(row), why] for row, why in bad.items())
+        return path
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append what varies between runs (times, hosts, attempts) to the log."""
+        entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": self.run, "event": event}
+        with open(self.path / LOG, "a") as file:
+            file.write(json.dumps(entry | facts) + "\n")
+
+    def close(self) -> None:
+        """Drop this run's staging and the lock."""
+        shutil.rmtree(self.path / STAGING, ignore_errors=True)
+        self._lock.close()
+
+
+class Writer:
+    """One generation being written; blocks and views count from 0 inside it."""
+
+    def __init__(self, store: Store, name: str, spec: CacheSpec) -> None:
+        self.store, self.name, self.spec = store, name, spec
+        self.root = store.path / name
 
     def missing(self) -> list[tuple[int, list[int]]]:
         """(block, views) that still have to be made: no record, or a file gone or cut short."""
@@ -233,6 +311,11 @@ class Store:
         except (CacheError, KeyError, TypeError, FileNotFoundError):
             return False
 
+    def forget(self, block: int, view: int) -> None:
+        """Take the record of a shard away: it does not exist any more, and is made again."""
+        (self.root / "records" / record_name(block, view)).unlink(missing_ok=True)
+        sync_folder(self.root / "records")
+
     def commit(self, folder: Path, record: dict) -> None:
         """Take a staged shard over: check, rename, fsync, and then write its record."""
         block, view = record["block"], record["view"]
@@ -249,72 +332,94 @@ class Store:
             os.replace(folder / file["path"], target)
             sync_folder(target.parent)
         proof = self.root / "records" / record_name(block, view)
-        write_whole(proof, canonical(record), aside=self.staging)
+        write_whole(proof, canonical(record), aside=self.store.staging)
 
-    def records(self) -> Iterable[tuple[str, dict, bytes]]:
-        """(file name, record, its bytes) of every shard, in order."""
+    def records(self) -> Iterator[tuple[dict, bytes]]:
+        """(record, its bytes) of every shard, ordered by block and view."""
         for block in range(self.spec.blocks):
             for view in range(self.spec.views):
-                name = record_name(block, view)
-                data = (self.root / "records" / name).read_bytes()
-                yield name, json.loads(data), data
+                data = (self.root / "records" / record_name(block, view)).read_bytes()
+                yield json.loads(data), data
 
     def bad(self) -> dict[int, str]:
-        """Rows that no target could be made of, with the reason."""
+        """Rows (of this generation) that no target could be made of, with the reason."""
         found: dict[int, str] = {}
-        for _, record, _ in self.records():
+        for record, _ in self.records():
             found |= {int(row): why for row, why in record["bad"].items()}
         return dict(sorted(found.items()))
 
-    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> Path | None:
-        """Write the list of bad images as CSV beside the index; None if there are none."""
-        path = self.path / BAD_CSV
-        if not bad:
-            path.unlink(missing_ok=True)
-            return None
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "key", "reason"])
-            writer.writerows([row, manifest.key(row), why] for row, why in bad.items())
-        return path
+    def finish(self, layer: str, bad: int) -> Entry:
+        """Write the table of shards, and the index, which makes the generation count."""
+        names = sorted(self.spec.arrays())
+        columns: dict[str, list] = {"record": [], "sizes": [], "bad": []}
+        total, records = 0, hashlib.sha256()
+        for record, data in self.records():
+            proof = hashlib.sha256(data).digest()
+            records.update(proof)
+            size = {file["path"].split("/")[0]: file["bytes"] for file in record["files"]}
+            total += sum(size.values())
+            columns["record"].append(proof)
+            columns["sizes"].append([size.get(name, -1) for name in names])
+            columns["bad"].append(len(record["bad"]))
+        table = pa.table(columns, schema=_SHARDS)
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        if not _holds(self.root / SHARDS, sink.getvalue()):
+            write_whole(self.root / SHARDS, sink.getvalue(), aside=self.store.staging)
+        files = self._static_files()
+        tables = {name: digest for name, digest in files.items() if name.startswith("codec/")}
+        content = [self.spec.fingerprint(), tables, records.hexdigest()]
+        spec = self.spec
+        entry = Entry(
+            path=self.name,
+            layer=layer,
+            fingerprint=spec.fingerprint(),
+            digest=hashlib.sha256(canonical(content)).hexdigest(),
+            rows=(spec.first_row, spec.first_row + spec.rows),
+            views=(spec.first_view, spec.first_view + spec.views),
+            shards=spec.shards,
+            bytes=total,
+            bad=bad,
+            files=files,
+        )
+        self.store.publish(entry)
+        return entry
 
-    def finish(self) -> dict:
-        """Write the index, which makes the store complete; returns its generation entry."""
-        files: dict[str, int] = {}
-        digests: dict[str, str] = {}
-        for name, record, data in self.records():
-            digests[name] = hashlib.sha256(data).hexdigest()
-            files |= {file["path"]: file["bytes"] for file in record["files"]}
-        generation = {
-            "path": GENERATION,
-            "fingerprint": self.spec.fingerprint(),
-            "rows": [0, self.spec.rows],
-            "views": [0, self.spec.views],
-            "bad": {str(row): why for row, why in self.bad().items()},
-            "records": digests,
-            "files": files,
-        }
-        generation["digest"] = hashlib.sha256(canonical(generation)).hexdigest()
-        index = {"format": FORMAT, "version": VERSION, "generations": [generation]}
-        data = canonical(index)
-        if not (self.path / INDEX).exists() or (self.path / INDEX).read_bytes() != data:
-            write_whole(self.path / INDEX, data, aside=self.staging)
-        return generation
-
-    def log(self, event: str, **facts: Any) -> None:
-        """Append what varies between runs (times, hosts, attempts) to the log."""
-        entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": self.run, "event": event}
-        with open(self.path / LOG, "a") as file:
-            file.write(json.dumps(entry | facts) + "\n")
-
-    def close(self) -> None:
-        """Drop this run's staging and the lock."""
-        if hasattr(self, "staging"):
-            shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        self._lock.close()
+    def _static_files(self) -> dict[str, str]:
+        """SHA-256 of every file beside shards, records and the origin."""
+        digests = {}
+        apart = {self.root / "records", *(self.root / name / "c" for name in self.spec.arrays())}
+        for folder, folders, names in os.walk(self.root):
+            here = Path(folder)
+            folders[:] = [f for f in folders if here / f not in apart]
+            for name in names:
+                if name == ORIGIN:
+                    continue
+                path = here / name
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[path.relative_to(self.root).as_posix()] = digest
+        return dict(sorted(digests.items()))
 
 
-def group_attributes(spec: CacheSpec, about: dict, versions: dict) -> dict:
+_SHARDS = pa.schema(
+    [
+        ("record", pa.binary(32)),  # SHA-256 of the shard's record
+        ("sizes", pa.list_(pa.int64())),  # bytes of its file of each array by name; -1: no file
+        ("bad", pa.int32()),  # images without targets
+    ]
+)
+
+
+def other_settings(path: Path, there: CacheSpec, wanted: CacheSpec) -> CacheError:
+    """The refusal to mix, with the fields that differ."""
+    return CacheError(
+        f"{path} was made with other settings ({'; '.join(there.differences(wanted))})",
+        expected="one teacher, one codec, one law of views: targets are never mixed",
+        fix=f"--out another.zarr, or delete {path} first, or --extend to keep both in one store",
+    )
+
+
+def group_attributes(spec: CacheSpec, about: dict) -> dict:
     """The attributes of a generation's group: static, written once."""
     return {
         "format": FORMAT,
@@ -322,15 +427,18 @@ def group_attributes(spec: CacheSpec, about: dict, versions: dict) -> dict:
         "spec": asdict(spec),
         "fingerprint": spec.fingerprint(),
         "about": about,
-        "versions": versions,
     }
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
 
 
 def _is_store(path: Path) -> bool:
     # A store killed at birth holds only its lock and its staging.
     names = {entry.name for entry in path.iterdir()}
     return (path / GENERATION / "zarr.json").exists() or names <= {
-        ".lock", STAGING, "zarr.json", "generations", LOG
+        ".lock", STAGING, "zarr.json", GENERATIONS, LOG
     }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Look at what already exists: `milan visualise`, `milan report`; trains nothing."""
+"""Look at, check and mend what already exists: inspect, verify, repair, visualise, report."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,3 +37,97 @@ def report(
         console.table("Cost", ("what", ""), found["costs"])
         for picture in found["pictures"]:
             console.out.print(f"picture: {picture}", markup=False)
+
+
+Cache = Annotated[str, typer.Argument(help="A store.")]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Where the images lie, if not where the store says.")
+]
+Teacher = Annotated[
+    str | None, typer.Option(help="The teacher's name or config, if it is not where it was.")
+]
+Pretrained = Annotated[str | None, typer.Option(help="Its weights, as extract-targets takes them.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, cpu, ...")]
+
+
+def inspect(cache: Cache) -> None:
+    """Say what a store is: teacher, data, views, how complete, how faithful, how large."""
+    from milan.describe import describe
+    from stages import console
+
+    for title, rows in describe(cache).items():
+        console.table(title, ("what", ""), rows)
+
+
+def verify(
+    cache: Cache,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte.")] = False,
+    audit: Annotated[int, typer.Option(help="Run the teacher again on so many views.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the audit's choice.")] = 0,
+    data_root: DataRoot = None,
+    teacher: Teacher = None,
+    pretrained: Pretrained = None,
+    device: Device = "auto",
+) -> None:
+    """Check a store: exit code 0 good, 3 corrupt, 4 incomplete, 5 another teacher or data set."""
+    from pipeline.verify import verify as run
+    from stages import console
+
+    verdict = run(
+        cache,
+        deep=deep,
+        audit=audit,
+        seed=seed,
+        data_root=data_root,
+        teacher=_teacher(teacher, pretrained),
+        device=device,
+        watch=console.ConsoleWatch(),
+    )
+    _tell(verdict)
+
+
+def repair(
+    cache: Cache,
+    data_root: DataRoot = None,
+    teacher: Teacher = None,
+    pretrained: Pretrained = None,
+    device: Device = "auto",
+) -> None:
+    """Make the damaged shards of a store again, and no other."""
+    from pipeline.repair import repair as run
+    from stages import console
+
+    verdict = run(
+        cache,
+        data_root=data_root,
+        teacher=_teacher(teacher, pretrained),
+        device=device,
+        watch=console.ConsoleWatch(),
+    )
+    _tell(verdict)
+
+
+def _teacher(name: str | None, pretrained: str | None) -> Any:
+    from pipeline.teacher import TeacherSpec
+
+    return TeacherSpec(name, pretrained) if name else None
+
+
+def _tell(verdict: Any) -> None:
+    """Print a verdict, and end with its exit code."""
+    from stages import console
+
+    kinds = {
+        "corrupt": verdict.corrupt,
+        "incomplete": verdict.incomplete,
+        "foreign": verdict.foreign,
+    }
+    for kind, found in kinds.items():
+        for line in found:
+            console.out.print(f"{kind}: {line}", markup=False)
+    said = {0: "good", 3: "corrupt", 4: "incomplete", 5: "of another teacher or data set"}
+    rows = [(what, f"{number:,}") for what, number in verdict.checked.items()]
+    console.table("Verified", ("what", ""), [*rows, (verdict.path, said[verdict.code])])
+    if verdict.code == 3 and verdict.shards:
+        console.out.print(f"try: milan repair {verdict.path}", markup=False)
+    raise typer.Exit(verdict.code)

@@ -34,6 +34,9 @@ app = typer.Typer(
 app.command("extract-targets")(extract_targets.extract_targets)
 app.command("pretrain")(pretrain.pretrain)
 app.command("linear-probe")(transfer.linear_probe)
+app.command("inspect")(artifacts.inspect)
+app.command("verify")(artifacts.verify)
+app.command("repair")(artifacts.repair)
 app.command("visualise")(artifacts.visualise)
 app.command("report")(artifacts.report)
 

@@ -14,7 +14,8 @@ from stages.options import settings_command
     ExtractConfig,
     (
         "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
-        "scale", "ratio", "hflip", "codec", "executor", "address", "replicas", "num_workers",
+        "scale", "ratio", "hflip", "codec", "min_cosine", "executor", "address", "replicas",
+        "num_workers",
         "device", "precision", "batch_size", "shard_size", "seed", "limit", "max_bad",
     ),
 )  # fmt: skip
@@ -25,6 +26,10 @@ def extract_targets(
     sets: list[str] | None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Never use the network.", show_default=False)
+    ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Add another teacher's or codec's targets to the store."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")
@@ -39,6 +44,7 @@ def extract_targets(
     from stages import console
 
     flags["offline"] = offline or None
+    flags["extend"] = extend or None
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
     summary = run(config, watch=console.ConsoleWatch(), dry_run=dry_run)
     rows = [
@@ -54,5 +60,13 @@ def extract_targets(
         rows += [
             ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
             ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
+            ("cosine to the teacher", _faithful(summary["fidelity"])),
         ]
     console.table("Planned" if dry_run else "Extracted", ("what", ""), rows)
+
+
+def _faithful(report: dict[str, Any]) -> str:
+    if not report:
+        return "not measured: no image could be read"
+    means = {kind: spread["mean"] for kind, spread in report["cosine"].items()}
+    return f"class {means['class']:.5f}, patches {means['patch']:.5f}"

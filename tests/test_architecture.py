@@ -35,7 +35,7 @@ ONLY = {
     "open_clip": {"pipeline/teacher.py"},
     "ray": {"pipeline/cluster.py"},
     "zarr": {"pipeline/store.py"},
-    "tensorstore": {"milan/cache.py"},
+    "tensorstore": {"milan/generation.py"},
 }
 
 

@@ -170,7 +170,9 @@ def test_bad_images_are_told_and_all_others_done(
     assert (done.code, done.err) == (0, "")
     assert "6 of" not in done.out
     assert "nothing was left to do" in done.out
-    assert tree(tmp_path / "t.zarr/generations") == before
+    after = tree(tmp_path / "t.zarr/generations")
+    del after["000/shards.parquet"]  # written with the index
+    assert after == before
     index = json.loads((tmp_path / "t.zarr/index.json").read_bytes())
     assert len(index["generations"][0]["bad"]) == 6
 
@@ -330,13 +332,11 @@ def test_a_probe_refuses(case: str, photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (("--views", 3), "views: 2 != 3"),
         (("--seed", 1), "view_law.seed: 0 != 1"),
         (("--codec", "float16"), 'codec: "int8" != "float16"'),
         (("--scale", 0.3, 1), "view_law.scale"),
         (("--teacher-norm", "imagenet"), "teacher.normalisation.mean"),
         (("--pretrained", "none"), "teacher.weights"),
-        (("--limit", 20), "rows: 24 != 20"),
         (("--shard-size", 16), "shard_size: 8 != 16"),
     ],
 )

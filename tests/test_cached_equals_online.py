@@ -12,7 +12,14 @@ import torch
 from conftest import STUDENT, TEACHER
 from safetensors.torch import save_file
 
-from milan.data import Batch, CachedDataset, Order, StepSampler, open_cache, training_loader
+from milan.data import (
+    Batch,
+    CachedDataset,
+    StepSampler,
+    open_cache,
+    order_of,
+    training_loader,
+)
 from milan.device import MEAN, STD, normalise
 from milan.masking import visible_count
 from milan.objectives import feature_regression
@@ -91,7 +98,7 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
         ),
         torch.device("cpu"),
     )
-    order = Order(cache.good_rows(), cache.spec.shard_size, cache.views, config.seed, BATCH)
+    order = order_of(cache, seed=config.seed, batch_size=BATCH)
     student = student_of(config, cache)
     objective = loss_function(student, config, cache, torch.device("cpu"))
     optimiser = torch.optim.AdamW(

@@ -24,9 +24,11 @@ from milan.data import (
     StepSampler,
     find_root,
     open_cache,
+    order_of,
     training_loader,
 )
 from milan.errors import CacheError, ConfigError, DataError
+from milan.generation import Generation
 from milan.images import decode
 from milan.masking import mask_noise
 from milan.views import View, render, view_of
@@ -35,8 +37,9 @@ GOOD = np.array([0, 1, 2, 4, 5, 6, 7, 9, 10, 11])  # rows 3 and 8 of 12 are bad
 
 
 def order(**changes: object) -> Order:
-    fields = {"good": GOOD, "shard_size": 4, "views": 3, "seed": 0, "batch_size": 4}
-    return Order(**(fields | changes))  # type: ignore[arg-type]
+    fields = {"good": GOOD, "shard_size": 4, "views": 3, "seed": 0, "batch_size": 4} | changes
+    shards = fields["good"] // fields["shard_size"]  # type: ignore[operator]
+    return Order(shards=shards, **fields)  # type: ignore[arg-type]
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -183,7 +186,8 @@ def test_items(store: Path, photos: Path, cache: TargetCache) -> None:
         targets = cache.read(np.array([row]), np.array([view]))
         assert targets.codes is not None
         assert targets.scale is not None
-        expected = targets.codes[0] * targets.scale[0][:, None]
+        channel = cache.codec.tables["channel"]
+        expected = targets.codes[0] * targets.scale[0][:, None] * channel
         assert item["features"].dtype == item["attention"].dtype == torch.float32
         assert np.array_equal(item["features"].numpy(), expected)
         assert np.array_equal(item["attention"].numpy(), targets.attention[0])
@@ -261,7 +265,7 @@ def test_reading_after_a_fork_is_refused(store: Path, anew: bool) -> None:
 def batches(dataset: CachedDataset, workers: int, *, features: bool = True) -> list[Batch]:
     """Two epochs in micro-batches of 4, from step 1."""
     cache = dataset.cache
-    steps = Order(cache.good_rows(), cache.spec.shard_size, cache.views, seed=3, batch_size=8)
+    steps = order_of(cache, seed=3, batch_size=8)
     sampler = StepSampler(steps, start=1, stop=6, micro=4)
     return list(training_loader(dataset, sampler, features=features, num_workers=workers))
 
@@ -436,11 +440,11 @@ def test_images_may_move(store: Path, copied: Path, tmp_path: Path) -> None:
     assert "class " in error.value.expected
 
 
-def test_images_that_are_nowhere(store: Path) -> None:
+def test_images_that_are_nowhere(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place looked at is told."""
     cache = TargetCache(store)
     gone = {"data_root": "/nowhere/images", "data_root_from_store": "../not here"}
-    cache.attributes = cache.attributes | {"about": cache.attributes["about"] | gone}
+    monkeypatch.setattr(Generation, "origin", gone)
     with pytest.raises(DataError, match=r"not below .*/not here, nor /nowhere/images") as error:
         find_root(cache, None)
     assert "--data-root" in error.value.fix

@@ -111,6 +111,7 @@ def test_an_item_is_what_the_teacher_saw_and_said(store: Path, cache: TargetCach
         assert tuple(item["attention"].shape) == (16,)
         targets = cache.read(np.array([row]), np.array([view]))
         decoded = targets.codes.astype(np.float32) * targets.scale[..., None]
+        decoded *= cache.codec.tables["channel"]
         np.testing.assert_array_equal(item["features"], decoded[0])
         np.testing.assert_array_equal(item["attention"], targets.attention[0])
         crop = View.of(cache.crops(np.array([row]), np.array([view]))[0])

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import urllib.request
@@ -30,12 +31,13 @@ from fsspec.spec import AbstractFileSystem
 
 from milan import places
 from milan.cache import TargetCache
-from milan.data import Order, StepSampler, find_root, open_cache, training_loader
+from milan.data import StepSampler, find_root, open_cache, order_of, training_loader
 from milan.errors import DataError, ImageFault
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
 from milan.places import Url, place
 from milan.sources import ImageSource
 from pipeline.extract import extract_targets
+from pipeline.repair import repair
 
 S3 = {
     "AWS_ACCESS_KEY_ID": "any",
@@ -582,9 +584,23 @@ def test_they_are_read_back_from_where_they_lie(
     assert torch.equal(parquet[7]["image"], open_cache(stores["parquet"])[7]["image"])
     with pytest.raises(DataError, match=r"not below s3://sets/nix"):
         find_root(TargetCache(store), "s3://sets/nix")
-    about = json.loads((stores["s3://sets/tars"] / "generations/000/zarr.json").read_bytes())
-    assert about["attributes"]["about"]["data_root"] == "s3://sets/tars"
-    assert about["attributes"]["about"]["data_root_from_store"] is None
+    origin = json.loads((stores["s3://sets/tars"] / "generations/000/origin.json").read_bytes())
+    assert origin["data_root"] == "s3://sets/tars"
+    assert origin["data_root_from_store"] is None
+
+
+def test_a_shard_is_made_again_from_where_its_images_lie(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    """Repair finds the URL in the store, and the bytes are those that were there."""
+    damaged = tmp_path / "targets.zarr"
+    shutil.copytree(stores["s3://sets/tars"], damaged)
+    shard = damaged / "generations/000/features/c/1/0/0/0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    repair(damaged)
+    assert shard.read_bytes() == whole
+    TargetCache(damaged)
 
 
 def test_training_reads_them_in_workers(stores: dict[str, Path], store: Path) -> None:
@@ -592,7 +608,7 @@ def test_training_reads_them_in_workers(stores: dict[str, Path], store: Path) ->
     streams = []
     for path, workers in ((store, 0), (stores["s3://sets/tars"], 1)):
         dataset = open_cache(path)
-        order = Order(dataset.good, dataset.cache.spec.shard_size, dataset.cache.views, 0, 8)
+        order = order_of(dataset.cache, seed=0, batch_size=8)
         sampler = StepSampler(order, start=0, stop=order.steps, micro=8)
         loader = training_loader(dataset, sampler, features=True, num_workers=workers)
         streams.append(list(loader))

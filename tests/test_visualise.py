@@ -79,7 +79,7 @@ def test_a_row_is_one_image(store: Path, cache: TargetCache, sheet: Callable[...
         image = int(number)
         assert cache.manifest.key(image).startswith(f"{name}/")
         shape = np.asarray(row[0].images[0].get_array()).shape
-        record = cache.record(image, 0)
+        record = cache.generations[0].record(image // cache.spec.shard_size, 0)
         at = image - record["rows"][0]
         assert shape[:2] == (record["heights"][at], record["widths"][at])
         boxes = row[0].patches

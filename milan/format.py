@@ -1,0 +1,291 @@
+"""What a store is: its spec and identity, its arrays, its records and its index.
+
+    targets.zarr/index.json          written last: present means complete; the one file replaced
+    targets.zarr/generations/000/    a complete Zarr v3 group with its own rows and views
+        zarr.json                    attributes: spec, fingerprint, about the teacher
+        origin.json                  where and with which libraries it was made; not proven
+        features/ [scale/] attention/ crop/
+        codec/ canary/ fidelity.json made before the first shard: the codec's tables, proofs
+        manifest.parquet             a row an image
+        records/00042.01.json        proves shard (block 42, view 1): rows, files, digests, reasons
+        shards.parquet               a row a shard: digest of its record, sizes of its files
+
+Growth adds a generation and replaces the index; nothing else that is committed ever changes. Blocks
+and views in names, records and arrays count from 0 inside their generation; the spec says where in
+the whole it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milan.codecs import codec_of
+from milan.errors import CacheError
+
+FORMAT = "milan-targets"
+VERSION = 1
+INDEX = "index.json"
+GENERATIONS = "generations"
+GENERATION = "generations/000"
+"""The first generation of a store."""
+MANIFEST = "manifest.parquet"
+SHARDS = "shards.parquet"
+FIDELITY = "fidelity.json"
+ORIGIN = "origin.json"
+LOG = "extract.log.jsonl"
+"""Times, hosts, attempts: what varies between runs, outside what is proven."""
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling that digests are taken of: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def record_name(block: int, view: int) -> str:
+    """File name of the record of a shard, below `records/`."""
+    return f"{block:05d}.{view:02d}.json"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array: `chunk` is the unit of reading, `shard` (if any) a file of chunks."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...] | None
+    dtype: str
+    fill: float
+    dimensions: tuple[str, ...]
+
+    def file(self, block: int, view: int) -> str:
+        """Path of the file that holds (block, view), below the array (default key encoding)."""
+        return "/".join(["c", str(block), str(view)] + ["0"] * (len(self.shape) - 2))
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that determines a generation's content; its digest is the fingerprint.
+
+    Not in it, because they change no byte: batch size, workers, order of work, times, hosts.
+    """
+
+    manifest: str
+    """Digest of keys and order of this generation's rows (Manifest.digest)."""
+    rows: int
+    views: int
+    tokens: int
+    """T = 1 + N: the class token, then the patches in raster order."""
+    channels: int
+    """C, the joint width of the teacher."""
+    codec: str
+    shard_size: int
+    view_law: dict
+    teacher: dict
+    """Weights digest, architecture, normalisation, image size, precision."""
+    first_row: int = 0
+    """Of the whole store: the rows of earlier generations come before."""
+    first_view: int = 0
+    version: int = VERSION
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of every field."""
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+    def differences(self, other: CacheSpec) -> list[str]:
+        """'field: mine != other's' for each leaf that differs, nested names joined by dots."""
+        mine, theirs = _leaves(asdict(self)), _leaves(asdict(other))
+        return [
+            f"{key}: {_short(mine.get(key))} != {_short(theirs.get(key))}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def layer(self) -> bytes:
+        """What generations that hold parts of the same targets share: all but rows and views."""
+        fields = asdict(self)
+        ranged = ("manifest", "rows", "views", "first_row", "first_view")
+        return canonical({key: value for key, value in fields.items() if key not in ranged})
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `shard_size` rows there are; each has one shard a view."""
+        return -(-self.rows // self.shard_size)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return self.blocks * self.views
+
+    def block_rows(self, block: int) -> tuple[int, int]:
+        """First row and one past the last row of a block, counted inside the generation."""
+        return block * self.shard_size, min(self.rows, (block + 1) * self.shard_size)
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of a generation by name."""
+        codec = codec_of(self.codec)
+        n, k, t, s = self.rows, self.views, self.tokens, self.shard_size
+        c = codec.width(self.channels)
+        nan = float("nan")
+        arrays = {
+            "features": ArraySpec(
+                (n, k, t, c),
+                (1, 1, t, c),
+                (s, 1, t, c),
+                codec.dtype,
+                codec.fill,
+                ("row", "view", "token", "code" if codec.coded else "channel"),
+            ),
+            "attention": ArraySpec(
+                (n, k, t - 1),
+                (1, 1, t - 1),
+                (s, 1, t - 1),
+                "float32",
+                nan,
+                ("row", "view", "patch"),
+            ),
+            "crop": ArraySpec((n, k, 5), (s, 1, 5), None, "int32", -1, ("row", "view", "number")),
+        }
+        if codec.scaled:
+            arrays["scale"] = ArraySpec(
+                (n, k, t), (1, 1, t), (s, 1, t), "float32", nan, ("row", "view", "token")
+            )
+        return arrays
+
+    def view_bytes(self) -> int:
+        """Bytes of one stored view, shard indexes and checksums included."""
+        total = 0
+        for array in self.arrays().values():
+            per_row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
+            total += per_row + (4 + 16 if array.shard else 0)
+        return total
+
+    def total_bytes(self) -> int:
+        """Bytes of all shards: what a run will write, records and manifest apart."""
+        return self.view_bytes() * self.rows * self.views
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A committed generation, as the index lists it."""
+
+    path: str
+    layer: str
+    """Whose targets it holds parts of: teacher and codec, such as `ViT-B-16-quickgelu/int8`."""
+    fingerprint: str
+    digest: str
+    """SHA-256 over the fingerprint, the codec's tables and all records: the content's identity."""
+    rows: tuple[int, int]
+    """First row and one past the last, in the whole store."""
+    views: tuple[int, int]
+    shards: int
+    bytes: int
+    """Of all shards."""
+    bad: int
+    """Images without targets."""
+    files: dict[str, str]
+    """SHA-256 of every file beside shards and records, by path inside the generation."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The generations of a store, oldest first."""
+
+    generations: tuple[Entry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The content of index.json."""
+        entries = [asdict(entry) for entry in self.generations]
+        return canonical({"format": FORMAT, "version": VERSION, "generations": entries})
+
+    @classmethod
+    def read(cls, store: Path) -> Index:
+        """The index of a finished store. Raises CacheError if it is absent, foreign or damaged."""
+        if not store.exists():
+            raise CacheError(
+                f"no store at {store}", fix="milan extract-targets --data … --out " + str(store)
+            )
+        if not (store / INDEX).exists():
+            raise _unfinished(store)
+        index = read_json(store / INDEX)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
+        if index.get("version") != VERSION:
+            raise CacheError(
+                f"{store} has format version {index.get('version')}",
+                expected=f"version {VERSION}",
+                fix="pip install --upgrade milan-pretrain",
+            )
+        try:
+            entries = [
+                Entry(**{**e, "rows": tuple(e["rows"]), "views": tuple(e["views"])})
+                for e in index["generations"]
+            ]
+            if not entries:
+                raise ValueError("no generation")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"{store / INDEX} is damaged: {error}") from None
+        return cls(tuple(entries))
+
+
+def _unfinished(store: Path) -> CacheError:
+    first = store / GENERATION
+    if not (first / "zarr.json").exists():
+        return CacheError(f"{store} is not a target cache: it has no {INDEX}")
+    spec, _ = read_group(first)
+    records = first / "records"
+    done = len(list(records.glob("*.json"))) if records.exists() else 0
+    return CacheError(
+        f"{store} is incomplete: {done} of {spec.shards} shards, no {INDEX}",
+        fix="run the same extract-targets line again: it goes on where it stopped",
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file of a store. Raises CacheError if it does not parse."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
+
+
+def read_group(generation: Path) -> tuple[CacheSpec, dict]:
+    """Spec and other attributes of a generation's group."""
+    attributes = read_json(generation / "zarr.json").get("attributes", {})
+    if attributes.get("format") != FORMAT:
+        raise CacheError(f"{generation} is a Zarr group of another kind", expected=FORMAT)
+    if attributes.get("version") != VERSION:
+        raise CacheError(
+            f"{generation} has format version {attributes.get('version')}",
+            expected=f"version {VERSION}",
+            fix="pip install --upgrade milan-pretrain",
+        )
+    try:
+        spec = CacheSpec(**attributes["spec"])
+        stated = attributes["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{generation / 'zarr.json'} is damaged: {error}") from None
+    if spec.fingerprint() != stated:
+        raise CacheError(
+            f"{generation / 'zarr.json'} is damaged: its spec has not the fingerprint it states"
+        )
+    return spec, attributes
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            found |= _leaves(inner, f"{prefix}{key}.")
+        return found
+    return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:16] + "…" + text[-8:]

@@ -1,0 +1,104 @@
+"""Damaged shards made again, and no other: same images, teacher and batches, same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milan.errors import CacheError, DataError
+from milan.format import Entry
+from milan.generation import Generation
+from milan.places import place
+from milan.watch import Silent, Watch
+from pipeline.extract import Plan, codec_at, run_part, share
+from pipeline.growth import Part
+from pipeline.prepare import check_canaries
+from pipeline.settings import ExtractConfig
+from pipeline.store import Store, Writer
+from pipeline.teacher import TeacherSpec, load_teacher
+from pipeline.verify import Verdict, verify
+
+
+def repair(
+    path: str | Path,
+    *,
+    data_root: str | None = None,
+    teacher: TeacherSpec | None = None,
+    device: str = "auto",
+    watch: Watch | None = None,
+) -> Verdict:
+    """Make the damaged shards of a store again, and no other; returns the verdict afterwards.
+
+    Raises CacheError if what is damaged is not a shard: then a copy of the store is needed.
+    """
+    watch = watch or Silent()
+    before = verify(path, deep=True, watch=watch)
+    if not before.mendable:
+        raise CacheError(
+            f"{path} cannot be repaired: {before.corrupt[0]}",
+            expected="damage inside shards or their records",
+            fix="a copy of that file, or a new extraction",
+        )
+    if not before.shards:
+        return before
+    store = Store(Path(path))
+    try:
+        for entry in store.entries():
+            shards = [(b, v) for name, b, v in before.shards if name == entry.path]
+            if shards:
+                watch.note(f"{entry.path}: {len(shards)} of {entry.shards} shards are made again")
+                same = _remake(store, entry, shards, data_root, teacher, device, watch)
+                if not same:
+                    watch.note(
+                        "they are not the bytes that were lost (another device or library?): "
+                        "runs that began with the old ones will not go on"
+                    )
+    finally:
+        store.close()
+    return verify(path, deep=True, watch=watch)
+
+
+def _remake(
+    store: Store,
+    entry: Entry,
+    shards: list[tuple[int, int]],
+    root: str | None,
+    teacher: TeacherSpec | None,
+    device: str,
+    watch: Watch,
+) -> bool:
+    """Make (block, view) `shards` of a finished generation again; whether the bytes are the same.
+
+    `root` (of the images) and `teacher` are as the store remembers them, unless given. Raises
+    MilanError if the images or the teacher are not those of the store.
+    """
+    generation = Generation(store.path, entry)
+    origin, spec = generation.origin, generation.spec
+    places = [place(root or origin["data_root"])]
+    if not root and origin["data_root_from_store"]:
+        places.insert(0, store.path.resolve() / origin["data_root_from_store"])
+    source = next((where for where in places if where.exists()), None)
+    if source is None:
+        raise DataError(
+            f"the images of {store.path} are not at " + ", nor at ".join(map(str, places)),
+            fix="--data-root, a folder or URL",
+        )
+    loaded = load_teacher(teacher or TeacherSpec(**origin["teacher"]), device=device)
+    if loaded.identity != spec.teacher:
+        raise CacheError(
+            f"teacher {loaded.about['name']} is not the one of {store.path}",
+            expected="the same weights and settings",
+        )
+    first = next(e for e in store.entries() if e.layer == entry.layer)
+    check_canaries(store.path / first.path, loaded)
+    config = ExtractConfig(
+        str(source), out=str(store.path), executor="local", batch_size=origin["batch_size"],
+        shard_size=spec.shard_size, device=device,
+    )  # fmt: skip
+    part = Part(entry.path, spec, generation.manifest())
+    work = Plan(config, source, loaded, entry.layer, [part])
+    writer = Writer(store, entry.path, spec)
+    for block, view in shards:
+        writer.forget(block, view)
+    codec = codec_at(store.path / first.path, spec)
+    run_part(work, writer, part, codec, writer.missing(), share(config, work), watch)
+    return writer.finish(entry.layer, len(writer.bad())).digest == entry.digest

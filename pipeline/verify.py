@@ -1,0 +1,286 @@
+"""Is a store what it says it is? Every proof checked.
+
+index -> small files of each generation, by digest
+      -> table of shards -> records, by digest -> files, by size; shard indexes, by crc32c
+deep: -> files, by digest; every chunk and row, by crc32c; attention positive and finite
+audit: the teacher again, on random views through the training image path
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import torch
+
+from milan.cache import TargetCache
+from milan.data import CachedDataset
+from milan.errors import CacheError, DataError, TeacherError
+from milan.format import GENERATIONS, INDEX, ArraySpec, Entry, Index, canonical, record_name
+from milan.generation import Generation
+from milan.watch import Silent, Watch
+from pipeline.teacher import TeacherSpec, load_teacher
+
+GOOD, CORRUPT, INCOMPLETE, FOREIGN = 0, 3, 4, 5
+_BATCH = 64  # rows decoded at once
+
+
+@dataclass
+class Verdict:
+    """What was found; `code` is the exit code of `milan verify`."""
+
+    path: str
+    corrupt: list[str] = field(default_factory=list)
+    """What is damaged, with its name."""
+    incomplete: list[str] = field(default_factory=list)
+    """What is not there yet."""
+    foreign: list[str] = field(default_factory=list)
+    """What is of another teacher or data set."""
+    shards: list[tuple[str, int, int]] = field(default_factory=list)
+    """(generation, block, view) of the damaged shards, which can be made again."""
+    mendable: bool = True
+    """Whether shards are all that is damaged."""
+    checked: dict[str, int] = field(default_factory=dict)
+    """How much was looked at."""
+
+    @property
+    def code(self) -> int:
+        """0 good, 3 corrupt, 4 incomplete, 5 another teacher or data set."""
+        if self.corrupt:
+            return CORRUPT
+        if self.incomplete:
+            return INCOMPLETE
+        return FOREIGN if self.foreign else GOOD
+
+    def damage(self, what: str) -> None:
+        """Add damage that making shards again does not mend."""
+        self.corrupt.append(what)
+        self.mendable = False
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to `checked`."""
+        self.checked[what] = self.checked.get(what, 0) + number
+
+
+def verify(
+    path: str | Path,
+    *,
+    deep: bool = False,
+    audit: int = 0,
+    seed: int = 0,
+    data_root: str | None = None,
+    teacher: TeacherSpec | None = None,
+    device: str = "auto",
+    watch: Watch | None = None,
+) -> Verdict:
+    """Check a store. Reads records and shard indexes; `deep` reads all there is.
+
+    `audit` runs the teacher on so many random views, rendered as training renders them: as the
+    store remembers it, or `teacher`. Raises nothing for damage: the verdict holds it.
+    """
+    watch = watch or Silent()
+    store = Path(path)
+    verdict = Verdict(str(path))
+    try:
+        index = Index.read(store)
+    except CacheError as error:
+        there = (store / INDEX).exists()
+        verdict.damage(str(error)) if there else verdict.incomplete.append(str(error))
+        return verdict
+    watch.begin("verify", sum(entry.shards for entry in index.generations), "shards")
+    for entry in index.generations:
+        _generation(store, entry, verdict, deep, watch)
+    watch.end()
+    if not verdict.corrupt:
+        for layer in dict.fromkeys(entry.layer for entry in index.generations):
+            try:
+                cache = TargetCache(store, layer=layer)
+                verdict.count("images x views", cache.rows * cache.views)
+            except CacheError as error:
+                verdict.damage(str(error))
+    listed = {entry.path for entry in index.generations}
+    for folder in sorted((store / GENERATIONS).glob("[0-9]*")):
+        if f"{GENERATIONS}/{folder.name}" not in listed:
+            verdict.incomplete.append(f"{GENERATIONS}/{folder.name} is begun and not in the index")
+    if audit and not verdict.corrupt:
+        _audit(TargetCache(store), verdict, audit, seed, data_root, teacher, device, watch)
+    return verdict
+
+
+def _generation(store: Path, entry: Entry, verdict: Verdict, deep: bool, watch: Watch) -> None:
+    root = store / entry.path
+    for name, digest in entry.files.items():
+        verdict.count("small files")
+        try:
+            found = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        except OSError:
+            found = ""
+        if found != digest:
+            what = "gone" if not found else "damaged"
+            verdict.damage(f"{entry.path}/{name} is {what}")
+    try:
+        generation = Generation(store, entry)
+        manifest = generation.manifest()
+        proofs = generation.shards["record"].to_pylist()
+        spec = generation.spec
+        if len(manifest) != spec.rows or len(proofs) != spec.shards:
+            raise CacheError(f"{entry.path}: {len(manifest)} rows and {len(proofs)} shards")
+    except CacheError as error:
+        if verdict.mendable:
+            verdict.damage(str(error))
+        return  # without its table and spec nothing of it can be believed
+    tables = {n: d for n, d in entry.files.items() if n.startswith("codec/")}
+    content = [entry.fingerprint, tables, hashlib.sha256(b"".join(proofs)).hexdigest()]
+    if hashlib.sha256(canonical(content)).hexdigest() != entry.digest:
+        verdict.damage(f"{INDEX}: the digest of {entry.path} is not that of its records")
+    targets = 0
+    for block in range(spec.blocks):
+        for view in range(spec.views):
+            wrong, held = _shard(generation, block, view, deep)
+            targets += held
+            verdict.count("shards")
+            for what in wrong:
+                shard = record_name(block, view)[:-5]
+                verdict.corrupt.append(f"{entry.path}, shard {shard}: {what}")
+            if wrong:
+                verdict.shards.append((entry.path, block, view))
+            watch.advance(verdict.checked["shards"], f"{len(verdict.shards)} damaged")
+    verdict.count("targets", targets)
+    if not verdict.corrupt and targets != (spec.rows - entry.bad) * spec.views:
+        verdict.damage(
+            f"{entry.path} holds {targets:,} targets, the index says "
+            f"{(spec.rows - entry.bad) * spec.views:,}"
+        )
+
+
+def _shard(generation: Generation, block: int, view: int, deep: bool) -> tuple[list[str], int]:
+    """(what is wrong with a shard, how many targets it holds)."""
+    spec = generation.spec
+    try:
+        record = generation.record(block, view)
+    except CacheError as error:
+        return [error.found], 0
+    start, stop = spec.block_rows(block)
+    if (record["block"], record["view"], record["rows"]) != (block, view, [start, stop]):
+        return [f"its record is of block {record['block']}, view {record['view']}"], 0
+    bad = {int(row) - start for row in record["bad"]}
+    good = [i for i in range(stop - start) if i not in bad]
+    wrong = []
+    listed = {file["path"]: file for file in record["files"]}
+    for name, array in spec.arrays().items():
+        path = f"{name}/{array.file(block, view)}"
+        if (path in listed) != bool(good):
+            wrong.append(f"{name} is {'not ' if good else ''}in its record")
+        elif path in listed:
+            told = _file(generation.root / path, array, good, listed[path]["sha256"], deep)
+            wrong += [f"{name} ({path}) {told}"] if told else []
+    if deep and not wrong:
+        wrong += _rows(generation, np.array(good) + start, view)
+    return wrong, len(good)
+
+
+def _file(path: Path, array: ArraySpec, good: list[int], digest: str, deep: bool) -> str:
+    """What is wrong with a file of a shard, or nothing."""
+    if array.shard:
+        size, chunks = path.stat().st_size, array.shard[0]
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 16 * chunks - 4))
+            tail = file.read()
+        table, stated = tail[:-4], struct.unpack("<I", tail[-4:])[0]
+        if google_crc32c.value(table) != stated:
+            return "has a damaged shard index"
+        pairs = np.frombuffer(table, "<u8").reshape(-1, 2)
+        if np.flatnonzero(pairs[:, 1] != np.uint64(2**64 - 1)).tolist() != good:
+            return "holds other rows than its record says"
+        ends = pairs[good].sum(axis=1)
+        if (ends > size - len(tail)).any():
+            return "has a shard index that points outside"
+    if deep:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return "has not the SHA-256 of its record"
+    return ""
+
+
+def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
+    """Every row of a shard read as training reads it."""
+    spec = generation.spec
+    names = list(spec.arrays())
+    for part in np.array_split(local, -(-len(local) // _BATCH) or 1):
+        if not len(part):
+            continue
+        views = np.full(len(part), spec.first_view + view)
+        try:
+            got = generation.read(names, part + spec.first_row, views)
+        except CacheError as error:
+            return [error.found]
+        if not ((got["attention"] > 0) & np.isfinite(got["attention"])).all():
+            return ["has attention that is not finite and > 0"]
+    return []
+
+
+def _audit(
+    cache: TargetCache,
+    verdict: Verdict,
+    count: int,
+    seed: int,
+    data_root: str | None,
+    spec: TeacherSpec | None,
+    device: str,
+    watch: Watch,
+) -> None:
+    """The teacher again on random views; and on a shuffled pairing, which must not agree."""
+    first = cache.generations[0]
+    try:
+        dataset = CachedDataset(cache, data_root=data_root)
+        teacher = load_teacher(spec or TeacherSpec(**first.origin["teacher"]), device=device)
+    except (DataError, TeacherError) as error:
+        verdict.foreign.append(str(error))
+        return
+    if teacher.identity != cache.spec.teacher:
+        verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
+        return
+    generator = np.random.default_rng(seed)
+    good = cache.good_rows()
+    rows = good[generator.choice(len(good), min(count, len(good)), replace=False)]
+    views = generator.integers(0, cache.views, len(rows))
+    floor = first.fidelity["cosine"]["patch"]["p01"] - 1e-3 if first.fidelity else 0.99
+    watch.begin("audit", len(rows), "views")
+    told: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
+        try:
+            pixels = dataset.pixels(rows[part], views[part])
+        except DataError as error:
+            verdict.foreign.append(str(error))
+            watch.end()
+            return
+        targets = cache.read(rows[part], views[part])
+        scale = None if targets.scale is None else torch.from_numpy(targets.scale)
+        kept.append(cache.codec.decode(torch.from_numpy(targets.codes), scale))
+        told.append(teacher.targets(pixels)[0].cpu())
+        watch.advance(int(part[-1]) + 1, "")
+    watch.end()
+    now, before = torch.cat(told), torch.cat(kept)
+    cosine = torch.nn.functional.cosine_similarity(now, before, dim=-1).mean(1)
+    shuffled = torch.nn.functional.cosine_similarity(now.roll(1, 0), before, dim=-1).mean(1)
+    verdict.count("audited views", len(rows))
+    for i in torch.nonzero(cosine < floor).flatten().tolist():
+        verdict.corrupt.append(
+            f"row {rows[i]}, view {views[i]}: the teacher says something else "
+            f"(cosine {cosine[i]:.4f}, expected {floor:.4f})"
+        )
+        verdict.shards.append(_place(cache, int(rows[i]), int(views[i])))
+    if len(rows) > 1 and float(shuffled.mean()) >= floor:
+        verdict.damage("the audit proves nothing: targets of other images agree as well")
+
+
+def _place(cache: TargetCache, row: int, view: int) -> tuple[str, int, int]:
+    at = np.array([row]), np.array([view])
+    generation = next(g for g in cache.generations if g.holds(*at)[0])
+    spec = generation.spec
+    return generation.entry.path, (row - spec.first_row) // spec.shard_size, view - spec.first_view
