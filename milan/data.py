@@ -26,6 +26,7 @@ from milan.cache import TargetCache
 from milan.errors import ConfigError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
+from milan.places import Place, place
 from milan.sources import ImageSource
 from milan.views import View, checksum, render
 
@@ -163,27 +164,27 @@ def open_cache(
     return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
 
 
-def find_root(cache: TargetCache, data_root: str | None) -> Path:
-    """The folder that the manifest's paths are relative to.
+def find_root(cache: TargetCache, data_root: str | None) -> Place:
+    """The folder, or URL, that the manifest's paths are relative to.
 
     `data_root` if given; else as the store recorded it, first relative to the store (a project
     that was moved as a whole), then absolute. Raises DataError listing the places looked at.
     """
     origin = cache.generations[0].origin
-    places = [Path(data_root).expanduser()] if data_root else []
-    if not data_root:
-        places = [cache.path.resolve() / origin["data_root_from_store"], Path(origin["data_root"])]
+    places = [place(data_root or origin["data_root"])]
+    if not data_root and origin["data_root_from_store"]:
+        places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
     if not len(good):
         raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
     first = cache.manifest.table["path"][int(good[0])].as_py()
-    for place in places:
-        if (place / first).exists():
-            return place
+    for root in places:
+        if (root / first).exists():
+            return root
     raise DataError(
         f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
         expected=f"{first} in the data root",
-        fix="--data-root FOLDER",
+        fix="--data-root, a folder or URL",
     )
 
 

@@ -26,6 +26,7 @@ from milan.errors import CacheError, ConfigError, DataError
 from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.generation import open_array
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.places import Place
 from milan.sources import ImageSource
 from milan.views import ViewSpec
 from milan.watch import Silent, Watch
@@ -45,7 +46,7 @@ class Plan:
     """Everything decided before the first image is read."""
 
     config: ExtractConfig
-    source: Path
+    source: Place
     teacher: Teacher
     layer: str
     """What the store calls the targets of this teacher and codec."""
@@ -60,7 +61,10 @@ class Plan:
         return {
             "data": self.config.data,
             "data_root": str(root),
-            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve()),
+            # A URL is where it is, wherever the store goes.
+            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve())
+            if isinstance(root, Path)
+            else None,
             "teacher": asdict(_teacher_spec(self.config)),
             "batch_size": self.config.batch_size,
             "versions": versions,
@@ -91,7 +95,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     watch.note(f"manifest: {rows:,}{some} images{classes}")
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        watch.note(f"not images by name, left out: {kinds}")
+        watch.note(f"no images, left out: {kinds}")
     teacher = load_teacher(_teacher_spec(config), device=config.device)
     law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
     codec = codec_of(config.codec)

@@ -12,7 +12,7 @@ class ExtractConfig:
     """What `milan extract-targets` does; the fields are its flags."""
 
     data: str
-    """A path, or a name below --data-root, else $MILAN_DATA, else ./data (`imagenet`)."""
+    """A path, a URL (s3://…), or a name below --data-root, else $MILAN_DATA, else ./data."""
     out: str = "targets.zarr"
     """The store."""
     data_root: str | None = None

@@ -61,7 +61,7 @@ class Extractor:
         self.spec, self.batch_size, self.threads = spec, batch_size, threads
         self.view_spec = ViewSpec.from_law(spec.view_law)
         self.codec = codec
-        self.source = ImageSource(manifest, Path(root))
+        self.source = ImageSource(manifest, root)
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
