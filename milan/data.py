@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from milan import draws
 from milan.cache import TargetCache
-from milan.errors import ConfigError, DataError, ImageFault, MilanError
+from milan.errors import CacheError, ConfigError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.places import Place, place
 from milan.sources import ImageSource
-from milan.views import View, checksum, render
+from milan.views import View, checksum, render, unpack
 
 _WINDOW_ROWS = 131_072  # shuffled together: near full-shuffle quality, reads of whole shards
 
@@ -73,7 +73,10 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, cache: TargetCache, *, data_root: str | None = None) -> None:
-        self.cache, self.root = cache, find_root(cache, data_root)
+        self.cache = cache
+        self.stored = cache.spec.stored_views != "none"
+        # A store that keeps its views needs no originals.
+        self.root = None if self.stored and not data_root else find_root(cache, data_root)
         self.good = cache.good_rows()
 
     def __getstate__(self) -> dict:
@@ -82,6 +85,8 @@ class CachedDataset(Dataset):
     @cached_property
     def source(self) -> ImageSource:
         """The images; opened in the process that reads them."""
+        if self.root is None:
+            self.root = find_root(self.cache, None)
         return ImageSource(self.cache.manifest, self.root)
 
     @cached_property
@@ -122,9 +127,13 @@ class CachedDataset(Dataset):
 
         Raises DataError if an image is gone, has changed, or renders to other pixels than it did.
         """
-        crops = self.cache.crops(rows, views)
         size = self.cache.view_spec.size
         out = np.empty((len(rows), size, size, 3), np.uint8)
+        if self.stored:
+            for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+                out[i] = self._stored(row, view)
+            return out
+        crops = self.cache.crops(rows, views)
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             data = b""
             try:
@@ -135,6 +144,23 @@ class CachedDataset(Dataset):
             if checksum(out[i]) != self.cache.checksum(row, view):
                 raise self._changed(row, view, data, "it renders to other pixels")
         return out
+
+    def _stored(self, row: int, view: int) -> np.ndarray:
+        """A view as the store keeps it: the picture that the teacher was shown."""
+        try:
+            pixels = unpack(self.cache.packed(row, view))
+        except ValueError as error:
+            raise CacheError(
+                f"{self.cache.path}: row {row}, view {view}: {error}",
+                fix=f"milan repair {self.cache.path}",
+            ) from None
+        if checksum(pixels) != self.cache.checksum(row, view):
+            raise CacheError(
+                f"{self.cache.path}: the stored view of row {row}, view {view} has other pixels",
+                expected="those that the teacher saw; or this machine decodes pictures differently",
+                fix=f"milan verify --deep {self.cache.path}",
+            )
+        return pixels
 
     def _changed(self, row: int, view: int, data: bytes, what: str) -> DataError:
         """What happened to an image since extraction, told apart by its content checksum."""

@@ -26,6 +26,7 @@ from milan.format import (
     FIDELITY,
     MANIFEST,
     ORIGIN,
+    PIXELS,
     SHARDS,
     Entry,
     read_group,
@@ -46,7 +47,7 @@ class Generation:
     def __init__(self, store: Path, entry: Entry) -> None:
         self.entry, self.root = entry, store / entry.path
         self.spec, self.attributes = read_group(self.root)
-        if self.spec.fingerprint() != entry.fingerprint:
+        if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
         self._open: dict[str, Any] = {}
         self._records: OrderedDict[tuple[int, int], dict] = OrderedDict()
@@ -111,13 +112,9 @@ class Generation:
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(path inside the generation, bytes) of every shard file."""
-        arrays = sorted(self.spec.arrays().items())
-        sizes = self.shards["sizes"].combine_chunks().flatten().to_numpy().reshape(-1, len(arrays))
-        for shard, row in enumerate(sizes.tolist()):
-            block, view = divmod(shard, self.spec.views)
-            for (name, array), size in zip(arrays, row, strict=True):
-                if size >= 0:
-                    yield f"{name}/{array.file(block, view)}", size
+        for shard, sizes in enumerate(self.shards["sizes"].to_pylist()):
+            paths = self.spec.files(*divmod(shard, self.spec.views)).values()
+            yield from ((path, size) for path, size in zip(paths, sizes, strict=True) if size >= 0)
 
     def record(self, block: int, view: int) -> dict:
         """The commit record of a shard (numbers inside the generation), proven by the index.
@@ -158,6 +155,19 @@ class Generation:
         local = row - self.spec.first_row
         record = self.record(local // self.spec.shard_size, view - self.spec.first_view)
         return record[name][local - record["rows"][0]]
+
+    def packed(self, row: int, view: int) -> bytes:
+        """The stored picture of a view, as milan.views.unpack takes it. Raises CacheError."""
+        local, v = row - self.spec.first_row, view - self.spec.first_view
+        block = local // self.spec.shard_size
+        record = self.record(block, v)
+        at = local - record["rows"][0]
+        start, end = record["ends"][at - 1] if at else 0, record["ends"][at]
+        try:
+            with open(self.root / self.spec.files(block, v)[PIXELS], "rb") as file:
+                return os.pread(file.fileno(), end - start, start)
+        except OSError as error:
+            raise self._damaged(PIXELS, local, v, str(error)) from None
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of each named array, compared with the checksums of their records."""

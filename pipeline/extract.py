@@ -110,6 +110,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
         shard_size=config.shard_size,
         view_law=law,
         teacher=teacher.identity,
+        stored_views=config.store_views,
     )
     about, identity = teacher.about, teacher.identity
     random = ", RANDOM WEIGHTS (for tests of shape and speed only)"

@@ -21,7 +21,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ from milan.format import (
     INDEX,
     LOG,
     ORIGIN,
+    PIXELS,
     SHARDS,
     VERSION,
     CacheSpec,
@@ -133,12 +134,18 @@ def create_arrays(
 
 
 def stage_shard(
-    folder: Path, spec: CacheSpec, block: int, view: int, arrays: dict[str, np.ndarray]
+    folder: Path,
+    spec: CacheSpec,
+    block: int,
+    view: int,
+    arrays: dict[str, np.ndarray],
+    pictures: Sequence[bytes] = (),
 ) -> list[dict]:
     """Write one shard below `folder`; returns its files: path, bytes, SHA-256.
 
     `arrays` holds each array of the spec for the block's rows; rows that are the fill value get
-    no chunk. zarr re-reads a shard that exists, so `folder` must be new.
+    no chunk. `pictures` are the stored views of the rows, if the spec has them. zarr re-reads a
+    shard that exists, so `folder` must be new.
     """
     start, stop = spec.block_rows(block)
     for name, values in arrays.items():
@@ -149,9 +156,12 @@ def stage_shard(
             config={"write_empty_chunks": False},
         )
         array[start:stop, view] = values
+    paths = spec.files(block, view)
+    if PIXELS in paths and any(pictures):
+        (folder / PIXELS).mkdir(exist_ok=True)
+        (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
     files = []
-    for name in sorted(arrays):
-        relative = f"{name}/{spec.arrays()[name].file(block, view)}"
+    for relative in paths.values():
         path = folder / relative
         if not path.exists():
             continue  # every image of the shard is bad: there is nothing to store
@@ -350,7 +360,7 @@ class Writer:
 
     def finish(self, layer: str, bad: int) -> Entry:
         """Write the table of shards, and the index, which makes the generation count."""
-        names = sorted(self.spec.arrays())
+        names = list(self.spec.files(0, 0))
         columns: dict[str, list] = {"record": [], "sizes": [], "bad": []}
         total, records = 0, hashlib.sha256()
         for record, data in self.records():
@@ -368,12 +378,12 @@ class Writer:
             write_whole(self.root / SHARDS, sink.getvalue(), aside=self.store.staging)
         files = self._static_files()
         tables = {name: digest for name, digest in files.items() if name.startswith("codec/")}
-        content = [self.spec.fingerprint(), tables, records.hexdigest()]
-        spec = self.spec
+        spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
+        content = [fingerprint, tables, records.hexdigest()]
         entry = Entry(
             path=self.name,
             layer=layer,
-            fingerprint=spec.fingerprint(),
+            fingerprint=fingerprint,
             digest=hashlib.sha256(canonical(content)).hexdigest(),
             rows=(spec.first_row, spec.first_row + spec.rows),
             views=(spec.first_view, spec.first_view + spec.views),
@@ -388,7 +398,8 @@ class Writer:
     def _static_files(self) -> dict[str, str]:
         """SHA-256 of every file beside shards, records and the origin."""
         digests = {}
-        apart = {self.root / "records", *(self.root / name / "c" for name in self.spec.arrays())}
+        apart = {self.root / name / "c" for name in self.spec.arrays()}
+        apart |= {self.root / "records", self.root / PIXELS}
         for folder, folders, names in os.walk(self.root):
             here = Path(folder)
             folders[:] = [f for f in folders if here / f not in apart]

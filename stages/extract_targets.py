@@ -14,9 +14,9 @@ from stages.options import settings_command
     ExtractConfig,
     (
         "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
-        "scale", "ratio", "hflip", "codec", "min_cosine", "executor", "address", "replicas",
-        "num_workers",
-        "device", "precision", "batch_size", "shard_size", "seed", "limit", "max_bad",
+        "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
+        "replicas", "num_workers", "device", "precision", "batch_size", "shard_size", "seed",
+        "limit", "max_bad",
     ),
 )  # fmt: skip
 def extract_targets(

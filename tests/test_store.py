@@ -537,6 +537,7 @@ def test_every_field_of_the_spec_is_in_the_fingerprint(spec: CacheSpec) -> None:
         "manifest": "0" * 64, "rows": 11, "views": 3, "tokens": 10, "channels": 5,
         "codec": "float16", "shard_size": 5, "version": 2, "teacher": {"weights": "abd"},
         "view_law": {**spec.view_law, "seed": 1}, "first_row": 4, "first_view": 1,
+        "stored_views": "webp",
     }  # fmt: skip
     assert set(other) == {field.name for field in dataclasses.fields(CacheSpec)}
     seen = {spec.fingerprint()}
