@@ -210,7 +210,7 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
     raise DataError(
         f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
         expected=f"{first} in the data root",
-        fix="--data-root, a folder or URL",
+        fix="--data-root FOLDER (or a URL)",
     )
 
 

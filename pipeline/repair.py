@@ -80,7 +80,7 @@ def _remake(
     if source is None:
         raise DataError(
             f"the images of {store.path} are not at " + ", nor at ".join(map(str, places)),
-            fix="--data-root, a folder or URL",
+            fix="--data-root FOLDER (or a URL)",
         )
     loaded = load_teacher(teacher or TeacherSpec(**origin["teacher"]), device=device)
     if loaded.identity != spec.teacher:

@@ -78,8 +78,8 @@ def test_folders_without_images(extract: Callable[..., Ran], tmp_path: Path) -> 
     empty.mkdir()
     said(extract("--data", empty), "no images in", "it holds nothing", "expected: files ending in")
     (empty / "notes.txt").write_text("no")
-    (empty / "archive.tar").write_text("no")
-    said(extract("--data", empty), "1 .txt", "1 .tar", ".jpg")
+    (empty / "archive.zip").write_text("no")
+    said(extract("--data", empty), "1 .txt", "1 .zip", ".jpg")
     said(extract("--data", empty / "notes.txt"), "is a file", "expected: a folder of images")
     assert not (tmp_path / "t.zarr").exists()
 

@@ -47,6 +47,13 @@ def tagged(tag: str) -> dict[int, str]:
     return found
 
 
+def left_behind(tag: str) -> dict[int, str]:
+    """What is tagged and no agent of Ray's own: killed while they start, those look for their
+    head for some minutes before they give up."""
+    own = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return {pid: title for pid, title in tagged(tag).items() if not title.startswith(own)}
+
+
 def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
     """Wait for a truthy answer."""
     end = time.monotonic() + seconds
@@ -88,7 +95,7 @@ class Command:
         return self.process.returncode, out, err
 
     def all_gone(self) -> bool:
-        return not tagged(self.tag)
+        return not left_behind(self.tag)
 
     def statistics(self) -> set[str]:
         """RAY_USAGE_STATS_ENABLED as Ray's own processes have it."""

@@ -15,6 +15,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Thread
 
@@ -103,6 +104,8 @@ def server() -> Iterator[Server]:
             patch.setenv(name, value)
         server = Server()
         patch.setenv("AWS_ENDPOINT_URL", server.url)
+        # A fork server of an earlier test would hand its own environment to our workers.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
         yield server
         server.stop()
 
