@@ -8,8 +8,9 @@ from milan.errors import CacheError, DataError
 from milan.format import Entry
 from milan.generation import Generation
 from milan.watch import Silent, Watch
-from pipeline.extract import Plan, codec_at, run_part, share
+from pipeline.extract import codec_at, run_part
 from pipeline.growth import Part
+from pipeline.plan import Plan, share
 from pipeline.prepare import check_canaries
 from pipeline.settings import ExtractConfig
 from pipeline.store import Store, Writer

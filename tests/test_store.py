@@ -30,7 +30,8 @@ from milan.errors import CacheError, ConfigError
 from milan.manifest import Manifest, build_manifest
 from milan.views import ViewSpec
 from milan.watch import Silent
-from pipeline.extract import extract_targets, plan
+from pipeline.extract import extract_targets
+from pipeline.plan import plan
 from pipeline.settings import ExtractConfig
 from pipeline.store import Store, Writer, _take_lock, group_attributes, stage_shard
 from pipeline.worker import _row_sums
