@@ -27,11 +27,12 @@ from milan.generation import open_array
 from milan.manifest import Manifest, data_root
 from milan.sources import ImageSource
 from milan.watch import Silent, Watch
+from pipeline.files import told_if_full
 from pipeline.growth import Part
 from pipeline.plan import Plan, plan, share, teacher_spec
 from pipeline.prepare import Prepared, check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, Writer, group_attributes, told_if_full
+from pipeline.store import Store, Writer, group_attributes
 from pipeline.worker import Extractor
 
 _ATTEMPTS = 3  # of one block, before the run gives it up
@@ -94,13 +95,12 @@ def _fill(
             check_canaries(writer.root, work.teacher)
         summary["fidelity"] = read_json(writer.root / FIDELITY)
         todo = writer.missing()
-        shards = sum(len(views) for _, views in todo)
-        rows = sum(int(np.diff(part.spec.block_rows(b))[0]) for b, _ in todo)
+        shards, rows = int(todo.sum()), rows_of(part.spec, todo)
         _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)
-        if todo and shards < part.spec.shards:
+        if 0 < shards < part.spec.shards:
             there = part.spec.shards - shards
             watch.note(f"resuming: {there} of {part.spec.shards} shards are there")
-        if todo:
+        if shards:
             started = time.perf_counter()
             run_part(work, writer, part, codec, todo, workers, watch)
             seconds, images = seconds + time.perf_counter() - started, images + rows
@@ -159,16 +159,22 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
+def rows_of(spec: CacheSpec, todo: np.ndarray) -> int:
+    """How many images the blocks with anything to make ([blocks, K] bool) have."""
+    starts = np.flatnonzero(todo.any(axis=1)) * spec.shard_size
+    return int((np.minimum(starts + spec.shard_size, spec.rows) - starts).sum())
+
+
 def run_part(
     work: Plan,
     writer: Writer,
     part: Part,
     codec: Codec,
-    todo: list[tuple[int, list[int]]],
+    todo: np.ndarray,
     workers: tuple[int, int, int | None],
     watch: Watch,
 ) -> None:
-    """Make the shards `todo` of a generation; `workers` as `share` gives them."""
+    """Make the shards `todo` ([blocks, K] bool) of a generation; `workers` is `share`'s."""
     config, spec, store = work.config, part.spec, writer.store
     replicas, threads, torch_threads = workers
     init: dict[str, Any] = {
@@ -181,9 +187,9 @@ def run_part(
         "threads": threads,
         "torch_threads": torch_threads,
     }
-    store.log("start", executor=config.executor, host=platform.node(), shards=len(todo))
-    watch.begin("extract", sum(np.diff(spec.block_rows(b))[0] for b, _ in todo), "images")
-    shards = sum(len(views) for _, views in todo)
+    store.log("start", executor=config.executor, host=platform.node(), shards=int(todo.sum()))
+    watch.begin("extract", rows_of(spec, todo), "images")
+    shards = int(todo.sum())
     done, written, started = 0, 0, time.perf_counter()
 
     def commit(block: int, folder: Path, records: list[dict]) -> None:
@@ -242,14 +248,15 @@ def run_part(
 
 def _run_here(
     extractor: Extractor,
-    todo: list[tuple[int, list[int]]],
+    todo: np.ndarray,
     folder_of: Callable[[int, int], Path],
     commit: Callable[[int, Path, list[dict]], None],
     progress: Callable[[int], None],
 ) -> None:
     """The same work in this process, in a thread, so that progress moves within a block."""
     with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
-        for block, views in todo:
+        for block in np.flatnonzero(todo.any(axis=1)).tolist():
+            views = np.flatnonzero(todo[block]).tolist()
             folder = folder_of(block, 0)
             task = pool.submit(extractor.run, block, views, str(folder))
             while wait([task], timeout=0.2).not_done:
@@ -275,5 +282,4 @@ def _publish(work: Plan, writer: Writer, bad: dict[int, str], summary: dict) -> 
             expected=f"at most {allowed} (--max-bad {work.config.max_bad})",
             fix=f"the same line with --max-bad {len(bad)}: it then only writes the index",
         )
-    here = [row for row in bad if row >= writer.spec.first_row]
-    writer.finish(work.layer, len(here))
+    writer.finish(work.layer)

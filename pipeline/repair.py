@@ -101,4 +101,4 @@ def _remake(
         writer.forget(block, view)
     codec = codec_at(store.path / first.path, spec)
     run_part(work, writer, part, codec, writer.missing(), share(config, work), watch)
-    return writer.finish(entry.layer, len(writer.bad())).digest == entry.digest
+    return writer.finish(entry.layer).digest == entry.digest
