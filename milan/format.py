@@ -177,14 +177,28 @@ class CacheSpec:
             total += per_row + (4 + 16 if array.shard else 0)
         return total
 
+    def shard_bytes(self, rows: int) -> int:
+        """Bytes of the files of one shard of `rows` good images.
+
+        The index of a shard file has a place for each of `shard_size` rows, whatever `rows` is.
+        """
+        total = 0
+        for array in self.arrays().values():
+            row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
+            index = 16 * self.shard_size + 4
+            total += rows * (row + 4) + index if array.shard else self.shard_size * row + 4
+        return total
+
     def total_bytes(self) -> int:
-        """Bytes of all shards: what a run will write, records and manifest apart.
+        """Bytes of all shards if no image is bad: what a run writes, records and manifest apart.
 
         Stored views are estimated: about 5 bits a pixel as JPEG, 16 as WebP.
         """
         bits = {"none": 0.0, "webp": 16.0}.get(self.stored_views, 5.0)
-        picture = int(self.view_law["size"] ** 2 * bits / 8)
-        return (self.view_bytes() + picture) * self.rows * self.views
+        pictures = int(self.view_law["size"] ** 2 * bits / 8) * self.rows
+        last = self.rows - (self.blocks - 1) * self.shard_size
+        full = (self.blocks - 1) * self.shard_bytes(self.shard_size)
+        return self.views * (full + self.shard_bytes(last) + pictures) if self.rows else 0
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from milan.format import Entry
 from milan.generation import Generation
 from milan.places import place
 from milan.watch import Silent, Watch
-from pipeline.extract import Plan, codec_at, run_part, share
+from pipeline.extract import codec_at, run_part
 from pipeline.growth import Part
+from pipeline.plan import Plan, share
 from pipeline.prepare import check_canaries
 from pipeline.settings import ExtractConfig
 from pipeline.store import Store, Writer
@@ -101,4 +102,4 @@ def _remake(
         writer.forget(block, view)
     codec = codec_at(store.path / first.path, spec)
     run_part(work, writer, part, codec, writer.missing(), share(config, work), watch)
-    return writer.finish(entry.layer, len(writer.bad())).digest == entry.digest
+    return writer.finish(entry.layer).digest == entry.digest

@@ -24,7 +24,8 @@ from milan.images import content_digest, decode
 from milan.manifest import Manifest
 from milan.sources import ImageSource
 from milan.views import ViewSpec, checksum, pack, render, unpack, view_of
-from pipeline.store import stage_shard, told_if_full
+from pipeline.files import told_if_full
+from pipeline.store import stage_shard
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 
 
