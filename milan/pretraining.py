@@ -13,17 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from milan import checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
-from milan.data import Batch, CachedDataset, StepSampler, order_of, training_loader
+from milan.data import Batch, CachedDataset, training_loader
 from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import ConfigError, TrainError
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
+from milan.order import Order, StepSampler, order_of, shuffle_quality
 from milan.settings import PretrainConfig, choice
 from milan.train import Course, decay_groups, fit
 from milan.watch import Silent, Watch
@@ -98,7 +100,13 @@ def pretrain(
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
 
-    order = order_of(targets, seed=config.seed, batch_size=config.batch_size)
+    order = order_of(
+        targets,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shuffle=config.shuffle,
+        window_rows=config.window_rows,
+    )
     student = student_of(config, targets).to(device)
     optimiser = torch.optim.AdamW(
         decay_groups(student, config.weight_decay),
@@ -127,6 +135,7 @@ def pretrain(
         f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
         f"{config.precision} on {device}, {config.num_workers} loader workers"
     )
+    watch.note(f"shuffle: {shuffle_told(order)}")
 
     def batches_from(step: int) -> Any:
         sampler = StepSampler(order, start=step, stop=course.steps, micro=config.micro_batch)  # type: ignore[arg-type]
@@ -170,6 +179,14 @@ def pretrain(
             figures = json.loads(metrics_path.read_text())
     checkpoint.write_json(metrics_path, figures)
     return figures | {"run": str(run)}
+
+
+def shuffle_told(order: Order) -> str:
+    """How the images are mixed, and how near that is to a full permutation, in words."""
+    count = len(np.unique(order.shards))
+    whole = order.window_shards >= count
+    what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
+    return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
 
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:

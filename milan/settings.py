@@ -10,6 +10,7 @@ from milan.errors import ConfigError
 OBJECTIVES = ("milan", "pixels")
 MASKINGS = ("semantic", "random")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SHUFFLES = ("window", "global")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class PretrainConfig:
     """AdamW's second moment; the first is 0.9."""
     seed: int = 0
     """Of weights, order and masks."""
+    shuffle: str = "window"
+    """window (whole shards, and rows within window_rows of them), or global (all rows)."""
+    window_rows: int = 131_072
+    """Rows that a window shuffles together; a store that fits one is shuffled globally."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     device: str = "auto"
@@ -72,7 +77,10 @@ class PretrainConfig:
         choice("objective", self.objective, OBJECTIVES)
         choice("masking", self.masking, (*MASKINGS, None))
         choice("precision", self.precision, PRECISIONS)
-        for name in ("epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every"):
+        choice("shuffle", self.shuffle, SHUFFLES)
+        for name in (
+            "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}", expected="at least 1")
