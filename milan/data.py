@@ -139,7 +139,7 @@ class CachedDataset(Dataset):
         return DataError(
             f"image {key!r} (row {row}) has changed since extraction: {what}",
             expected=f"the same bytes below {self.root}",
-            fix="restore the image, or extract anew with --out another.zarr",
+            fix="restore the image, or milan pretrain … --on-changed drop, or extract anew",
         )
 
 
@@ -165,13 +165,14 @@ def find_root(cache: TargetCache, data_root: str | None) -> Path:
     good = cache.good_rows()
     if not len(good):
         raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
-    first = cache.manifest.table["path"][int(good[0])].as_py()
+    # Several, for one of them may be gone since.
+    looked_for = cache.manifest.table["path"].take(good[:16]).to_pylist()
     for place in places:
-        if (place / first).exists():
+        if any((place / path).exists() for path in looked_for):
             return place
     raise DataError(
         f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
-        expected=f"{first} in the data root",
+        expected=f"{looked_for[0]} in the data root",
         fix="--data-root FOLDER",
     )
 

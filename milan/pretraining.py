@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan import checkpoint
+from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
@@ -34,7 +34,10 @@ _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
 _MICRO = 256  # images a device takes at once, as published for ViT-B
 
 # What may change between a run and its resumption, because it changes no step.
-_FREE = ("cache", "out", "data_root", "num_workers", "device", "log_every", "save_every", "keep")
+_FREE = (
+    "cache", "out", "data_root", "num_workers", "device", "log_every", "save_every", "keep",
+    "on_changed",  # what it took out is saved with the run
+)  # fmt: skip
 
 
 def resolved(config: PretrainConfig, device: torch.device) -> PretrainConfig:
@@ -114,6 +117,10 @@ def pretrain(
         betas=(0.9, config.beta2),
         fused=device.type in ("cpu", "cuda"),
     )
+    objective = loss_function(student, config, targets, device)
+    run = Path(config.out)
+    step = _take_run(run, config, targets, resume, overwrite, published, watch)
+    order = changed.take_out(run, dataset, order, policy=config.on_changed, step=step, watch=watch)
     course = Course(
         epochs=config.epochs,
         steps_per_epoch=order.steps,
@@ -127,9 +134,6 @@ def pretrain(
         keep=config.keep,
         log_every=config.log_every,
     )
-    objective = loss_function(student, config, targets, device)
-    run = Path(config.out)
-    _take_run(run, config, targets, resume, overwrite, published, watch)
     watch.note(
         f"steps: {course.steps:,} of {config.batch_size} images "
         f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
@@ -284,8 +288,8 @@ def _take_run(
     overwrite: bool,
     published: dict[str, Any],
     watch: Watch,
-) -> None:
-    """Make the run's folder ready: fresh, or with the run that is to go on."""
+) -> int:
+    """Make the run's folder ready: fresh, or with the run that is to go on; returns its step."""
     identity = _identity(config, targets)
     try:
         checkpoint.make_writable(run)
@@ -307,12 +311,12 @@ def _take_run(
         )
     if saved and there.exists():
         before = json.loads(there.read_text())["identity"]
-        changed = [k for k in identity if before.get(k) != identity[k]]
-        if resume == "never" or (changed and overwrite):
+        differing = [k for k in identity if before.get(k) != identity[k]]
+        if resume == "never" or (differing and overwrite):
             shutil.rmtree(run / checkpoint.FOLDER)
             saved = []
-        elif changed:
-            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in changed)
+        elif differing:
+            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in differing)
             raise TrainError(
                 f"{run} holds a run of other settings ({told})",
                 expected="the settings it was started with",
@@ -320,8 +324,8 @@ def _take_run(
             )
     if saved:
         watch.note(f"resuming: {run} at step {saved[-1]}")
-        return
-    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER):
+        return saved[-1]
+    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER, changed.CSV):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     checkpoint.write_json(
@@ -336,3 +340,4 @@ def _take_run(
             "platform": platform.platform(),
         },
     )
+    return 0

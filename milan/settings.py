@@ -11,6 +11,7 @@ OBJECTIVES = ("milan", "pixels")
 MASKINGS = ("semantic", "random")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHUFFLES = ("window", "global")
+ON_CHANGED = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class PretrainConfig:
     """window (whole shards, and rows within window_rows of them), or global (all rows)."""
     window_rows: int = 131_072
     """Rows that a window shuffles together; a store that fits one is shuffled globally."""
+    on_changed: str = "error"
+    """Images that changed since extraction: error, or drop (all are looked at before the run)."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     device: str = "auto"
@@ -78,6 +81,7 @@ class PretrainConfig:
         choice("masking", self.masking, (*MASKINGS, None))
         choice("precision", self.precision, PRECISIONS)
         choice("shuffle", self.shuffle, SHUFFLES)
+        choice("on_changed", self.on_changed, ON_CHANGED)
         for name in (
             "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows"
         ):  # fmt: skip

@@ -14,7 +14,7 @@ from stages.options import settings_command
     PretrainConfig,
     (
         "cache", "out", "data_root", "model", "objective", "masking", "epochs", "batch_size", "lr",
-        "warmup_epochs", "seed", "shuffle", "precision", "device", "num_workers",
+        "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device", "num_workers",
     ),
 )  # fmt: skip
 def pretrain(
