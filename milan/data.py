@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
@@ -21,6 +21,7 @@ from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.order import Address, StepSampler
 from milan.sources import ImageSource
+from milan.staging import Ahead, Shard
 from milan.views import View, checksum, render
 
 
@@ -210,13 +211,40 @@ class _Batches(Dataset):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that raises a loader worker's MilanError as it was."""
+    """A DataLoader that raises a loader worker's MilanError as it was, and tells what it consumed.
+
+    Where shards are copied to a local disk, those of the next window are fetched ahead.
+    """
+
+    dataset: _Batches
+    sampler: StepSampler
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            if isinstance(batch, MilanError):
-                raise batch
-            yield batch
+        cache = self.dataset.dataset.cache
+        ahead = Ahead(_windows(cache, self.sampler))
+        if cache.generations[0].local:
+            ahead.start()
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, MilanError):
+                    raise batch
+                ahead.consumed += 1
+                yield batch
+        finally:
+            ahead.stopped.set()
+
+
+def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:
+    """(batches consumed when it is over, shards) of every window that the sampler walks through."""
+    order, per_step = sampler.order, sampler.order.batch_size // sampler.ranks // sampler.micro
+    for epoch in range(sampler.start // order.steps, -(-sampler.stop // order.steps)):
+        rows_before = 0
+        for rows, views in order.windows(epoch):
+            rows_before += len(rows)
+            steps = min(order.steps, -(-rows_before // order.batch_size))
+            end = epoch * order.steps + steps - sampler.start
+            if end > 0:
+                yield end * per_step, cache.shards_at(rows, views)
 
 
 def training_loader(

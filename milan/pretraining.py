@@ -26,7 +26,7 @@ from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
 from milan.order import Order, StepSampler, order_of, shuffle_quality
-from milan.settings import PretrainConfig, choice
+from milan.settings import PretrainConfig, bytes_of, choice
 from milan.train import Course, decay_groups, fit
 from milan.watch import Silent, Watch
 
@@ -36,6 +36,7 @@ _MICRO = 256  # images a device takes at once, as published for ViT-B
 # What may change between a run and its resumption, because it changes no step.
 _FREE = (
     "cache", "out", "data_root", "num_workers", "device", "log_every", "save_every", "keep",
+    "local", "cache_limit",
     "on_changed",  # what it took out is saved with the run
 )  # fmt: skip
 
@@ -96,7 +97,7 @@ def pretrain(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
-    published = deviations(config, leave=("cache", "out", "data_root"))
+    published = deviations(config, leave=("cache", "out", "data_root", "local", "cache_limit"))
     config = resolved(config, device)
     targets = TargetCache(config.cache)
     targets.check_files()
@@ -110,6 +111,11 @@ def pretrain(
         shuffle=config.shuffle,
         window_rows=config.window_rows,
     )
+    if config.local and config.cache_limit:
+        limit = bytes_of(config.cache_limit)
+        check_room(order, targets, limit)
+        targets.use_local(Path(config.local), limit)
+        watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
     optimiser = torch.optim.AdamW(
         decay_groups(student, config.weight_decay),
@@ -183,6 +189,18 @@ def pretrain(
             figures = json.loads(metrics_path.read_text())
     checkpoint.write_json(metrics_path, figures)
     return figures | {"run": str(run)}
+
+
+def check_room(order: Order, targets: TargetCache, limit: int) -> None:
+    """Raises ConfigError if the shards of a window are more than `limit` bytes."""
+    shards = min(order.window_shards, len(np.unique(order.shards)))
+    one = max(int(g.sizes().clip(0).sum(axis=1).max()) for g in targets.generations)
+    if shards * one > limit:
+        raise ConfigError(
+            f"a window of {shards:,} shards takes {shards * one:,} bytes, cache_limit is {limit:,}",
+            expected="room for one window, better for two",
+            fix="a larger --cache-limit, or a smaller window: --set window_rows=N",
+        )
 
 
 def shuffle_told(order: Order) -> str:

@@ -68,6 +68,10 @@ class PretrainConfig:
     """auto, cuda, cpu, ..."""
     num_workers: int | None = None
     """Loader processes; default: the cores but one, at most 8."""
+    local: str | None = None
+    """A folder on a fast disk: whole shards are copied there ahead of reading."""
+    cache_limit: str | None = None
+    """Most that --local may hold, such as 200GB; at least one window."""
     save_every: int | None = None
     """Steps between checkpoints; default: about an epoch's, at least 50."""
     keep: int = 2
@@ -94,6 +98,10 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} {value}", expected="at least 0")
+        if (self.local is None) != (self.cache_limit is None):
+            raise ConfigError("one of local and cache_limit", expected="both, or neither")
+        if self.cache_limit is not None:
+            bytes_of(self.cache_limit)
         if not 0 <= self.beta2 < 1:
             raise ConfigError(f"beta2 {self.beta2}", expected="at least 0, less than 1")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
@@ -101,6 +109,21 @@ class PretrainConfig:
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
                 expected="less than the epochs",
             )
+
+
+def bytes_of(size: str) -> int:
+    """A size such as 20GB, 512 MiB or 1e9 in bytes. Raises ConfigError."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = size.strip().upper()
+    unit = next(u for u in sorted(units, key=len, reverse=True) if text.endswith(u))
+    try:
+        count = float(text.removesuffix(unit)) * units[unit]
+        if not 1 <= count < 2**63:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"a size of {size!r}", expected="such as 20GB or 512MiB") from None
+    return int(count)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> None:
