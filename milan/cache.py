@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -150,11 +149,24 @@ class TargetCache:
 
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw."""
-        return self._fact("pixels", row, view)
+        return self._holder(row, view).checksum(row, view)
 
     def content_digest(self, row: int, view: int) -> str:
         """The checksum of the image's bytes (milan.images.content_digest) at extraction."""
-        return self._fact("digests", row, view)
+        return self._holder(row, view).content_digest(row, view)
+
+    def use_local(self, folder: Path, limit: int) -> None:
+        """Read copies of whole shards below `folder`, at most `limit` bytes (milan.staging)."""
+        for generation in self.generations:
+            generation.use_local(folder, limit)
+
+    def shards_at(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[Generation, int, int]]:
+        """(generation, block, view) of every shard that holds some of (rows[i], views[i])."""
+        found = []
+        for g in self.generations:
+            at = g.holds(rows, views)
+            found += [(g, *shard) for shard in g.shards_of(rows[at], views[at])]
+        return found
 
     def check_files(self) -> None:
         """Raises CacheError if a file of any shard is missing or of the wrong size."""
@@ -193,10 +205,9 @@ class TargetCache:
             raise IndexError(f"{self.path} has no row {rows[left][0]}, view {views[left][0]}")
         return out
 
-    def _fact(self, name: str, row: int, view: int) -> Any:
+    def _holder(self, row: int, view: int) -> Generation:
         at = np.array([row]), np.array([view])
-        generation = next(g for g in self.generations if g.holds(*at)[0])
-        return generation.fact(name, row, view)
+        return next(g for g in self.generations if g.holds(*at)[0])
 
     def _tables(self) -> dict[str, np.ndarray]:
         """What the codec learnt, each file proven by the index."""

@@ -1,9 +1,4 @@
-"""Cached targets and the pixels they belong to, joined and in order: what training reads.
-
-The order is a pure function of (seed, epoch): whole shards are permuted, rows are shuffled within
-windows of shards, and in epoch e all rows of shard s read view (e + h(seed, s)) mod K. So an epoch
-sees one view of every image, K epochs see each once, and reads stay whole shards of one view.
-"""
+"""Cached targets and the pixels they belong to, joined: what training reads."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
@@ -19,18 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from milan import draws
 from milan.cache import TargetCache
-from milan.errors import CacheError, ConfigError, DataError, ImageFault, MilanError
+from milan.errors import CacheError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
+from milan.order import Address, StepSampler
 from milan.places import Place, place
 from milan.sources import ImageSource
+from milan.staging import Ahead, Shard
 from milan.views import View, checksum, render, unpack
-
-_WINDOW_ROWS = 131_072  # shuffled together: near full-shuffle quality, reads of whole shards
 
 
 class Batch(NamedTuple):
@@ -174,7 +167,7 @@ class CachedDataset(Dataset):
         return DataError(
             f"image {key!r} (row {row}) has changed since extraction: {what}",
             expected=f"the same bytes below {self.root}",
-            fix="restore the image, or extract anew with --out another.zarr",
+            fix="restore the image, or milan pretrain … --on-changed drop, or extract anew",
         )
 
 
@@ -203,109 +196,19 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
     good = cache.good_rows()
     if not len(good):
         raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
-    first = cache.manifest.table["path"][int(good[0])].as_py()
+    # Several, for one of them may be gone since.
+    looked_for = cache.manifest.table["path"].take(good[:16]).to_pylist()
     for root in places:
-        if (root / first).exists():
+        if any((root / path).exists() for path in looked_for):
             return root
     raise DataError(
         f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
-        expected=f"{first} in the data root",
+        expected=f"{looked_for[0]} in the data root",
         fix="--data-root FOLDER (or a URL)",
     )
 
 
-# --- order ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which (row, view) comes when: a pure function of its fields; ranks and workers are not."""
-
-    good: np.ndarray
-    """Rows with targets, ascending; int64."""
-    shards: np.ndarray
-    """Which shard of a view holds each of them, ascending; int64 (TargetCache.shards_of)."""
-    shard_size: int
-    views: int
-    seed: int
-    batch_size: int
-    """Images of an optimiser step, over all ranks."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size > len(self.good):
-            raise ConfigError(
-                f"batch size {self.batch_size} with {len(self.good)} usable images",
-                expected="no more than there are images",
-                fix=f"--batch-size {len(self.good)}",
-            )
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch; the last images, fewer than a batch, wait for another epoch's shuffle."""
-        return len(self.good) // self.batch_size
-
-    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, views) of an epoch in order, each int64 [good rows]."""
-        shards, starts = np.unique(self.shards, return_index=True)
-        members = np.split(self.good, starts[1:])
-        order = draws.permutation(self.seed, draws.ORDER, (0, epoch), len(shards))
-        per_window = max(1, -(-_WINDOW_ROWS // self.shard_size))
-        rows, places = [], []
-        for window, first in enumerate(range(0, len(shards), per_window)):
-            chosen = order[first : first + per_window]
-            inside = np.concatenate([members[s] for s in chosen])
-            holders = np.repeat(chosen, [len(members[s]) for s in chosen])
-            shuffle = draws.permutation(self.seed, draws.ORDER, (1 + window, epoch), len(inside))
-            rows.append(inside[shuffle])
-            places.append(holders[shuffle])
-        stream, place = np.concatenate(rows), np.concatenate(places)
-        turn = {int(s): draws.bits(self.seed, draws.VIEW_TURN, (int(s),), 1)[0] for s in shards}
-        turns = np.array([int(turn[int(s)] % np.uint64(self.views)) for s in shards])
-        return stream, (epoch + turns[place]) % self.views
-
-
-def order_of(cache: TargetCache, *, seed: int, batch_size: int) -> Order:
-    """The order in which training meets a store."""
-    good = cache.good_rows()
-    shards = cache.shards_of(good)
-    return Order(good, shards, cache.spec.shard_size, cache.views, seed, batch_size)
-
-
-Address = tuple[int, np.ndarray, np.ndarray]
-"""(epoch, rows, views): what a loader worker is asked for."""
-
-
-class StepSampler(Sampler):
-    """Addresses of micro-batches from step `start` to `stop`, for one of `ranks` ranks.
-
-    A step's batch is cut into equal slices by rank and then into micro-batches, so any number of
-    ranks walks the same stream. Seeking reads nothing that lies before.
-    """
-
-    def __init__(
-        self, order: Order, *, start: int, stop: int, micro: int, rank: int = 0, ranks: int = 1
-    ) -> None:
-        if order.batch_size % (ranks * micro):
-            raise ConfigError(
-                f"batch size {order.batch_size} over {ranks} ranks in micro-batches of {micro}",
-                expected="a whole number of micro-batches for every rank",
-            )
-        self.order, self.start, self.stop = order, start, stop
-        self.micro, self.rank, self.ranks = micro, rank, ranks
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * (self.order.batch_size // self.ranks // self.micro)
-
-    def __iter__(self) -> Iterator[Address]:
-        share = self.order.batch_size // self.ranks
-        held, rows, views = -1, np.empty(0), np.empty(0)
-        for step in range(self.start, self.stop):
-            epoch, within = divmod(step, self.order.steps)
-            if epoch != held:
-                held, (rows, views) = epoch, self.order.epoch(epoch)
-            first = within * self.order.batch_size + self.rank * share
-            for at in range(first, first + share, self.micro):
-                yield epoch, rows[at : at + self.micro], views[at : at + self.micro]
+# --- the loader -----------------------------------------------------------------------------------
 
 
 class _Batches(Dataset):
@@ -338,13 +241,40 @@ class _Batches(Dataset):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that raises a loader worker's MilanError as it was."""
+    """A DataLoader that raises a loader worker's MilanError as it was, and tells what it consumed.
+
+    Where shards are copied to a local disk, those of the next window are fetched ahead.
+    """
+
+    dataset: _Batches
+    sampler: StepSampler
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            if isinstance(batch, MilanError):
-                raise batch
-            yield batch
+        cache = self.dataset.dataset.cache
+        ahead = Ahead(_windows(cache, self.sampler))
+        if cache.generations[0].local:
+            ahead.start()
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, MilanError):
+                    raise batch
+                ahead.consumed += 1
+                yield batch
+        finally:
+            ahead.stopped.set()
+
+
+def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:
+    """(batches consumed when it is over, shards) of every window that the sampler walks through."""
+    order, per_step = sampler.order, sampler.order.batch_size // sampler.ranks // sampler.micro
+    for epoch in range(sampler.start // order.steps, -(-sampler.stop // order.steps)):
+        rows_before = 0
+        for rows, views in order.windows(epoch):
+            rows_before += len(rows)
+            steps = min(order.steps, -(-rows_before // order.batch_size))
+            end = epoch * order.steps + steps - sampler.start
+            if end > 0:
+                yield end * per_step, cache.shards_at(rows, views)
 
 
 def training_loader(

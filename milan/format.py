@@ -135,7 +135,7 @@ class CacheSpec:
         """The files of a shard by what they hold: each array, and `pixels` if views are stored."""
         names = {name: f"{name}/{array.file(block, view)}" for name, array in self.arrays().items()}
         if self.stored_views != "none":
-            names[PIXELS] = f"{PIXELS}/{record_name(block, view)[:-5]}.bin"
+            names[PIXELS] = f"{PIXELS}/c/{block}/{view}"
         return dict(sorted(names.items()))
 
     def arrays(self) -> dict[str, ArraySpec]:

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -34,8 +34,31 @@ from milan.format import (
     record_name,
 )
 from milan.manifest import Manifest
+from milan.staging import File, Local
 
-_HELD_RECORDS = 256  # of a loader worker: a window of shards, some 20 MB
+_HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
+_TRIES = 3  # a local copy may be evicted between looking for it and reading it
+
+
+class _Proof(NamedTuple):
+    """What reading needs of a record, 72 KB a shard of 1,024 rows; as parsed JSON it is 370 KB."""
+
+    first: int
+    """First row, inside the generation."""
+    crc32c: dict[str, np.ndarray]
+    """By array, [rows] int64; -1 where there is no target."""
+    pixels: np.ndarray
+    """[rows] int64"""
+    digests: np.ndarray
+    """[rows] S32: the content checksums; empty for an image that could not be read."""
+    files: tuple[File, ...]
+    ends: np.ndarray
+    """[rows] int64: where the stored picture of each row ends in the shard's file of them."""
+
+
+def _numbers(values: list[int | None]) -> np.ndarray:
+    return np.array([-1 if value is None else value for value in values], np.int64)
+
 
 _reader: dict[str, int] = {}
 """The process that uses tensorstore, by `pid`: used again after a fork, it aborts the child."""
@@ -50,12 +73,14 @@ class Generation:
         if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
         self._open: dict[str, Any] = {}
-        self._records: OrderedDict[tuple[int, int], dict] = OrderedDict()
+        self._proofs: OrderedDict[tuple[int, int], _Proof] = OrderedDict()
+        self.local: Local | None = None
+        """Where its shards are copied to and read from; None: they are read where they are."""
 
     def __getstate__(self) -> dict:
         # Handles and tables stay behind.
         state = {k: v for k, v in self.__dict__.items() if k != "shards"}
-        return state | {"_open": {}, "_records": OrderedDict()}
+        return state | {"_open": {}, "_proofs": OrderedDict()}
 
     def holds_rows(self, rows: np.ndarray) -> np.ndarray:
         """[B] bool"""
@@ -110,9 +135,14 @@ class Generation:
             for row, why in record["bad"].items():
                 yield self.spec.first_row + int(row), why
 
+    def sizes(self) -> np.ndarray:
+        """[shards, arrays by name] int64: bytes of each file; -1 where there is none."""
+        sizes = self.shards["sizes"].combine_chunks().flatten().to_numpy()
+        return sizes.reshape(self.spec.shards, -1)
+
     def files(self) -> Iterator[tuple[str, int]]:
         """(path inside the generation, bytes) of every shard file."""
-        for shard, sizes in enumerate(self.shards["sizes"].to_pylist()):
+        for shard, sizes in enumerate(self.sizes().tolist()):
             paths = self.spec.files(*divmod(shard, self.spec.views)).values()
             yield from ((path, size) for path, size in zip(paths, sizes, strict=True) if size >= 0)
 
@@ -121,9 +151,6 @@ class Generation:
 
         On the way its files are checked: this is the first touch of a shard. Raises CacheError.
         """
-        if (block, view) in self._records:
-            self._records.move_to_end((block, view))
-            return self._records[block, view]
         name = record_name(block, view)
         expected = self.shards["record"][block * self.spec.views + view].as_py()
         try:
@@ -145,52 +172,111 @@ class Generation:
                     expected=f"{file['bytes']:,} bytes",
                     fix=f"milan repair {self.root.parent.parent}",
                 )
-        self._records[block, view] = record
-        if len(self._records) > _HELD_RECORDS:
-            self._records.popitem(last=False)
         return record
 
-    def fact(self, name: str, row: int, view: int) -> Any:
-        """What the record of (row, view) says of it: its item of the list `name`."""
+    def proof(self, block: int, view: int) -> _Proof:
+        """What reading needs of a shard's record; those of the latest shards are held."""
+        if (block, view) not in self._proofs:
+            record = self.record(block, view)
+            self._proofs[block, view] = _Proof(
+                record["rows"][0],
+                {name: _numbers(sums) for name, sums in record["crc32c"].items()},
+                _numbers(record["pixels"]),
+                np.array([digest or "" for digest in record["digests"]], "S32"),
+                tuple(File(f["path"], f["bytes"], f["sha256"]) for f in record["files"]),
+                _numbers(record.get("ends", [])),
+            )
+            if len(self._proofs) > _HELD_PROOFS:
+                self._proofs.popitem(last=False)
+        self._proofs.move_to_end((block, view))
+        return self._proofs[block, view]
+
+    def checksum(self, row: int, view: int) -> int:
+        """crc32c of the pixels that the teacher saw."""
+        proof, at = self._proof_of(row, view)
+        return int(proof.pixels[at])
+
+    def content_digest(self, row: int, view: int) -> str:
+        """The checksum of the image's bytes at extraction; empty if they could not be read."""
+        proof, at = self._proof_of(row, view)
+        return proof.digests[at].decode()
+
+    def _proof_of(self, row: int, view: int) -> tuple[_Proof, int]:
         local = row - self.spec.first_row
-        record = self.record(local // self.spec.shard_size, view - self.spec.first_view)
-        return record[name][local - record["rows"][0]]
+        proof = self.proof(local // self.spec.shard_size, view - self.spec.first_view)
+        return proof, local - proof.first
+
+    def use_local(self, folder: Path, limit: int) -> None:
+        """Read from copies below `folder`, which hold at most `limit` bytes."""
+        local = Local(self.root, folder, self.entry.digest, limit)
+        local.prepare(self.spec.arrays(), self.proven)
+        self.local = local
+
+    def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
+        """Have a shard (numbers inside the generation) on the local disk, see Local.fetch."""
+        if self.local is None or self.local.has(block, view):
+            return True
+        return self.local.fetch(block, view, self.proof(block, view).files, kept=kept)
+
+    def shards_of(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int]]:
+        """(block, view) of each shard that holds some of (rows[i], views[i]), inside it."""
+        blocks = (rows - self.spec.first_row) // self.spec.shard_size
+        pairs = np.stack([blocks, views - self.spec.first_view], axis=1)
+        return [(block, view) for block, view in np.unique(pairs, axis=0).tolist()]
 
     def packed(self, row: int, view: int) -> bytes:
         """The stored picture of a view, as milan.views.unpack takes it. Raises CacheError."""
+        proof, at = self._proof_of(row, view)
         local, v = row - self.spec.first_row, view - self.spec.first_view
         block = local // self.spec.shard_size
-        record = self.record(block, v)
-        at = local - record["rows"][0]
-        start, end = record["ends"][at - 1] if at else 0, record["ends"][at]
-        try:
-            with open(self.root / self.spec.files(block, v)[PIXELS], "rb") as file:
-                return os.pread(file.fileno(), end - start, start)
-        except OSError as error:
-            raise self._damaged(PIXELS, local, v, str(error)) from None
+        path = self.spec.files(block, v)[PIXELS]
+        start, end = int(proof.ends[at - 1]) if at else 0, int(proof.ends[at])
+        why = ""
+        for _ in range(_TRIES if self.local else 1):
+            self.fetch(block, v)
+            try:
+                with open((self.local or self).root / path, "rb") as file:
+                    return os.pread(file.fileno(), end - start, start)
+            except OSError as error:
+                why = str(error)
+        raise self._damaged(PIXELS, local, v, why)
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of each named array, compared with the checksums of their records."""
         local, view = rows - self.spec.first_row, views - self.spec.first_view
+        shards = self.shards_of(rows, views)
+        proofs = {shard: self.proof(*shard) for shard in shards}
+        got = self._values(names, local, view, shards)
         blocks = local // self.spec.shard_size
-        for shard in sorted(set(zip(blocks.tolist(), view.tolist(), strict=True))):
-            self.record(*shard)
-        futures = {name: self.array(name)[local, view].read() for name in names}
-        try:
-            got = {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
-        except (ValueError, RuntimeError, OSError):
-            raise self._blame(names, local, view) from None
         for i, (row, v, block) in enumerate(
             zip(local.tolist(), view.tolist(), blocks.tolist(), strict=True)
         ):
-            record = self.record(block, v)
+            proof = proofs[block, v]
             for name in names:
-                proof = record["crc32c"][name][row - record["rows"][0]]
-                if google_crc32c.value(got[name][i].tobytes()) != proof:
+                if google_crc32c.value(got[name][i]) != proof.crc32c[name][row - proof.first]:
                     raise self._damaged(
                         name, row, v, "it is intact, but of another row, view or run"
                     )
         return got
+
+    def _values(
+        self, names: list[str], local: np.ndarray, views: np.ndarray, shards: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
+        for _ in range(_TRIES if self.local else 1):
+            for shard in shards if self.local else ():
+                self.fetch(*shard)
+            futures = {name: self.array(name)[local, views].read() for name in names}
+            try:
+                return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
+            except (ValueError, RuntimeError, OSError):
+                self._open.clear()
+        if self.local and not all(self.local.has(*shard) for shard in shards):
+            raise CacheError(
+                f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
+                expected=f"room for a window in the limit of {self.local.limit:,} bytes",
+                fix="a larger --cache-limit",
+            )
+        raise self._blame(names, local, views)
 
     def array(self, name: str) -> Any:
         """The tensorstore of an array, opened in this process. Raises CacheError after a fork."""
@@ -201,7 +287,8 @@ class Generation:
                 fix='DataLoader(..., multiprocessing_context="forkserver")',
             )
         if name not in self._open:
-            self._open[name] = open_array(self.root / name)
+            copied = self.local if name in self.spec.arrays() else None
+            self._open[name] = open_array((copied.root if copied else self.root) / name)
         return self._open[name]
 
     def _blame(self, names: list[str], local: np.ndarray, views: np.ndarray) -> CacheError:
@@ -220,7 +307,8 @@ class Generation:
             f"{self.root}: {name} of row {local + self.spec.first_row}, view "
             f"{view + self.spec.first_view} (shard {shard}) cannot be used: {why}",
             expected="what its record says",
-            fix=f"milan repair {self.root.parent.parent}",
+            fix=(f"delete {self.local.root}, or " if self.local else "")
+            + f"milan repair {self.root.parent.parent}",
         )
 
 

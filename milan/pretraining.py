@@ -13,19 +13,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from milan import checkpoint
+from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
-from milan.data import Batch, CachedDataset, StepSampler, order_of, training_loader
+from milan.data import Batch, CachedDataset, training_loader
 from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.format import Index
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
-from milan.settings import PretrainConfig, choice
+from milan.order import Order, StepSampler, order_of, shuffle_quality
+from milan.settings import PretrainConfig, bytes_of, choice
 from milan.train import Course, decay_groups, fit
 from milan.watch import Silent, Watch
 
@@ -34,16 +36,10 @@ _MICRO = 256  # images a device takes at once, as published for ViT-B
 
 # What may change between a run and its resumption, because it changes no step.
 _FREE = (
-    "cache",
-    "layer",
-    "out",
-    "data_root",
-    "num_workers",
-    "device",
-    "log_every",
-    "save_every",
-    "keep",
-)
+    "cache", "layer", "out", "data_root", "num_workers", "device", "log_every", "save_every",
+    "keep", "local", "cache_limit",
+    "on_changed",  # what it took out is saved with the run
+)  # fmt: skip
 
 
 def resolved(config: PretrainConfig, device: torch.device) -> PretrainConfig:
@@ -102,7 +98,7 @@ def pretrain(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
-    published = deviations(config, leave=("cache", "out", "data_root"))
+    published = deviations(config, leave=("cache", "out", "data_root", "local", "cache_limit"))
     config = resolved(config, device)
     run = Path(config.out)
     pinned = _pinned(run, config) if resume == "auto" and not overwrite else None
@@ -111,7 +107,18 @@ def pretrain(
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
 
-    order = order_of(targets, seed=config.seed, batch_size=config.batch_size)
+    order = order_of(
+        targets,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shuffle=config.shuffle,
+        window_rows=config.window_rows,
+    )
+    if config.local and config.cache_limit:
+        limit = bytes_of(config.cache_limit)
+        check_room(order, targets, limit)
+        targets.use_local(Path(config.local), limit)
+        watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
     optimiser = torch.optim.AdamW(
         decay_groups(student, config.weight_decay),
@@ -119,6 +126,9 @@ def pretrain(
         betas=(0.9, config.beta2),
         fused=device.type in ("cpu", "cuda"),
     )
+    objective = loss_function(student, config, targets, device)
+    step = _take_run(run, config, targets, resume, overwrite, published, watch)
+    order = changed.take_out(run, dataset, order, policy=config.on_changed, step=step, watch=watch)
     course = Course(
         epochs=config.epochs,
         steps_per_epoch=order.steps,
@@ -132,13 +142,12 @@ def pretrain(
         keep=config.keep,
         log_every=config.log_every,
     )
-    objective = loss_function(student, config, targets, device)
-    _take_run(run, config, targets, resume, overwrite, published, watch)
     watch.note(
         f"steps: {course.steps:,} of {config.batch_size} images "
         f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
         f"{config.precision} on {device}, {config.num_workers} loader workers"
     )
+    watch.note(f"shuffle: {shuffle_told(order)}")
 
     def batches_from(step: int) -> Any:
         sampler = StepSampler(order, start=step, stop=course.steps, micro=config.micro_batch)  # type: ignore[arg-type]
@@ -182,6 +191,26 @@ def pretrain(
             figures = json.loads(metrics_path.read_text())
     checkpoint.write_json(metrics_path, figures)
     return figures | {"run": str(run)}
+
+
+def check_room(order: Order, targets: TargetCache, limit: int) -> None:
+    """Raises ConfigError if the shards of a window are more than `limit` bytes."""
+    shards = min(order.window_shards, len(np.unique(order.shards)))
+    one = max(int(g.sizes().clip(0).sum(axis=1).max()) for g in targets.generations)
+    if shards * one > limit:
+        raise ConfigError(
+            f"a window of {shards:,} shards takes {shards * one:,} bytes, cache_limit is {limit:,}",
+            expected="room for one window, better for two",
+            fix="a larger --cache-limit, or a smaller window: --set window_rows=N",
+        )
+
+
+def shuffle_told(order: Order) -> str:
+    """How the images are mixed, and how near that is to a full permutation, in words."""
+    count = len(np.unique(order.shards))
+    whole = order.window_shards >= count
+    what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
+    return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
 
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
@@ -300,8 +329,8 @@ def _take_run(
     overwrite: bool,
     published: dict[str, Any],
     watch: Watch,
-) -> None:
-    """Make the run's folder ready: fresh, or with the run that is to go on."""
+) -> int:
+    """Make the run's folder ready: fresh, or with the run that is to go on; returns its step."""
     identity = _identity(config, targets)
     try:
         checkpoint.make_writable(run)
@@ -323,12 +352,12 @@ def _take_run(
         )
     if saved and there.exists():
         before = json.loads(there.read_text())["identity"]
-        changed = [k for k in identity if before.get(k) != identity[k]]
-        if resume == "never" or (changed and overwrite):
+        differing = [k for k in identity if before.get(k) != identity[k]]
+        if resume == "never" or (differing and overwrite):
             shutil.rmtree(run / checkpoint.FOLDER)
             saved = []
-        elif changed:
-            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in changed)
+        elif differing:
+            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in differing)
             raise TrainError(
                 f"{run} holds a run of other settings ({told})",
                 expected="the settings it was started with",
@@ -336,8 +365,8 @@ def _take_run(
             )
     if saved:
         watch.note(f"resuming: {run} at step {saved[-1]}")
-        return
-    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER):
+        return saved[-1]
+    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER, changed.CSV):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     checkpoint.write_json(
@@ -353,3 +382,4 @@ def _take_run(
             "platform": platform.platform(),
         },
     )
+    return 0

@@ -10,6 +10,8 @@ from milan.errors import ConfigError
 OBJECTIVES = ("milan", "pixels")
 MASKINGS = ("semantic", "random")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SHUFFLES = ("window", "global")
+ON_CHANGED = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,22 @@ class PretrainConfig:
     """AdamW's second moment; the first is 0.9."""
     seed: int = 0
     """Of weights, order and masks."""
+    shuffle: str = "window"
+    """window (whole shards, and rows within window_rows of them), or global (all rows)."""
+    window_rows: int = 131_072
+    """Rows that a window shuffles together; a store that fits one is shuffled globally."""
+    on_changed: str = "error"
+    """Images that changed since extraction: error, or drop (all are looked at before the run)."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
     num_workers: int | None = None
     """Loader processes; default: the cores but one, at most 8."""
+    local: str | None = None
+    """A folder on a fast disk: whole shards are copied there ahead of reading."""
+    cache_limit: str | None = None
+    """Most that --local may hold, such as 200GB; at least one window."""
     save_every: int | None = None
     """Steps between checkpoints; default: about an epoch's, at least 50."""
     keep: int = 2
@@ -74,7 +86,11 @@ class PretrainConfig:
         choice("objective", self.objective, OBJECTIVES)
         choice("masking", self.masking, (*MASKINGS, None))
         choice("precision", self.precision, PRECISIONS)
-        for name in ("epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every"):
+        choice("shuffle", self.shuffle, SHUFFLES)
+        choice("on_changed", self.on_changed, ON_CHANGED)
+        for name in (
+            "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}", expected="at least 1")
@@ -84,6 +100,10 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} {value}", expected="at least 0")
+        if (self.local is None) != (self.cache_limit is None):
+            raise ConfigError("one of local and cache_limit", expected="both, or neither")
+        if self.cache_limit is not None:
+            bytes_of(self.cache_limit)
         if not 0 <= self.beta2 < 1:
             raise ConfigError(f"beta2 {self.beta2}", expected="at least 0, less than 1")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
@@ -91,6 +111,21 @@ class PretrainConfig:
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
                 expected="less than the epochs",
             )
+
+
+def bytes_of(size: str) -> int:
+    """A size such as 20GB, 512 MiB or 1e9 in bytes. Raises ConfigError."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = size.strip().upper()
+    unit = next(u for u in sorted(units, key=len, reverse=True) if text.endswith(u))
+    try:
+        count = float(text.removesuffix(unit)) * units[unit]
+        if not 1 <= count < 2**63:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"a size of {size!r}", expected="such as 20GB or 512MiB") from None
+    return int(count)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> None:

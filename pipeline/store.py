@@ -112,7 +112,7 @@ def stage_shard(
         array[start:stop, view] = values
     paths = spec.files(block, view)
     if PIXELS in paths and any(pictures):
-        (folder / PIXELS).mkdir(exist_ok=True)
+        (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
         (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
     files = []
     for relative in paths.values():

@@ -223,8 +223,8 @@ def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
             for row in (part + spec.first_row).tolist():
                 v = spec.first_view + view
                 try:
-                    same = checksum(unpack(generation.packed(row, v))) == generation.fact(
-                        "pixels", row, v
+                    same = checksum(unpack(generation.packed(row, v))) == generation.checksum(
+                        row, v
                     )
                 except ValueError:
                     same = False

@@ -14,7 +14,8 @@ from stages.options import settings_command
     PretrainConfig,
     (
         "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
-        "batch_size", "lr", "warmup_epochs", "seed", "precision", "device", "num_workers",
+        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device",
+        "num_workers", "local", "cache_limit",
     ),
 )  # fmt: skip
 def pretrain(

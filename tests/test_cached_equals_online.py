@@ -12,17 +12,11 @@ import torch
 from conftest import STUDENT, TEACHER
 from safetensors.torch import save_file
 
-from milan.data import (
-    Batch,
-    CachedDataset,
-    StepSampler,
-    open_cache,
-    order_of,
-    training_loader,
-)
+from milan.data import Batch, CachedDataset, open_cache, training_loader
 from milan.device import MEAN, STD, normalise
 from milan.masking import visible_count
 from milan.objectives import feature_regression
+from milan.order import StepSampler, order_of
 from milan.pretraining import loss_function, predict, resolved, student_of
 from milan.settings import PretrainConfig
 from milan.train import decay_groups

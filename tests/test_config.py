@@ -267,6 +267,7 @@ def test_settings_share_no_state() -> None:
     [
         {"objective": "clip"}, {"masking": "none"}, {"precision": "fp64"}, {"epochs": 0},
         {"batch_size": 0}, {"micro_batch": 0}, {"lr": 0.0}, {"lr": -1.0}, {"keep": 0},
+        {"shuffle": "none"}, {"window_rows": 0}, {"on_changed": "skip"},
         {"warmup_epochs": -1.0}, {"epochs": 10, "warmup_epochs": 10.0},
     ],
 )  # fmt: skip

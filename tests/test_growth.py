@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, STUDENT, make_photos, tree
 
 from milan.cache import TargetCache
-from milan.data import open_cache, order_of
+from milan.data import open_cache
 from milan.errors import CacheError, ConfigError, TrainError
+from milan.order import order_of
 from milan.pretraining import pretrain
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify

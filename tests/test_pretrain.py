@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -567,3 +568,17 @@ def test_the_first_lines(store: Path, tmp_path: Path) -> None:
     assert "mask_ratio" not in differs
     assert notes.line("steps: ").startswith("steps: 21 of 8 images (1 x 8), 3 an epoch")
     assert notes.lines.index(notes.line("steps: ")) < 5
+    told = re.fullmatch(r"shuffle: global, (\S+) of a full .*", notes.line("shuffle: "))
+    assert told is not None
+    assert 0.5 < float(told[1]) < 1.5
+
+
+def test_windows_are_told_and_are_another_run(store: Path, tmp_path: Path) -> None:
+    """A store of three shards in windows of one; the setting is part of what a run is."""
+    notes, run = Notes(), {**SMALL, "out": str(tmp_path)}
+    milan.pretrain(str(store), stop_after=1, watch=notes, window_rows=8, **run)
+    assert notes.line("shuffle: ").startswith("shuffle: windows of 1 of 3 shards, 0.")
+    with pytest.raises(TrainError, match="window_rows: 8 != 131072"):
+        milan.pretrain(str(store), **run)
+    with pytest.raises(TrainError, match="shuffle: window != global"):
+        milan.pretrain(str(store), **run, window_rows=8, shuffle="global")

@@ -81,7 +81,7 @@ def test_damaged_pictures_are_found_and_made_again(kept: Path, tmp_path: Path, d
     copy = tmp_path / "t.zarr"
     shutil.copytree(kept, copy)
     before = tree(copy)
-    path = copy / "generations/000/pixels/00001.01.bin"
+    path = copy / "generations/000/pixels/c/1/1"
     data = bytearray(path.read_bytes())
     if damage == "bits":
         middle = len(data) // 2
@@ -122,7 +122,9 @@ def test_stored_views_are_part_of_what_a_store_is(
 def test_their_bytes_are_counted(kept: Path) -> None:
     """In the index; the plan's estimate is of that size."""
     cache = TargetCache(kept)
-    pictures = sum(p.stat().st_size for p in (kept / "generations/000/pixels").iterdir())
+    pictures = sum(
+        p.stat().st_size for p in (kept / "generations/000/pixels").rglob("*") if p.is_file()
+    )
     arrays = sum(g.entry.bytes for g in cache.generations) - pictures
     assert arrays == pytest.approx(cache.spec.view_bytes() * 48, rel=0.05)
     assert pictures > 0

@@ -1,0 +1,166 @@
+"""Which (row, view) comes when: a pure function of (seed, epoch); ranks and workers are not in it.
+
+Whole shards are permuted, rows are shuffled within windows of shards, and in epoch e all rows of
+shard s read view (e + h(seed, s)) mod K. So an epoch sees one view of every image, K epochs see
+each once, and reads stay whole shards of one view. One window of everything is a global shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from milan import draws
+from milan.cache import TargetCache
+from milan.errors import ConfigError
+
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The stream of a run's images, epoch by epoch."""
+
+    good: np.ndarray
+    """Rows with targets, ascending; int64."""
+    shards: np.ndarray
+    """Which shard of a view holds each of them, ascending; int64 (TargetCache.shards_of)."""
+    shard_size: int
+    views: int
+    seed: int
+    batch_size: int
+    """Images of an optimiser step, over all ranks."""
+    window_rows: int
+    """Rows shuffled together, rounded up to whole shards; at least `good`: a global shuffle."""
+    replaced: np.ndarray = field(default_factory=_NONE.copy)
+    """Rows of `good` whose places other rows take: found changed when a run went on."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size > len(self.good):
+            raise ConfigError(
+                f"batch size {self.batch_size} with {len(self.good)} usable images",
+                expected="no more than there are images",
+                fix=f"--batch-size {len(self.good)}",
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch; the last images, fewer than a batch, wait for another epoch's shuffle."""
+        return len(self.good) // self.batch_size
+
+    @property
+    def window_shards(self) -> int:
+        """Shards of one view in a window."""
+        return max(1, -(-self.window_rows // self.shard_size))
+
+    def windows(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(rows, views) of each window of an epoch in order, int64."""
+        shards, starts = np.unique(self.shards, return_index=True)
+        members = np.split(self.good, starts[1:])
+        order = draws.permutation(self.seed, draws.ORDER, (0, epoch), len(shards))
+        turns = [draws.bits(self.seed, draws.VIEW_TURN, (int(s),), 1)[0] for s in shards]
+        turn = (np.array(turns, np.uint64) % np.uint64(self.views)).astype(np.int64)
+        found = []
+        for window, first in enumerate(range(0, len(shards), self.window_shards)):
+            chosen = order[first : first + self.window_shards]
+            inside = np.concatenate([members[s] for s in chosen])
+            holders = np.repeat(chosen, [len(members[s]) for s in chosen])
+            shuffle = draws.permutation(self.seed, draws.ORDER, (1 + window, epoch), len(inside))
+            found.append((inside[shuffle], (epoch + turn[holders[shuffle]]) % self.views))
+        return found
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, views) of an epoch in order, each int64 [good rows].
+
+        A replaced row's place is taken by one that the epoch's steps leave over, if need be by one
+        from the epoch's beginning; every other row stays where it was. Raises ConfigError if no
+        row is left.
+        """
+        windows = self.windows(epoch)
+        rows = np.concatenate([rows for rows, _ in windows])
+        views = np.concatenate([views for _, views in windows])
+        lost = np.isin(rows, self.replaced)
+        if lost.any():
+            if lost.all():
+                raise ConfigError("every image has changed since extraction")
+            used = self.steps * self.batch_size
+            kept = np.roll(np.arange(len(rows)), -used)  # what is left over, then the beginning
+            places = np.flatnonzero(lost)
+            spare = np.resize(kept[~lost[kept]], len(places))
+            rows[places], views[places] = rows[spare], views[spare]
+        return rows, views
+
+    def without(self, rows: np.ndarray) -> Order:
+        """The same of other images only: as if `rows` had no targets."""
+        kept = ~np.isin(self.good, rows)
+        return replace(self, good=self.good[kept], shards=self.shards[kept])
+
+
+def order_of(
+    cache: TargetCache,
+    *,
+    seed: int,
+    batch_size: int,
+    shuffle: str = "window",
+    window_rows: int = 131_072,
+) -> Order:
+    """The order in which training meets a store; a `global` shuffle has one window."""
+    good = cache.good_rows()
+    shards = cache.shards_of(good)
+    size = cache.spec.shard_size
+    # Of whole shards: several generations may each end with a short one.
+    window = len(np.unique(shards)) * size if shuffle == "global" else window_rows
+    return Order(good, shards, size, cache.views, seed, batch_size, window)
+
+
+def shuffle_quality(rows: np.ndarray) -> float:
+    """How well a stream of rows [n] is mixed: 0 as stored, about 1 for a full permutation.
+
+    The mean distance in the stream between images stored side by side, over (n + 1) / 3, a full
+    permutation's. The displacement of single rows would not do: permuting whole shards moves every
+    row far, and leaves neighbours together.
+    """
+    if len(rows) < 2:
+        return 1.0
+    places = np.argsort(rows, kind="stable")
+    return float(np.abs(np.diff(places)).mean() / ((len(rows) + 1) / 3))
+
+
+Address = tuple[int, np.ndarray, np.ndarray]
+"""(epoch, rows, views): what a loader worker is asked for."""
+
+
+class StepSampler(Sampler):
+    """Addresses of micro-batches from step `start` to `stop`, for one of `ranks` ranks.
+
+    A step's batch is cut into equal slices by rank and then into micro-batches, so any number of
+    ranks walks the same stream. Seeking reads nothing that lies before.
+    """
+
+    def __init__(
+        self, order: Order, *, start: int, stop: int, micro: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if order.batch_size % (ranks * micro):
+            raise ConfigError(
+                f"batch size {order.batch_size} over {ranks} ranks in micro-batches of {micro}",
+                expected="a whole number of micro-batches for every rank",
+            )
+        self.order, self.start, self.stop = order, start, stop
+        self.micro, self.rank, self.ranks = micro, rank, ranks
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * (self.order.batch_size // self.ranks // self.micro)
+
+    def __iter__(self) -> Iterator[Address]:
+        share = self.order.batch_size // self.ranks
+        held, rows, views = -1, _NONE, _NONE
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, self.order.steps)
+            if epoch != held:
+                held, (rows, views) = epoch, self.order.epoch(epoch)
+            first = within * self.order.batch_size + self.rank * share
+            for at in range(first, first + share, self.micro):
+                yield epoch, rows[at : at + self.micro], views[at : at + self.micro]
