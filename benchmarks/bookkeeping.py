@@ -2,8 +2,8 @@
 
     python -m benchmarks.bookkeeping [--shards 20000] [--rows 4]
 
-A store on paper: records as the planner makes them up, of a few rows instead of 1,024, and empty
-files in the place of arrays (their sizes are noted as such). Measured one after the other: what
+A store on paper: records as the planner makes them up, of a few rows instead of 1,024, and no files
+of arrays. Measured one after the other: what
 has to be made of an empty generation; commits (record, digest, sizes; without moving files); what
 a resumed run finds; finish; what the next run finds by the table of shards; opening the store and
 touching one shard. Memory is what numpy and Python hold more at the peak of each step than before
@@ -46,11 +46,6 @@ def open_writer(store: Store, spec: CacheSpec, manifest: Manifest) -> Writer:
     )
 
 
-def record_of(spec: CacheSpec, block: int) -> dict[str, Any]:
-    """A record whose files are absent: as if every image were bad, without a reason."""
-    return {**made_up_record(spec, block, 0), "files": []}
-
-
 class Steps:
     """Times of steps, or, with `memory`, what each holds at its peak."""
 
@@ -83,15 +78,20 @@ def bookkeeping(shards: int, rows: int, folder: Path, *, memory: bool) -> dict[s
     todo = steps.run("missing, of a new store", writer.missing)
     assert todo.sum() == shards
     records = writer.root / "records"
+    # Without files: there is no array's data here to have a size.
+    same = {**made_up_record(spec, 0, 0), "files": []}
+
+    def record_of(block: int) -> dict[str, Any]:
+        return {**same, "block": block, "rows": list(spec.block_rows(block))}
 
     def write() -> None:
         for block in range(shards):
-            data = canonical(record_of(spec, block))
+            data = canonical(record_of(block))
             (records / record_name(block, 0)).write_bytes(data)
 
     def note() -> None:
         for block in range(shards):
-            record = record_of(spec, block)
+            record = record_of(block)
             writer.tally.note(record, canonical(record))
 
     write()
