@@ -5,5 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("step", "extraction", "waiting", "random_features", "codecs"):
+NAMES = (
+    "step", "extraction", "waiting", "random_features", "codecs", "planning", "bookkeeping",
+)  # fmt: skip
+for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)

@@ -21,33 +21,44 @@ import numpy as np
 
 from milan.cache import TargetCache
 from milan.codecs import Codec, codec_of
-from milan.errors import CacheError, DataError
+from milan.errors import CacheError, ConfigError, DataError
 from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.generation import open_array
 from milan.manifest import Manifest, data_root
 from milan.sources import ImageSource
 from milan.watch import Silent, Watch
+from pipeline.calibrate import calibrate
+from pipeline.costs import Tables, amount, cost_of
 from pipeline.files import told_if_full
 from pipeline.growth import Part
-from pipeline.plan import Plan, plan, share, teacher_spec
+from pipeline.plan import Plan, Workers, plan, share, teacher_spec
 from pipeline.prepare import Prepared, check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
 from pipeline.store import Store, Writer, group_attributes
 from pipeline.worker import Extractor
 
+ASK_ABOVE = 100e9
+"""Bytes to be written above which extraction asks first."""
 _ATTEMPTS = 3  # of one block, before the run gives it up
 
 
 @told_if_full("writing the store")
 def extract_targets(
-    data: str | ExtractConfig, *, watch: Watch | None = None, dry_run: bool = False, **settings: Any
+    data: str | ExtractConfig,
+    *,
+    watch: Watch | None = None,
+    dry_run: bool = False,
+    agree: Callable[[Tables], bool] | None = None,
+    **settings: Any,
 ) -> dict:
     """Run the teacher over K views of every image and leave a finished store.
 
     `data` and `settings` are the command's arguments (ExtractConfig's fields). Going on where a
     killed run stopped is the same call again; so is growing a store, with more views or images.
     Returns a summary: path, images, views, bad (a count by reason), bytes_per_view, fidelity,
-    seconds, images_per_second. Raises MilanError.
+    seconds, images_per_second; of a `dry_run`, which leaves nothing, `costs` (pipeline.costs).
+    Above ASK_ABOVE bytes `agree` is shown the costs and decides, unless the settings say `yes`.
+    Raises MilanError.
     """
     config = data if isinstance(data, ExtractConfig) else ExtractConfig(data=data, **settings)
     watch = watch or Silent()
@@ -72,7 +83,15 @@ def extract_targets(
     )
     _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
+        summary["costs"] = cost_of(work, workers, calibrate(work, workers, watch))
         return summary
+    big = sum(s.total_bytes() for s in fresh)  # what has begun was agreed to
+    if big > ASK_ABOVE and not config.yes:
+        asked = agree is not None and agree(cost_of(work, workers, calibrate(work, workers, watch)))
+        if not asked:
+            raise ConfigError(
+                f"{out} would take {amount(big)}", expected="your consent", fix="--yes"
+            )
     store = Store(out)
     try:
         _fill(work, store, workers, summary, watch)
@@ -81,9 +100,7 @@ def extract_targets(
     return summary
 
 
-def _fill(
-    work: Plan, store: Store, workers: tuple[int, int, int | None], summary: dict, watch: Watch
-) -> None:
+def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watch) -> None:
     """Make what is missing, generation by generation, and publish each when it is whole."""
     bad: dict[int, str] = {}
     seconds, images = 0.0, 0
@@ -171,7 +188,7 @@ def run_part(
     part: Part,
     codec: Codec,
     todo: np.ndarray,
-    workers: tuple[int, int, int | None],
+    workers: Workers,
     watch: Watch,
 ) -> None:
     """Make the shards `todo` ([blocks, K] bool) of a generation; `workers` is `share`'s."""

@@ -22,6 +22,10 @@ from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
 
 
+Workers = tuple[int, int, int | None]
+"""(replicas, decoding threads each, torch threads each; None: as they are)"""
+
+
 @dataclass
 class Plan:
     """Everything decided before the first image is read."""
@@ -109,7 +113,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     return Plan(config, source, teacher, layer, parts)
 
 
-def share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
+def share(config: ExtractConfig, work: Plan) -> Workers:
     """(replicas, decoding threads each, torch threads each) on the machine or cluster at hand."""
     import torch
 

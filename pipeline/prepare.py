@@ -26,7 +26,7 @@ from milan.views import ViewSpec, pack, render, unpack, view_of
 from pipeline.teacher import Teacher
 from pipeline.worker import check_targets
 
-_FITTED, _FITTED_PQ, _HELD_BACK, _CANARIES = 32, 256, 32, 4
+_FITTED, _FITTED_PQ, _HELD_BACK, CANARIES = 32, 256, 32, 4
 # Relative error of a token's features that another kernel or library may cause.
 _TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
@@ -66,7 +66,7 @@ def prepare(
     cut = min(fitted, len(views) // 2) if len(views) > 1 else 1
     codec = codec or fresh.fitted(features[:cut].flatten(0, 1))
     held = slice(cut if len(views) > 1 else 0, None)
-    few = views[:_CANARIES]
+    few = views[:CANARIES]
     told, seen = teacher.targets(few)
     canaries = {
         "pixels": few,

@@ -63,6 +63,8 @@ class ExtractConfig:
     """Only the first so many rows of the permutation."""
     max_bad: str = "0"
     """Bad images allowed: a number, or a percentage such as 0.1%."""
+    yes: bool = False
+    """Do not ask before a store of more than 100 GB."""
     offline: bool = False
     """Never use the network."""
 
