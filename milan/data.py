@@ -66,10 +66,15 @@ class CachedDataset(Dataset):
 
     def __init__(self, cache: TargetCache, *, data_root: str | None = None) -> None:
         self.cache, self.root = cache, find_root(cache, data_root)
-        self.good = cache.good_rows()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("source", "labels")}
+        # What grows with the rows is made again where it is needed.
+        return {k: v for k, v in self.__dict__.items() if k not in ("source", "labels", "good")}
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Rows that have targets, ascending; int64."""
+        return self.cache.good_rows()
 
     @cached_property
     def source(self) -> ImageSource:
