@@ -7,6 +7,7 @@ import sys
 
 NAMES = (
     "step", "extraction", "waiting", "random_features", "codecs", "planning", "bookkeeping",
+    "reading",
 )  # fmt: skip
 for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)

@@ -70,10 +70,15 @@ class CachedDataset(Dataset):
         self.stored = cache.spec.stored_views != "none"
         # A store that keeps its views needs no originals.
         self.root = None if self.stored and not data_root else find_root(cache, data_root)
-        self.good = cache.good_rows()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("source", "labels")}
+        # What grows with the rows is made again where it is needed.
+        return {k: v for k, v in self.__dict__.items() if k not in ("source", "labels", "good")}
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Rows that have targets, ascending; int64."""
+        return self.cache.good_rows()
 
     @cached_property
     def source(self) -> ImageSource:

@@ -12,7 +12,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,7 +269,9 @@ class Generation:
             try:
                 return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
             except (ValueError, RuntimeError, OSError):
+                # A pool remembers also what was missing.
                 self._open.clear()
+                _context.cache_clear()
         if self.local and not all(self.local.has(*shard) for shard in shards):
             raise CacheError(
                 f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
@@ -329,15 +331,31 @@ def open_array(path: Path) -> Any:
             },
             read=True,
             open=True,
-            # Small on purpose: it holds the shard indexes, of which a window of shards needs few.
-            context=tensorstore.Context(
-                {
-                    "cache_pool": {"total_bytes_limit": 64 << 20},
-                    "data_copy_concurrency": {"limit": 2},
-                }
-            ),
+            context=_context(),
         ).result()
     except (ValueError, OSError) as error:
         raise CacheError(
             f"array {path} cannot be opened: {error}", expected="what the store's spec says"
         ) from None
+
+
+def fresh_pool() -> None:
+    """What is opened from now on is read from the disk, whatever this process read before."""
+    _context.cache_clear()
+
+
+@cache
+def _context() -> Any:
+    """What all arrays of a process share: one small pool.
+
+    It is there for the shard indexes, 16 KB each, 6 MB for the three arrays of a window of shards;
+    chunks pass through it, and none is read twice in an epoch.
+    """
+    import tensorstore
+
+    return tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 32 << 20},
+            "data_copy_concurrency": {"limit": 2},
+        }
+    )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from milan import data
+from milan import data, generation
 from milan.cache import TargetCache
 from milan.data import Batch, CachedDataset, find_root, open_cache, training_loader
 from milan.errors import CacheError, DataError
@@ -92,6 +92,7 @@ def test_sent_to_another_process(store: Path) -> None:
     expected = dataset[5]
     size = len(pickle.dumps(dataset))
     assert size < 20_000, "a manifest of millions of rows must stay behind"
+    assert not {"good", "labels", "source"} & dataset.__getstate__().keys()
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[5]["features"], expected["features"])
     cache = pickle.loads(pickle.dumps(dataset.cache))
@@ -176,6 +177,21 @@ def test_without_features(store: Path, alone: list[Batch]) -> None:
         assert a.scale is None
         assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in Batch._fields[:5])
         assert a.to(torch.device("cpu")).codes is None
+
+
+def test_what_a_reader_holds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs of a stated number of shards, whatever the store's size; 72 KB for 1,024 rows."""
+    monkeypatch.setattr(generation, "_HELD_PROOFS", 2)
+    cache = TargetCache(store)
+    cache.read(np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24))
+    proofs = cache.generations[0]._proofs
+    assert list(proofs) == [(2, 0), (2, 1)]
+    cache.read(np.array([16, 0]), np.array([0, 0]))
+    assert list(proofs) == [(2, 0), (0, 0)] or list(proofs) == [(0, 0), (2, 0)]
+    held = proofs[0, 0]
+    arrays = [held.pixels, held.digests, *held.crc32c.values()]
+    assert len(arrays) == 6
+    assert sum(array.nbytes for array in arrays) / 8 * 1024 == 72 * 1024
 
 
 # --- images that changed --------------------------------------------------------------------------

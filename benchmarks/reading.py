@@ -1,0 +1,176 @@
+"""What reading costs: random rows, windows, the loader's two halves, memory.
+
+    python -m benchmarks.reading [--rounds 7]
+
+[197, 512] int8 from a warm page cache, shards of 1,024 rows, made-up targets. Random: batches of
+64 rows by TargetCache.read (features, scale, attention, all checked), by tensorstore itself and by
+zarr-python's `oindex`, which read the same rows of the same three arrays and check less. Window:
+all rows of a store in the order of training, against read() of the shard files into fresh memory.
+Loader: photographs with targets, against the same without reading targets. Memory: peak of a
+process that opens a store, holds its manifest and order and reads 100 batches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import zarr
+
+from benchmarks.measure import interleaved, parser, photos, ratio, report
+from benchmarks.synthetic import make_store
+from milan.cache import TargetCache, Targets
+from milan.data import open_cache, training_loader
+from milan.generation import open_array
+from milan.manifest import SCHEMA, Manifest, build_manifest
+from milan.order import StepSampler, order_of
+
+_ARRAYS = ("features", "scale", "attention")
+_BATCH = 64
+
+
+def numbered(rows: int) -> Manifest:
+    """A manifest of so many images that are nowhere."""
+    keys = [f"class {i % 1000:03d}/image {i:09d}.jpg" for i in range(rows)]
+    none: list[Any] = [None] * rows
+    columns = dict.fromkeys(SCHEMA.names, none) | {"key": keys, "path": keys}
+    return Manifest(pa.table(columns, schema=SCHEMA))
+
+
+def random_rows(store: Path) -> dict[str, Callable[[], None]]:
+    """Eight batches of 64 random rows, by each reader."""
+    cache = TargetCache(store)
+    root = cache.root
+    raw = {name: open_array(root / name) for name in _ARRAYS}
+    plain = {name: zarr.open_array(root / name, mode="r") for name in _ARRAYS}
+    views = np.zeros(_BATCH, np.int64)
+    draws = {name: np.random.default_rng(0) for name in ("ours", "tensorstore", "oindex")}
+
+    def batches(who: str) -> list[np.ndarray]:
+        # Others in every round: rows that were just read would come from the reader's own cache.
+        return [np.sort(draws[who].choice(cache.rows, _BATCH, replace=False)) for _ in range(8)]
+
+    def ours() -> None:
+        for rows in batches("ours"):
+            cache.read(rows, views)
+
+    def tensorstore() -> None:
+        for rows in batches("tensorstore"):
+            futures = [array[rows, views].read() for array in raw.values()]
+            for future in futures:
+                future.result()
+
+    def oindex() -> None:
+        for rows in batches("oindex"):
+            for array in plain.values():
+                _ = array.oindex[rows, 0]
+
+    return {"ours": ours, "tensorstore": tensorstore, "oindex": oindex}
+
+
+def windows(store: Path) -> dict[str, Callable[[], None]]:
+    """A whole store in the order of training, and as plain files."""
+    cache = TargetCache(store)
+    rows, views = order_of(cache, seed=0, batch_size=_BATCH).epoch(0)
+    files = [
+        p for name in _ARRAYS for p in sorted((cache.root / name / "c").rglob("*")) if p.is_file()
+    ]
+
+    def ours() -> None:
+        for at in range(0, len(rows), _BATCH):
+            cache.read(rows[at : at + _BATCH], views[at : at + _BATCH])
+
+    def plain() -> None:
+        for file in files:
+            file.read_bytes()
+
+    return {"ours": ours, "read()": plain}
+
+
+class _NoTargets(TargetCache):
+    """Knows crops and checksums, and reads no targets."""
+
+    def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Any:
+        return Targets(np.ones((len(rows), 196), np.float32))
+
+
+def loader_rate(store: Path, joint: bool, epochs: int) -> float:
+    """Images a second from the first batch on, one loader worker."""
+    dataset = open_cache(store)
+    if not joint:
+        dataset.cache.__class__ = _NoTargets
+    order = order_of(dataset.cache, seed=0, batch_size=32)
+    sampler = StepSampler(order, start=0, stop=epochs * order.steps, micro=32)
+    loader = iter(training_loader(dataset, sampler, features=True, num_workers=1))
+    next(loader)
+    start = time.perf_counter()
+    count = sum(len(batch.rows) for batch in loader)
+    return count / (time.perf_counter() - start)
+
+
+def peak(store: Path, reading: bool) -> float:
+    """Peak resident MB of a process that opens a store, and reads from it or does not."""
+    code = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from milan.cache import TargetCache; from milan.order import *\n"
+        "cache = TargetCache(sys.argv[1]); cache.manifest\n"
+        "if sys.argv[2] == 'True':\n"
+        "    order = order_of(cache, seed=0, batch_size=64)\n"
+        "    steps = min(100, order.steps * 20)\n"
+        "    for _, rows, views in StepSampler(order, start=0, stop=steps, micro=64):\n"
+        "        cache.read(rows, views)\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(status.split('VmHWM:')[1].split()[0])\n"
+    )
+    command = [sys.executable, "-c", code, str(store), str(reading)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1000
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parser(__doc__.splitlines()[0]).parse_args()
+    lines = ["| what | ratio (range) | goal |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        store = make_store(folder / "4.zarr", numbered(4096), shard_size=1024)
+        seconds = interleaved(random_rows(store), args.rounds)
+        for other, goal in (("oindex", "10"), ("tensorstore", "0.7")):
+            rate = ratio(seconds[other], seconds["ours"])
+            lines.append(f"| random rows: {other} / ours, seconds | {rate} | >= {goal} |")
+        each = statistics.median(seconds["ours"]) / 8 * 1e3
+        seconds = interleaved(windows(store), args.rounds)
+        rate = ratio(seconds["read()"], seconds["ours"])
+        lines.append(f"| window order: read() / ours, seconds | {rate} | >= 0.3 |")
+        source = photos(folder / "photos", 96)
+        manifest = build_manifest(source, seed=0)
+        joint = make_store(folder / "photos.zarr", manifest, shard_size=len(manifest), root=source)
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(args.rounds):
+            for both in rates:
+                rates[both].append(loader_rate(joint, both, 4))
+        rate = ratio(rates[True], rates[False])
+        lines.append(f"| loader: with / without targets, images/s | {rate} | >= 0.95 |")
+        small = make_store(folder / "s.zarr", numbered(1024), shard_size=1024)
+        large = make_store(folder / "l.zarr", numbered(1_024_000), shard_size=1024)
+        manifests = peak(large, False) - peak(small, False)
+        few, many = peak(small, True), peak(large, True)
+        lines.append(
+            f"| memory: 1,024,000 rows ({many:.0f} MB, {manifests:.0f} of them opening and "
+            f"manifest) / 1,024 rows ({few:.0f} MB) | {(many - manifests) / few:.2f} | <= 1.3 |"
+        )
+    lines += ["", f"A batch of 64 rows takes {each:.1f} ms."]
+    command = f"python -m benchmarks.reading --rounds {args.rounds}"
+    report("reading", command, lines, keep=args.keep)
+
+
+if __name__ == "__main__":
+    main()

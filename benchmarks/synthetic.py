@@ -1,0 +1,85 @@
+"""Made-up stores for benchmarks: real files, records and proofs around targets that mean nothing.
+
+One block of random targets is written; every further block is hard links to it, so that a store of
+a million rows takes the disk of a thousand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from milan.codecs import codec_of
+from milan.format import GENERATION, CacheSpec, canonical
+from milan.images import content_digest, decode
+from milan.manifest import Manifest
+from milan.sources import ImageSource
+from milan.views import ViewSpec, checksum, render, view_of
+from pipeline.store import Store, group_attributes, stage_shard
+from pipeline.worker import _row_sums
+
+
+def make_store(
+    path: Path, manifest: Manifest, *, shard_size: int, root: Path | None = None
+) -> Path:
+    """A finished int8 store of one view, [197, 512]; rows must fill its shards.
+
+    With `root` the views of the images there are rendered, and their checksums kept: such a store
+    can be trained on. It holds one block then.
+    """
+    spec = CacheSpec(
+        manifest=manifest.digest(), rows=len(manifest), views=1, tokens=197, channels=512,
+        codec="int8", shard_size=shard_size, view_law=ViewSpec().law(), teacher={"name": "none"},
+    )  # fmt: skip
+    codec = codec_of("int8").fitted(torch.ones(1, 512))
+    store = Store(path)
+    about = {"name": "none", "pretrained": "none", "random_weights": True}
+    files = {"manifest.parquet": manifest.to_parquet(), "fidelity.json": b"{}"}
+    files["origin.json"] = canonical({"data_root": str(root), "data_root_from_store": str(root)})
+    tables = {f"codec/{name}": table for name, table in codec.tables.items()}
+    writer = store.generation(
+        GENERATION, spec, lambda: (group_attributes(spec, about), tables, files)
+    )
+    draw = np.random.default_rng(0)
+    arrays = {
+        "features": draw.integers(-127, 128, (shard_size, 197, 512), np.int8),
+        "scale": draw.random((shard_size, 197), np.float32),
+        "attention": draw.random((shard_size, 196), np.float32) + 0.1,
+        "crop": np.zeros((shard_size, 5), np.int32),
+    }
+    pixels, digests = [0] * shard_size, [""] * shard_size
+    if root:
+        source = ImageSource(manifest, root)
+        for row in range(shard_size):
+            data = source.read(row)
+            image = decode(data)
+            view = view_of(ViewSpec(), row, view=0, height=image.height, width=image.width)
+            arrays["crop"][row] = (view.top, view.left, view.height, view.width, view.flip)
+            pixels[row] = checksum(render(image, view, size=224))
+            digests[row] = content_digest(data)
+    first = store.staging / "first"
+    for name in spec.arrays():
+        (first / name).mkdir(parents=True)
+        shutil.copyfile(writer.root / name / "zarr.json", first / name / "zarr.json")
+    written = stage_shard(first, spec, 0, 0, arrays)
+    record = {
+        "view": 0, "bad": {}, "digests": digests, "pixels": pixels,
+        "crc32c": {name: _row_sums(rows, {}, 0) for name, rows in arrays.items()},
+    }  # fmt: skip
+    for block in range(spec.blocks):
+        folder, linked = store.staging / str(block), []
+        for file in written:
+            name = file["path"].split("/")[0]
+            place = f"{name}/{spec.arrays()[name].file(block, 0)}"
+            (folder / place).parent.mkdir(parents=True)
+            os.link(first / file["path"], folder / place)
+            linked.append(file | {"path": place})
+        rows = list(spec.block_rows(block))
+        writer.commit(folder, record | {"block": block, "rows": rows, "files": linked})
+    writer.finish("none/int8", 0)
+    store.close()
+    return path
