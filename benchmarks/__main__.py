@@ -5,5 +5,5 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("step", "extraction", "waiting", "reading", "random_features"):
+for name in ("step", "extraction", "waiting", "reading", "images", "random_features"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)
