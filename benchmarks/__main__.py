@@ -5,5 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("step", "extraction", "waiting", "reading", "images", "random_features"):
+NAMES = (
+    "step", "extraction", "waiting", "reading", "images", "random_features", "codecs", "planning",
+    "bookkeeping",
+)  # fmt: skip
+for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)

@@ -142,6 +142,11 @@ class TargetCache:
         """[B, 5] int32: top, left, height, width, flip of each stored view."""
         return self._read(["crop"], rows, views)["crop"]
 
+    def packed(self, row: int, view: int) -> bytes:
+        """The stored picture of a view (spec.stored_views), as milan.views.unpack takes it."""
+        at = np.array([row]), np.array([view])
+        return next(g for g in self.generations if g.holds(*at)[0]).packed(row, view)
+
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw."""
         return self._holder(row, view).checksum(row, view)

@@ -16,13 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from milan.cache import TargetCache
-from milan.errors import DataError, ImageFault, MilanError
+from milan.errors import CacheError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.order import Address, StepSampler
+from milan.places import Place, place
 from milan.sources import ImageSource
 from milan.staging import Ahead, Shard
-from milan.views import View, checksum, render
+from milan.views import View, checksum, render, unpack
 
 
 class Batch(NamedTuple):
@@ -65,7 +66,10 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, cache: TargetCache, *, data_root: str | None = None) -> None:
-        self.cache, self.root = cache, find_root(cache, data_root)
+        self.cache = cache
+        self.stored = cache.spec.stored_views != "none"
+        # A store that keeps its views needs no originals.
+        self.root = None if self.stored and not data_root else find_root(cache, data_root)
 
     def __getstate__(self) -> dict:
         # What grows with the rows is made again where it is needed.
@@ -79,6 +83,8 @@ class CachedDataset(Dataset):
     @cached_property
     def source(self) -> ImageSource:
         """The images; opened in the process that reads them."""
+        if self.root is None:
+            self.root = find_root(self.cache, None)
         return ImageSource(self.cache.manifest, self.root)
 
     @cached_property
@@ -119,9 +125,13 @@ class CachedDataset(Dataset):
 
         Raises DataError if an image is gone, has changed, or renders to other pixels than it did.
         """
-        crops = self.cache.crops(rows, views)
         size = self.cache.view_spec.size
         out = np.empty((len(rows), size, size, 3), np.uint8)
+        if self.stored:
+            for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+                out[i] = self._stored(row, view)
+            return out
+        crops = self.cache.crops(rows, views)
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             data = b""
             try:
@@ -132,6 +142,23 @@ class CachedDataset(Dataset):
             if checksum(out[i]) != self.cache.checksum(row, view):
                 raise self._changed(row, view, data, "it renders to other pixels")
         return out
+
+    def _stored(self, row: int, view: int) -> np.ndarray:
+        """A view as the store keeps it: the picture that the teacher was shown."""
+        try:
+            pixels = unpack(self.cache.packed(row, view))
+        except ValueError as error:
+            raise CacheError(
+                f"{self.cache.path}: row {row}, view {view}: {error}",
+                fix=f"milan repair {self.cache.path}",
+            ) from None
+        if checksum(pixels) != self.cache.checksum(row, view):
+            raise CacheError(
+                f"{self.cache.path}: the stored view of row {row}, view {view} has other pixels",
+                expected="those that the teacher saw; or this machine decodes pictures differently",
+                fix=f"milan verify --deep {self.cache.path}",
+            )
+        return pixels
 
     def _changed(self, row: int, view: int, data: bytes, what: str) -> DataError:
         """What happened to an image since extraction, told apart by its content checksum."""
@@ -149,37 +176,40 @@ class CachedDataset(Dataset):
         )
 
 
-def open_cache(path: str | Path, *, data_root: str | None = None) -> CachedDataset:
+def open_cache(
+    path: str | Path, *, layer: str | None = None, data_root: str | None = None
+) -> CachedDataset:
     """A finished store as a torch Dataset. `data_root` is where the images lie, if they moved.
 
+    Of a store that holds the targets of several teachers or codecs, `layer` names one.
     Raises CacheError for a store that is absent, incomplete, foreign or damaged, and DataError if
     the images are not found.
     """
-    return CachedDataset(TargetCache(path), data_root=data_root)
+    return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
 
 
-def find_root(cache: TargetCache, data_root: str | None) -> Path:
-    """The folder that the manifest's paths are relative to.
+def find_root(cache: TargetCache, data_root: str | None) -> Place:
+    """The folder, or URL, that the manifest's paths are relative to.
 
     `data_root` if given; else as the store recorded it, first relative to the store (a project
     that was moved as a whole), then absolute. Raises DataError listing the places looked at.
     """
     origin = cache.generations[0].origin
-    places = [Path(data_root).expanduser()] if data_root else []
-    if not data_root:
-        places = [cache.path.resolve() / origin["data_root_from_store"], Path(origin["data_root"])]
+    places = [place(data_root or origin["data_root"])]
+    if not data_root and origin["data_root_from_store"]:
+        places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
     if not len(good):
         raise DataError(f"{cache.path} has targets of no image: all {cache.rows} are bad")
     # Several, for one of them may be gone since.
     looked_for = cache.manifest.table["path"].take(good[:16]).to_pylist()
-    for place in places:
-        if any((place / path).exists() for path in looked_for):
-            return place
+    for root in places:
+        if any((root / path).exists() for path in looked_for):
+            return root
     raise DataError(
         f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
         expected=f"{looked_for[0]} in the data root",
-        fix="--data-root FOLDER",
+        fix="--data-root FOLDER (or a URL)",
     )
 
 

@@ -5,6 +5,7 @@
         zarr.json                    attributes: spec, fingerprint, about the teacher
         origin.json                  where and with which libraries it was made; not proven
         features/ [scale/] attention/ crop/
+        pixels/                      rendered views, if they are stored
         codec/ canary/ fidelity.json made before the first shard: the codec's tables, proofs
         manifest.parquet             a row an image
         records/00042.01.json        proves shard (block 42, view 1): rows, files, digests, reasons
@@ -38,6 +39,8 @@ MANIFEST = "manifest.parquet"
 SHARDS = "shards.parquet"
 FIDELITY = "fidelity.json"
 ORIGIN = "origin.json"
+PIXELS = "pixels"
+"""The folder of stored views."""
 LOG = "extract.log.jsonl"
 """Times, hosts, attempts: what varies between runs, outside what is proven."""
 
@@ -91,6 +94,8 @@ class CacheSpec:
     first_row: int = 0
     """Of the whole store: the rows of earlier generations come before."""
     first_view: int = 0
+    stored_views: str = "none"
+    """Whether rendered views lie beside their targets, and how: none, jpeg:95, webp."""
     version: int = VERSION
 
     def fingerprint(self) -> str:
@@ -125,6 +130,13 @@ class CacheSpec:
     def block_rows(self, block: int) -> tuple[int, int]:
         """First row and one past the last row of a block, counted inside the generation."""
         return block * self.shard_size, min(self.rows, (block + 1) * self.shard_size)
+
+    def files(self, block: int, view: int) -> dict[str, str]:
+        """The files of a shard by what they hold: each array, and `pixels` if views are stored."""
+        names = {name: f"{name}/{array.file(block, view)}" for name, array in self.arrays().items()}
+        if self.stored_views != "none":
+            names[PIXELS] = f"{PIXELS}/c/{block}/{view}"
+        return dict(sorted(names.items()))
 
     def arrays(self) -> dict[str, ArraySpec]:
         """The arrays of a generation by name."""
@@ -165,9 +177,28 @@ class CacheSpec:
             total += per_row + (4 + 16 if array.shard else 0)
         return total
 
+    def shard_bytes(self, rows: int) -> int:
+        """Bytes of the files of one shard of `rows` good images.
+
+        The index of a shard file has a place for each of `shard_size` rows, whatever `rows` is.
+        """
+        total = 0
+        for array in self.arrays().values():
+            row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
+            index = 16 * self.shard_size + 4
+            total += rows * (row + 4) + index if array.shard else self.shard_size * row + 4
+        return total
+
     def total_bytes(self) -> int:
-        """Bytes of all shards: what a run will write, records and manifest apart."""
-        return self.view_bytes() * self.rows * self.views
+        """Bytes of all shards if no image is bad: what a run writes, records and manifest apart.
+
+        Stored views are estimated: about 5 bits a pixel as JPEG, 16 as WebP.
+        """
+        bits = {"none": 0.0, "webp": 16.0}.get(self.stored_views, 5.0)
+        pictures = int(self.view_law["size"] ** 2 * bits / 8) * self.rows
+        last = self.rows - (self.blocks - 1) * self.shard_size
+        full = (self.blocks - 1) * self.shard_bytes(self.shard_size)
+        return self.views * (full + self.shard_bytes(last) + pictures) if self.rows else 0
 
 
 @dataclass(frozen=True)
@@ -270,7 +301,8 @@ def read_group(generation: Path) -> tuple[CacheSpec, dict]:
         stated = attributes["fingerprint"]
     except (KeyError, TypeError) as error:
         raise CacheError(f"{generation / 'zarr.json'} is damaged: {error}") from None
-    if spec.fingerprint() != stated:
+    # Of the spec as it is written, so that a later version's new fields do not change it.
+    if hashlib.sha256(canonical(attributes["spec"])).hexdigest() != stated:
         raise CacheError(
             f"{generation / 'zarr.json'} is damaged: its spec has not the fingerprint it states"
         )

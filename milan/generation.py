@@ -26,6 +26,7 @@ from milan.format import (
     FIDELITY,
     MANIFEST,
     ORIGIN,
+    PIXELS,
     SHARDS,
     Entry,
     read_group,
@@ -51,6 +52,8 @@ class _Proof(NamedTuple):
     digests: np.ndarray
     """[rows] S32: the content checksums; empty for an image that could not be read."""
     files: tuple[File, ...]
+    ends: np.ndarray
+    """[rows] int64: where the stored picture of each row ends in the shard's file of them."""
 
 
 def _numbers(values: list[int | None]) -> np.ndarray:
@@ -67,7 +70,7 @@ class Generation:
     def __init__(self, store: Path, entry: Entry) -> None:
         self.entry, self.root = entry, store / entry.path
         self.spec, self.attributes = read_group(self.root)
-        if self.spec.fingerprint() != entry.fingerprint:
+        if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
         self._open: dict[str, Any] = {}
         self._proofs: OrderedDict[tuple[int, int], _Proof] = OrderedDict()
@@ -139,12 +142,9 @@ class Generation:
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(path inside the generation, bytes) of every shard file."""
-        arrays = sorted(self.spec.arrays().items())
-        for shard, row in enumerate(self.sizes().tolist()):
-            block, view = divmod(shard, self.spec.views)
-            for (name, array), size in zip(arrays, row, strict=True):
-                if size >= 0:
-                    yield f"{name}/{array.file(block, view)}", size
+        for shard, sizes in enumerate(self.sizes().tolist()):
+            paths = self.spec.files(*divmod(shard, self.spec.views)).values()
+            yield from ((path, size) for path, size in zip(paths, sizes, strict=True) if size >= 0)
 
     def record(self, block: int, view: int) -> dict:
         """The commit record of a shard (numbers inside the generation), proven by the index.
@@ -184,6 +184,7 @@ class Generation:
                 _numbers(record["pixels"]),
                 np.array([digest or "" for digest in record["digests"]], "S32"),
                 tuple(File(f["path"], f["bytes"], f["sha256"]) for f in record["files"]),
+                _numbers(record.get("ends", [])),
             )
             if len(self._proofs) > _HELD_PROOFS:
                 self._proofs.popitem(last=False)
@@ -222,6 +223,23 @@ class Generation:
         blocks = (rows - self.spec.first_row) // self.spec.shard_size
         pairs = np.stack([blocks, views - self.spec.first_view], axis=1)
         return [(block, view) for block, view in np.unique(pairs, axis=0).tolist()]
+
+    def packed(self, row: int, view: int) -> bytes:
+        """The stored picture of a view, as milan.views.unpack takes it. Raises CacheError."""
+        proof, at = self._proof_of(row, view)
+        local, v = row - self.spec.first_row, view - self.spec.first_view
+        block = local // self.spec.shard_size
+        path = self.spec.files(block, v)[PIXELS]
+        start, end = int(proof.ends[at - 1]) if at else 0, int(proof.ends[at])
+        why = ""
+        for _ in range(_TRIES if self.local else 1):
+            self.fetch(block, v)
+            try:
+                with open((self.local or self).root / path, "rb") as file:
+                    return os.pread(file.fileno(), end - start, start)
+            except OSError as error:
+                why = str(error)
+        raise self._damaged(PIXELS, local, v, why)
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of each named array, compared with the checksums of their records."""

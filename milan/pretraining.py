@@ -21,7 +21,8 @@ from milan.cache import TargetCache
 from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
 from milan.device import MEAN, STD, normalise, pick_device
-from milan.errors import ConfigError, TrainError
+from milan.errors import CacheError, ConfigError, TrainError
+from milan.format import Index
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
@@ -35,8 +36,8 @@ _MICRO = 256  # images a device takes at once, as published for ViT-B
 
 # What may change between a run and its resumption, because it changes no step.
 _FREE = (
-    "cache", "out", "data_root", "num_workers", "device", "log_every", "save_every", "keep",
-    "local", "cache_limit",
+    "cache", "layer", "out", "data_root", "num_workers", "device", "log_every", "save_every",
+    "keep", "local", "cache_limit",
     "on_changed",  # what it took out is saved with the run
 )  # fmt: skip
 
@@ -99,7 +100,9 @@ def pretrain(
     device = pick_device(config.device)
     published = deviations(config, leave=("cache", "out", "data_root", "local", "cache_limit"))
     config = resolved(config, device)
-    targets = TargetCache(config.cache)
+    run = Path(config.out)
+    pinned = _pinned(run, config) if resume == "auto" and not overwrite else None
+    targets = TargetCache(config.cache, layer=config.layer, pinned=pinned)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
@@ -124,7 +127,6 @@ def pretrain(
         fused=device.type in ("cpu", "cuda"),
     )
     objective = loss_function(student, config, targets, device)
-    run = Path(config.out)
     step = _take_run(run, config, targets, resume, overwrite, published, watch)
     order = changed.take_out(run, dataset, order, policy=config.on_changed, step=step, watch=watch)
     course = Course(
@@ -278,9 +280,15 @@ def _tell(
     about, spec = targets.attributes["about"], targets.spec
     random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
     watch.note(
-        f"cache: {config.cache}, {spec.rows:,} images x {spec.views} views, {spec.codec}, "
+        f"cache: {config.cache}, {targets.rows:,} images x {targets.views} views, {spec.codec}, "
         f"teacher {about['name']} ({about['pretrained']}{random}), {targets.digest[:12]}"
     )
+    newest = len(Index.read(targets.path).generations)
+    if targets.pinned < newest:
+        watch.note(
+            f"pinned: the first {targets.pinned} of {newest} generations, as the run began; "
+            "what was added since is not read"
+        )
     if targets.bad:
         watch.note(f"left out by plan: {len(targets.bad)} images without targets")
     told = ", ".join(f"{key} {value}" for key, (value, _) in published.items())
@@ -296,6 +304,21 @@ def _identity(config: PretrainConfig, targets: TargetCache) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     fixed = {k: v for k, v in asdict(config).items() if k not in _FREE}
     return json.loads(json.dumps({"cache": targets.digest, **fixed}))
+
+
+def _pinned(run: Path, config: PretrainConfig) -> int | None:
+    """How many generations of the store a run began with, if it is to go on and they are there.
+
+    A store may have grown since: the run goes on with what it knew.
+    """
+    if not (checkpoint.steps(run) and (run / "run.json").exists()):
+        return None
+    there = json.loads((run / "run.json").read_text())
+    try:
+        before = TargetCache(config.cache, layer=config.layer, pinned=there.get("generations"))
+    except CacheError:
+        return None  # the newest will say what is wrong
+    return before.pinned if before.digest == there["identity"]["cache"] else None
 
 
 def _take_run(
@@ -353,6 +376,7 @@ def _take_run(
             "config": asdict(config),
             "differs": {k: list(v) for k, v in published.items()},
             "fingerprint": targets.spec.fingerprint(),
+            "generations": targets.pinned,
             "versions": {n: version(n) for n in ("torch", "timm", "tensorstore", "numpy")},
             "command": sys.argv,
             "platform": platform.platform(),

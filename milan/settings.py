@@ -20,6 +20,8 @@ class PretrainConfig:
 
     cache: str = "targets.zarr"
     """A finished store."""
+    layer: str | None = None
+    """Which targets, of a store that holds several (`milan inspect` names them)."""
     out: str = "runs/pretrain"
     """The run's folder."""
     data_root: str | None = None

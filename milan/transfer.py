@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from milan.errors import ConfigError, DataError, ImageFault, nearest
 from milan.images import decode
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
 from milan.model import create_vit, encode
+from milan.places import Place
 from milan.settings import ProbeConfig
 from milan.sources import ImageSource
 from milan.views import centre_view, render
@@ -202,7 +202,7 @@ def _same_classes(train: Manifest, val: Manifest, labels: torch.Tensor) -> torch
 
 def _features(
     frozen: Frozen,
-    source: Path,
+    source: Place,
     manifest: Manifest,
     config: ProbeConfig,
     device: torch.device,
@@ -213,7 +213,7 @@ def _features(
     if (labels < 0).any():
         raise DataError(
             f"{source} has {int((labels < 0).sum())} images without a label",
-            expected="class folders, or a `label` column",
+            expected="class folders, a `label` column, or .cls members of tars",
         )
     images = ImageSource(manifest, data_root(source))
     kept: list[int] = []

@@ -7,6 +7,7 @@ torchvision), with the paper's numbers: area 0.2-1, ratio 3/4-4/3, bicubic, flip
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import asdict, dataclass
 
@@ -118,6 +119,28 @@ def render(image: Image.Image, view: View, *, size: int) -> np.ndarray:
     if view.flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def pack(pixels: np.ndarray, how: str) -> bytes:
+    """Rendered pixels [S, S, 3] uint8 as a picture: `jpeg:95` (lossy), or `webp` (lossless).
+
+    What the teacher is then shown is the picture unpacked again, so that a replay is exact.
+    """
+    kind, _, quality = how.partition(":")
+    sink = io.BytesIO()
+    if kind == "jpeg":
+        Image.fromarray(pixels).save(sink, "JPEG", quality=int(quality))
+    else:
+        Image.fromarray(pixels).save(sink, "WEBP", lossless=True, method=1)
+    return sink.getvalue()
+
+
+def unpack(data: bytes) -> np.ndarray:
+    """The pixels [S, S, 3] uint8 of a stored view. Raises ValueError if it is no picture."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"a stored view cannot be decoded: {error}") from None
 
 
 def checksum(pixels: np.ndarray) -> int:

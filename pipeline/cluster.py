@@ -2,7 +2,9 @@
 
 Features never pass through Ray: a worker writes its shards to staging and returns their records.
 A worker that dies is replaced and its block tried again; only the driver commits, so a zombie can
-harm nothing but its own staging folder.
+harm nothing but its own staging folder. At the end, a block that hangs on a slow worker (or on one
+that finds no place after its node is gone) is tried on an idle one too; the first to end counts,
+and the bytes are the same either way.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ import logging
 import os
 import pickle
 import socket
-from collections import deque
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from milan.errors import MilanError
 
@@ -24,14 +31,15 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 
-Block = tuple[int, list[int]]
-"""(block, views): a unit of work."""
+# When nothing is left to begin, an idle worker tries a block again that has been in work for so
+# many times the median, and so many seconds at least.
+_PATIENCE, _PATIENCE_SECONDS = 3, 5.0
 
 
 def map_blocks(
     worker: tuple[str, str],
     init: dict[str, Any],
-    todo: Sequence[Block],
+    todo: np.ndarray,
     *,
     folder_of: Callable[[int, int], Path],
     on_done: Callable[[int, Path, list[dict]], None],
@@ -42,7 +50,7 @@ def map_blocks(
     address: str | None,
     attempts: int,
 ) -> dict[int, str]:
-    """Run `worker` (module, class) over all blocks on `replicas` actors.
+    """Run `worker` (module, class) over the shards `todo` ([blocks, K] bool) on `replicas` actors.
 
     The worker is built with `init` on its node and has `run(block, views, folder) -> records` and
     a counter `images`. Returns the blocks that failed `attempts` times with the last reason;
@@ -138,7 +146,20 @@ def _host_class() -> type:
     return Host
 
 
+@dataclass
+class _Try:
+    """A block in work: who does it, and since when."""
+
+    actor: Any
+    block: int
+    attempt: int
+    folder: Path
+    started: float
+
+
 class _Pool:
+    """Actors and the blocks they work on. A block may be in work twice: the first to end counts."""
+
     def __init__(
         self, worker: tuple[str, str], init: dict, replicas: int, gpus: float, attempts: int
     ) -> None:
@@ -149,53 +170,94 @@ class _Pool:
         root = str(Path(__file__).resolve().parent.parent)
         self.arguments = (root, *worker, pickle.dumps(init))
         self.replicas, self.attempts = replicas, attempts
+        self.running: dict[Any, _Try] = {}
+        self.again: deque[int] = deque()  # blocks to be tried again
+        self.begun: dict[int, int] = {}  # tries of the blocks that are not done
+        self.failed: dict[int, int] = {}
+        self.seconds: deque[float] = deque(maxlen=99)  # of the blocks done last
 
     def run(
         self,
-        todo: Sequence[Block],
+        todo: np.ndarray,
         folder_of: Callable[[int, int], Path],
         on_done: Callable[[int, Path, list[dict]], None],
         on_progress: Callable[[int], None],
         on_failure: Callable[[int, int, str], None],
     ) -> dict[int, str]:
-        waiting = deque((block, views, 0) for block, views in todo)
+        blocks = np.flatnonzero(todo.any(axis=1))
+        fresh = iter(blocks)
         lost: dict[int, str] = {}
-        running: dict[Any, tuple[Any, int, list[int], int, Path]] = {}
-        idle = [self.host.remote(*self.arguments) for _ in range(min(self.replicas, len(todo)))]
+        idle = [self.host.remote(*self.arguments) for _ in range(min(self.replicas, len(blocks)))]
         seen: dict[Any, int] = {}  # images by actor, the dead ones included
-        while waiting or running:
-            while waiting and idle:
-                actor = idle.pop()
-                block, views, attempt = waiting.popleft()
-                folder = folder_of(block, attempt)
+        while True:
+            while idle:
+                block = self._next(fresh)
+                if block is None:
+                    break
+                attempt = self.begun[block] = self.begun.get(block, -1) + 1
+                actor, folder = idle.pop(), folder_of(block, attempt)
+                views = np.flatnonzero(todo[block]).tolist()
                 task = actor.run.remote(block, views, str(folder))
-                running[task] = (actor, block, views, attempt, folder)
-            ready, _ = ray.wait(list(running), timeout=1.0)
-            self._ask(running, seen)
+                self.running[task] = _Try(actor, block, attempt, folder, time.monotonic())
+            if not self.running:
+                return lost
+            ready, _ = ray.wait(list(self.running), timeout=1.0)
+            self._ask(seen)
             on_progress(sum(seen.values()))
             for task in ready:
-                actor, block, views, attempt, folder = running.pop(task)
+                if task not in self.running:
+                    continue  # the other of two tries has just ended
+                ended = self.running.pop(task)
+                block = ended.block
                 try:
                     kind, value = ray.get(task)
                 except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                     dead = isinstance(error, ray.exceptions.RayActorError)
+                    idle.append(self.host.remote(*self.arguments) if dead else ended.actor)
                     why = str(error).strip().splitlines()[-1][:300]
-                    on_failure(block, attempt, why)
-                    if attempt + 1 < self.attempts:
-                        waiting.append((block, views, attempt + 1))
+                    on_failure(block, ended.attempt, why)
+                    self.failed[block] = self.failed.get(block, 0) + 1
+                    if any(other.block == block for other in self.running.values()):
+                        continue  # its other try goes on
+                    if self.failed[block] < self.attempts:
+                        self.again.append(block)
                     else:
                         lost[block] = why
-                    idle.append(self.host.remote(*self.arguments) if dead else actor)
                     continue
                 if kind == "error":
                     raise pickle.loads(value)
-                on_done(block, folder, value)
-                idle.append(actor)
-        return lost
+                on_done(block, ended.folder, value)
+                self.seconds.append(time.monotonic() - ended.started)
+                idle.append(ended.actor)
+                self._drop(block)
 
-    def _ask(self, running: dict, seen: dict) -> None:
-        for actor, *_ in running.values():
+    def _next(self, fresh: Iterator[Any]) -> int | None:
+        """What an idle actor should do: a new block, a failed one, or one that hangs elsewhere."""
+        block = next(fresh, None)
+        if block is not None:
+            return int(block)
+        if self.again:
+            return self.again.popleft()
+        if not self.seconds:
+            return None
+        patience = max(_PATIENCE_SECONDS, _PATIENCE * statistics.median(self.seconds))
+        twice = Counter(t.block for t in self.running.values())
+        late = [
+            t for t in self.running.values()
+            if twice[t.block] == 1 and time.monotonic() - t.started > patience
+        ]  # fmt: skip
+        return min(late, key=lambda t: t.started).block if late else None
+
+    def _drop(self, block: int) -> None:
+        """The block is done: who still works on it is stopped; nobody reads what it staged."""
+        self.begun.pop(block, None)
+        self.failed.pop(block, None)
+        for task in [t for t, other in self.running.items() if other.block == block]:
+            ray.kill(self.running.pop(task).actor)
+
+    def _ask(self, seen: dict[Any, int]) -> None:
+        for work in self.running.values():
             try:
-                seen[actor] = ray.get(actor.images.remote(), timeout=0.5)
+                seen[work.actor] = ray.get(work.actor.images.remote(), timeout=0.5)
             except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
                 continue  # starting, or dead: the task itself will say

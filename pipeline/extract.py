@@ -13,8 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,113 +24,41 @@ from milan.codecs import Codec, codec_of
 from milan.errors import CacheError, ConfigError, DataError
 from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.generation import open_array
-from milan.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.manifest import Manifest, data_root
 from milan.sources import ImageSource
-from milan.views import ViewSpec
 from milan.watch import Silent, Watch
-from pipeline.growth import Part, parts_of
+from pipeline.calibrate import calibrate
+from pipeline.costs import Tables, amount, cost_of
+from pipeline.files import told_if_full
+from pipeline.growth import Part
+from pipeline.plan import Plan, Workers, plan, share, teacher_spec
 from pipeline.prepare import Prepared, check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, Writer, group_attributes, told_if_full
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from pipeline.store import Store, Writer, group_attributes
 from pipeline.worker import Extractor
 
+ASK_ABOVE = 100e9
+"""Bytes to be written above which extraction asks first."""
 _ATTEMPTS = 3  # of one block, before the run gives it up
-_RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
-
-
-@dataclass
-class Plan:
-    """Everything decided before the first image is read."""
-
-    config: ExtractConfig
-    source: Path
-    teacher: Teacher
-    layer: str
-    """What the store calls the targets of this teacher and codec."""
-    parts: list[Part]
-    """The generations that the store will have of this layer, the finished ones included."""
-
-    def origin(self) -> dict:
-        """What differs between machines: told, not compared."""
-        root = data_root(self.source).resolve()
-        versions = {name: version(name) for name in _RECORDED}
-        versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
-        return {
-            "data": self.config.data,
-            "data_root": str(root),
-            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve()),
-            "teacher": asdict(_teacher_spec(self.config)),
-            "batch_size": self.config.batch_size,
-            "versions": versions,
-        }
-
-
-def _teacher_spec(config: ExtractConfig) -> TeacherSpec:
-    return TeacherSpec(
-        name=config.teacher,
-        pretrained=config.pretrained,
-        norm=config.teacher_norm,
-        img_size=config.img_size,
-        precision=config.precision,
-        offline=config.offline,
-    )
-
-
-def plan(config: ExtractConfig, watch: Watch) -> Plan:
-    """Resolve data and teacher and fix the specs; reads no image. Raises MilanError."""
-    config.check()
-    codec_of(config.codec)
-    source = resolve_data(config.data, config.data_root)
-    watch.note(f"data: {source.resolve()}")
-    manifest = build_manifest(source, seed=config.seed)
-    classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-    some = f" of {len(manifest):,}" if config.limit and config.limit < len(manifest) else ""
-    rows = min(len(manifest), config.limit or len(manifest))
-    watch.note(f"manifest: {rows:,}{some} images{classes}")
-    if manifest.ignored:
-        kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        watch.note(f"not images by name, left out: {kinds}")
-    teacher = load_teacher(_teacher_spec(config), device=config.device)
-    law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
-    codec = codec_of(config.codec)
-    codec.width(teacher.channels)
-    wanted = CacheSpec(
-        manifest="",
-        rows=rows,
-        views=config.views,
-        tokens=teacher.tokens,
-        channels=teacher.channels,
-        codec=codec.name,
-        shard_size=config.shard_size,
-        view_law=law,
-        teacher=teacher.identity,
-    )
-    about, identity = teacher.about, teacher.identity
-    random = ", RANDOM WEIGHTS (for tests of shape and speed only)"
-    watch.note(
-        f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
-        f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
-        f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
-        + (random if about["random_weights"] else "")
-    )
-    for note in about["notes"]:
-        watch.note(f"teacher: {note}")
-    layer = f"{about['name']}/{codec.name}"
-    layer, parts = parts_of(Path(config.out), wanted, manifest, layer, extend=config.extend)
-    return Plan(config, source, teacher, layer, parts)
 
 
 @told_if_full("writing the store")
 def extract_targets(
-    data: str | ExtractConfig, *, watch: Watch | None = None, dry_run: bool = False, **settings: Any
+    data: str | ExtractConfig,
+    *,
+    watch: Watch | None = None,
+    dry_run: bool = False,
+    agree: Callable[[Tables], bool] | None = None,
+    **settings: Any,
 ) -> dict:
     """Run the teacher over K views of every image and leave a finished store.
 
     `data` and `settings` are the command's arguments (ExtractConfig's fields). Going on where a
     killed run stopped is the same call again; so is growing a store, with more views or images.
     Returns a summary: path, images, views, bad (a count by reason), bytes_per_view, fidelity,
-    seconds, images_per_second. Raises MilanError.
+    seconds, images_per_second; of a `dry_run`, which leaves nothing, `costs` (pipeline.costs).
+    Above ASK_ABOVE bytes `agree` is shown the costs and decides, unless the settings say `yes`.
+    Raises MilanError.
     """
     config = data if isinstance(data, ExtractConfig) else ExtractConfig(data=data, **settings)
     watch = watch or Silent()
@@ -156,7 +83,15 @@ def extract_targets(
     )
     _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
+        summary["costs"] = cost_of(work, workers, calibrate(work, workers, watch))
         return summary
+    big = sum(s.total_bytes() for s in fresh)  # what has begun was agreed to
+    if big > ASK_ABOVE and not config.yes:
+        asked = agree is not None and agree(cost_of(work, workers, calibrate(work, workers, watch)))
+        if not asked:
+            raise ConfigError(
+                f"{out} would take {amount(big)}", expected="your consent", fix="--yes"
+            )
     store = Store(out)
     try:
         _fill(work, store, workers, summary, watch)
@@ -165,9 +100,7 @@ def extract_targets(
     return summary
 
 
-def _fill(
-    work: Plan, store: Store, workers: tuple[int, int, int | None], summary: dict, watch: Watch
-) -> None:
+def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watch) -> None:
     """Make what is missing, generation by generation, and publish each when it is whole."""
     bad: dict[int, str] = {}
     seconds, images = 0.0, 0
@@ -179,13 +112,12 @@ def _fill(
             check_canaries(writer.root, work.teacher)
         summary["fidelity"] = read_json(writer.root / FIDELITY)
         todo = writer.missing()
-        shards = sum(len(views) for _, views in todo)
-        rows = sum(int(np.diff(part.spec.block_rows(b))[0]) for b, _ in todo)
+        shards, rows = int(todo.sum()), rows_of(part.spec, todo)
         _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)
-        if todo and shards < part.spec.shards:
+        if 0 < shards < part.spec.shards:
             there = part.spec.shards - shards
             watch.note(f"resuming: {there} of {part.spec.shards} shards are there")
-        if todo:
+        if shards:
             started = time.perf_counter()
             run_part(work, writer, part, codec, todo, workers, watch)
             seconds, images = seconds + time.perf_counter() - started, images + rows
@@ -231,33 +163,6 @@ def codec_at(root: Path, spec: CacheSpec) -> Codec:
     return codec_of(spec.codec).restored(tables)
 
 
-def share(config: ExtractConfig, work: Plan) -> tuple[int, int, int | None]:
-    """(replicas, decoding threads each, torch threads each) on the machine or cluster at hand."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    on_gpu = work.teacher.device.type == "cuda"
-    if config.executor == "local":
-        if config.replicas not in (None, 1):
-            raise ConfigError(
-                f"--replicas {config.replicas} with --executor local", fix="--executor ray"
-            )
-        replicas = 1
-    elif config.replicas:
-        replicas = config.replicas
-    elif config.address or os.environ.get("RAY_ADDRESS"):
-        from pipeline.cluster import cluster_gpus
-
-        replicas = max(1, cluster_gpus(config.address))
-    else:
-        replicas = torch.cuda.device_count() if on_gpu else 1
-    threads = config.num_workers or max(1, min(16, cores // replicas))
-    # In this process the user's setting holds; Ray would give a worker one thread.
-    here = on_gpu or config.executor == "local"
-    return replicas, threads, None if here else max(1, torch.get_num_threads() // replicas)
-
-
 def _check_space(out: Path, needed: int) -> None:
     place = out.absolute()
     while not os.path.exists(place):
@@ -271,16 +176,22 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
+def rows_of(spec: CacheSpec, todo: np.ndarray) -> int:
+    """How many images the blocks with anything to make ([blocks, K] bool) have."""
+    starts = np.flatnonzero(todo.any(axis=1)) * spec.shard_size
+    return int((np.minimum(starts + spec.shard_size, spec.rows) - starts).sum())
+
+
 def run_part(
     work: Plan,
     writer: Writer,
     part: Part,
     codec: Codec,
-    todo: list[tuple[int, list[int]]],
-    workers: tuple[int, int, int | None],
+    todo: np.ndarray,
+    workers: Workers,
     watch: Watch,
 ) -> None:
-    """Make the shards `todo` of a generation; `workers` as `share` gives them."""
+    """Make the shards `todo` ([blocks, K] bool) of a generation; `workers` is `share`'s."""
     config, spec, store = work.config, part.spec, writer.store
     replicas, threads, torch_threads = workers
     init: dict[str, Any] = {
@@ -293,9 +204,9 @@ def run_part(
         "threads": threads,
         "torch_threads": torch_threads,
     }
-    store.log("start", executor=config.executor, host=platform.node(), shards=len(todo))
-    watch.begin("extract", sum(np.diff(spec.block_rows(b))[0] for b, _ in todo), "images")
-    shards = sum(len(views) for _, views in todo)
+    store.log("start", executor=config.executor, host=platform.node(), shards=int(todo.sum()))
+    watch.begin("extract", rows_of(spec, todo), "images")
+    shards = int(todo.sum())
     done, written, started = 0, 0, time.perf_counter()
 
     def commit(block: int, folder: Path, records: list[dict]) -> None:
@@ -330,7 +241,7 @@ def run_part(
 
         lost = map_blocks(
             ("pipeline.worker", "Extractor"),
-            init | {"teacher": _teacher_spec(config)},
+            init | {"teacher": teacher_spec(config)},
             todo,
             folder_of=folder_of,
             on_done=commit,
@@ -354,14 +265,15 @@ def run_part(
 
 def _run_here(
     extractor: Extractor,
-    todo: list[tuple[int, list[int]]],
+    todo: np.ndarray,
     folder_of: Callable[[int, int], Path],
     commit: Callable[[int, Path, list[dict]], None],
     progress: Callable[[int], None],
 ) -> None:
     """The same work in this process, in a thread, so that progress moves within a block."""
     with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
-        for block, views in todo:
+        for block in np.flatnonzero(todo.any(axis=1)).tolist():
+            views = np.flatnonzero(todo[block]).tolist()
             folder = folder_of(block, 0)
             task = pool.submit(extractor.run, block, views, str(folder))
             while wait([task], timeout=0.2).not_done:
@@ -387,5 +299,4 @@ def _publish(work: Plan, writer: Writer, bad: dict[int, str], summary: dict) -> 
             expected=f"at most {allowed} (--max-bad {work.config.max_bad})",
             fix=f"the same line with --max-bad {len(bad)}: it then only writes the index",
         )
-    here = [row for row in bad if row >= writer.spec.first_row]
-    writer.finish(work.layer, len(here))
+    writer.finish(work.layer)

@@ -22,11 +22,11 @@ from milan.generation import open_array
 from milan.images import decode
 from milan.masking import importance_mask, mask_noise, visible_count
 from milan.sources import ImageSource
-from milan.views import ViewSpec, render, view_of
+from milan.views import ViewSpec, pack, render, unpack, view_of
 from pipeline.teacher import Teacher
 from pipeline.worker import check_targets
 
-_FITTED, _FITTED_PQ, _HELD_BACK, _CANARIES = 32, 256, 32, 4
+_FITTED, _FITTED_PQ, _HELD_BACK, CANARIES = 32, 256, 32, 4
 # Relative error of a token's features that another kernel or library may cause.
 _TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
@@ -66,7 +66,7 @@ def prepare(
     cut = min(fitted, len(views) // 2) if len(views) > 1 else 1
     codec = codec or fresh.fitted(features[:cut].flatten(0, 1))
     held = slice(cut if len(views) > 1 else 0, None)
-    few = views[:_CANARIES]
+    few = views[:CANARIES]
     told, seen = teacher.targets(few)
     canaries = {
         "pixels": few,
@@ -159,7 +159,9 @@ def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.n
         address = {"view": spec.first_view, "height": image.height, "width": image.width}
         view = view_of(law, spec.first_row + row, **address)
         rows.append(spec.first_row + row)
-        found.append(render(image, view, size=law.size))
+        pixels = render(image, view, size=law.size)
+        stored = spec.stored_views
+        found.append(pixels if stored == "none" else unpack(pack(pixels, stored)))
     none = np.empty((0, law.size, law.size, 3), np.uint8)
     return np.array(rows, np.int64), np.stack(found) if found else none
 

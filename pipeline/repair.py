@@ -7,9 +7,11 @@ from pathlib import Path
 from milan.errors import CacheError, DataError
 from milan.format import Entry
 from milan.generation import Generation
+from milan.places import place
 from milan.watch import Silent, Watch
-from pipeline.extract import Plan, codec_at, run_part, share
+from pipeline.extract import codec_at, run_part
 from pipeline.growth import Part
+from pipeline.plan import Plan, share
 from pipeline.prepare import check_canaries
 from pipeline.settings import ExtractConfig
 from pipeline.store import Store, Writer
@@ -72,14 +74,14 @@ def _remake(
     """
     generation = Generation(store.path, entry)
     origin, spec = generation.origin, generation.spec
-    places = [root] if root else [
-        store.path.resolve() / origin["data_root_from_store"], origin["data_root"]
-    ]  # fmt: skip
-    source = next((Path(place) for place in places if Path(place).exists()), None)
+    places = [place(root or origin["data_root"])]
+    if not root and origin["data_root_from_store"]:
+        places.insert(0, store.path.resolve() / origin["data_root_from_store"])
+    source = next((where for where in places if where.exists()), None)
     if source is None:
         raise DataError(
             f"the images of {store.path} are not at " + ", nor at ".join(map(str, places)),
-            fix="--data-root FOLDER",
+            fix="--data-root FOLDER (or a URL)",
         )
     loaded = load_teacher(teacher or TeacherSpec(**origin["teacher"]), device=device)
     if loaded.identity != spec.teacher:
@@ -100,4 +102,4 @@ def _remake(
         writer.forget(block, view)
     codec = codec_at(store.path / first.path, spec)
     run_part(work, writer, part, codec, writer.missing(), share(config, work), watch)
-    return writer.finish(entry.layer, len(writer.bad())).digest == entry.digest
+    return writer.finish(entry.layer).digest == entry.digest

@@ -12,7 +12,7 @@ class ExtractConfig:
     """What `milan extract-targets` does; the fields are its flags."""
 
     data: str
-    """A path, or a name below --data-root, else $MILAN_DATA, else ./data (`imagenet`)."""
+    """A path, a URL (s3://…), or a name below --data-root, else $MILAN_DATA, else ./data."""
     out: str = "targets.zarr"
     """The store."""
     data_root: str | None = None
@@ -35,6 +35,8 @@ class ExtractConfig:
     """Probability of a mirrored view."""
     codec: str = "int8"
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
+    store_views: str = "none"
+    """Keep the views too (none, jpeg:95, webp): training then needs no originals."""
     min_cosine: float | None = None
     """Mean cosine to the teacher that the codec must keep, or the run ends before it begins."""
     extend: bool = False
@@ -61,6 +63,8 @@ class ExtractConfig:
     """Only the first so many rows of the permutation."""
     max_bad: str = "0"
     """Bad images allowed: a number, or a percentage such as 0.1%."""
+    yes: bool = False
+    """Do not ask before a store of more than 100 GB."""
     offline: bool = False
     """Never use the network."""
 
@@ -74,6 +78,13 @@ class ExtractConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}", expected="at least 1")
         if self.executor not in ("ray", "local"):
             raise ConfigError(f"--executor {self.executor}", expected="ray or local")
+        kind, _, quality = self.store_views.partition(":")
+        if self.store_views not in ("none", "webp") and not (
+            kind == "jpeg" and quality.isdecimal() and 1 <= int(quality) <= 100
+        ):
+            raise ConfigError(
+                f"--store-views {self.store_views}", expected="none, webp, or jpeg:95 (1 to 100)"
+            )
         allowed_bad(self.max_bad, 1)
 
 

@@ -11,25 +11,18 @@ run, which holds the lock) or a whole shard. The only module that imports zarr.
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
@@ -41,6 +34,7 @@ from milan.format import (
     INDEX,
     LOG,
     ORIGIN,
+    PIXELS,
     SHARDS,
     VERSION,
     CacheSpec,
@@ -48,53 +42,14 @@ from milan.format import (
     Index,
     canonical,
     read_group,
-    read_json,
     record_name,
 )
 from milan.manifest import Manifest
+from pipeline.files import holds, sync_folder, take_lock, write_whole
+from pipeline.tally import Tally
 
 STAGING = ".staging"
 BAD_CSV = "bad-images.csv"
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut.
-
-    It is made in `aside`, a folder of the same file system that the next run clears.
-    """
-    temporary = aside / f"{path.name}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def told_if_full(doing: str) -> Iterator[None]:
-    """A full disk becomes a CacheError: what is committed stays, and the next run goes on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CacheError(
-            f"no space left while {doing}",
-            fix="free some space and run the same line again: nothing is lost",
-        ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- the worker's side ----------------------------------------------------------------------------
@@ -133,12 +88,18 @@ def create_arrays(
 
 
 def stage_shard(
-    folder: Path, spec: CacheSpec, block: int, view: int, arrays: dict[str, np.ndarray]
+    folder: Path,
+    spec: CacheSpec,
+    block: int,
+    view: int,
+    arrays: dict[str, np.ndarray],
+    pictures: Sequence[bytes] = (),
 ) -> list[dict]:
     """Write one shard below `folder`; returns its files: path, bytes, SHA-256.
 
     `arrays` holds each array of the spec for the block's rows; rows that are the fill value get
-    no chunk. zarr re-reads a shard that exists, so `folder` must be new.
+    no chunk. `pictures` are the stored views of the rows, if the spec has them. zarr re-reads a
+    shard that exists, so `folder` must be new.
     """
     start, stop = spec.block_rows(block)
     for name, values in arrays.items():
@@ -149,9 +110,12 @@ def stage_shard(
             config={"write_empty_chunks": False},
         )
         array[start:stop, view] = values
+    paths = spec.files(block, view)
+    if PIXELS in paths and any(pictures):
+        (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
     files = []
-    for name in sorted(arrays):
-        relative = f"{name}/{spec.arrays()[name].file(block, view)}"
+    for relative in paths.values():
         path = folder / relative
         if not path.exists():
             continue  # every image of the shard is bad: there is nothing to store
@@ -185,7 +149,7 @@ class Store:
             )  # fmt: skip
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(path)
+            self._lock = take_lock(path)
         except OSError as error:
             raise CacheError(
                 f"{path} cannot be written: {error.strerror}", fix="--out a folder of your own"
@@ -291,30 +255,18 @@ class Writer:
     def __init__(self, store: Store, name: str, spec: CacheSpec) -> None:
         self.store, self.name, self.spec = store, name, spec
         self.root = store.path / name
+        self.tally = Tally(spec)
 
-    def missing(self) -> list[tuple[int, list[int]]]:
-        """(block, views) that still have to be made: no record, or a file gone or cut short."""
-        todo = []
-        for block in range(self.spec.blocks):
-            views = [v for v in range(self.spec.views) if not self._whole(block, v)]
-            if views:
-                todo.append((block, views))
-        return todo
-
-    def _whole(self, block: int, view: int) -> bool:
-        path = self.root / "records" / record_name(block, view)
-        if not path.exists():
-            return False
-        try:
-            files = read_json(path)["files"]
-            return all((self.root / f["path"]).stat().st_size == f["bytes"] for f in files)
-        except (CacheError, KeyError, TypeError, FileNotFoundError):
-            return False
+    def missing(self) -> np.ndarray:
+        """What still has to be made, [blocks, K] bool: no record, or a file gone or cut short."""
+        self.tally.look(self.root)
+        return self.tally.missing()
 
     def forget(self, block: int, view: int) -> None:
         """Take the record of a shard away: it does not exist any more, and is made again."""
         (self.root / "records" / record_name(block, view)).unlink(missing_ok=True)
         sync_folder(self.root / "records")
+        self.tally.forget(block, view)
 
     def commit(self, folder: Path, record: dict) -> None:
         """Take a staged shard over: check, rename, fsync, and then write its record."""
@@ -332,54 +284,45 @@ class Writer:
             os.replace(folder / file["path"], target)
             sync_folder(target.parent)
         proof = self.root / "records" / record_name(block, view)
-        write_whole(proof, canonical(record), aside=self.store.staging)
-
-    def records(self) -> Iterator[tuple[dict, bytes]]:
-        """(record, its bytes) of every shard, ordered by block and view."""
-        for block in range(self.spec.blocks):
-            for view in range(self.spec.views):
-                data = (self.root / "records" / record_name(block, view)).read_bytes()
-                yield json.loads(data), data
+        data = canonical(record)
+        write_whole(proof, data, aside=self.store.staging)
+        self.tally.note(record, data)
 
     def bad(self) -> dict[int, str]:
         """Rows (of this generation) that no target could be made of, with the reason."""
-        found: dict[int, str] = {}
-        for record, _ in self.records():
-            found |= {int(row): why for row, why in record["bad"].items()}
-        return dict(sorted(found.items()))
+        return dict(sorted(self.tally.reasons.items()))
 
-    def finish(self, layer: str, bad: int) -> Entry:
-        """Write the table of shards, and the index, which makes the generation count."""
-        names = sorted(self.spec.arrays())
-        columns: dict[str, list] = {"record": [], "sizes": [], "bad": []}
-        total, records = 0, hashlib.sha256()
-        for record, data in self.records():
-            proof = hashlib.sha256(data).digest()
-            records.update(proof)
-            size = {file["path"].split("/")[0]: file["bytes"] for file in record["files"]}
-            total += sum(size.values())
-            columns["record"].append(proof)
-            columns["sizes"].append([size.get(name, -1) for name in names])
-            columns["bad"].append(len(record["bad"]))
-        table = pa.table(columns, schema=_SHARDS)
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        if not _holds(self.root / SHARDS, sink.getvalue()):
-            write_whole(self.root / SHARDS, sink.getvalue(), aside=self.store.staging)
+    def finish(self, layer: str) -> Entry:
+        """Write the table of shards, and the index, which makes the generation count.
+
+        Raises CacheError if a shard is missing.
+        """
+        if not self.tally.known.all():
+            left = np.argwhere(self.missing())
+            if len(left):
+                block, view = left[0].tolist()
+                raise CacheError(
+                    f"{len(left)} shards of {self.root} have no record, the first is "
+                    f"{record_name(block, view)}",
+                    fix="run the same extract-targets line again",
+                )
+        table = self.tally.parquet()
+        if not holds(self.root / SHARDS, table):
+            write_whole(self.root / SHARDS, table, aside=self.store.staging)
         files = self._static_files()
         tables = {name: digest for name, digest in files.items() if name.startswith("codec/")}
-        content = [self.spec.fingerprint(), tables, records.hexdigest()]
-        spec = self.spec
+        spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
+        content = [fingerprint, tables, self.tally.digest()]
         entry = Entry(
             path=self.name,
             layer=layer,
-            fingerprint=spec.fingerprint(),
+            fingerprint=fingerprint,
             digest=hashlib.sha256(canonical(content)).hexdigest(),
             rows=(spec.first_row, spec.first_row + spec.rows),
             views=(spec.first_view, spec.first_view + spec.views),
             shards=spec.shards,
-            bytes=total,
-            bad=bad,
+            bytes=self.tally.total(),
+            bad=len(self.tally.reasons),
             files=files,
         )
         self.store.publish(entry)
@@ -388,7 +331,8 @@ class Writer:
     def _static_files(self) -> dict[str, str]:
         """SHA-256 of every file beside shards, records and the origin."""
         digests = {}
-        apart = {self.root / "records", *(self.root / name / "c" for name in self.spec.arrays())}
+        apart = {self.root / name / "c" for name in self.spec.arrays()}
+        apart |= {self.root / "records", self.root / PIXELS}
         for folder, folders, names in os.walk(self.root):
             here = Path(folder)
             folders[:] = [f for f in folders if here / f not in apart]
@@ -399,15 +343,6 @@ class Writer:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 digests[path.relative_to(self.root).as_posix()] = digest
         return dict(sorted(digests.items()))
-
-
-_SHARDS = pa.schema(
-    [
-        ("record", pa.binary(32)),  # SHA-256 of the shard's record
-        ("sizes", pa.list_(pa.int64())),  # bytes of its file of each array by name; -1: no file
-        ("bad", pa.int32()),  # images without targets
-    ]
-)
 
 
 def other_settings(path: Path, there: CacheSpec, wanted: CacheSpec) -> CacheError:
@@ -430,32 +365,9 @@ def group_attributes(spec: CacheSpec, about: dict) -> dict:
     }
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    return path.exists() and path.read_bytes() == data
-
-
 def _is_store(path: Path) -> bool:
     # A store killed at birth holds only its lock and its staging.
     names = {entry.name for entry in path.iterdir()}
     return (path / GENERATION / "zarr.json").exists() or names <= {
         ".lock", STAGING, "zarr.json", GENERATIONS, LOG
     }  # fmt: skip
-
-
-def _take_lock(path: Path) -> Any:
-    """The store's lock, held as long as this process lives (flock: the kernel frees it)."""
-    file = open(path / ".lock", "a+")  # noqa: SIM115 - held, not read
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise CacheError(
-            f"{path} is in use by {holder}", expected="one extraction at a time into a store",
-            fix="wait for it, or stop it and run this line again",
-        ) from None  # fmt: skip
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file

@@ -22,6 +22,7 @@ from milan.data import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
 from milan.format import GENERATIONS, INDEX, ArraySpec, Entry, Index, canonical, record_name
 from milan.generation import Generation
+from milan.views import checksum, unpack
 from milan.watch import Silent, Watch
 from pipeline.teacher import TeacherSpec, load_teacher
 
@@ -171,8 +172,8 @@ def _shard(generation: Generation, block: int, view: int, deep: bool) -> tuple[l
     good = [i for i in range(stop - start) if i not in bad]
     wrong = []
     listed = {file["path"]: file for file in record["files"]}
-    for name, array in spec.arrays().items():
-        path = f"{name}/{array.file(block, view)}"
+    for name, path in spec.files(block, view).items():
+        array = spec.arrays().get(name)
         if (path in listed) != bool(good):
             wrong.append(f"{name} is {'not ' if good else ''}in its record")
         elif path in listed:
@@ -183,9 +184,9 @@ def _shard(generation: Generation, block: int, view: int, deep: bool) -> tuple[l
     return wrong, len(good)
 
 
-def _file(path: Path, array: ArraySpec, good: list[int], digest: str, deep: bool) -> str:
+def _file(path: Path, array: ArraySpec | None, good: list[int], digest: str, deep: bool) -> str:
     """What is wrong with a file of a shard, or nothing."""
-    if array.shard:
+    if array and array.shard:
         size, chunks = path.stat().st_size, array.shard[0]
         with open(path, "rb") as file:
             file.seek(max(0, size - 16 * chunks - 4))
@@ -218,6 +219,17 @@ def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
             got = generation.read(names, part + spec.first_row, views)
         except CacheError as error:
             return [error.found]
+        if spec.stored_views != "none":
+            for row in (part + spec.first_row).tolist():
+                v = spec.first_view + view
+                try:
+                    same = checksum(unpack(generation.packed(row, v))) == generation.checksum(
+                        row, v
+                    )
+                except ValueError:
+                    same = False
+                if not same:
+                    return [f"the stored picture of row {row} is not what the teacher saw"]
         if not ((got["attention"] > 0) & np.isfinite(got["attention"])).all():
             return ["has attention that is not finite and > 0"]
     return []

@@ -23,8 +23,9 @@ from milan.format import CacheSpec, record_name
 from milan.images import content_digest, decode
 from milan.manifest import Manifest
 from milan.sources import ImageSource
-from milan.views import ViewSpec, checksum, render, view_of
-from pipeline.store import stage_shard, told_if_full
+from milan.views import ViewSpec, checksum, pack, render, unpack, view_of
+from pipeline.files import told_if_full
+from pipeline.store import stage_shard
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 
 
@@ -35,6 +36,7 @@ class _Rendered:
     row: int
     pixels: np.ndarray | None = None  # [K, S, S, 3] uint8
     crops: np.ndarray | None = None  # [K, 5]
+    packed: list[bytes] | None = None  # K pictures, if views are stored
     digest: str | None = None
     size: tuple[int, int] = (0, 0)  # height, width
     reason: str | None = None
@@ -61,7 +63,7 @@ class Extractor:
         self.spec, self.batch_size, self.threads = spec, batch_size, threads
         self.view_spec = ViewSpec.from_law(spec.view_law)
         self.codec = codec
-        self.source = ImageSource(manifest, Path(root))
+        self.source = ImageSource(manifest, root)
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
@@ -92,6 +94,7 @@ class Extractor:
         }
         pixel_sums = np.zeros((k, count), np.int64)
         bad: dict[str, str] = {}
+        pictures = [[b""] * count for _ in range(k)]
 
         def rendered() -> Iterator[tuple[int, int, np.ndarray]]:
             for image in self._images(range(start, stop)):
@@ -103,6 +106,8 @@ class Extractor:
                     self.images += 1
                     continue
                 arrays["crop"][:, at] = image.crops
+                for view, data in enumerate(image.packed or []):
+                    pictures[view][at] = data
                 for view, pixels in enumerate(image.pixels):
                     pixel_sums[view, at] = checksum(pixels)
                     yield at, view, pixels
@@ -125,7 +130,12 @@ class Extractor:
         for v in views:
             with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
                 files = stage_shard(
-                    Path(folder), self.spec, block, v, {n: a[v] for n, a in arrays.items()}
+                    Path(folder),
+                    self.spec,
+                    block,
+                    v,
+                    {n: a[v] for n, a in arrays.items()},
+                    pictures[v],
                 )
             sums = {name: _row_sums(values[v], bad, start) for name, values in arrays.items()}
             staged.append(
@@ -133,6 +143,8 @@ class Extractor:
                 | record
                 | {"pixels": pixel_sums[v].tolist(), "crc32c": sums}
             )
+            if self.spec.stored_views != "none":
+                staged[-1]["ends"] = np.cumsum([len(data) for data in pictures[v]]).tolist()
         return staged
 
     def _images(self, rows: range) -> Iterator[_Rendered]:
@@ -166,11 +178,16 @@ class Extractor:
             )
             for v in range(self.spec.views)
         ]
-        size = self.view_spec.size
+        pixels = [render(image, view, size=self.view_spec.size) for view in views]
+        packed = None
+        if self.spec.stored_views != "none":
+            packed = [pack(p, self.spec.stored_views) for p in pixels]
+            pixels = [unpack(data) for data in packed]
         return _Rendered(
             row,
-            np.stack([render(image, view, size=size) for view in views]),
+            np.stack(pixels),
             np.array([view.numbers() for view in views], np.int32),
+            packed,
             digest,
             (height, width),
         )

@@ -55,8 +55,7 @@ def inspect(cache: Cache) -> None:
     from milan.describe import describe
     from stages import console
 
-    for title, rows in describe(cache).items():
-        console.table(title, ("what", ""), rows)
+    console.tables(describe(cache))
 
 
 def verify(

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from milan.errors import MilanError
-from stages import artifacts, extract_targets, pretrain, transfer
+from stages import artifacts, extract_targets, plan, pretrain, transfer
 
 # Before anything heavy is imported: milan sends nothing anywhere.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("plan")(plan.plan)
 app.command("extract-targets")(extract_targets.extract_targets)
 app.command("pretrain")(pretrain.pretrain)
 app.command("linear-probe")(transfer.linear_probe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,12 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         shown.add_row(*[str(cell) for cell in row])
     out.print(shown)
+
+
+def tables(found: Mapping[str, Iterable[Iterable[Any]]]) -> None:
+    """Print tables of two columns by their titles."""
+    for title, rows in found.items():
+        table(title, ("what", ""), rows)
 
 
 @contextmanager

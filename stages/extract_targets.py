@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -9,16 +10,15 @@ import typer
 from pipeline.settings import ExtractConfig
 from stages.options import settings_command
 
-
-@settings_command(
-    ExtractConfig,
-    (
-        "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
-        "scale", "ratio", "hflip", "codec", "min_cosine", "executor", "address", "replicas",
-        "num_workers",
-        "device", "precision", "batch_size", "shard_size", "seed", "limit", "max_bad",
-    ),
+FLAGS = (
+    "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
+    "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
+    "replicas", "num_workers", "device", "precision", "batch_size", "shard_size", "seed",
+    "limit", "max_bad",
 )  # fmt: skip
+
+
+@settings_command(ExtractConfig, FLAGS)
 def extract_targets(
     *,
     flags: dict[str, Any],
@@ -31,8 +31,11 @@ def extract_targets(
         bool,
         typer.Option("--extend", help="Add another teacher's or codec's targets to the store."),
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before a store of more than 100 GB.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it takes; write nothing.")
+        bool, typer.Option("--dry-run", help="Say what it takes, as milan plan; write nothing.")
     ] = False,
 ) -> None:
     """Run the teacher once over K views of every image and write a target cache.
@@ -45,24 +48,33 @@ def extract_targets(
 
     flags["offline"] = offline or None
     flags["extend"] = extend or None
+    flags["yes"] = yes or None
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
-    summary = run(config, watch=console.ConsoleWatch(), dry_run=dry_run)
+    summary = run(config, watch=console.ConsoleWatch(), dry_run=dry_run, agree=_agree)
+    if dry_run:
+        console.tables(summary["costs"])
+        return
+    rate, bad = summary["images_per_second"], summary["bad"]
+    told = ", ".join(f"{n} {why}" for why, n in bad.items())
     rows = [
         ("store", summary["path"]),
         ("images x views", f"{summary['images']:,} x {summary['views']}"),
         ("shards", f"{summary['shards']:,}"),
         ("bytes a view", f"{summary['bytes_per_view']:,}"),
         ("bytes", console.size(summary["bytes"])),
+        ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
+        ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
+        ("cosine to the teacher", _faithful(summary["fidelity"])),
     ]
-    if not dry_run:
-        rate, bad = summary["images_per_second"], summary["bad"]
-        told = ", ".join(f"{n} {why}" for why, n in bad.items())
-        rows += [
-            ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
-            ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
-            ("cosine to the teacher", _faithful(summary["fidelity"])),
-        ]
-    console.table("Planned" if dry_run else "Extracted", ("what", ""), rows)
+    console.table("Extracted", ("what", ""), rows)
+
+
+def _agree(costs: dict[str, list[tuple[str, str]]]) -> bool:
+    """Show what it costs; ask, where there is somebody to ask."""
+    from stages import console
+
+    console.tables(costs)
+    return sys.stdin.isatty() and typer.confirm("extract?")
 
 
 def _faithful(report: dict[str, Any]) -> str:

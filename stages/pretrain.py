@@ -13,9 +13,9 @@ from stages.options import settings_command
 @settings_command(
     PretrainConfig,
     (
-        "cache", "out", "data_root", "model", "objective", "masking", "epochs", "batch_size", "lr",
-        "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device", "num_workers",
-        "local", "cache_limit",
+        "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
+        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device",
+        "num_workers", "local", "cache_limit",
     ),
 )  # fmt: skip
 def pretrain(

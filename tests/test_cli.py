@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Ran, run_here
 
-COMMANDS = ("extract-targets", "pretrain", "linear-probe", "visualise", "report")
+COMMANDS = ("plan", "extract-targets", "pretrain", "linear-probe", "visualise", "report")
 STUDENT_FLAGS = (
     "--set", "model.patch_size=8", "--set", "model.embed_dim=32", "--set", "model.depth=2",
     "--set", "model.num_heads=2", "--set", "decoder.embed_dim=16", "--set", "decoder.depth=2",
@@ -162,6 +163,10 @@ def project(
         "extract-targets", "--data", photos, "--executor", "local", "--dry-run",
         "--teacher", teacher_files["teacher"], "--pretrained", "none", cwd=folder,
     )  # fmt: skip
+    said["plan"] = run_here(
+        "plan", "--data", photos, "--executor", "local",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", cwd=folder,
+    )  # fmt: skip
     assert not list(folder.iterdir())
     said["extract"] = run_here(
         "extract-targets", "--data", photos, "--views", 2, "--executor", "local",
@@ -196,6 +201,52 @@ def test_what_a_dry_run_says(project: tuple[Path, dict[str, Ran]]) -> None:
     assert "Planned" in said
     assert "24 x 4" in said
     assert "bad images" not in said
+
+
+def test_plan_and_dry_run_say_the_same(project: tuple[Path, dict[str, Ran]]) -> None:
+    """One plan, whichever way it is asked for."""
+    told = [
+        re.findall(r"^│ (\w[^│]*?) +│", project[1][name].out, re.MULTILINE)
+        for name in ("plan", "dry run")
+    ]
+    assert told[0] == told[1]
+    for what in ("images x views", "bytes", "files", "time", "reads", "page cache"):
+        assert what in told[0]
+
+
+def test_above_100_gb_extraction_asks(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a terminal: the plan, one line, exit 1, nothing written; --yes goes ahead."""
+    import pipeline.extract
+
+    monkeypatch.setattr(pipeline.extract, "ASK_ABOVE", 20_000)
+    line = (
+        "extract-targets", "--data", photos, "--views", 2, "--executor", "local",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", "--shard-size", 16,
+    )  # fmt: skip
+    asked = run_here(*line, cwd=tmp_path)
+    assert asked.code == 1
+    assert "Planned" in asked.out
+    assert asked.err.startswith("milan: targets.zarr would take ")
+    assert "--yes" in asked.err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    assert run_here(*line, cwd=tmp_path).code == 1
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    assert run_here(*line, cwd=tmp_path).code == 0
+    # What was begun was agreed to: growing asks only for what is new.
+    assert run_here(*line, cwd=tmp_path).code == 0
+    more = (*line[:3], "--views", 6, *line[5:])
+    assert run_here(*more, cwd=tmp_path).code == 1
+    assert run_here(*more, "--yes", cwd=tmp_path).code == 0
+
+
+class Terminal(io.StringIO):
+    """Somebody who types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_what_extraction_says(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_photos, tree
@@ -45,6 +46,13 @@ def tagged(tag: str) -> dict[int, str]:
             except OSError:
                 continue  # gone, or somebody else's
     return found
+
+
+def left_behind(tag: str) -> dict[int, str]:
+    """What is tagged and no agent of Ray's own: killed while they start, those look for their
+    head for some minutes before they give up."""
+    own = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return {pid: title for pid, title in tagged(tag).items() if not title.startswith(own)}
 
 
 def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
@@ -88,7 +96,7 @@ class Command:
         return self.process.returncode, out, err
 
     def all_gone(self) -> bool:
-        return not tagged(self.tag)
+        return not left_behind(self.tag)
 
     def statistics(self) -> set[str]:
         """RAY_USAGE_STATS_ENABLED as Ray's own processes have it."""
@@ -181,7 +189,8 @@ def test_killed_workers_and_drivers_change_no_byte(
     first.process.communicate()
     assert 0 < first.records() < 48, "the driver was not killed in the middle"
     assert not (folder / STORE / "index.json").exists()
-    until(first.all_gone, seconds=60)
+    # Not all_gone: an agent of Ray that was still starting when its raylet died may live on.
+    until(lambda: not first.actors(), seconds=60)
 
     second = start(many, folder, "--replicas", 2)
     before = second.records()
@@ -216,6 +225,41 @@ def test_an_address_of_nothing(
         extract_targets(str(photos), out=str(tmp_path / STORE), **teacher_files)
     assert time.monotonic() - began < 60
     assert not (tmp_path / STORE).exists()
+
+
+# --- several nodes --------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_a_node_that_dies(
+    many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Two nodes, one killed in the middle: the other makes all of it, and no byte differs.
+
+    The worker that replaces the lost one finds no place; what it was given is done by the other.
+    """
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        mortal = nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        folder = tmp_path / "nodes"
+        command = start(many, folder, "--address", nodes.address, "--replicas", 2)
+        until(lambda: command.records() >= 4)
+        nodes.remove_node(mortal, allow_graceful=False)
+        at = command.records()
+        code, out, err = command.end()
+        assert (code, err) == (0, ""), err
+        assert at < 48, "the node was not killed in the middle"
+        assert "executor: ray, 2 x teacher" in out
+    finally:
+        nodes.shutdown()
+    log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
+    assert any(entry["event"] == "failure" for entry in log)
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == local(many, tmp_path / "other" / STORE, teacher_files)
+    assert not (folder / STORE / ".staging").exists()
 
 
 # --- a running cluster ----------------------------------------------------------------------------
@@ -274,7 +318,7 @@ def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> 
     lost = map_blocks(
         ("os", "_exit"),  # a worker that ends its process as soon as it is made
         {"status": 1},
-        [(7, [0, 1])],
+        np.arange(8)[:, None] == [7, 7],  # block 7, both views
         folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
         on_done=lambda *_: pytest.fail("there is nothing to commit"),
         on_progress=lambda _: None,
@@ -287,3 +331,31 @@ def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> 
     assert failures == [(7, 0), (7, 1), (7, 2)]
     assert list(lost) == [7]
     assert lost[7]
+
+
+def test_one_slow_worker_does_not_hold_the_tail(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block hangs on one worker: an idle one makes it, once, and the run ends."""
+    import pipeline.cluster
+
+    monkeypatch.setattr(pipeline.cluster, "_PATIENCE_SECONDS", 1.0)
+    done: list[tuple[int, str]] = []
+    began = time.monotonic()
+    lost = pipeline.cluster.map_blocks(
+        ("paper_worker", "Paper"),
+        {"folder": str(tmp_path), "slow": 2, "seconds": 300},
+        np.ones((8, 2), bool),
+        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+        on_done=lambda block, folder, records: done.append((block, folder.name)),
+        on_progress=lambda _: None,
+        on_failure=lambda block, attempt, why: pytest.fail(why),
+        replicas=2,
+        gpus=0,
+        address=None,
+        attempts=3,
+    )
+    assert time.monotonic() - began < 120
+    assert lost == {}
+    assert sorted(block for block, _ in done) == list(range(8))
+    assert dict(done)[2] == "2.1"

@@ -26,7 +26,8 @@ from milan.images import content_digest
 from milan.manifest import build_manifest
 from milan.views import View, checksum, render, view_of
 from milan.watch import Silent
-from pipeline.extract import extract_targets, plan
+from pipeline.extract import extract_targets
+from pipeline.plan import plan
 from pipeline.settings import ExtractConfig, allowed_bad
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from pipeline.worker import Extractor

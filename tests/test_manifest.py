@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from milan import manifest as module
+from milan import places
 from milan.errors import DataError, ImageFault
 from milan.manifest import SCHEMA, Manifest, build_manifest, data_root, resolve_data
 from milan.sources import ImageSource
@@ -66,7 +67,8 @@ def test_class_folders(tmp_path: Path) -> None:
     assert manifest.table.schema.equals(SCHEMA)
     assert keys(manifest) == manifest.table["path"].to_pylist()
     assert manifest.table["bytes"].to_pylist() == [len(key) for key in keys(manifest)]
-    assert manifest.table["group"].null_count == manifest.table["index"].null_count == 4
+    for column in ("group", "index", "offset"):
+        assert manifest.table[column].null_count == 4
 
 
 def test_flat_folder(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.Monke
     for turn in turns:
         turned = Os()
         turned.scandir = lambda path, turn=turn: Listing(path, turn)  # type: ignore[attr-defined]
-        monkeypatch.setattr(module, "os", turned)
+        monkeypatch.setattr(places, "os", turned)
         assert build_manifest(tmp_path / "data", seed=3).to_parquet() == expected.to_parquet()
     assert os.scandir is real
 
@@ -239,6 +241,24 @@ def test_digest_is_of_keys_and_order(tmp_path: Path) -> None:
     assert build_manifest(tmp_path / "a", seed=0, limit=5).digest() != digest
     (tmp_path / "a" / "c" / "3.jpg").rename(tmp_path / "a" / "c" / "3b.jpg")
     assert build_manifest(tmp_path / "a", seed=0).digest() != digest
+
+
+def test_folders_that_cannot_be_listed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their images would be missing in silence; root may list everything, so the system says no."""
+    put(tmp_path, "a/1.jpg", "b/2.jpg")
+    real = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"/b cannot be read: Permission denied") as error:
+        build_manifest(tmp_path, seed=0)
+    assert error.value.fix
 
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:
@@ -406,6 +426,16 @@ def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:
         assert read.table.equals(good.table), f"byte {at}"
 
 
+def test_manifests_from_before_tars_open(tmp_path: Path) -> None:
+    """They have no column `offset`; stores of then are read for ever."""
+    manifest = build_manifest(put(tmp_path / "f", "a/1.jpg", "b/2.jpg"), seed=0)
+    old = manifest.table.drop_columns(["offset"])
+    pq.write_table(old, tmp_path / "manifest.parquet", write_page_checksum=True)
+    read = Manifest.read(tmp_path / "manifest.parquet")
+    assert read.table.equals(manifest.table)
+    assert read.digest() == manifest.digest()
+
+
 def test_other_parquet_is_no_manifest(tmp_path: Path) -> None:
     """A file of the same name from elsewhere."""
     path = write(tmp_path / "manifest.parquet", [{"key": "a"}])
@@ -522,8 +552,12 @@ def test_bytes_that_are_gone(tmp_path: Path) -> None:
     rows = [image("a"), {"image": {"bytes": None, "path": "b"}}, {"image": None}]
     path = write(tmp_path / "x.parquet", rows)
     manifest = build_manifest(path, seed=0)
-    read = {manifest.key(r): ImageSource(manifest, tmp_path).read(r) for r in range(3)}
-    assert read == {"a": b"bytes of a", "b": b"", "0.2": b""}
+    row = {manifest.key(r): r for r in range(3)}
+    assert ImageSource(manifest, tmp_path).read(row["a"]) == b"bytes of a"
+    for key in ("b", "0.2"):
+        with pytest.raises(ImageFault, match=r"image\.bytes is null") as fault:
+            ImageSource(manifest, tmp_path).read(row[key])
+        assert fault.value.reason == "missing"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ImageFault) as fault:
         ImageSource(manifest, tmp_path).read(0)

@@ -11,13 +11,14 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_photos, tree
-from test_cluster import STORE, Command, local, tagged, until
+from test_cluster import STORE, Command, left_behind, local, tagged, until
 
 from milan.cache import GENERATION
 
@@ -195,7 +196,9 @@ def test_kills_of_ray_workers_and_drivers(
         command.process.communicate()
         kills += 1
         check_records(folder / STORE)
-        until(command.all_gone, seconds=60)
+        with suppress(AssertionError):
+            until(command.all_gone, seconds=60)
+        assert left_behind(command.tag) == {}
     assert kills >= 4
     last = Command(photos, folder, teacher_files, "--replicas", 2)
     begun.append(last)

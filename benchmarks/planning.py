@@ -1,0 +1,64 @@
+"""The plan against the run: bytes, files and time of `milan plan` and of the extraction itself.
+
+    python -m benchmarks.planning [--images 48] [--views 2]
+
+ViT-B/16 with random weights (only speed and size are measured) on ImageNet photographs, in one
+process. The time compared is that of making the shards; loading the teacher, and the sample that
+is shown to it before the first shard, come on top in both.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.measure import parser, photos, report
+from milan.watch import Silent
+from pipeline.calibrate import calibrate
+from pipeline.costs import seconds_of, size_of_store
+from pipeline.extract import extract_targets
+from pipeline.plan import plan, share
+from pipeline.settings import ExtractConfig
+
+
+def main() -> None:
+    """Plan, run, compare."""
+    flags = parser(__doc__.splitlines()[0])
+    flags.add_argument("--images", type=int, default=48)
+    flags.add_argument("--views", type=int, default=2)
+    args = flags.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = ExtractConfig(
+            str(photos(folder / "photos", args.images)), out=str(folder / "t.zarr"),
+            pretrained="none", views=args.views, limit=args.images, batch_size=16, shard_size=32,
+            executor="local",
+        )  # fmt: skip
+        work = plan(config, Silent())
+        workers = share(config, work)
+        rates = calibrate(work, workers, Silent())
+        left = [part.spec.shards for part in work.parts]
+        seconds, sizes = seconds_of(work, workers, rates, left), size_of_store(work)
+        ran = extract_targets(replace(config, yes=True))
+        found = list(Path(config.out).rglob("*"))
+        total = sum(path.stat().st_size for path in found if path.is_file())
+        files = sum(path.is_file() for path in found)
+    rows = [
+        ("bytes", f"{sizes.total:,}", f"{total:,}", sizes.total / total),
+        ("files", f"{sizes.files:,}", f"{files:,}", sizes.files / files),
+        ("seconds", f"{seconds:.1f}", f"{ran['seconds']:.1f}", seconds / ran["seconds"]),
+    ]
+    lines = [
+        "| what | planned | run | planned / run |",
+        "|---|---|---|---|",
+        *(f"| {what} | {said} | {was} | {ratio:.3f} |" for what, said, was, ratio in rows),
+        "",
+        f"Rates: {rates.told}.",
+    ]
+    command = f"python -m benchmarks.planning --images {args.images} --views {args.views}"
+    report("planning", command, lines, keep=args.keep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`milan plan`: what an extraction takes, before it is run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.settings import ExtractConfig
+from stages.extract_targets import FLAGS
+from stages.options import settings_command
+
+
+@settings_command(ExtractConfig, FLAGS)
+def plan(
+    *,
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network.", show_default=False)
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(help="Propose views and codec that fit, such as 2TB.")
+    ] = None,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option(help="Of one replica, all views of each image; measured otherwise."),
+    ] = None,
+    write_mb_per_second: Annotated[
+        float | None, typer.Option(help="What the store's disk takes; measured otherwise.")
+    ] = None,
+    train_images_per_second: Annotated[
+        float | None, typer.Option(help="Speed of training; 6,000 is assumed otherwise.")
+    ] = None,
+) -> None:
+    """Say what an extraction takes: bytes, files, hours, bandwidth, and when it has paid.
+
+    Takes the flags of extract-targets, measures for some seconds, and writes nothing that stays.
+    """
+    from milan.config import resolve
+    from pipeline.costs import price
+    from stages import console
+
+    flags["offline"] = offline or None
+    config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
+    found = price(
+        config,
+        budget=budget,
+        images_per_second=images_per_second,
+        write_mb_per_second=write_mb_per_second,
+        train_images_per_second=train_images_per_second,
+        watch=console.ConsoleWatch(),
+    )
+    console.tables(found)
