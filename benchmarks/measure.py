@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sam
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one round of warming up.
 
     The contenders take turns, so that a slow minute of the machine hits all of them.

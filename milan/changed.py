@@ -62,7 +62,7 @@ def take_out(
     """
     about = json.loads((run / "run.json").read_text())
     dropped = {int(row): tuple(fact) for row, fact in about.get("dropped", {}).items()}
-    if policy == "drop":
+    if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
         left = order.good[~np.isin(order.good, list(dropped))]
         found = changed_images(dataset, left, watch=watch)
         if found:

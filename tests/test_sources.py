@@ -32,9 +32,10 @@ from fsspec.spec import AbstractFileSystem
 
 from milan import places
 from milan.cache import TargetCache
-from milan.data import StepSampler, find_root, open_cache, order_of, training_loader
+from milan.data import find_root, open_cache, training_loader
 from milan.errors import DataError, ImageFault
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.order import StepSampler, order_of
 from milan.places import Url, place
 from milan.sources import ImageSource
 from pipeline.extract import extract_targets
