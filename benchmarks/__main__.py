@@ -6,13 +6,8 @@ import subprocess
 import sys
 
 NAMES = (
-<<<<<<< HEAD
-    "step", "extraction", "waiting", "random_features", "codecs", "planning", "bookkeeping",
-    "reading",
-=======
     "step", "extraction", "waiting", "reading", "images", "random_features", "codecs", "planning",
     "bookkeeping",
->>>>>>> reading
 )  # fmt: skip
 for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)
