@@ -80,6 +80,6 @@ def make_store(
             linked.append(file | {"path": place})
         rows = list(spec.block_rows(block))
         writer.commit(folder, record | {"block": block, "rows": rows, "files": linked})
-    writer.finish("none/int8", 0)
+    writer.finish("none/int8")
     store.close()
     return path
