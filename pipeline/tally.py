@@ -64,7 +64,7 @@ class Tally:
         """Take in the records at `root` that were not seen yet and whose files are whole.
 
         Where a finished generation has its table, a record that has the digest it states need not
-        be parsed: that is ten times as fast.
+        be parsed.
         """
         held = self._table(root / SHARDS)
         folder = root / "records"
