@@ -25,7 +25,7 @@ from milan.format import (
     canonical,
     record_name,
 )
-from milan.generation import Generation, fresh_pool
+from milan.generation import Generation
 from milan.manifest import Manifest
 from milan.views import ViewSpec
 
@@ -58,7 +58,6 @@ class TargetCache:
         self, path: str | Path, *, layer: str | None = None, pinned: int | None = None
     ) -> None:
         self.path = Path(path)
-        fresh_pool()  # the store may have been made anew since this process last read it
         entries = Index.read(self.path).generations
         if pinned is not None and pinned > len(entries):
             raise CacheError(

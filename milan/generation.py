@@ -325,9 +325,10 @@ def open_array(path: Path) -> Any:
                 "kvstore": {"driver": "file", "path": str(path.resolve()) + "/"},
                 # A chunk that is not there is an error, never a fill value.
                 "fill_missing_data_reads": False,
-                # The store is immutable: what was read once need not be looked at again.
-                "recheck_cached_metadata": False,
-                "recheck_cached_data": False,
+                # A store does not change while it is open, but what was read before may be of
+                # another store that was in this place.
+                "recheck_cached_metadata": "open",
+                "recheck_cached_data": "open",
             },
             read=True,
             open=True,
@@ -337,11 +338,6 @@ def open_array(path: Path) -> Any:
         raise CacheError(
             f"array {path} cannot be opened: {error}", expected="what the store's spec says"
         ) from None
-
-
-def fresh_pool() -> None:
-    """What is opened from now on is read from the disk, whatever this process read before."""
-    _context.cache_clear()
 
 
 @cache

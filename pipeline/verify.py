@@ -21,7 +21,7 @@ from milan.cache import TargetCache
 from milan.data import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
 from milan.format import GENERATIONS, INDEX, ArraySpec, Entry, Index, canonical, record_name
-from milan.generation import Generation, fresh_pool
+from milan.generation import Generation
 from milan.views import checksum, unpack
 from milan.watch import Silent, Watch
 from pipeline.teacher import TeacherSpec, load_teacher
@@ -85,7 +85,6 @@ def verify(
     """
     watch = watch or Silent()
     store = Path(path)
-    fresh_pool()
     verdict = Verdict(str(path))
     try:
         index = Index.read(store)
