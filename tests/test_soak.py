@@ -176,7 +176,8 @@ def test_kills_of_ray_workers_and_drivers(
 ) -> None:
     """Eight kills: of a worker, of the driver, of a worker just replaced."""
     photos = make_photos(tmp_path / "photos", count=120, seed=9)
-    expected = local(photos, tmp_path / STORE, teacher_files)
+    (tmp_path / "clean").mkdir()
+    expected = local(photos, tmp_path / "clean" / STORE, teacher_files)
     folder, moment, kills = tmp_path / "killed", random.Random(2), 0
     folder.mkdir()
     while kills < 8:
