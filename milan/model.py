@@ -232,6 +232,11 @@ class Student(nn.Module):
         """Normalised images [B, 3, S, S] to predictions [B, T, C]."""
         return self.decoder(encode(self.encoder, images, mask.visible), mask)
 
+    def represent(self, images: torch.Tensor) -> torch.Tensor:
+        """Whole images [B, 3, S, S] to class token and mean of patches, [B, 2 E]: for probes."""
+        tokens = encode(self.encoder, images)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+
 
 def build_student(
     name: str,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from milan.settings import PretrainConfig
+from milan.signals import REQUEUE
 from stages.options import settings_command
 
 
@@ -14,8 +15,9 @@ from stages.options import settings_command
     PretrainConfig,
     (
         "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
-        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device",
-        "num_workers", "local", "cache_limit",
+        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "on_growth",
+        "on_nonfinite", "precision", "device", "devices", "num_nodes", "address", "parallel",
+        "num_workers", "local", "cache_limit", "held_out", "probe_every", "report_to",
     ),
 )  # fmt: skip
 def pretrain(
@@ -50,6 +52,8 @@ def pretrain(
         stop_after=max_steps,
         watch=console.ConsoleWatch(),
     )
+    if figures["rank"]:
+        return  # another process says it
     rows = [
         ("run", figures["run"]),
         ("step", f"{figures['step']:,} of {figures['steps']:,}"),
@@ -59,3 +63,10 @@ def pretrain(
         ("encoder", figures["run"] + "/encoder.safetensors"),
     ]
     console.table("Pretrained", ("what", ""), rows)
+    if "stopped_by" in figures:
+        console.err.print(
+            f"milan: stopped by {figures['stopped_by']} at step {figures['step']}, checkpoint "
+            "written; the same line goes on",
+            markup=False,
+        )
+        raise typer.Exit(REQUEUE)
