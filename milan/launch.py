@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,7 @@ import torch
 
 from milan.data import end_with_parent
 from milan.errors import MilanError, TrainError
-from milan.signals import told
+from milan.signals import Stop, told
 from milan.watch import Passing, Silent, Watch, tell
 
 _GRACE = 5.0  # seconds in which ranks may say what they died of
@@ -147,9 +148,36 @@ def _rank(
         _write(folder / "result", result)
 
 
-def _free_port() -> int:
+class Rank:
+    """A rank in a process that another machine asked for; see pipeline.cluster.run_ranks."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.stop = arguments, Stop()
+        self.said: deque[tuple[str, tuple, dict]] = deque()
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks can meet on this machine."""
+        return socket.gethostbyname(socket.gethostname()), _free_port("")
+
+    def run(self, environment: dict[str, str]) -> Any:
+        """Pretrain as one of the ranks that `environment` tells of."""
+        from milan.pretraining import pretrain
+
+        os.environ |= environment
+        return pretrain(**self.arguments, stop=self.stop, watch=Passing(self.said.append))
+
+    def hear(self) -> list[tuple[str, tuple, dict]]:
+        """What the watcher was told since the last call."""
+        return [self.said.popleft() for _ in range(len(self.said))]
+
+    def ask(self, number: int) -> None:
+        """Pass a signal on."""
+        self.stop.ask(number)
+
+
+def _free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -41,10 +42,14 @@ def pretrain(
     Leaves encoder.safetensors, which timm loads. Killed at any moment, the same line goes on.
     """
     from milan.config import resolve
-    from milan.pretraining import pretrain as run
     from stages import console
 
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
+    run: Callable[..., dict[str, Any]]
+    if config.num_nodes > 1 or config.address:
+        from pipeline.training import pretrain_on_cluster as run
+    else:
+        from milan.pretraining import pretrain as run
     figures = run(
         config,
         resume=resume,
