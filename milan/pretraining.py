@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
-from milan.device import MEAN, STD, normalise, pick_device
+from milan.device import MEAN, STD, choose_attention, normalise, pick_device
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.format import Index
+from milan.grids import resampled_attention, resampled_features
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
@@ -39,6 +41,7 @@ _FREE = (
     "cache", "layer", "out", "data_root", "num_workers", "device", "log_every", "save_every",
     "keep", "local", "cache_limit",
     "on_changed",  # what it took out is saved with the run
+    "checkpoint_activations",
 )  # fmt: skip
 
 
@@ -120,12 +123,8 @@ def pretrain(
         targets.use_local(Path(config.local), limit)
         watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
-    optimiser = torch.optim.AdamW(
-        decay_groups(student, config.weight_decay),
-        lr=0.0,
-        betas=(0.9, config.beta2),
-        fused=device.type in ("cpu", "cuda"),
-    )
+    choose_attention(student, device, config.precision)
+    optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
     step = _take_run(run, config, targets, resume, overwrite, published, watch)
     order = changed.take_out(run, dataset, order, policy=config.on_changed, step=step, watch=watch)
@@ -157,6 +156,7 @@ def pretrain(
             features=config.objective == "milan",
             num_workers=config.num_workers,  # type: ignore[arg-type]
             pin_memory=device.type == "cuda",
+            patches=student.patches,
         )
 
     figures = fit(
@@ -214,26 +214,34 @@ def shuffle_told(order: Order) -> str:
 
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
-    """The student that fits the store: its patch grid is the teacher's. Raises ConfigError."""
-    size, grid = targets.view_spec.size, targets.grid
+    """The student for views and targets of the store. Raises ConfigError."""
     milan = config.objective == "milan"
     patch = config.model_args.get("patch_size") or _patch_of(config.model)
     if not isinstance(patch, int):
         raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
-    if patch * grid != size:
-        raise ConfigError(
-            f"{config.model} with {patch}-pixel patches on views of {size} pixels",
-            expected=f"the teacher's grid of {grid} x {grid} patches",
-            fix=f"--set model.patch_size={size // grid}",
-        )
-    return build_student(
+    student = build_student(
         config.model,
-        img_size=size,
+        img_size=targets.view_spec.size,
         target_width=targets.spec.channels if milan else 3 * patch * patch,
         decoder_kind=config.decoder_kind or "prompt",
         model_args=config.model_args,
         decoder=config.decoder,
         seed=config.seed,
+        recompute=config.checkpoint_activations,
+    )
+    visible_count(student.patches, config.mask_ratio)  # refuses a ratio before the run begins
+    return student
+
+
+def optimiser_of(
+    student: Student, config: PretrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW as published; its rate is set at every step."""
+    return torch.optim.AdamW(
+        decay_groups(student, config.weight_decay),
+        lr=0.0,
+        betas=(0.9, config.beta2),
+        fused=device.type in ("cpu", "cuda"),
     )
 
 
@@ -246,19 +254,27 @@ def _patch_of(model: str) -> int:
 def loss_function(
     student: Student, config: PretrainConfig, targets: TargetCache, device: torch.device
 ) -> Callable[[Batch], torch.Tensor]:
-    """The objective as a function of a batch."""
-    patches = targets.spec.tokens - 1
-    visible = visible_count(patches, config.mask_ratio)
-    patch = targets.view_spec.size // targets.grid
+    """The objective as a function of a batch.
+
+    Targets of another grid than the student's are resampled: unit vectors, for only directions
+    count, and a long one must not drown its neighbours.
+    """
 
     def loss(batch: Batch) -> torch.Tensor:
         batch = batch.to(device)
         images = normalise(batch.pixels, MEAN, STD)
+        patches = batch.noise.shape[1]
+        visible = visible_count(patches, config.mask_ratio)
         prediction, mask = predict(student, images, batch, config.masking, visible)
         if config.objective == "pixels":
+            patch = images.shape[2] // round(patches**0.5)
             return pixel_regression(prediction, images, mask.boolean(), patch=patch)
         assert batch.codes is not None
-        return feature_regression(prediction, targets.codec.decode(batch.codes, batch.scale))
+        features = targets.codec.decode(batch.codes, batch.scale)
+        if features.shape[1] != 1 + patches:
+            features = resampled_features(F.normalize(features, dim=-1), patches)
+        # A student without class token predicts patches only.
+        return feature_regression(prediction, features[:, -prediction.shape[1] :])
 
     return loss
 
@@ -268,7 +284,10 @@ def predict(
 ) -> tuple[torch.Tensor, Mask]:
     """Mask and predict: (predictions [B, T, C], the mask)."""
     if masking == "semantic":
-        mask = importance_mask(batch.attention, batch.noise, visible=visible)
+        attention, patches = batch.attention, batch.noise.shape[1]
+        if attention.shape[1] != patches:
+            attention = resampled_attention(attention, patches)
+        mask = importance_mask(attention, batch.noise, visible=visible)
     else:
         mask = random_mask(batch.noise, visible=visible)
     return student(images, mask), mask

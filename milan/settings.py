@@ -64,6 +64,8 @@ class PretrainConfig:
     """Rows that a window shuffles together; a store that fits one is shuffled globally."""
     on_changed: str = "error"
     """Images that changed since extraction: error, or drop (all are looked at before the run)."""
+    checkpoint_activations: bool = False
+    """Keep what goes into a block only, and compute the rest again: less memory, more time."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     device: str = "auto"

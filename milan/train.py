@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from milan import checkpoint
-from milan.device import attention, autocast
+from milan.device import autocast
 from milan.errors import TrainError
 from milan.watch import Watch
 
@@ -140,7 +140,7 @@ def fit(
             asked = time.perf_counter()
             batch = ahead.pop() if ahead else next(batches)
             waited += time.perf_counter() - asked
-            with attention(device), autocast(device, course.precision):
+            with autocast(device, course.precision):
                 loss = loss_of_batch(batch) / course.accumulate
             scaler.scale(loss).backward()
             loss_value += loss.item()
