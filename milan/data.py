@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     attention: torch.Tensor
     """[B, N] float32, > 0"""
     noise: torch.Tensor
-    """[B, N] float32 in (0, 1), drawn at (seed, epoch, row, view)"""
+    """[B, the student's N] float32 in (0, 1), drawn at (seed, epoch, row, view)"""
     rows: torch.Tensor
     """[B] int64"""
     views: torch.Tensor
@@ -219,8 +219,11 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
 class _Batches(Dataset):
     """Turns addresses into batches; runs in loader workers."""
 
-    def __init__(self, dataset: CachedDataset, seed: int, features: bool) -> None:
+    def __init__(
+        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
+    ) -> None:
         self.dataset, self.seed, self.features = dataset, seed, features
+        self.patches = patches or dataset.cache.spec.tokens - 1
 
     def __getitem__(self, address: Address) -> Batch | MilanError:
         try:
@@ -233,7 +236,7 @@ class _Batches(Dataset):
         cache = self.dataset.cache
         targets = cache.read(rows, views, features=self.features and epoch <= JUDGED)
         epochs = np.full(len(rows), epoch)
-        noise = mask_noise(self.seed, epochs, rows, views, targets.attention.shape[1])
+        noise = mask_noise(self.seed, epochs, rows, views, self.patches)
         return Batch(
             torch.from_numpy(self.dataset.pixels(rows, views)),
             torch.from_numpy(targets.attention),
@@ -293,8 +296,11 @@ def training_loader(
     features: bool,
     num_workers: int,
     pin_memory: bool = False,
+    patches: int | None = None,
 ) -> DataLoader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
+
+    `patches`: of the student, which the noise is for; default: the teacher's.
 
     Workers are started by forkserver (spawn where absent): tensorstore does not survive a fork.
     """
@@ -307,7 +313,7 @@ def training_loader(
             context.set_forkserver_preload(["milan.data"])
         options = {"multiprocessing_context": context, "prefetch_factor": 4}
     return _Loader(
-        _Batches(dataset, sampler.order.seed, features),
+        _Batches(dataset, sampler.order.seed, features, patches),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,28 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
 from milan.config import deviations
-from milan.data import Batch, CachedDataset, training_loader
-from milan.device import MEAN, STD, normalise, pick_device
+from milan.data import CachedDataset, training_loader
+from milan.device import MEAN, STD, choose_attention, pick_device
 from milan.errors import ConfigError
 from milan.files import write_json
 from milan.format import Index
 from milan.journal import Journal, reporters_of
-from milan.judge import Judge
 from milan.launch import launch
-from milan.masking import Mask, importance_mask, random_mask, visible_count
-from milan.model import Student, build_student
-from milan.objectives import feature_regression, pixel_regression
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import Ranks, joined, spread
 from milan.settings import PretrainConfig, bytes_of, choice
 from milan.signals import Stop
-from milan.train import Course, decay_groups, fit
+from milan.task import Task, optimiser_of, student_of
+from milan.train import Course, fit
 from milan.watch import Silent, Watch
 
 _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
@@ -166,13 +160,9 @@ def _train(
     stream = changed.take_out(
         run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, watch=watch
     )
+    choose_attention(student, device, config.precision)
     network = spread(student, ranks, config.parallel)
-    optimiser = torch.optim.AdamW(
-        decay_groups(student, config.weight_decay),
-        lr=0.0,
-        betas=(0.9, config.beta2),
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimiser = optimiser_of(student, config, device)
     course = course_of(config, stream, ranks.size)
     steps_an_epoch = stream.of_epoch(config.epochs).steps
     watch.note(
@@ -181,7 +171,7 @@ def _train(
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
     watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
-    task = _Task(config, student, network, dataset, stream, ranks, device)
+    task = Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
         task.sampler = StepSampler(
@@ -199,6 +189,7 @@ def _train(
             features=config.objective == "milan",
             num_workers=config.num_workers,  # type: ignore[arg-type]
             pin_memory=device.type == "cuda",
+            patches=student.patches,
         )
 
     journal = None
@@ -272,56 +263,6 @@ def _stream(
     return stream, found[-1][1]
 
 
-class _Task:
-    """What a run trains, for what, and how it is judged (milan.train.Task)."""
-
-    sampler: StepSampler
-
-    def __init__(
-        self,
-        config: PretrainConfig,
-        student: Student,
-        network: nn.Module,
-        dataset: CachedDataset,
-        stream: Stream,
-        ranks: Ranks,
-        device: torch.device,
-    ) -> None:
-        self.config, self.student, self.network = config, student, network
-        self.targets, self.device = dataset.cache, device
-        self.loss = loss_function(network, config, dataset.cache, device)
-        self.judged = Judge(
-            config, dataset, stream, measure=self._measure, represent=self._represent,
-            ranks=ranks, device=device,
-        )  # fmt: skip
-
-    def rows(self, batch: Batch) -> list[tuple[int, int]]:
-        return list(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
-
-    def judge(
-        self, epoch: int, batches: Iterator[Batch]
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        return self.judged(self.sampler.aside_of(epoch), batches), {}
-
-    def _measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the objective, mean cosine to the teacher of the hidden patches), both of a batch."""
-        batch = batch.to(self.device)
-        images = normalise(batch.pixels, MEAN, STD)
-        visible = visible_count(batch.attention.shape[1], self.config.mask_ratio)
-        prediction, mask = predict(self.student, images, batch, self.config.masking, visible)
-        hidden = mask.boolean()
-        if batch.codes is None:
-            patch = images.shape[-1] // self.targets.grid
-            return pixel_regression(prediction, images, hidden, patch=patch), None
-        features = self.targets.codec.decode(batch.codes, batch.scale)
-        cosine = F.cosine_similarity(prediction.float(), features.float(), dim=-1)[:, 1:]
-        return feature_regression(prediction, features), cosine[hidden].mean()
-
-    def _represent(self, batch: Batch) -> torch.Tensor:
-        pixels = batch.pixels.to(self.device, non_blocking=True)
-        return self.student.represent(normalise(pixels, MEAN, STD))
-
-
 def _finish(
     run: Path,
     config: PretrainConfig,
@@ -378,67 +319,6 @@ def shuffle_told(order: Order) -> str:
     whole = order.window_shards >= count
     what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
-
-
-def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
-    """The student that fits the store: its patch grid is the teacher's. Raises ConfigError."""
-    size, grid = targets.view_spec.size, targets.grid
-    milan = config.objective == "milan"
-    patch = config.model_args.get("patch_size") or _patch_of(config.model)
-    if not isinstance(patch, int):
-        raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
-    if patch * grid != size:
-        raise ConfigError(
-            f"{config.model} with {patch}-pixel patches on views of {size} pixels",
-            expected=f"the teacher's grid of {grid} x {grid} patches",
-            fix=f"--set model.patch_size={size // grid}",
-        )
-    return build_student(
-        config.model,
-        img_size=size,
-        target_width=targets.spec.channels if milan else 3 * patch * patch,
-        decoder_kind=config.decoder_kind or "prompt",
-        model_args=config.model_args,
-        decoder=config.decoder,
-        seed=config.seed,
-    )
-
-
-def _patch_of(model: str) -> int:
-    from milan.model import build_encoder
-
-    return build_encoder(model, img_size=224, args={"depth": 1}).patch_embed.patch_size[0]
-
-
-def loss_function(
-    student: nn.Module, config: PretrainConfig, targets: TargetCache, device: torch.device
-) -> Callable[[Batch], torch.Tensor]:
-    """The objective as a function of a batch."""
-    patches = targets.spec.tokens - 1
-    visible = visible_count(patches, config.mask_ratio)
-    patch = targets.view_spec.size // targets.grid
-
-    def loss(batch: Batch) -> torch.Tensor:
-        batch = batch.to(device)
-        images = normalise(batch.pixels, MEAN, STD)
-        prediction, mask = predict(student, images, batch, config.masking, visible)
-        if config.objective == "pixels":
-            return pixel_regression(prediction, images, mask.boolean(), patch=patch)
-        assert batch.codes is not None
-        return feature_regression(prediction, targets.codec.decode(batch.codes, batch.scale))
-
-    return loss
-
-
-def predict(
-    student: nn.Module, images: torch.Tensor, batch: Batch, masking: str | None, visible: int
-) -> tuple[torch.Tensor, Mask]:
-    """Mask and predict: (predictions [B, T, C], the mask)."""
-    if masking == "semantic":
-        mask = importance_mask(batch.attention, batch.noise, visible=visible)
-    else:
-        mask = random_mask(batch.noise, visible=visible)
-    return student(images, mask), mask
 
 
 def _tell(

@@ -81,6 +81,8 @@ class PretrainConfig:
     """Some of tensorboard, wandb, mlflow, with commas between; or none."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    checkpoint_activations: bool = False
+    """Keep what goes into a block only, and compute the rest again: less memory, more time."""
     clip_grad: float | None = None
     """Largest norm of a step's gradients; default: any, as published."""
     on_nonfinite: str = "stop"

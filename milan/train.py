@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from milan import checkpoint
-from milan.device import attention, autocast
+from milan.device import autocast
 from milan.errors import TrainError
 from milan.journal import Journal
 from milan.order import Stream
@@ -156,7 +156,7 @@ def fit(
     loop.mark = (time.perf_counter(), 0.0, start)
     task.network.train()
     asked = done = 0
-    with told(stop.ask), attention(device):
+    with told(stop.ask):
         for step in range(start, last):
             loop.step(step)
             done = step + 1

@@ -13,7 +13,7 @@ from conftest import make_photos
 from test_pretrain import SMALL, Notes, log_of, weights
 
 import milan
-from milan import pretraining
+from milan import task
 from milan.cache import TargetCache
 from milan.errors import CacheError
 from milan.order import Stretches, held_rows, order_of
@@ -65,13 +65,13 @@ def test_a_run_moves_on_at_the_next_epoch(
 ) -> None:
     """Epoch 1 ends as it began; from epoch 2 all images are seen; resumed, it is the same run."""
     seen: list[int] = []
-    predict = pretraining.predict
+    predict = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
         seen.extend(batch.rows.tolist())
         return predict(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     run = tmp_path / "run"
     pretrain(grown, run, "small", stop_after=7)
     pretrain(grown, run, "large", on_growth="move", stop_after=5)

@@ -24,7 +24,7 @@ from conftest import STUDENT, Ran, make_photos, run_here, tree
 from safetensors.torch import load_file
 
 import milan
-from milan import PretrainConfig, pretraining
+from milan import PretrainConfig, task
 from milan.cache import TargetCache
 from milan.errors import TrainError
 from milan.model import DECODER, Decoder
@@ -408,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops(
 ) -> None:
     """The rows of the batch are named, the last checkpoint stays, and the run can go on."""
     calls, seen = 0, []
-    regression = pretraining.feature_regression
+    regression = task.feature_regression
 
     def breaks(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -416,15 +416,15 @@ def test_a_loss_that_is_not_finite_stops(
         return regression(prediction, features) * (math.nan if calls == 6 else 1)
 
     again = {**SMALL, "out": str(tmp_path), "save_every": 4}
-    monkeypatch.setattr(pretraining, "feature_regression", breaks)
-    batch_rows = pretraining.predict
+    monkeypatch.setattr(task, "feature_regression", breaks)
+    batch_rows = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
         pairs = zip(batch.rows.tolist(), batch.views.tolist(), strict=True)
         seen.append([f"{row}.{view}" for row, view in pairs])
         return batch_rows(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     with pytest.raises(TrainError, match="loss of step 5 is nan") as stopped:
         milan.pretrain(str(store), **again)
     assert "the last checkpoint is step 4" in stopped.value.found
@@ -465,13 +465,13 @@ def test_bad_rows_are_left_out_by_plan(
         max_bad="2", **teacher_files,
     )  # fmt: skip
     seen: list[int] = []
-    predict = pretraining.predict
+    predict = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
         seen.extend(batch.rows.tolist())
         return predict(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     notes = Notes()
     run = {**SMALL, "out": str(tmp_path / "run"), "batch_size": 6, "epochs": 2}
     milan.pretrain(str(tmp_path / "t.zarr"), watch=notes, **run)
