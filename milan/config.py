@@ -1,4 +1,4 @@
-"""Settings: default < parameter file < --set < flag; an unknown key stops the run.
+"""Settings: default < recipe < parameter file < --set < flag; an unknown key stops the run.
 
 Each command has one frozen dataclass, beside its function. No file is read unless named.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,8 @@ def resolve(
     for key, value in (flags or {}).items():
         if value is not None:
             _put(kind, values, key, value, "the command line")
+    if "recipe" in values:
+        values = recipe_of(kind, values["recipe"], section) | values
     missing = [
         f.name
         for f in dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -57,6 +60,23 @@ def resolve(
         names = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ConfigError(f"{names} not given", expected=f"a value for {names}")
     return kind(**values)
+
+
+def recipe_of(kind: type, name: str, section: str) -> dict[str, Any]:
+    """What a recipe of milan/recipes/ says of a command: field -> value. Raises ConfigError."""
+    folder = resources.files("milan") / "recipes"
+    known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+    if name not in known:
+        raise ConfigError(
+            f"unknown recipe {name!r}",
+            expected="one of " + ", ".join(known),
+            fix=nearest(name, known),
+        )
+    values: dict[str, Any] = {}
+    with resources.as_file(folder / f"{name}.yaml") as path:
+        for key, value in read_section(str(path), section).items():
+            _put(kind, values, key, value, f"recipe {name}")
+    return values
 
 
 def read_section(params: str, section: str) -> dict[str, Any]:
@@ -77,13 +97,15 @@ def read_section(params: str, section: str) -> dict[str, Any]:
     return read.get(section) or {}
 
 
-def deviations(config: Any, *, leave: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
-    """field -> (value, default) where a resolved config differs from its defaults."""
-    found = {}
+def deviations(
+    config: Any, *, recipe: dict[str, Any] | None = None, leave: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """field -> (value, expected) where a config differs from its defaults, or a recipe's values."""
+    found, published = {}, recipe or {}
     for f in dataclasses.fields(config):
-        default = f.default
+        default = published.get(f.name, f.default)
         if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
+            default = published.get(f.name) or f.default_factory()
         value = getattr(config, f.name)
         if f.name not in leave and default is not dataclasses.MISSING and value != default:
             found[f.name] = (value, default)

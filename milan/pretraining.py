@@ -14,7 +14,7 @@ import torch
 
 from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
-from milan.config import deviations
+from milan.config import deviations, recipe_of, resolve
 from milan.data import CachedDataset, training_loader
 from milan.device import MEAN, STD, choose_attention, pick_device
 from milan.errors import ConfigError
@@ -90,7 +90,11 @@ def pretrain(
     each (in a script, call it below `if __name__ == "__main__"`). Returns the figures of
     metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop. Raises MilanError.
     """
-    config = cache if isinstance(cache, PretrainConfig) else PretrainConfig(cache=cache, **settings)
+    config = (
+        cache
+        if isinstance(cache, PretrainConfig)
+        else resolve(PretrainConfig, section="pretrain", flags={"cache": cache, **settings})
+    )
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:
@@ -136,13 +140,21 @@ def _train(
     watch: Watch,
 ) -> dict[str, Any]:
     """One rank's part of a run."""
-    published = deviations(config, leave=("cache", "out", "data_root", "local", "cache_limit"))
+    published = deviations(
+        config,
+        recipe=recipe_of(PretrainConfig, config.recipe, "pretrain"),
+        leave=("cache", "out", "data_root", "local", "cache_limit", "recipe"),
+    )
     config = resolved(config, device, ranks.size)
     run = Path(config.out)
     step = ranks.once(
         lambda: runs.resumable(run, config, resume=resume, overwrite=overwrite, watch=watch)
     )
-    stream, targets = _stream(run, config, step, ranks)
+    stream: Stream
+    if step is None:
+        stream, targets = open_stream(config)
+    else:
+        stream, targets = _resumed_stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
@@ -235,32 +247,38 @@ def course_of(config: PretrainConfig, stream: Stream, ranks: int) -> Course:
     )
 
 
-def _stream(
-    run: Path, config: PretrainConfig, step: int | None, ranks: Ranks
+def open_stream(config: PretrainConfig) -> tuple[Order, TargetCache]:
+    """Which images come when in a run that begins now, and the store it reads."""
+    cache = TargetCache(config.cache, layer=config.layer)
+    return _order(cache, config), cache
+
+
+def _order(cache: TargetCache, config: PretrainConfig) -> Order:
+    return order_of(
+        cache,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shuffle=config.shuffle,
+        window_rows=config.window_rows,
+        held_out=config.held_out,
+    )
+
+
+def _resumed_stream(
+    run: Path, config: PretrainConfig, step: int, ranks: Ranks
 ) -> tuple[Stream, TargetCache]:
-    """Which images come when, and the newest part of the store that the run sees."""
+    """The stream of a run that goes on, and the newest part of the store that it sees."""
 
-    def order(cache: TargetCache) -> Order:
-        return order_of(
-            cache,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            shuffle=config.shuffle,
-            window_rows=config.window_rows,
-            held_out=config.held_out,
-        )
+    def parts() -> tuple[Stretches, TargetCache]:
+        found = runs.stretches(run, config)
+        return Stretches(tuple((at, _order(cache, config)) for at, cache in found)), found[-1][1]
 
-    if step is None:
-        cache = TargetCache(config.cache, layer=config.layer)
-        return order(cache), cache
-    found = runs.stretches(run, config)
-    stream = Stretches(tuple((epoch, order(cache)) for epoch, cache in found))
+    stream, cache = parts()
     if config.on_growth == "move":
         epoch, within = stream.at(step)
         ranks.once(lambda: runs.move_on(run, config, epoch + (within > 0)))
-        found = runs.stretches(run, config)
-        stream = Stretches(tuple((epoch, order(cache)) for epoch, cache in found))
-    return stream, found[-1][1]
+        stream, cache = parts()
+    return stream, cache
 
 
 def _finish(
@@ -339,7 +357,7 @@ def _tell(
     if targets.bad:
         watch.note(f"left out by plan: {len(targets.bad)} images without targets")
     told = ", ".join(f"{key} {value}" for key, (value, _) in published.items())
-    watch.note(f"differs from the published recipe: {told or 'nothing'}")
+    watch.note(f"differs from the published recipe {config.recipe}: {told or 'nothing'}")
     watch.note(
         f"objective: {config.objective}, {config.masking} masks of {config.mask_ratio:.0%}, "
         f"{config.decoder_kind} decoder, {config.epochs} epochs, lr {config.lr:.3g}, "

@@ -32,10 +32,10 @@ METRICS = "metrics.json"
 
 # What may change between a run and its resumption, because it changes no step.
 _FREE = (
-    "cache", "layer", "out", "data_root", "num_workers", "device", "log_every", "save_every",
-    "save_minutes", "keep", "local", "cache_limit", "micro_batch", "devices", "num_nodes",
-    "address", "parallel", "max_restarts", "report_to", "picture_every", "probe_every",
-    "probe_images", "on_nonfinite", "checkpoint_activations",
+    "cache", "layer", "out", "recipe", "data_root", "num_workers", "device", "log_every",
+    "save_every", "save_minutes", "keep", "local", "cache_limit", "micro_batch", "devices",
+    "num_nodes", "address", "parallel", "max_restarts", "report_to", "picture_every",
+    "probe_every", "probe_images", "on_nonfinite", "checkpoint_activations",
     "on_changed", "on_growth",  # what these did is saved with the run
 )  # fmt: skip
 

@@ -29,6 +29,8 @@ class PretrainConfig:
     """The run's folder."""
     data_root: str | None = None
     """Where the images lie, if not where the store says."""
+    recipe: str = "vit_base"
+    """A published recipe, from which all else deviates: vit_base, vit_large."""
     model: str = "vit_base_patch16_224"
     """A ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)

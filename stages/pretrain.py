@@ -15,7 +15,7 @@ from stages.options import settings_command
 @settings_command(
     PretrainConfig,
     (
-        "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
+        "cache", "layer", "out", "data_root", "recipe", "model", "objective", "masking", "epochs",
         "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "on_growth",
         "on_nonfinite", "precision", "device", "devices", "num_nodes", "address", "parallel",
         "num_workers", "local", "cache_limit", "held_out", "probe_every", "report_to",
@@ -32,6 +32,9 @@ def pretrain(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run of other settings.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take, and write nothing.")
+    ] = False,
     max_steps: Annotated[
         int | None,
         typer.Option(help="End this call after so many steps, checkpoint written."),
@@ -45,6 +48,12 @@ def pretrain(
     from stages import console
 
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
+    if dry_run:
+        from milan.rehearsal import rehearse
+
+        rows = rehearse(config, watch=console.ConsoleWatch())
+        console.table("A run would take", ("what", ""), rows)
+        return
     run: Callable[..., dict[str, Any]]
     if config.num_nodes > 1 or config.address:
         from pipeline.training import pretrain_on_cluster as run

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from milan.config import deviations, read_section, resolve
+import milan
+from milan.config import deviations, read_section, recipe_of, resolve
 from milan.errors import ConfigError, nearest
 from milan.settings import PretrainConfig, ProbeConfig
 from pipeline.settings import ExtractConfig
@@ -284,3 +285,40 @@ def test_nearest_names() -> None:
     assert nearest("vit-b-16", known).split(" or ")[0] == "ViT-B-16"
     assert nearest("ViT-B16", known).split(" or ")[0] == "ViT-B-16"
     assert nearest("zzzzzz", known) == ""
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_a_recipe_lies_below_all_else(tmp_path: Path) -> None:
+    """Default < recipe < file < --set < flag; a recipe named in the file counts."""
+    large = resolve(PretrainConfig, section="pretrain", flags={"recipe": "vit_large"})
+    assert (large.model, large.micro_batch) == ("vit_large_patch16_224", 128)
+    assert (large.epochs, large.batch_size) == (400, 4096)
+    params = tmp_path / "p.yaml"
+    params.write_text("pretrain: {recipe: vit_large, micro_batch: 64}\n")
+    mine = resolve(
+        PretrainConfig, section="pretrain", params=str(params), sets=["model.depth=3"],
+        flags={"epochs": 5},
+    )  # fmt: skip
+    assert (mine.model, mine.micro_batch, mine.epochs) == ("vit_large_patch16_224", 64, 5)
+    published = recipe_of(PretrainConfig, "vit_large", "pretrain")
+    assert set(deviations(mine, recipe=published, leave=("recipe",))) == {
+        "epochs", "micro_batch", "model_args"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["vit_base", "vit_large"])
+def test_recipes_hold(name: str) -> None:
+    """Every file is read, names fields that are there, and says what it costs."""
+    resolve(PretrainConfig, section="pretrain", flags={"recipe": name}).check()
+    text = (Path(milan.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+    assert "Cost: " in text
+    assert f"--recipe {name}" in text
+
+
+def test_an_unknown_recipe() -> None:
+    """The nearest is named."""
+    with pytest.raises(ConfigError, match="unknown recipe 'vit-large'") as error:
+        resolve(PretrainConfig, section="pretrain", flags={"recipe": "vit-large"})
+    assert "vit_large" in error.value.fix

@@ -48,7 +48,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: ZipFile) -> None:
     ours = {
         path.relative_to(ROOT).as_posix() for p in PACKAGES for path in (ROOT / p).rglob("*.py")
     }
-    assert held == ours | {"milan/py.typed"}
+    recipes = {f"milan/recipes/{path.name}" for path in (ROOT / "milan/recipes").iterdir()}
+    assert held == ours | recipes | {"milan/py.typed"}
     for module in held:
         if module.endswith(".py"):
             assert wheel.read(module) == (ROOT / module).read_bytes()

@@ -566,7 +566,7 @@ def test_the_first_lines(store: Path, tmp_path: Path) -> None:
     digest = TargetCache(store).digest[:12]
     assert notes.line("cache: ").endswith(digest)
     assert "24 images x 2 views, int8" in notes.line("cache: ")
-    differs = notes.line("differs from the published recipe: ")
+    differs = notes.line("differs from the published recipe vit_base: ")
     assert "epochs 7" in differs
     assert "mask_ratio" not in differs
     assert notes.line("steps: ").startswith("steps: 21 of 8 images (1 x 8), 3 an epoch")

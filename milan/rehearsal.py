@@ -1,0 +1,89 @@
+"""What a run will take, from a few of its own micro-batches: steps, hours, memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from milan.data import CachedDataset, training_loader
+from milan.device import autocast, choose_attention, pick_device
+from milan.order import StepSampler
+from milan.pretraining import course_of, devices_of, open_stream, resolved
+from milan.ranks import Ranks
+from milan.settings import PretrainConfig
+from milan.task import loss_function, optimiser_of, student_of
+from milan.watch import Silent, Watch
+
+_AT_ONCE_ON_CPU = 16  # more images do not change a CPU's rate, but the time that this takes
+_ROUNDS = 3
+
+
+def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tuple[str, str]]:
+    """What `milan pretrain` with these settings would take; (what, figure), writes nothing.
+
+    A few steps of one micro-batch are taken on this machine with the store's own images, and their
+    median is what hours come from; several ranks are taken to be as fast each. Raises MilanError.
+    """
+    config.check()
+    watch = watch or Silent()
+    device = pick_device(config.device)
+    known = Ranks.of_environment()
+    size = known.size if known else devices_of(config, device) * config.num_nodes
+    config = resolved(config, device, size)
+    stream, targets = open_stream(config)
+    course = course_of(config, stream, size)
+    student = student_of(config, targets).to(device)
+    choose_attention(student, device, config.precision)
+    optimiser = optimiser_of(student, config, device)
+    objective = loss_function(student, config, targets, device)
+
+    micro = config.micro_batch or 1
+    while device.type == "cpu" and micro > _AT_ONCE_ON_CPU and micro % 2 == 0:
+        micro //= 2
+    sampler = StepSampler(replace(stream, batch_size=micro), start=0, stop=1, micro=micro)
+    loader = training_loader(
+        CachedDataset(targets, data_root=config.data_root),
+        sampler,
+        features=config.objective == "milan",
+        num_workers=0,
+        patches=student.patches,
+    )
+    (batch,) = loader
+
+    def seconds(work: str) -> float:
+        began = time.perf_counter()
+        if work == "update":
+            optimiser.step()
+        else:
+            with autocast(device, config.precision):
+                loss = objective(batch)
+            loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    watch.begin("rehearse", _ROUNDS + 1, "rounds")
+    rounds = []
+    for done in range(_ROUNDS + 1):
+        rounds.append((seconds("gradient"), seconds("update")))
+        optimiser.zero_grad(set_to_none=True)
+        watch.advance(done + 1)
+    watch.end()
+    image = statistics.median(gradient for gradient, _ in rounds[1:]) / micro
+    update = statistics.median(update for _, update in rounds[1:])
+    step = image * config.batch_size / size + update
+    saved = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in student.parameters())
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return [
+        ("model", f"{config.model}, {weights / 1e6:,.1f} M weights with its decoder"),
+        ("images", f"{len(stream.good):,} an epoch, {len(stream.held):,} held out"),
+        ("steps", f"{course.steps:,}: {config.epochs} epochs of {stream.steps:,}"),
+        ("ranks", f"{size}, {course.accumulate} x {config.micro_batch} images of a step each"),
+        ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
+        ("images/s", f"{config.batch_size / step:,.1f}, reading left out"),
+        ("hours", f"{course.steps * step / 3600:,.2f}"),
+        ("checkpoint", f"{saved / 1e6:,.0f} MB, {config.keep} kept"),
+    ]
