@@ -21,10 +21,11 @@ from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
-from milan.device import MEAN, STD, choose_attention, normalise, pick_device
+from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.format import Index
 from milan.grids import resampled_attention, resampled_features
+from milan.kernels import choose_kernels
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
 from milan.objectives import feature_regression, pixel_regression
@@ -123,7 +124,7 @@ def pretrain(
         targets.use_local(Path(config.local), limit)
         watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
-    choose_attention(student, device, config.precision)
+    choose_kernels(student, device, config.precision)
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
     step = _take_run(run, config, targets, resume, overwrite, published, watch)
