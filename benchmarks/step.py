@@ -19,7 +19,8 @@ from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.published import TOWERS, Published
 from milan.codecs import CODECS
 from milan.data import Batch
-from milan.device import MEAN, STD, autocast, choose_attention, normalise
+from milan.device import MEAN, STD, autocast, normalise
+from milan.kernels import choose_kernels
 from milan.pretraining import resolved
 from milan.settings import PretrainConfig
 from milan.task import loss_function, optimiser_of, student_of
@@ -47,7 +48,7 @@ def ours(
         view_spec=SimpleNamespace(size=224),
     )
     student = student_of(config, targets).to(device).train()
-    choose_attention(student, device, precision)
+    choose_kernels(student, device, precision)
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
     batch = Batch(
@@ -91,6 +92,7 @@ def main() -> None:
     flags.add_argument("--batch", type=int, default=16)
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="of PAIRS")
+    flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of what")
     args = flags.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +104,9 @@ def main() -> None:
         for tower, patch in (PAIRS[i] for i in args.pairs):
             given = (precision, args.batch, tower, patch, device)
             seconds = interleaved(
-                {"published": published(*given), "ours": ours(*given)}, args.rounds
+                {"published": published(*given), "ours": ours(*given)},
+                args.rounds,
+                clock=args.clock,
             )
             slow, fast = (sorted(s)[len(s) // 2] for s in seconds.values())
             gain = ratio(seconds["published"], seconds["ours"])
@@ -110,6 +114,7 @@ def main() -> None:
             lines.append(row)
             print(row, flush=True)
     command = f"python -m benchmarks.step --batch {args.batch} --rounds {args.rounds}"
+    command += f" --clock {args.clock}"
     report("step", command, lines, keep=args.keep)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
 from milan.errors import ConfigError
 
@@ -36,18 +35,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
         raise ConfigError(f"precision {precision!r}", expected=", ".join(PRECISIONS))
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Fused or plain attention in all blocks of `model`, as is faster on `device`.
-
-    torch's fused attention is, but in half precisions on a CPU: there it takes two and a half
-    times as long in the published decoder (docs/performance.md).
-    """
-    fused = device.type != "cpu" or precision == "fp32"
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused  # type: ignore[assignment]
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -16,11 +16,12 @@ from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
 from milan.config import deviations, recipe_of, resolve
 from milan.data import CachedDataset, training_loader
-from milan.device import MEAN, STD, choose_attention, pick_device
+from milan.device import MEAN, STD, pick_device
 from milan.errors import ConfigError
 from milan.files import write_json
 from milan.format import Index
 from milan.journal import Journal, reporters_of
+from milan.kernels import choose_kernels
 from milan.launch import launch
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import Ranks, joined, spread
@@ -172,7 +173,7 @@ def _train(
     stream = changed.take_out(
         run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, watch=watch
     )
-    choose_attention(student, device, config.precision)
+    choose_kernels(student, device, config.precision)
     network = spread(student, ranks, config.parallel)
     optimiser = optimiser_of(student, config, device)
     course = course_of(config, stream, ranks.size)

@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 
 from milan.data import CachedDataset, training_loader
-from milan.device import autocast, choose_attention, pick_device
+from milan.device import autocast, pick_device
+from milan.kernels import choose_kernels
+from milan.memory import peak_bytes
 from milan.order import StepSampler
 from milan.pretraining import course_of, devices_of, open_stream, resolved
 from milan.ranks import Ranks
@@ -36,7 +38,7 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
     stream, targets = open_stream(config)
     course = course_of(config, stream, size)
     student = student_of(config, targets).to(device)
-    choose_attention(student, device, config.precision)
+    choose_kernels(student, device, config.precision)
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
 
@@ -75,6 +77,7 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
     image = statistics.median(gradient for gradient, _ in rounds[1:]) / micro
     update = statistics.median(update for _, update in rounds[1:])
     step = image * config.batch_size / size + update
+    peak = peak_bytes(student, config, targets, device)
     saved = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in student.parameters())
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return [
@@ -85,5 +88,6 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
         ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
         ("images/s", f"{config.batch_size / step:,.1f}, reading left out"),
         ("hours", f"{course.steps * step / 3600:,.2f}"),
+        ("memory", f"{peak / 1e9:,.2f} GB of tensors on each rank at the peak of a step"),
         ("checkpoint", f"{saved / 1e6:,.0f} MB, {config.keep} kept"),
     ]
