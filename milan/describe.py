@@ -41,6 +41,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("licence of the weights", about["licence"]),
         ("normalisation", about["normalisation"]),
         ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
+        *_texts(cache),
         ("data", origin["data"]),
         ("images", f"{cache.rows:,}, {len(cache.bad):,} of them without targets"),
         ("views of each", cache.views),
@@ -51,6 +52,17 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ),
         ("identity", cache.digest),
     ]
+
+
+def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
+    if not cache.spec.texts:
+        return []
+    prototypes = cache.prototypes
+    told = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
+    if prototypes:
+        classes, templates = prototypes.ids.shape[:2]
+        told += f", {classes:,} classes in {templates} templates"
+    return [("texts", told)]
 
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:

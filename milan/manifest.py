@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan import draws
@@ -58,6 +59,20 @@ class Manifest:
         """[rows] int64; -1 where there is none."""
         column = self.table["label"].combine_chunks().fill_null(-1)
         return column.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def captions(self, first: int, last: int) -> list[str | None]:
+        """The captions of rows [first, last); None where there is none, or only blanks."""
+        rows = slice(first, last)
+        texts = self.table["caption"].slice(first, last - first).to_pylist()
+        there = self.captioned(rows)
+        return [text if has else None for text, has in zip(texts, there, strict=True)]
+
+    def captioned(self, rows: slice = slice(None)) -> np.ndarray:
+        """Which of `rows` have a caption, [B] bool; no string of Python is made."""
+        first, last, _ = rows.indices(len(self))
+        column = self.table["caption"].slice(first, last - first)
+        filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
+        return filled.combine_chunks().to_numpy(zero_copy_only=False)
 
     def head(self, limit: int) -> Manifest:
         """The first `limit` rows of the same order."""

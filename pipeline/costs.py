@@ -20,7 +20,16 @@ import pyarrow.compute as pc
 
 from milan.codecs import codec_of
 from milan.errors import ConfigError
-from milan.format import FIDELITY, MANIFEST, SHARDS, CacheSpec, Entry, Index, canonical
+from milan.format import (
+    FIDELITY,
+    MANIFEST,
+    PROTOTYPES,
+    SHARDS,
+    CacheSpec,
+    Entry,
+    Index,
+    canonical,
+)
 from milan.manifest import Manifest
 from milan.watch import Silent, Watch
 from pipeline.calibrate import Rates, calibrate, stand_in
@@ -70,20 +79,22 @@ def sizes_of(spec: CacheSpec, manifest: Manifest, attributes: dict, *, first: bo
     `first` of its layer: it has the codec's tables and the canaries.
     """
     last = spec.blocks - 1
-    per_shard = [len(canonical(made_up_record(spec, b, 0))) for b in (0, last)]
-    records = spec.views * (per_shard[0] * last + per_shard[1])
+    records = 0
+    for view, views in ((0, 1), (spec.views - 1, spec.views - 1)):
+        full, rest = (len(canonical(made_up_record(spec, b, view))) for b in (0, last))
+        records += views * (full * last + rest)
     some = manifest.head(_SAMPLE)
     listed = round(len(some.to_parquet()) * len(manifest) / max(1, len(some)))
-    other, files, folders = _fixed(spec, attributes, first)
+    other, files, folders = _fixed(spec, attributes, first, len(manifest.classes or []))
     # A view of a shard has a folder of its own in each array, that of the features one more.
-    arrays = spec.arrays()
+    arrays, of_views = spec.arrays(), len(spec.view_arrays())
     deep = sum(len(array.shape) - 2 for array in arrays.values())
     return Sizes(
         shards=spec.total_bytes(),
         records=records,
         manifest=listed,
         other=other + _table_bytes(spec) + _LOG_LINE * (spec.blocks + 2),
-        files=files + spec.shards * (len(arrays) + 1),
+        files=files + spec.shards * (of_views + 1) + spec.blocks * (len(arrays) - of_views),
         folders=folders + spec.shards * deep + (spec.blocks + 1) * len(arrays),
     )
 
@@ -92,18 +103,17 @@ def made_up_record(spec: CacheSpec, block: int, view: int) -> dict[str, Any]:
     """A record like that of a shard of good photographs, of the same size but for some digits."""
     start, stop = spec.block_rows(block)
     count, noise = stop - start, np.random.default_rng((block, view))
-    sums = [noise.integers(0, 1 << 32, count).tolist() for _ in range(5)]
-    arrays = spec.arrays()
+    arrays = spec.arrays() if view == 0 else spec.view_arrays()
+    pixels, *sums = (noise.integers(0, 1 << 32, count).tolist() for _ in range(1 + len(arrays)))
     files = [
-        {"path": f"{name}/{arrays[name].file(block, view)}", "bytes": 100_000_000,
-         "sha256": noise.bytes(32).hex()}
-        for name in sorted(arrays)
-    ]  # fmt: skip
+        {"path": path, "bytes": 100_000_000, "sha256": noise.bytes(32).hex()}
+        for path in spec.files(block, view).values()
+    ]
     return {
         "block": block, "view": view, "rows": [start, stop], "files": files, "bad": {},
         "digests": [noise.bytes(16).hex() for _ in range(count)],
-        "heights": [375] * count, "widths": [500] * count, "pixels": sums[4],
-        "crc32c": dict(zip(arrays, sums, strict=False)),
+        "heights": [375] * count, "widths": [500] * count, "pixels": pixels,
+        "crc32c": dict(zip(arrays, sums, strict=True)),
     }  # fmt: skip
 
 
@@ -114,7 +124,7 @@ def _table_bytes(spec: CacheSpec) -> int:
     return round(len(tally.parquet()) * max(1, spec.shards / shards))
 
 
-def _fixed(spec: CacheSpec, attributes: dict, first: bool) -> tuple[int, int, int]:
+def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tuple[int, int, int]:
     """(bytes, files, folders) that a generation has whatever its rows, its index entry included."""
     tables: dict[str, np.ndarray] = {}
     if first:
@@ -126,6 +136,10 @@ def _fixed(spec: CacheSpec, attributes: dict, first: bool) -> tuple[int, int, in
         tables["canary/pixels"] = np.zeros((few, size, size, 3), np.uint8)
         tables["canary/features"] = np.zeros((few, spec.tokens, spec.channels), np.float32)
         tables["canary/attention"] = np.zeros((few, spec.tokens - 1), np.float32)
+    if spec.texts and classes and spec.first_view == 0:
+        sentences = (classes, len(spec.texts["templates"]), spec.texts["context"])
+        tables[f"{PROTOTYPES}/features"] = np.zeros((classes, spec.channels), np.float32)
+        tables[f"{PROTOTYPES}/ids"] = np.zeros(sentences, np.int32)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         create_arrays(root, spec, attributes, tables)

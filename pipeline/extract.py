@@ -35,6 +35,7 @@ from pipeline.plan import Plan, Workers, plan, share, teacher_spec
 from pipeline.prepare import Prepared, check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
 from pipeline.store import Store, Writer, group_attributes
+from pipeline.teacher import Teacher
 from pipeline.worker import Extractor
 
 ASK_ABOVE = 100e9
@@ -149,10 +150,19 @@ def _open(
             FIDELITY: canonical(prepared.fidelity),
             ORIGIN: canonical(work.origin()),
         }
-        return group_attributes(part.spec, work.teacher.about), prepared.tables(), files
+        tables = prepared.tables() | prototypes_of(part, work.teacher)
+        return group_attributes(part.spec, work.teacher.about), tables, files
 
     writer = store.generation(part.name, part.spec, make)
     return writer, codec or codec_at(writer.root, part.spec)
+
+
+def prototypes_of(part: Part, teacher: Teacher) -> dict[str, np.ndarray]:
+    """The tables of the classes of a generation where rows begin, if texts are asked for."""
+    classes = part.manifest.classes
+    if teacher.texts is None or not classes or part.spec.first_view:
+        return {}
+    return teacher.texts.prototypes(classes)
 
 
 def codec_at(root: Path, spec: CacheSpec) -> Codec:
