@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import open_clip
 import pyarrow as pa
@@ -27,7 +29,7 @@ from pipeline.plan import plan
 from pipeline.repair import repair
 from pipeline.settings import ExtractConfig
 from pipeline.teacher import TeacherSpec, load_teacher
-from pipeline.texts import TEMPLATES
+from pipeline.texts import TEMPLATES, TextTower
 from pipeline.verify import CORRUPT, GOOD, verify
 
 DEMO = ROOT / "demo" / "teacher"
@@ -225,17 +227,37 @@ def test_a_damaged_text_is_never_read(copy: Path, name: str, said: str, shard: b
 
 
 def test_texts_of_other_rows_are_refused(copy: Path) -> None:
-    """Whole files under valid checksums, swapped between shards: rows know their text."""
-    one, two = (copy / GENERATION / f"text/c/{block}/0" for block in (0, 2))
-    first, second = one.read_bytes(), two.read_bytes()
-    size = min(len(first), len(second))
-    assert size == len(first) or len(first) != len(second)
-    one.write_bytes(second)
-    two.write_bytes(first)
+    """Two rows of a shard exchanged under valid checksums: each row knows its text."""
+    path = copy / GENERATION / "text/c/0/0"
+    data = path.read_bytes()
+    size = 16 * 8 + 4
+    table = np.frombuffer(data[-size:-4], "<u8").reshape(-1, 2).copy()
+    one, two = np.flatnonzero(table[:, 1] != np.uint64(2**64 - 1))[:2]
+    table[[one, two]] = table[[two, one]]
+    checksum = struct.pack("<I", google_crc32c.value(table.tobytes()))
+    path.write_bytes(data[:-size] + table.tobytes() + checksum)
     assert verify(copy, deep=True).code == CORRUPT
     cache = TargetCache(copy)
-    with pytest.raises(CacheError):
+    with pytest.raises(CacheError, match=f"row {one} is not what its record says"):
         cache.texts(cache.captioned)
+
+
+def test_wrong_texts_under_valid_checksums(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker got wrong: lengths show to `--deep`, mixed rows only to the audit."""
+    plain = TextTower.features
+    for name, wrong in (("long", lambda f: f * 2), ("mixed", lambda f: np.roll(f, 1, axis=0))):
+        with monkeypatch.context() as patch:
+            patch.setattr(TextTower, "features", lambda self, ids, w=wrong: w(plain(self, ids)))
+            extract(pairs, tmp_path / name, views=1)
+    verdict = verify(tmp_path / "long", deep=True)
+    assert verdict.code == CORRUPT
+    assert "texts that are not of length 1" in verdict.corrupt[0]
+    assert verify(tmp_path / "mixed", deep=True).code == GOOD
+    verdict = verify(tmp_path / "mixed", audit=24)
+    assert verdict.code == CORRUPT
+    assert all("the text tower says something else" in line for line in verdict.corrupt)
 
 
 def test_the_plan_counts_texts(pairs: Path, tmp_path: Path) -> None:
