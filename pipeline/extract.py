@@ -27,8 +27,7 @@ from milan.generation import open_array
 from milan.manifest import Manifest, data_root
 from milan.sources import ImageSource
 from milan.watch import Silent, Watch
-from pipeline.calibrate import calibrate
-from pipeline.costs import Tables, amount, cost_of
+from pipeline.costs import Tables, amount, measured_cost
 from pipeline.files import told_if_full
 from pipeline.growth import Part
 from pipeline.plan import Plan, Workers, plan, share, teacher_spec
@@ -84,15 +83,14 @@ def extract_targets(
     )
     _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
-        summary["costs"] = cost_of(work, workers, calibrate(work, workers, watch))
+        summary["costs"] = measured_cost(work, workers, watch)
         return summary
     big = sum(s.total_bytes() for s in fresh)  # what has begun was agreed to
-    if big > ASK_ABOVE and not config.yes:
-        asked = agree is not None and agree(cost_of(work, workers, calibrate(work, workers, watch)))
-        if not asked:
-            raise ConfigError(
-                f"{out} would take {amount(big)}", expected="your consent", fix="--yes"
-            )
+    agreed = config.yes or big <= ASK_ABOVE
+    if not agreed and agree is not None:
+        agreed = agree(measured_cost(work, workers, watch))
+    if not agreed:
+        raise ConfigError(f"{out} would take {amount(big)}", expected="your consent", fix="--yes")
     store = Store(out)
     try:
         _fill(work, store, workers, summary, watch)

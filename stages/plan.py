@@ -18,7 +18,8 @@ def plan(
     params: str | None,
     sets: list[str] | None,
     budget: Annotated[
-        str | None, typer.Option(help="Propose views and codec that fit, such as 2TB.")
+        str | None,
+        typer.Option(help="Propose what fits, such as 2TB: views, codec, stored views."),
     ] = None,
     images_per_second: Annotated[
         float | None,

@@ -23,11 +23,11 @@ from milan.cache import TargetCache
 from milan.errors import CacheError, DataError, TeacherError
 from milan.format import GENERATION
 from milan.watch import Silent
-from pipeline.costs import size_of_store
 from pipeline.extract import extract_targets
 from pipeline.plan import plan
 from pipeline.repair import repair
 from pipeline.settings import ExtractConfig
+from pipeline.sizes import size_of_store
 from pipeline.teacher import TeacherSpec, load_teacher
 from pipeline.texts import TEMPLATES, TextTower
 from pipeline.verify import CORRUPT, GOOD, verify
