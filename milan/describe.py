@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from milan.cache import TargetCache
+from milan.errors import CacheError
 from milan.format import Index
+from milan.lacking import lacking
 
 
 def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
@@ -28,12 +30,14 @@ def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
+    missing = lacking(Path(path))
+    if missing:
+        tables["not in it"] = list(missing)
     return tables
 
 
 def _what(cache: TargetCache) -> list[tuple[str, Any]]:
     about, spec = cache.attributes["about"], cache.spec
-    origin = cache.generations[0].origin
     law = cache.view_spec
     weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
     return [
@@ -42,7 +46,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("normalisation", about["normalisation"]),
         ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
         *_texts(cache),
-        ("data", origin["data"]),
+        ("data", _data(cache)),
         ("images", f"{cache.rows:,}, {len(cache.bad):,} of them without targets"),
         ("views of each", cache.views),
         (
@@ -52,6 +56,13 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ),
         ("identity", cache.digest),
     ]
+
+
+def _data(cache: TargetCache) -> str:
+    try:
+        return cache.generations[0].origin["data"]
+    except CacheError:
+        return "not known"
 
 
 def _texts(cache: TargetCache) -> list[tuple[str, Any]]:

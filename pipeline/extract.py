@@ -109,7 +109,8 @@ def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watc
         writer, codec = _open(work, store, part, codec, watch)
         if part is work.parts[0]:
             check_canaries(writer.root, work.teacher)
-        summary["fidelity"] = read_json(writer.root / FIDELITY)
+        report = writer.root / FIDELITY
+        summary["fidelity"] = read_json(report) if report.exists() else {}
         todo = writer.missing()
         shards, rows = int(todo.sum()), rows_of(part.spec, todo)
         _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)

@@ -32,6 +32,7 @@ from milan.format import (
     record_name,
 )
 from milan.generation import Generation
+from milan.lacking import lacking
 from milan.texts import read_texts
 from milan.views import checksum, unpack
 from milan.watch import Silent, Watch
@@ -57,6 +58,8 @@ class Verdict:
     """(generation, block, view) of the damaged shards, which can be made again."""
     mendable: bool = True
     """Whether shards are all that is damaged."""
+    lacking: list[str] = field(default_factory=list)
+    """What this version would have written and the store has not; no fault (milan.lacking)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How much was looked at."""
 
@@ -115,6 +118,8 @@ def verify(
                 verdict.count("images x views", cache.rows * cache.views)
             except CacheError as error:
                 verdict.damage(str(error))
+    if not verdict.corrupt:
+        verdict.lacking = [f"{what}: {so}" for what, so in lacking(store)]
     listed = {entry.path for entry in index.generations}
     for folder in sorted((store / GENERATIONS).glob("[0-9]*")):
         if f"{GENERATIONS}/{folder.name}" not in listed:
@@ -246,9 +251,10 @@ def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
             for row in (part + spec.first_row).tolist():
                 v = spec.first_view + view
                 try:
-                    same = checksum(unpack(generation.packed(row, v))) == generation.checksum(
-                        row, v
-                    )
+                    pixels = unpack(generation.packed(row, v))
+                    same = checksum(pixels) == generation.checksum(row, v)
+                except CacheError as error:
+                    return [error.found]
                 except ValueError:
                     same = False
                 if not same:
@@ -283,7 +289,7 @@ def _audit(
         dataset = CachedDataset(cache, data_root=data_root)
         known = spec or TeacherSpec(**first.origin["teacher"])
         teacher = load_teacher(replace(known, texts=bool(first.spec.texts)), device=device)
-    except (DataError, TeacherError) as error:
+    except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
         return
     texts = teacher.texts.identity if teacher.texts else None

@@ -66,6 +66,6 @@ def _agree(costs: dict[str, list[tuple[str, str]]]) -> bool:
 
 def _faithful(report: dict[str, Any]) -> str:
     if not report:
-        return "not measured: no image could be read"
+        return "not measured"
     means = {kind: spread["mean"] for kind, spread in report["cosine"].items()}
     return f"class {means['class']:.5f}, patches {means['patch']:.5f}"
