@@ -146,7 +146,7 @@ def test_what_is_not_there_is_told(copy: Path, change: Callable[[Path], None], s
 def test_a_store_without_origin_or_report_goes_on(
     copy: Path, photos: Path, teacher_files: dict[str, str]
 ) -> None:
-    """It trains where it is told where the images are, is audited with a teacher named, and grows."""
+    """It trains with --data-root, an audit asks for the teacher, and it grows."""
     rewritten(copy, without("origin.json", "fidelity.json", "canary"))
     assert len(verify(copy).lacking) == 3
     with pytest.raises(CacheError, match=r"origin\.json"):
