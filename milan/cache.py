@@ -16,23 +16,11 @@ import numpy as np
 
 from milan.codecs import Codec, codec_of
 from milan.errors import CacheError, nearest
-from milan.format import (
-    GENERATION,
-    INDEX,
-    LOG,
-    CacheSpec,
-    Index,
-    canonical,
-    record_name,
-)
+from milan.format import Index, canonical
 from milan.generation import Generation
 from milan.manifest import Manifest
 from milan.texts import Prototypes, Texts, read_prototypes, read_texts
 from milan.views import ViewSpec
-
-__all__ = [
-    "GENERATION", "INDEX", "LOG", "CacheSpec", "TargetCache", "Targets", "canonical", "record_name"
-]  # fmt: skip
 
 
 @dataclass
@@ -145,8 +133,7 @@ class TargetCache:
 
     def packed(self, row: int, view: int) -> bytes:
         """The stored picture of a view (spec.stored_views), as milan.views.unpack takes it."""
-        at = np.array([row]), np.array([view])
-        return next(g for g in self.generations if g.holds(*at)[0]).packed(row, view)
+        return self._holder(row, view).packed(row, view)
 
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw."""

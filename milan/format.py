@@ -121,8 +121,16 @@ class CacheSpec:
 
     def differences(self, other: CacheSpec) -> list[str]:
         """'field: mine != other's' for each leaf that differs, nested names joined by dots."""
-        mine, theirs = _leaves(asdict(self)), _leaves(asdict(other))
-        return [
+        fields, others = asdict(self), asdict(other)
+        told = []
+        for key in fields:
+            if (fields[key] is None) != (others[key] is None):  # its leaves would say no more
+                told.append(
+                    f"{key}: " + ("without != with" if fields[key] is None else "with != without")
+                )
+                fields[key] = others[key] = None
+        mine, theirs = _leaves(fields), _leaves(others)
+        return told + [
             f"{key}: {_short(mine.get(key))} != {_short(theirs.get(key))}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
@@ -286,12 +294,7 @@ class Index:
         index = read_json(store / INDEX)
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
-        if index.get("version") != VERSION:
-            raise CacheError(
-                f"{store} has format version {index.get('version')}",
-                expected=f"version {VERSION}",
-                fix="pip install --upgrade milan-pretrain",
-            )
+        _check_version(store, index.get("version"))
         try:
             entries = [
                 Entry(**{**e, "rows": tuple(e["rows"]), "views": tuple(e["views"])})
@@ -302,6 +305,15 @@ class Index:
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{store / INDEX} is damaged: {error}") from None
         return cls(tuple(entries))
+
+
+def _check_version(where: Any, version: Any) -> None:
+    if version != VERSION:
+        raise CacheError(
+            f"{where} has format version {version}",
+            expected=f"version {VERSION}",
+            fix="pip install --upgrade milan-pretrain",
+        )
 
 
 def _unfinished(store: Path) -> CacheError:
@@ -330,12 +342,7 @@ def read_group(generation: Path) -> tuple[CacheSpec, dict]:
     attributes = read_json(generation / "zarr.json").get("attributes", {})
     if attributes.get("format") != FORMAT:
         raise CacheError(f"{generation} is a Zarr group of another kind", expected=FORMAT)
-    if attributes.get("version") != VERSION:
-        raise CacheError(
-            f"{generation} has format version {attributes.get('version')}",
-            expected=f"version {VERSION}",
-            fix="pip install --upgrade milan-pretrain",
-        )
+    _check_version(generation, attributes.get("version"))
     try:
         spec = CacheSpec(**attributes["spec"])
         stated = attributes["fingerprint"]

@@ -31,7 +31,7 @@ from pipeline.costs import Tables, amount, measured_cost
 from pipeline.files import told_if_full
 from pipeline.growth import Part
 from pipeline.plan import Plan, Workers, plan, share, teacher_spec
-from pipeline.prepare import Prepared, check_canaries, demand, prepare
+from pipeline.prepare import check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
 from pipeline.store import Store, Writer, group_attributes
 from pipeline.teacher import Teacher
@@ -105,7 +105,6 @@ def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watc
     seconds, images = 0.0, 0
     codec: Codec | None = None
     for part in work.parts:
-        started = time.perf_counter()
         writer, codec = _open(work, store, part, codec, watch)
         if part is work.parts[0]:
             check_canaries(writer.root, work.teacher)
@@ -135,10 +134,8 @@ def _open(
 ) -> tuple[Writer, Codec]:
     """The generation of `part`, new or as it is, and the codec of its layer."""
     images = ImageSource(part.manifest, data_root(work.source))
-    prepared: Prepared | None = None
 
     def make() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
-        nonlocal prepared
         batch = work.config.batch_size
         prepared = prepare(part.spec, images, work.teacher, batch=batch, codec=codec)
         demand(prepared.fidelity, work.config.min_cosine)

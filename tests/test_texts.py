@@ -158,7 +158,7 @@ def test_images_are_what_they_are_without_texts(
     assert (len(plain.captioned), plain.prototypes) == (0, None)
     with pytest.raises(CacheError, match=r"holds no texts.*--texts"):
         plain.texts(np.array([0]))
-    with pytest.raises(CacheError, match=r"other settings .*texts"):
+    with pytest.raises(CacheError, match=r"other settings \(texts: without != with\)"):
         extract(pairs, plain.path)
 
 
