@@ -63,7 +63,8 @@ class Extractor:
         self.spec, self.batch_size, self.threads = spec, batch_size, threads
         self.view_spec = ViewSpec.from_law(spec.view_law)
         self.codec = codec
-        self.manifest, self.source = manifest, ImageSource(manifest, root)
+        self.source = ImageSource(manifest, root)
+        self.captions = manifest if spec.texts else None
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
@@ -156,9 +157,9 @@ class Extractor:
     def _texts(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The arrays of texts for rows [start, stop), whether their images are good or not."""
         tower, arrays = self.teacher.texts, self.spec.arrays()
-        if tower is None or TEXT not in arrays:
+        if tower is None or self.captions is None or TEXT not in arrays:
             return {}
-        captions = self.manifest.captions(start, stop)
+        captions = self.captions.captions(start, stop)
         at = [i for i, text in enumerate(captions) if text is not None]
         made = {
             name: np.full((stop - start, *arrays[name].shape[1:]), arrays[name].fill, array.dtype)

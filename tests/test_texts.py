@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from milan.cache import TargetCache
 from milan.errors import CacheError, DataError, TeacherError
 from milan.format import GENERATION
+from milan.manifest import SCHEMA, Manifest
 from milan.watch import Silent
 from pipeline.extract import extract_targets
 from pipeline.plan import plan
@@ -160,6 +161,19 @@ def test_images_are_what_they_are_without_texts(
         plain.texts(np.array([0]))
     with pytest.raises(CacheError, match=r"other settings \(texts: without != with\)"):
         extract(pairs, plain.path)
+
+
+def test_captions_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nulls and blanks of any kind are none; pieces and ranges change nothing."""
+    texts = ["a", None, "", "b c", " \t\n", "\u2003", "d"] * 3
+    nulls = dict.fromkeys(SCHEMA.names, [None] * len(texts))
+    manifest = Manifest(pa.table({**nulls, "caption": texts}, schema=SCHEMA))
+    expected = np.array([True, False, False, True, False, False, True] * 3)
+    monkeypatch.setattr("milan.manifest._PIECE", 4)
+    np.testing.assert_array_equal(manifest.captioned(), expected)
+    np.testing.assert_array_equal(manifest.captioned(slice(3, 12)), expected[3:12])
+    assert manifest.captions(2, 7) == [None, "b c", None, None, "d"]
+    assert manifest.captioned(slice(5, 5)).shape == (0,)
 
 
 # --- how it grows and goes on ---------------------------------------------------------------------
