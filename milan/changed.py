@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from milan import checkpoint
 from milan.data import CachedDataset
 from milan.errors import ImageFault
+from milan.files import write_json
 from milan.images import content_digest
-from milan.order import Order
+from milan.order import Stream
+from milan.ranks import Ranks
 from milan.watch import Watch
 
 CSV = "changed-images.csv"
@@ -51,30 +51,46 @@ def changed_images(dataset: CachedDataset, rows: np.ndarray, *, watch: Watch) ->
 
 
 def take_out(
-    run: Path, dataset: CachedDataset, order: Order, *, policy: str, step: int, watch: Watch
-) -> Order:
-    """The order without the images that changed: those saved with the run, and new ones.
+    run: Path,
+    dataset: CachedDataset,
+    stream: Stream,
+    *,
+    policy: str,
+    step: int,
+    ranks: Ranks,
+    watch: Watch,
+) -> Stream:
+    """The stream without the images that changed: those saved with the run, and new ones.
 
     With the policy `drop` all images are looked at; what is found is saved in run.json, with the
     `step` the run starts from in this call. Of a run at its beginning such rows leave the plan as
     bad ones do; of a run that goes on their places are taken by other rows, so that an epoch keeps
     its steps. Raises ConfigError if too few images are left.
     """
-    about = json.loads((run / "run.json").read_text())
-    dropped = {int(row): tuple(fact) for row, fact in about.get("dropped", {}).items()}
-    if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
-        left = order.good[~np.isin(order.good, list(dropped))]
-        found = changed_images(dataset, left, watch=watch)
-        if found:
-            dropped |= {row: (step, why) for row, why in found.items()}
-            checkpoint.write_json(run / "run.json", about | {"dropped": dropped})
+    dropped = ranks.once(lambda: _dropped(run, dataset, policy, step, watch))
     if not dropped:
-        return order
-    _write_csv(run / CSV, dropped, dataset)
+        return stream
     watch.note(f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}")
     first = [row for row, (at, _) in dropped.items() if at == 0]
     later = [row for row, (at, _) in dropped.items() if at > 0]
-    return replace(order.without(np.array(first, np.int64)), replaced=np.array(later, np.int64))
+    return stream.dropped(np.array(first, np.int64), np.array(later, np.int64))
+
+
+def _dropped(
+    run: Path, dataset: CachedDataset, policy: str, step: int, watch: Watch
+) -> dict[int, tuple[int, str]]:
+    """row -> (step it was found at, reason), of earlier calls and of this one; saved."""
+    about = json.loads((run / "run.json").read_text())
+    dropped = {int(row): tuple(fact) for row, fact in about.get("dropped", {}).items()}
+    if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
+        left = dataset.good[~np.isin(dataset.good, list(dropped))]
+        found = changed_images(dataset, left, watch=watch)
+        if found:
+            dropped |= {row: (step, why) for row, why in found.items()}
+            write_json(run / "run.json", about | {"dropped": dropped})
+    if dropped:
+        _write_csv(run / CSV, dropped, dataset)
+    return dropped
 
 
 def _write_csv(path: Path, dropped: dict, dataset: CachedDataset) -> None:

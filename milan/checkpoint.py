@@ -3,7 +3,7 @@
     runs/pretrain/checkpoints/step-00000120/
         model.safetensors      every parameter of the student
         optimiser.safetensors  AdamW's moments, by parameter name
-        state.json             step, gradient scaler, what the run is
+        state.json             step, gradient scaler, sums of the log, digests of the others
     runs/pretrain/encoder.safetensors   the encoder as timm loads it, with mean, std, input size
 
 No pickles: nothing here can run code when it is loaded.
@@ -12,11 +12,11 @@ No pickles: nothing here can run code when it is loaded.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,31 +28,13 @@ from safetensors.torch import save as serialise
 from torch import nn
 
 from milan.errors import CacheError, ConfigError, TrainError
+from milan.files import sync_folder, write_json
 from milan.model import DECODER, Decoder, Student, build_encoder
+from milan.ranks import Ranks, like, whole
 
 ENCODER = "encoder.safetensors"
 FOLDER = "checkpoints"
-
-
-def make_writable(folder: Path) -> None:
-    """Make a folder and try to write in it, before the work. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+_PROVEN = ("model.safetensors", "optimiser.safetensors")
 
 
 def save(
@@ -61,23 +43,59 @@ def save(
     step: int,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
-    state: dict,
+    state: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+) -> Path:
+    """Write the checkpoint of `step`, then drop all but the newest `keep`. Returns its folder.
+
+    Every rank calls it; rank 0 writes. Raises TrainError if there is no room for it: those before
+    stay as they are.
+    """
+    weights, moments = whole_weights(model), _moments(model, optimiser)
+    return ranks.once(lambda: _write(run, step, weights, moments, state, keep))
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model on the CPU, gathered if the ranks share it (all must ask)."""
+    return {k: whole(v.detach()).cpu().contiguous() for k, v in model.state_dict().items()}
+
+
+def _write(
+    run: Path,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then drop all but the newest `keep`. Returns its folder."""
     folder = run / FOLDER / f"step-{step:08d}"
     fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, fresh / "model.safetensors")
-    save_file(_moments(model, optimiser), fresh / "optimiser.safetensors")
-    write_json(fresh / "state.json", {"step": step} | state)
-    for file in fresh.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(fresh, folder)
+    try:
+        for left in (run / FOLDER).glob(".step-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left)
+        fresh.mkdir(parents=True)
+        save_file(weights, fresh / "model.safetensors")
+        save_file(moments, fresh / "optimiser.safetensors")
+        digests = {}
+        for name in _PROVEN:
+            with open(fresh / name, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+        write_json(fresh / "state.json", {"step": step} | state | {"sha256": digests})
+        sync_folder(fresh)
+        # One of this step is there only if it was found torn.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        saved = steps(run)
+        raise TrainError(
+            f"the checkpoint of step {step} cannot be written: {error}",
+            expected="room for it; " + (f"that of step {saved[-1]} stays" if saved else ""),
+            fix="free some space, and the same line goes on",
+        ) from None
     for old in steps(run)[:-keep]:
         shutil.rmtree(run / FOLDER / f"step-{old:08d}", ignore_errors=True)
     return folder
@@ -91,34 +109,59 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
-def load_newest(
-    run: Path, *, model: nn.Module, optimiser: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Load the newest checkpoint that is whole; returns its state, None if there is none."""
-    for step in reversed(steps(run)):
+def newest(run: Path, *, note: Callable[[str], None]) -> int | None:
+    """The newest step whose checkpoint is whole, None if there is no checkpoint.
+
+    Torn ones are told to `note` and passed over. Raises TrainError if there is none but these.
+    """
+    found = steps(run)
+    for step in reversed(found):
         folder = run / FOLDER / f"step-{step:08d}"
         try:
-            state = json.loads((folder / "state.json").read_text())
-            weights = load_file(folder / "model.safetensors")
-            moments = load_file(folder / "optimiser.safetensors")
-        except (OSError, ValueError, SafetensorError):
-            continue  # torn by a crash of the machine: the one before is whole
-        try:
-            model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()[:200]
-            raise TrainError(
-                f"{folder} is of another model: {first}", fix="--resume never, or another --out"
-            ) from None
-        _restore(model, optimiser, moments)
-        return state
+            digests = json.loads((folder / "state.json").read_text())["sha256"]
+            for name in _PROVEN:
+                with open(folder / name, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digests[name]:
+                        raise ValueError(f"{name} is not what was written")
+            return step
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            note(f"passed over: checkpoint {folder} is torn ({error})")
+    if found:
+        raise TrainError(
+            f"none of the {len(found)} checkpoints of {run} is whole",
+            fix="a copy of one, or --resume never to start anew",
+        )
     return None
+
+
+def load(
+    run: Path, step: int, *, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load the checkpoint of a step, found by `newest`, into a model; returns its state.
+
+    Raises TrainError if it is of another model.
+    """
+    folder = run / FOLDER / f"step-{step:08d}"
+    state = json.loads((folder / "state.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    there = model.state_dict()
+    fits = weights.keys() == there.keys()
+    if not fits or any(weights[k].shape != there[k].shape for k in there):
+        odd = sorted(weights.keys() ^ there.keys()) or [
+            k for k in there if weights[k].shape != there[k].shape
+        ]
+        raise TrainError(
+            f"{folder} is of another model: {odd[0]}", fix="--resume never, or another --out"
+        )
+    model.load_state_dict({k: like(v, there[k]) for k, v in weights.items()}, strict=True)
+    _restore(model, optimiser, load_file(folder / "optimiser.safetensors"))
+    return state
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     return {
-        f"{names[parameter]}|{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{names[parameter]}|{key}": whole(torch.as_tensor(value).detach()).cpu().contiguous()
         for parameter, state in optimiser.state.items()
         for key, value in state.items()
     }
@@ -128,25 +171,30 @@ def _restore(
     model: nn.Module, optimiser: torch.optim.Optimizer, moments: dict[str, torch.Tensor]
 ) -> None:
     parameters = dict(model.named_parameters())
+    fused = any(group.get("fused") for group in optimiser.param_groups)
     for key, value in moments.items():
         name, _, kind = key.partition("|")
         parameter = parameters[name]
-        on = parameter.device if kind != "step" else torch.device("cpu")
-        if kind == "step" and any(g.get("fused") for g in optimiser.param_groups):
-            on = parameter.device
-        optimiser.state[parameter][kind] = value.to(on)
+        # AdamW counts its steps on the CPU, unless it is fused.
+        plain = kind == "step"
+        optimiser.state[parameter][kind] = (
+            value.to(parameter.device)
+            if plain and fused
+            else value
+            if plain
+            else like(value, parameter)
+        )
 
 
 # --- the encoder, as timm loads it ----------------------------------------------------------------
 
 
-def save_encoder(path: Path, encoder: nn.Module, about: dict[str, Any]) -> None:
-    """Write the encoder with what is needed to use it.
+def save_encoder(path: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write the weights of an encoder (`whole_weights`) with what is needed to use it.
 
     `about`: model (timm name), model_args, mean, std, input_size, and whatever tells its origin;
     kept as JSON strings in the header.
     """
-    weights = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     data = serialise(weights, metadata={k: json.dumps(v) for k, v in about.items()})
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:

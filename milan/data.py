@@ -19,7 +19,7 @@ from milan.cache import TargetCache
 from milan.errors import CacheError, DataError, ImageFault, MilanError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
-from milan.order import Address, StepSampler
+from milan.order import JUDGED, Address, StepSampler
 from milan.places import Place, place
 from milan.sources import ImageSource
 from milan.staging import Ahead, Shard
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     attention: torch.Tensor
     """[B, N] float32, > 0"""
     noise: torch.Tensor
-    """[B, N] float32 in (0, 1), drawn at (seed, epoch, row, view)"""
+    """[B, the student's N] float32 in (0, 1), drawn at (seed, epoch, row, view)"""
     rows: torch.Tensor
     """[B] int64"""
     views: torch.Tensor
@@ -219,8 +219,11 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
 class _Batches(Dataset):
     """Turns addresses into batches; runs in loader workers."""
 
-    def __init__(self, dataset: CachedDataset, seed: int, features: bool) -> None:
+    def __init__(
+        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
+    ) -> None:
         self.dataset, self.seed, self.features = dataset, seed, features
+        self.patches = patches or dataset.cache.spec.tokens - 1
 
     def __getitem__(self, address: Address) -> Batch | MilanError:
         try:
@@ -231,9 +234,9 @@ class _Batches(Dataset):
     def _load(self, address: Address) -> Batch:
         epoch, rows, views = address
         cache = self.dataset.cache
-        targets = cache.read(rows, views, features=self.features)
+        targets = cache.read(rows, views, features=self.features and epoch <= JUDGED)
         epochs = np.full(len(rows), epoch)
-        noise = mask_noise(self.seed, epochs, rows, views, targets.attention.shape[1])
+        noise = mask_noise(self.seed, epochs, rows, views, self.patches)
         return Batch(
             torch.from_numpy(self.dataset.pixels(rows, views)),
             torch.from_numpy(targets.attention),
@@ -271,15 +274,19 @@ class _Loader(DataLoader):
 
 def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:
     """(batches consumed when it is over, shards) of every window that the sampler walks through."""
-    order, per_step = sampler.order, sampler.order.batch_size // sampler.ranks // sampler.micro
-    for epoch in range(sampler.start // order.steps, -(-sampler.stop // order.steps)):
-        rows_before = 0
+    for epoch in range(
+        sampler.order.at(sampler.start)[0], sampler.order.at(sampler.stop - 1)[0] + 1
+    ):
+        order, first, rows_before = (
+            sampler.order.of_epoch(epoch),
+            sampler.order.first_step(epoch),
+            0,
+        )
         for rows, views in order.windows(epoch):
             rows_before += len(rows)
-            steps = min(order.steps, -(-rows_before // order.batch_size))
-            end = epoch * order.steps + steps - sampler.start
-            if end > 0:
-                yield end * per_step, cache.shards_at(rows, views)
+            end = first + min(order.steps, -(-rows_before // order.batch_size))
+            if end > sampler.start:
+                yield sampler.before(min(end, sampler.stop)), cache.shards_at(rows, views)
 
 
 def training_loader(
@@ -289,8 +296,11 @@ def training_loader(
     features: bool,
     num_workers: int,
     pin_memory: bool = False,
+    patches: int | None = None,
 ) -> DataLoader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
+
+    `patches`: of the student, which the noise is for; default: the teacher's.
 
     Workers are started by forkserver (spawn where absent): tensorstore does not survive a fork.
     """
@@ -303,7 +313,7 @@ def training_loader(
             context.set_forkserver_preload(["milan.data"])
         options = {"multiprocessing_context": context, "prefetch_factor": 4}
     return _Loader(
-        _Batches(dataset, sampler.order.seed, features),
+        _Batches(dataset, sampler.order.seed, features, patches),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
@@ -318,10 +328,11 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # torch looks whether its worker's parent lives, but that is the fork server, which lives as
     # long as its children: a worker of a killed run would wait for ever.
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the process that started this one, and end with it; for a thread."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
 from milan.errors import ConfigError
 
@@ -38,13 +38,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-def attention(device: torch.device) -> AbstractContextManager:
-    """The attention kernel for training on `device`.
+def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Fused or plain attention in all blocks of `model`, as is faster on `device`.
 
-    On a CPU torch's fused attention is slow backwards: a step of the demo's student in bf16 takes
-    half the time with the plain one. Elsewhere torch chooses.
+    torch's fused attention is, but in half precisions on a CPU: there it takes two and a half
+    times as long in the published decoder (docs/performance.md).
     """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    fused = device.type != "cpu" or precision == "fp32"
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused  # type: ignore[assignment]
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -18,6 +18,8 @@ MASK: Final = 3
 ORDER: Final = 4
 VIEW_TURN: Final = 5
 SAMPLE: Final = 6
+HELD_OUT: Final = 7
+DROPPED: Final = 8
 
 
 def bits(seed: int, purpose: int, address: tuple[int, ...], count: int) -> np.ndarray:

@@ -28,11 +28,11 @@ def pixel_regression(
 ) -> torch.Tensor:
     """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
 
-    `prediction` [B, T, patch * patch * 3] (the class token's is ignored), `images` [B, 3, S, S]
+    `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
     normalised, `hidden` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
     """
     target = patchify(images, patch).float()
     mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (var + 1e-6).sqrt()
-    error = (prediction[:, 1:].float() - target).square().mean(dim=-1)
+    error = (prediction[:, -target.shape[1] :].float() - target).square().mean(dim=-1)
     return (error * hidden).sum() / hidden.sum()

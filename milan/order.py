@@ -7,7 +7,7 @@ each once, and reads stay whole shards of one view. One window of everything is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -37,6 +37,8 @@ class Order:
     """Rows shuffled together, rounded up to whole shards; at least `good`: a global shuffle."""
     replaced: np.ndarray = field(default_factory=_NONE.copy)
     """Rows of `good` whose places other rows take: found changed when a run went on."""
+    held: np.ndarray = field(default_factory=_NONE.copy)
+    """Rows that training never sees, ascending: the run is judged by them."""
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.good):
@@ -55,6 +57,18 @@ class Order:
     def window_shards(self) -> int:
         """Shards of one view in a window."""
         return max(1, -(-self.window_rows // self.shard_size))
+
+    def of_epoch(self, epoch: int) -> Order:
+        """Itself: what holds in an epoch. Of a run that moved to a larger store, see Stretches."""
+        return self
+
+    def first_step(self, epoch: int) -> int:
+        """The step that an epoch begins with."""
+        return epoch * self.steps
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(epoch, steps of it before this one)"""
+        return divmod(step, self.steps)
 
     def windows(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(rows, views) of each window of an epoch in order, int64."""
@@ -93,10 +107,59 @@ class Order:
             rows[places], views[places] = rows[spare], views[spare]
         return rows, views
 
-    def without(self, rows: np.ndarray) -> Order:
-        """The same of other images only: as if `rows` had no targets."""
-        kept = ~np.isin(self.good, rows)
-        return replace(self, good=self.good[kept], shards=self.shards[kept])
+    def dropped(self, first: np.ndarray, later: np.ndarray) -> Order:
+        """The same without the rows `first`, as if they had no targets, and `later` replaced."""
+        kept, held = ~np.isin(self.good, first), ~np.isin(self.held, [*first, *later])
+        return replace(
+            self,
+            good=self.good[kept],
+            shards=self.shards[kept],
+            held=self.held[held],
+            replaced=later,
+        )
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """The stream of a run that moved on, at the beginning of an epoch, to what its store gained."""
+
+    parts: tuple[tuple[int, Order], ...]
+    """(first epoch, order), the first from epoch 0."""
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+        return self.parts[0][1].seed
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, the same throughout."""
+        return self.parts[0][1].batch_size
+
+    def of_epoch(self, epoch: int) -> Order:
+        """The order that holds in an epoch."""
+        return next(order for first, order in reversed(self.parts) if first <= epoch)
+
+    def first_step(self, epoch: int) -> int:
+        """The step that an epoch begins with."""
+        ends = [first for first, _ in self.parts[1:]] + [epoch]
+        return sum(
+            max(0, min(end, epoch) - first) * order.steps
+            for (first, order), end in zip(self.parts, ends, strict=True)
+        )
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(epoch, steps of it before this one)"""
+        first, order = next(p for p in reversed(self.parts) if self.first_step(p[0]) <= step)
+        epochs, within = divmod(step - self.first_step(first), order.steps)
+        return first + epochs, within
+
+    def dropped(self, first: np.ndarray, later: np.ndarray) -> Stretches:
+        """The same without some rows, see Order.dropped."""
+        return Stretches(tuple((at, order.dropped(first, later)) for at, order in self.parts))
+
+
+Stream = Order | Stretches
 
 
 def order_of(
@@ -106,14 +169,36 @@ def order_of(
     batch_size: int,
     shuffle: str = "window",
     window_rows: int = 131_072,
+    held_out: float = 0.0,
 ) -> Order:
-    """The order in which training meets a store; a `global` shuffle has one window."""
+    """The order in which training meets a store; a `global` shuffle has one window.
+
+    `held_out` is the share of rows that training does not see.
+    """
     good = cache.good_rows()
+    held = held_rows(cache, good, seed=seed, share=held_out)
+    good = good[~np.isin(good, held)]
     shards = cache.shards_of(good)
     size = cache.spec.shard_size
     # Of whole shards: several generations may each end with a short one.
     window = len(np.unique(shards)) * size if shuffle == "global" else window_rows
-    return Order(good, shards, size, cache.views, seed, batch_size, window)
+    return Order(good, shards, size, cache.views, seed, batch_size, window, held=held)
+
+
+def held_rows(cache: TargetCache, good: np.ndarray, *, seed: int, share: float) -> np.ndarray:
+    """A `share` of the `good` rows by seed, ascending; int64.
+
+    Drawn from each stretch of rows that was added at once, so that a row keeps its role when the
+    store grows; whole eights, so that few ranks or many judge by the same rows.
+    """
+    found = [_NONE]
+    for g in cache.generations:
+        if g.spec.first_view == 0:
+            rows = good[g.holds_rows(good)]
+            count = int(len(rows) * share) // 8 * 8
+            mix = draws.permutation(seed, draws.HELD_OUT, (g.spec.first_row,), len(rows))
+            found.append(rows[mix[:count]])
+    return np.sort(np.concatenate(found))
 
 
 def shuffle_quality(rows: np.ndarray) -> float:
@@ -131,36 +216,69 @@ def shuffle_quality(rows: np.ndarray) -> float:
 
 Address = tuple[int, np.ndarray, np.ndarray]
 """(epoch, rows, views): what a loader worker is asked for."""
+JUDGED, KNOWN, ASKED = 1 << 32, (1 << 32) + 1, (1 << 32) + 2
+"""In place of an epoch: rows that a run is judged by, always masked alike; rows whose pixels alone
+are read, to compare what the student makes of those whose label is known with those asked for."""
 
 
 class StepSampler(Sampler):
     """Addresses of micro-batches from step `start` to `stop`, for one of `ranks` ranks.
 
     A step's batch is cut into equal slices by rank and then into micro-batches, so any number of
-    ranks walks the same stream. Seeking reads nothing that lies before.
+    ranks walks the same stream. Seeking reads nothing that lies before. After the last step of an
+    epoch e come the batches of `aside(e)`.
     """
 
     def __init__(
-        self, order: Order, *, start: int, stop: int, micro: int, rank: int = 0, ranks: int = 1
+        self,
+        order: Stream,
+        *,
+        start: int,
+        stop: int,
+        micro: int,
+        rank: int = 0,
+        ranks: int = 1,
+        aside: Callable[[int], list[Address]] | None = None,
     ) -> None:
         if order.batch_size % (ranks * micro):
             raise ConfigError(
                 f"batch size {order.batch_size} over {ranks} ranks in micro-batches of {micro}",
                 expected="a whole number of micro-batches for every rank",
+                fix=f"--batch-size {-(-order.batch_size // (ranks * micro)) * ranks * micro}",
             )
         self.order, self.start, self.stop = order, start, stop
-        self.micro, self.rank, self.ranks = micro, rank, ranks
+        self.micro, self.rank, self.ranks, self.aside = micro, rank, ranks, aside
 
     def __len__(self) -> int:
-        return (self.stop - self.start) * (self.order.batch_size // self.ranks // self.micro)
+        return self.before(self.stop)
+
+    def before(self, step: int) -> int:
+        """How many batches this rank is given before those of `step`."""
+        count = (step - self.start) * (self.order.batch_size // self.ranks // self.micro)
+        first, last = self.order.at(self.start)[0], self.order.at(step)[0]
+        return count + sum(len(self.aside_of(epoch)) for epoch in range(first, last))
 
     def __iter__(self) -> Iterator[Address]:
         share = self.order.batch_size // self.ranks
         held, rows, views = -1, _NONE, _NONE
         for step in range(self.start, self.stop):
-            epoch, within = divmod(step, self.order.steps)
+            epoch, within = self.order.at(step)
             if epoch != held:
-                held, (rows, views) = epoch, self.order.epoch(epoch)
+                held, (rows, views) = epoch, self.order.of_epoch(epoch).epoch(epoch)
             first = within * self.order.batch_size + self.rank * share
             for at in range(first, first + share, self.micro):
                 yield epoch, rows[at : at + self.micro], views[at : at + self.micro]
+            if step + 1 == self.order.first_step(epoch + 1):
+                yield from self.aside_of(epoch)
+
+    def aside_of(self, epoch: int) -> list[Address]:
+        """This rank's batches after an epoch: as many as every other rank's, none of them empty."""
+        found = []
+        for kind, rows, views in self.aside(epoch) if self.aside else []:
+            share = len(rows) // self.ranks
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            parts = max(1, -(-share // self.micro)) if share else 0
+            if parts:
+                pieces = np.array_split(rows[mine], parts), np.array_split(views[mine], parts)
+                found += [(kind, r, v) for r, v in zip(*pieces, strict=True)]
+        return found

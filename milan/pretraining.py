@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,63 +12,63 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan import changed, checkpoint
+from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
 from milan.config import deviations
-from milan.data import Batch, CachedDataset, training_loader
-from milan.device import MEAN, STD, normalise, pick_device
-from milan.errors import CacheError, ConfigError, TrainError
+from milan.data import CachedDataset, training_loader
+from milan.device import MEAN, STD, choose_attention, pick_device
+from milan.errors import ConfigError
+from milan.files import write_json
 from milan.format import Index
-from milan.masking import Mask, importance_mask, random_mask, visible_count
-from milan.model import Student, build_student
-from milan.objectives import feature_regression, pixel_regression
-from milan.order import Order, StepSampler, order_of, shuffle_quality
+from milan.journal import Journal, reporters_of
+from milan.launch import launch
+from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
+from milan.ranks import Ranks, joined, spread
 from milan.settings import PretrainConfig, bytes_of, choice
-from milan.train import Course, decay_groups, fit
+from milan.signals import Stop
+from milan.task import Task, optimiser_of, student_of
+from milan.train import Course, fit
 from milan.watch import Silent, Watch
 
 _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
 _MICRO = 256  # images a device takes at once, as published for ViT-B
 
-# What may change between a run and its resumption, because it changes no step.
-_FREE = (
-    "cache", "layer", "out", "data_root", "num_workers", "device", "log_every", "save_every",
-    "keep", "local", "cache_limit",
-    "on_changed",  # what it took out is saved with the run
-)  # fmt: skip
 
-
-def resolved(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+def resolved(config: PretrainConfig, device: torch.device, ranks: int = 1) -> PretrainConfig:
     """The same with every default that depends on other fields filled in."""
     milan = config.objective == "milan"
     precision = config.precision
     if precision == "auto":
         half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
         precision = half if device.type == "cuda" else "fp32"
+    share = config.batch_size // ranks
+    if config.batch_size % ranks:
+        raise ConfigError(
+            f"batch size {config.batch_size} over {ranks} ranks",
+            expected="as many images for every rank",
+            fix=f"--batch-size {(share + 1) * ranks}",
+        )
     micro = config.micro_batch
     if micro is None:
-        micro = next(m for m in range(min(_MICRO, config.batch_size), 0, -1)
-                     if config.batch_size % m == 0)  # fmt: skip
-    if config.batch_size % micro:
+        micro = next(m for m in range(min(_MICRO, share), 0, -1) if share % m == 0)
+    if share % micro:
         raise ConfigError(
-            f"batch size {config.batch_size} with micro-batches of {micro}",
+            f"batch size {config.batch_size} over {ranks} ranks with micro-batches of {micro}",
             expected="a whole number of micro-batches",
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    filled = {
-        "decoder_kind": config.decoder_kind or ("prompt" if milan else "mae"),
-        "masking": config.masking or ("semantic" if milan else "random"),
-        "warmup_epochs": config.epochs / 10
-        if config.warmup_epochs is None
-        else config.warmup_epochs,
-        "lr": config.lr or _BASE_LR * config.batch_size / 256,
-        "micro_batch": micro,
-        "precision": precision,
-        "num_workers": max(1, min(8, (cores or 1) - 1))
+    return replace(
+        config,
+        decoder_kind=config.decoder_kind or ("prompt" if milan else "mae"),
+        masking=config.masking or ("semantic" if milan else "random"),
+        warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
+        lr=config.lr or _BASE_LR * config.batch_size / 256,
+        micro_batch=micro,
+        precision=precision,
+        num_workers=max(1, min(8, (cores or 1) - 1))
         if config.num_workers is None
         else config.num_workers,
-    }
-    return PretrainConfig(**{**asdict(config), **filled})
+    )
 
 
 def pretrain(
@@ -81,6 +77,7 @@ def pretrain(
     resume: str = "auto",
     overwrite: bool = False,
     stop_after: int | None = None,
+    stop: Stop | None = None,
     watch: Watch | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -88,109 +85,220 @@ def pretrain(
 
     `cache` and `settings` are the command's arguments (PretrainConfig's fields). `resume="auto"`
     goes on from the newest checkpoint of the same settings, `"never"` starts anew; `overwrite`
-    replaces a run of other settings instead of refusing. Returns the figures of metrics.json.
-    Raises MilanError.
+    replaces a run of other settings instead of refusing. Asked to `stop`, or by SIGINT, SIGTERM or
+    SIGUSR1, it finishes its step and writes a checkpoint. With several GPUs it starts a process for
+    each (in a script, call it below `if __name__ == "__main__"`). Returns the figures of
+    metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop. Raises MilanError.
     """
     config = cache if isinstance(cache, PretrainConfig) else PretrainConfig(cache=cache, **settings)
-    watch = watch or Silent()
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
+    told = Ranks.of_environment()
+    count = 1 if told else devices_of(config, device)
+    if count > 1:
+        resolved(config, device, count)  # what does not fit is said before anything starts
+        arguments = {"cache": config, "resume": resume, "overwrite": overwrite}
+        return launch(
+            pretrain,
+            arguments | {"stop_after": stop_after},
+            ranks=count,
+            restarts=config.max_restarts,
+            # A run that was replaced once goes on after a restart.
+            again={"resume": "auto", "overwrite": False},
+            watch=watch or Silent(),
+        )
+    with joined(told, device) as (ranks, own):
+        watch = watch if watch and ranks.first else Silent()
+        return _train(config, ranks, own, resume, overwrite, stop_after, stop or Stop(), watch)
+
+
+def devices_of(config: PretrainConfig, device: torch.device) -> int:
+    """How many ranks this machine gets: one a GPU, or as many as asked for. Raises ConfigError."""
+    seen = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    if config.devices is None:
+        return seen
+    if device.type == "cuda" and config.devices > seen:
+        raise ConfigError(f"devices {config.devices}", expected=f"at most the {seen} GPUs here")
+    return config.devices
+
+
+def _train(
+    config: PretrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    resume: str,
+    overwrite: bool,
+    stop_after: int | None,
+    stop: Stop,
+    watch: Watch,
+) -> dict[str, Any]:
+    """One rank's part of a run."""
     published = deviations(config, leave=("cache", "out", "data_root", "local", "cache_limit"))
-    config = resolved(config, device)
+    config = resolved(config, device, ranks.size)
     run = Path(config.out)
-    pinned = _pinned(run, config) if resume == "auto" and not overwrite else None
-    targets = TargetCache(config.cache, layer=config.layer, pinned=pinned)
+    step = ranks.once(
+        lambda: runs.resumable(run, config, resume=resume, overwrite=overwrite, watch=watch)
+    )
+    stream, targets = _stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
     _tell(config, targets, published, watch)
-
-    order = order_of(
-        targets,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        shuffle=config.shuffle,
-        window_rows=config.window_rows,
-    )
     if config.local and config.cache_limit:
         limit = bytes_of(config.cache_limit)
-        check_room(order, targets, limit)
+        check_room(stream.of_epoch(config.epochs), targets, limit)
         targets.use_local(Path(config.local), limit)
         watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
-    optimiser = torch.optim.AdamW(
-        decay_groups(student, config.weight_decay),
-        lr=0.0,
-        betas=(0.9, config.beta2),
-        fused=device.type in ("cpu", "cuda"),
+    if step is None:
+        ranks.once(lambda: runs.begin(run, config, targets, published))
+    else:
+        ranks.once(lambda: runs.writable(run))
+        watch.note(f"resuming: {run} at step {step}")
+    stream = changed.take_out(
+        run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, watch=watch
     )
-    objective = loss_function(student, config, targets, device)
-    step = _take_run(run, config, targets, resume, overwrite, published, watch)
-    order = changed.take_out(run, dataset, order, policy=config.on_changed, step=step, watch=watch)
-    course = Course(
+    choose_attention(student, device, config.precision)
+    network = spread(student, ranks, config.parallel)
+    optimiser = optimiser_of(student, config, device)
+    course = course_of(config, stream, ranks.size)
+    steps_an_epoch = stream.of_epoch(config.epochs).steps
+    watch.note(
+        f"steps: {course.steps:,} of {config.batch_size} images "
+        f"({_product(ranks.size, course.accumulate, config.micro_batch)}), {steps_an_epoch} an "
+        f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
+    )
+    watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
+    task = Task(config, student, network, dataset, stream, ranks, device)
+
+    def batches_from(step: int) -> Any:
+        task.sampler = StepSampler(
+            stream,
+            start=step,
+            stop=course.steps,
+            micro=config.micro_batch,  # type: ignore[arg-type]
+            rank=ranks.rank,
+            ranks=ranks.size,
+            aside=task.judged.addresses,
+        )
+        return training_loader(
+            dataset,
+            task.sampler,
+            features=config.objective == "milan",
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            pin_memory=device.type == "cuda",
+            patches=student.patches,
+        )
+
+    journal = None
+    if ranks.first and (step or 0) < course.steps:
+        journal = Journal(run, step or 0, reporters_of(config.report_to, run, step or 0))
+    figures = fit(
+        task,
+        optimiser,
+        course=course,
+        run=run,
+        resumed=step,
+        ranks=ranks,
+        device=device,
+        batches_from=batches_from,
+        journal=journal,
+        watch=watch,
+        stop=stop,
+        stop_after=stop_after,
+    )
+    weights = checkpoint.whole_weights(student.encoder)
+    figures = ranks.once(
+        lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
+    )
+    return figures | {"run": str(run), "rank": ranks.rank}
+
+
+def course_of(config: PretrainConfig, stream: Stream, ranks: int) -> Course:
+    """How a run of resolved settings goes."""
+    return Course(
+        stream=stream,
         epochs=config.epochs,
-        steps_per_epoch=order.steps,
-        batch_size=config.batch_size,
-        accumulate=config.batch_size // config.micro_batch,  # type: ignore[operator]
+        accumulate=config.batch_size // ranks // config.micro_batch,  # type: ignore[operator]
         lr=config.lr,  # type: ignore[arg-type]
         warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
         min_lr=config.min_lr,
         precision=config.precision,
-        save_every=config.save_every or max(50, order.steps),
+        save_every=config.save_every or max(50, stream.of_epoch(config.epochs).steps),
+        save_minutes=config.save_minutes,
         keep=config.keep,
         log_every=config.log_every,
+        on_nonfinite=config.on_nonfinite,
+        clip_grad=config.clip_grad,
     )
-    watch.note(
-        f"steps: {course.steps:,} of {config.batch_size} images "
-        f"({course.accumulate} x {config.micro_batch}), {order.steps} an epoch, "
-        f"{config.precision} on {device}, {config.num_workers} loader workers"
-    )
-    watch.note(f"shuffle: {shuffle_told(order)}")
 
-    def batches_from(step: int) -> Any:
-        sampler = StepSampler(order, start=step, stop=course.steps, micro=config.micro_batch)  # type: ignore[arg-type]
-        return training_loader(
-            dataset,
-            sampler,
-            features=config.objective == "milan",
-            num_workers=config.num_workers,  # type: ignore[arg-type]
-            pin_memory=device.type == "cuda",
+
+def _stream(
+    run: Path, config: PretrainConfig, step: int | None, ranks: Ranks
+) -> tuple[Stream, TargetCache]:
+    """Which images come when, and the newest part of the store that the run sees."""
+
+    def order(cache: TargetCache) -> Order:
+        return order_of(
+            cache,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            shuffle=config.shuffle,
+            window_rows=config.window_rows,
+            held_out=config.held_out,
         )
 
-    figures = fit(
-        student,
-        optimiser,
-        course=course,
-        run=run,
-        device=device,
-        batches_from=batches_from,
-        loss_of_batch=objective,
-        rows_of_batch=lambda batch: batch.rows.tolist(),
-        watch=watch,
-        stop_after=stop_after,
-    )
-    about = {
+    if step is None:
+        cache = TargetCache(config.cache, layer=config.layer)
+        return order(cache), cache
+    found = runs.stretches(run, config)
+    stream = Stretches(tuple((epoch, order(cache)) for epoch, cache in found))
+    if config.on_growth == "move":
+        epoch, within = stream.at(step)
+        ranks.once(lambda: runs.move_on(run, config, epoch + (within > 0)))
+        found = runs.stretches(run, config)
+        stream = Stretches(tuple((epoch, order(cache)) for epoch, cache in found))
+    return stream, found[-1][1]
+
+
+def _finish(
+    run: Path,
+    config: PretrainConfig,
+    figures: dict[str, Any],
+    journal: Journal | None,
+    targets: TargetCache,
+    weights: dict[str, torch.Tensor],
+    course: Course,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Leave the encoder and the figures of a call."""
+    encoder = {
         "model": config.model,
         "model_args": config.model_args,
         "mean": MEAN,
         "std": STD,
         "input_size": targets.view_spec.size,
         "objective": config.objective,
-        "epochs": figures["step"] / order.steps,
+        "epochs": round(course.epoch(figures["step"]), 4),
         "cache": targets.digest,
         "teacher": targets.attributes["about"],
         "milan": version("milan-pretrain"),
     }
-    checkpoint.save_encoder(run / checkpoint.ENCODER, student.encoder, about)
-    metrics_path = run / "metrics.json"
-    if not figures["seconds"]:
+    checkpoint.save_encoder(run / checkpoint.ENCODER, weights, encoder)
+    if journal is None:
         watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
-        if metrics_path.exists():  # the figures of the call that trained
-            figures = json.loads(metrics_path.read_text())
-    checkpoint.write_json(metrics_path, figures)
-    return figures | {"run": str(run)}
+        if (run / runs.METRICS).exists():  # the figures of the call that trained
+            return json.loads((run / runs.METRICS).read_text())
+    else:
+        figures = figures | journal.last()
+    write_json(run / runs.METRICS, figures)
+    return figures
+
+
+def _product(*factors: int | None) -> str:
+    return " x ".join(str(f) for i, f in enumerate(factors) if i or f != 1)
 
 
 def check_room(order: Order, targets: TargetCache, limit: int) -> None:
@@ -211,67 +319,6 @@ def shuffle_told(order: Order) -> str:
     whole = order.window_shards >= count
     what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
-
-
-def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
-    """The student that fits the store: its patch grid is the teacher's. Raises ConfigError."""
-    size, grid = targets.view_spec.size, targets.grid
-    milan = config.objective == "milan"
-    patch = config.model_args.get("patch_size") or _patch_of(config.model)
-    if not isinstance(patch, int):
-        raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
-    if patch * grid != size:
-        raise ConfigError(
-            f"{config.model} with {patch}-pixel patches on views of {size} pixels",
-            expected=f"the teacher's grid of {grid} x {grid} patches",
-            fix=f"--set model.patch_size={size // grid}",
-        )
-    return build_student(
-        config.model,
-        img_size=size,
-        target_width=targets.spec.channels if milan else 3 * patch * patch,
-        decoder_kind=config.decoder_kind or "prompt",
-        model_args=config.model_args,
-        decoder=config.decoder,
-        seed=config.seed,
-    )
-
-
-def _patch_of(model: str) -> int:
-    from milan.model import build_encoder
-
-    return build_encoder(model, img_size=224, args={"depth": 1}).patch_embed.patch_size[0]
-
-
-def loss_function(
-    student: Student, config: PretrainConfig, targets: TargetCache, device: torch.device
-) -> Callable[[Batch], torch.Tensor]:
-    """The objective as a function of a batch."""
-    patches = targets.spec.tokens - 1
-    visible = visible_count(patches, config.mask_ratio)
-    patch = targets.view_spec.size // targets.grid
-
-    def loss(batch: Batch) -> torch.Tensor:
-        batch = batch.to(device)
-        images = normalise(batch.pixels, MEAN, STD)
-        prediction, mask = predict(student, images, batch, config.masking, visible)
-        if config.objective == "pixels":
-            return pixel_regression(prediction, images, mask.boolean(), patch=patch)
-        assert batch.codes is not None
-        return feature_regression(prediction, targets.codec.decode(batch.codes, batch.scale))
-
-    return loss
-
-
-def predict(
-    student: Student, images: torch.Tensor, batch: Batch, masking: str | None, visible: int
-) -> tuple[torch.Tensor, Mask]:
-    """Mask and predict: (predictions [B, T, C], the mask)."""
-    if masking == "semantic":
-        mask = importance_mask(batch.attention, batch.noise, visible=visible)
-    else:
-        mask = random_mask(batch.noise, visible=visible)
-    return student(images, mask), mask
 
 
 def _tell(
@@ -298,88 +345,3 @@ def _tell(
         f"{config.decoder_kind} decoder, {config.epochs} epochs, lr {config.lr:.3g}, "
         f"warm-up {config.warmup_epochs:g}"
     )
-
-
-def _identity(config: PretrainConfig, targets: TargetCache) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    fixed = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    return json.loads(json.dumps({"cache": targets.digest, **fixed}))
-
-
-def _pinned(run: Path, config: PretrainConfig) -> int | None:
-    """How many generations of the store a run began with, if it is to go on and they are there.
-
-    A store may have grown since: the run goes on with what it knew.
-    """
-    if not (checkpoint.steps(run) and (run / "run.json").exists()):
-        return None
-    there = json.loads((run / "run.json").read_text())
-    try:
-        before = TargetCache(config.cache, layer=config.layer, pinned=there.get("generations"))
-    except CacheError:
-        return None  # the newest will say what is wrong
-    return before.pinned if before.digest == there["identity"]["cache"] else None
-
-
-def _take_run(
-    run: Path,
-    config: PretrainConfig,
-    targets: TargetCache,
-    resume: str,
-    overwrite: bool,
-    published: dict[str, Any],
-    watch: Watch,
-) -> int:
-    """Make the run's folder ready: fresh, or with the run that is to go on; returns its step."""
-    identity = _identity(config, targets)
-    try:
-        checkpoint.make_writable(run)
-    except OSError as error:
-        raise TrainError(
-            f"{run} cannot be written: {error.strerror}", fix="--out another folder"
-        ) from None
-    there = run / "run.json"
-    saved = checkpoint.steps(run)
-    # What a run leaves at its end, or what is not ours: lost, if this run began here at step 0.
-    ends = [checkpoint.ENCODER, "metrics.json"]
-    ends += [] if there.exists() else ["log.jsonl", "curves.csv", "tensorboard", checkpoint.FOLDER]
-    kept = [name for name in ends if (run / name).exists()]
-    if kept and not (saved and there.exists()) and not overwrite and resume == "auto":
-        raise TrainError(
-            f"{run} holds {', '.join(kept)}, and no run that can go on",
-            expected="an empty folder, or a run with its run.json and checkpoints",
-            fix="--out another folder, or --overwrite to replace them",
-        )
-    if saved and there.exists():
-        before = json.loads(there.read_text())["identity"]
-        differing = [k for k in identity if before.get(k) != identity[k]]
-        if resume == "never" or (differing and overwrite):
-            shutil.rmtree(run / checkpoint.FOLDER)
-            saved = []
-        elif differing:
-            told = ", ".join(f"{k}: {before.get(k)} != {identity[k]}" for k in differing)
-            raise TrainError(
-                f"{run} holds a run of other settings ({told})",
-                expected="the settings it was started with",
-                fix="--out another folder, or --overwrite (or --resume never) to start it anew",
-            )
-    if saved:
-        watch.note(f"resuming: {run} at step {saved[-1]}")
-        return saved[-1]
-    for name in ("log.jsonl", "curves.csv", "metrics.json", checkpoint.ENCODER, changed.CSV):
-        (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    checkpoint.write_json(
-        there,
-        {
-            "identity": identity,
-            "config": asdict(config),
-            "differs": {k: list(v) for k, v in published.items()},
-            "fingerprint": targets.spec.fingerprint(),
-            "generations": targets.pinned,
-            "versions": {n: version(n) for n in ("torch", "timm", "tensorstore", "numpy")},
-            "command": sys.argv,
-            "platform": platform.platform(),
-        },
-    )
-    return 0

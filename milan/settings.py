@@ -12,6 +12,9 @@ MASKINGS = ("semantic", "random")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHUFFLES = ("window", "global")
 ON_CHANGED = ("error", "drop")
+ON_GROWTH = ("keep", "move")
+ON_NONFINITE = ("stop", "skip")
+PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,48 @@ class PretrainConfig:
     """Rows that a window shuffles together; a store that fits one is shuffled globally."""
     on_changed: str = "error"
     """Images that changed since extraction: error, or drop (all are looked at before the run)."""
+    on_growth: str = "keep"
+    """A store that grew since the run began: keep to what it was, or move on at the next epoch."""
+    held_out: float = 0.01
+    """Share of rows never trained on, by which the run is judged after every epoch; by seed."""
+    probe_every: int | None = None
+    """Epochs between k-NN probes: held-out images against others, by the store's labels."""
+    probe_images: int = 10_000
+    """Images that a k-NN probe knows the labels of."""
+    picture_every: int = 1
+    """Epochs between pictures of masks and features."""
+    report_to: str = "tensorboard"
+    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    checkpoint_activations: bool = False
+    """Keep what goes into a block only, and compute the rest again: less memory, more time."""
+    clip_grad: float | None = None
+    """Largest norm of a step's gradients; default: any, as published."""
+    on_nonfinite: str = "stop"
+    """A loss that is not finite: stop, or skip its step (ten in a row stop)."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
+    devices: int | None = None
+    """Processes on each machine; default: one for every visible GPU, one on a CPU."""
+    num_nodes: int = 1
+    """Machines of a Ray cluster, with --address; torchrun and srun are found by themselves."""
+    address: str | None = None
+    """The Ray cluster that starts the ranks."""
+    parallel: str = "ddp"
+    """Several ranks hold the weights each (ddp), or a share of them each (fsdp)."""
+    max_restarts: int = 3
+    """How often all ranks start again from the last checkpoint because one died."""
     num_workers: int | None = None
-    """Loader processes; default: the cores but one, at most 8."""
+    """Loader processes of each rank; default: the cores but one, at most 8."""
     local: str | None = None
     """A folder on a fast disk: whole shards are copied there ahead of reading."""
     cache_limit: str | None = None
     """Most that --local may hold, such as 200GB; at least one window."""
     save_every: int | None = None
     """Steps between checkpoints; default: about an epoch's, at least 50."""
+    save_minutes: float = 15.0
+    """Minutes between checkpoints, whatever the steps."""
     keep: int = 2
     """Checkpoints kept."""
     log_every: int = 10
@@ -88,15 +121,21 @@ class PretrainConfig:
         choice("precision", self.precision, PRECISIONS)
         choice("shuffle", self.shuffle, SHUFFLES)
         choice("on_changed", self.on_changed, ON_CHANGED)
+        choice("on_growth", self.on_growth, ON_GROWTH)
+        choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        choice("parallel", self.parallel, PARALLEL)
         for name in (
-            "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows"
+            "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows",
+            "devices", "num_nodes", "probe_every", "probe_images", "picture_every",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}", expected="at least 1")
-        if self.lr is not None and self.lr <= 0:
-            raise ConfigError(f"lr {self.lr}", expected="greater than 0")
-        for name in ("num_workers", "weight_decay", "min_lr"):
+        for name in ("lr", "clip_grad", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} {value}", expected="greater than 0")
+        for name in ("num_workers", "weight_decay", "min_lr", "max_restarts"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} {value}", expected="at least 0")
@@ -104,6 +143,8 @@ class PretrainConfig:
             raise ConfigError("one of local and cache_limit", expected="both, or neither")
         if self.cache_limit is not None:
             bytes_of(self.cache_limit)
+        if not 0 <= self.held_out <= 0.5:
+            raise ConfigError(f"held_out {self.held_out}", expected="a share from 0 to 0.5")
         if not 0 <= self.beta2 < 1:
             raise ConfigError(f"beta2 {self.beta2}", expected="at least 0, less than 1")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:

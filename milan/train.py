@@ -1,27 +1,29 @@
-"""The training loop: one step, many times, resumable, watched."""
+"""The training loop: one step, many times, on one device or many; resumable, watched."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from milan import checkpoint
-from milan.device import attention, autocast
+from milan.device import autocast
 from milan.errors import TrainError
+from milan.journal import Journal
+from milan.order import Stream
+from milan.ranks import Ranks, summed, whole
+from milan.signals import Stop, told
 from milan.watch import Watch
 
-LOG = "log.jsonl"
-CURVES = "curves.csv"
-_COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "wait_share")
+_STOP, _SAVE = 1, 2
+_SKIPPED_AT_MOST = 10  # steps in a row without a finite loss: the run is lost, not unlucky
 
 
 def learning_rate(
@@ -57,31 +59,42 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 class Course:
     """How a run goes: its length, its rates, how often it saves and speaks."""
 
+    stream: Stream
+    """Which images come when."""
     epochs: int
-    steps_per_epoch: int
-    batch_size: int
-    """Images of a step; cut into `accumulate` micro-batches."""
     accumulate: int
+    """Micro-batches of a step, on each rank."""
     lr: float
     warmup_epochs: float
     min_lr: float
     precision: str
     save_every: int
     """Steps between checkpoints."""
+    save_minutes: float
+    """Minutes between checkpoints, whatever the steps."""
     keep: int
     """Checkpoints kept."""
     log_every: int
     """Steps between lines of the log."""
+    on_nonfinite: str = "stop"
+    """What a loss that is not finite does: stop the run, or skip its step."""
+    clip_grad: float | None = None
+    """The largest norm of a step's gradients; None: any."""
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
+        return self.stream.first_step(self.epochs)
+
+    def epoch(self, step: int) -> float:
+        """Where in the run a step is, in epochs."""
+        epoch, within = self.stream.at(step)
+        return epoch + within / self.stream.of_epoch(epoch).steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         return learning_rate(
-            step / self.steps_per_epoch,
+            self.epoch(step),
             peak=self.lr,
             warmup=self.warmup_epochs,
             epochs=self.epochs,
@@ -89,168 +102,282 @@ class Course:
         )
 
 
+class Task(Protocol):
+    """What is trained, for what, and how it is judged."""
+
+    @property
+    def student(self) -> nn.Module:
+        """Whose weights are trained and kept."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What `loss` calls: the student, or its wrapper for several ranks."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The objective of a micro-batch, a mean over its images; called under autocast."""
+
+    def rows(self, batch: Any) -> list[tuple[int, int]]:
+        """(row, view) of each image of a micro-batch."""
+
+    def judge(self, epoch: int, batches: Iterator[Any]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Figures, and pictures by name, after an epoch; takes its own `batches` of the stream."""
+
+
 def fit(
-    model: nn.Module,
+    task: Task,
     optimiser: torch.optim.Optimizer,
     *,
     course: Course,
     run: Path,
+    resumed: int | None,
+    ranks: Ranks,
     device: torch.device,
     batches_from: Callable[[int], Iterable[Any]],
-    loss_of_batch: Callable[[Any], torch.Tensor],
-    rows_of_batch: Callable[[Any], list[int]],
+    journal: Journal | None,
     watch: Watch,
+    stop: Stop,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint in `run`, or from the start, to the end of `course`.
+    """Train from the checkpoint of step `resumed` in `run`, or from the start, to the end.
 
-    `batches_from(step)` gives the micro-batches from a step on; `loss_of_batch` is called under
-    autocast. Every draw is addressed, so a resumed run is the uninterrupted one. `stop_after`
-    ends this call after so many steps, checkpoint written: for tests, and for time limits.
+    `batches_from(step)` gives this rank's micro-batches from a step on, and after the last step of
+    an epoch those of `task.judge`. Every draw is addressed, so a resumed run is the uninterrupted
+    one. Asked to `stop`, or after `stop_after` steps of this call, it ends with a checkpoint.
     Returns figures of this call; rates leave out the start of the loader. Raises TrainError on a
     loss that is not finite.
     """
-    scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
-    state = checkpoint.load_newest(run, model=model, optimiser=optimiser)
-    start = state["step"] if state else 0
-    if state and scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
+    loop = _Loop(task, optimiser, course, run, ranks, device, watch, journal)
+    start = loop.resume(resumed)
     last = course.steps if stop_after is None else min(course.steps, start + stop_after)
     if start >= last:  # nothing is left to do
-        line = _kept_lines(run, start)[-1]
-        rates = {key: line[key] for key in ("loss", "images_per_second", "wait_share")}
-        return {"step": start, "steps": course.steps, "finished": True, "seconds": 0.0, **rates}
-    log = _Log(run, start)
+        return {"step": start, "steps": course.steps, "finished": True, "seconds": 0.0}
     watch.begin("train", course.steps, "steps", done=start)
-    model.train()
-    began = time.perf_counter()
-    waited, loss_sum, counted = 0.0, 0.0, 0
-    batches: Iterator[Any] = iter(batches_from(start))
-    # The first batch waits for the loader's processes to start; that is not waiting for data.
-    ahead: list[Any] = [next(batches)]
-    startup = time.perf_counter() - began
-    mark = (time.perf_counter(), 0.0)
-    for step in range(start, last):
-        rate = course.rate(step)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss_value, rows = 0.0, []
-        for _ in range(course.accumulate):
-            asked = time.perf_counter()
-            batch = ahead.pop() if ahead else next(batches)
-            waited += time.perf_counter() - asked
-            with attention(device), autocast(device, course.precision):
-                loss = loss_of_batch(batch) / course.accumulate
-            scaler.scale(loss).backward()
-            loss_value += loss.item()
-            rows.append(batch)
-        if not math.isfinite(loss_value):
-            _nonfinite(run, step, loss_value, [r for b in rows for r in rows_of_batch(b)])
-        scaler.step(optimiser)
-        scaler.update()
-        loss_sum, counted = loss_sum + loss_value, counted + 1
-        done = step + 1
-        saving = done == last or done % course.save_every == 0
-        if saving or done % course.log_every == 0 or done % course.steps_per_epoch == 0:
-            now = time.perf_counter()
-            span = max(now - mark[0], 1e-9)
-            line = {
-                "step": done,
-                "epoch": round(done / course.steps_per_epoch, 4),
-                "loss": loss_sum / counted,
-                "lr": rate,
-                "images_per_second": round(counted * course.batch_size / span, 2),
-                "wait_share": round((waited - mark[1]) / span, 4),
-            }
-            log.add(line)
-            loss_sum, counted, mark = 0.0, 0, (now, waited)
-            watch.advance(
-                done,
-                f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, lr {rate:.1e}, "
-                f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}",
-            )
-        else:
-            watch.advance(done)
-        if saving:
-            extra = {"scaler": scaler.state_dict()}
-            checkpoint.save(
-                run, step=done, model=model, optimiser=optimiser, state=extra, keep=course.keep
-            )
-            log.curves()
+    loop.feed = feed = _Feed(batches_from(start))
+    loop.mark = (time.perf_counter(), 0.0, start)
+    task.network.train()
+    asked = done = 0
+    with told(stop.ask):
+        for step in range(start, last):
+            loop.step(step)
+            done = step + 1
+            asked = loop.asked(stop)
+            epoch_over = course.stream.at(done)[1] == 0
+            speaking = epoch_over or done == last or done % course.log_every == 0
+            saving = asked or done == last or done % course.save_every == 0
+            if speaking or saving:
+                loop.settle()
+            if epoch_over:
+                loop.judge(course.stream.at(step)[0])
+            if speaking:
+                loop.speak(done)
+            else:
+                watch.advance(done)
+            if saving:
+                loop.save(done)
+            if asked & _STOP:
+                break
     watch.end()
-    log.close()
-    seconds = time.perf_counter() - began
+    if journal:
+        journal.close()
+    seconds = time.perf_counter() - feed.began
+    trained = max(seconds - feed.startup - loop.judging, 1e-9)
     return {
-        "step": last,
+        "step": done,
         "steps": course.steps,
-        "finished": last == course.steps,
-        "loss": log.last_loss(),
+        "finished": done == course.steps,
         "seconds": round(seconds, 2),
-        "startup_seconds": round(startup, 2),
-        "images_per_second": round((last - start) * course.batch_size / (seconds - startup), 2),
-        "wait_share": round(waited / (seconds - startup), 4),
-    }
+        "startup_seconds": round(feed.startup, 2),
+        "images_per_second": round((done - start) * course.stream.batch_size / trained, 2),
+        "wait_share": round(feed.waited / trained, 4),
+    } | ({"stopped_by": stop.by or "another rank"} if asked & _STOP else {})
 
 
-def _nonfinite(run: Path, step: int, loss: float, rows: list[int]) -> None:
-    saved = checkpoint.steps(run)
-    where = f"the last checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
-    shown = ", ".join(str(r) for r in rows[:32]) + (", …" if len(rows) > 32 else "")
-    raise TrainError(
-        f"the loss of step {step} is {loss}; {where}; rows of the batch: {shown}",
-        expected="a finite loss",
-        fix="a smaller --lr, or --precision bf16 or fp32",
-    )
+class _Feed:
+    """Batches as they come, and how long they were waited for."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self._batches = iter(batches)
+        # The first batch waits for the loader's processes to start; that is not waiting for data.
+        self._first: list[Any] = [next(self._batches)]
+        self.startup = time.perf_counter() - self.began
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._first:
+            return self._first.pop()
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - asked
+        return batch
 
 
-class _Log:
-    """JSON lines, TensorBoard and a CSV of the same figures; a resumed run goes on in all three."""
+class _Loop:
+    """What a run does over and over: step, settle, judge, speak, save."""
 
-    def __init__(self, run: Path, start: int) -> None:
-        self.path, self.csv = run / LOG, run / CURVES
-        self.lines = _kept_lines(run, start)
-        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
-        self.board = _board(run, start)
+    feed: _Feed
+    mark: tuple[float, float, int]
+    """(seconds on the clock, seconds waited, steps done) when the log last spoke."""
 
-    def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for key in _COLUMNS[1:]:
-            self.board.add_scalar(f"train/{key}", line[key], line["step"])
+    def __init__(
+        self,
+        task: Task,
+        optimiser: torch.optim.Optimizer,
+        course: Course,
+        run: Path,
+        ranks: Ranks,
+        device: torch.device,
+        watch: Watch,
+        journal: Journal | None,
+    ) -> None:
+        self.task, self.optimiser, self.course, self.run = task, optimiser, course, run
+        self.ranks, self.device, self.watch, self.journal = ranks, device, watch, journal
+        self.scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
+        self.saved = time.monotonic()
+        self.judging = 0.0
+        self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
+        self.unproven: tuple[int, torch.Tensor, list[Any]] | None = None
+        """A step whose loss was not looked at yet, and its batches."""
+        self.figures: dict[str, float] = {}
+        self.pictures: dict[str, Any] = {}
 
-    def curves(self) -> None:
-        """DVC plots CSV, not JSON lines."""
-        rows = [",".join(_COLUMNS)]
-        rows += [",".join(str(line[key]) for key in _COLUMNS) for line in self.lines]
-        checkpoint.write_text(self.csv, "\n".join(rows) + "\n")
+    def resume(self, step: int | None) -> int:
+        """Load the checkpoint of a step; the step to begin with."""
+        if step is None:
+            return 0
+        state = checkpoint.load(self.run, step, model=self.task.student, optimiser=self.optimiser)
+        self.loss_sum, self.counted = state["losses"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        return step
 
-    def last_loss(self) -> float | None:
-        return self.lines[-1]["loss"] if self.lines else None
+    def step(self, step: int) -> None:
+        """One update of the weights."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.course.rate(step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss, batches = torch.zeros((), device=self.device), []
+        for micro in range(self.course.accumulate):
+            batch = next(self.feed)
+            with summed(self.task.network, micro + 1 == self.course.accumulate):
+                with autocast(self.device, self.course.precision):
+                    part = self.task.loss(batch) / self.course.accumulate
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+            batches.append(batch)
+        self.scaler.unscale_(self.optimiser)
+        if self.course.clip_grad is not None:
+            norm = _norm(self.task.student)
+            clip_grads_with_norm_(self.task.student.parameters(), self.course.clip_grad, norm)
+        if self.course.on_nonfinite == "skip" and self._skips(step, loss, batches):
+            return
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        # On a GPU this step runs while the loss of the one before is waited for.
+        self.settle()
+        self.unproven = step, loss, batches
 
-    def close(self) -> None:
-        self.curves()
-        self.file.close()
-        self.board.close()
+    def settle(self) -> None:
+        """Look at the loss of the last step. Raises TrainError if it is not finite."""
+        if self.unproven is None:
+            return
+        step, loss, batches = self.unproven
+        self.unproven = None
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._nonfinite(step, value, batches)
+        self.loss_sum, self.counted = self.loss_sum + value, self.counted + 1
+
+    def _skips(self, step: int, loss: torch.Tensor, batches: list[Any]) -> bool:
+        """Whether any rank's loss or gradient is not finite, so that no rank may use it."""
+        value = loss.item()
+        # With fp16 the scaler sees to gradients that overflow.
+        bad = not math.isfinite(value)
+        bad = bad or not (self.scaler.is_enabled() or _norm(self.task.student).isfinite())
+        if not self.ranks.agree(int(bad)):
+            self.skipped = 0
+            return False
+        self.skipped += 1
+        error = self._nonfinite(step, value, batches)
+        if self.skipped == _SKIPPED_AT_MOST:
+            raise error
+        self.watch.note(f"skipped: {error.found}")
+        return True
+
+    def _nonfinite(self, step: int, loss: float, batches: list[Any]) -> TrainError:
+        saved = checkpoint.steps(self.run)
+        where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
+        rows = [f"{row}.{view}" for batch in batches for row, view in self.task.rows(batch)]
+        shown = ", ".join(rows[:32]) + (", …" if len(rows) > 32 else "")
+        return TrainError(
+            f"the loss of step {step} is {loss}; {where}; rows and views of the batch: {shown}",
+            expected="a finite loss",
+            fix="a smaller --lr, --precision bf16 or fp32, or --on-nonfinite skip",
+        )
+
+    def asked(self, stop: Stop) -> int:
+        """What any rank asks for after this step: _STOP, _SAVE; 0 is nothing."""
+        late = time.monotonic() - self.saved > 60 * self.course.save_minutes
+        flags = (_STOP if stop.by else 0) | (_SAVE if late and self.ranks.first else 0)
+        return self.ranks.agree(flags)
+
+    def judge(self, epoch: int) -> None:
+        """See how far the run is after an epoch."""
+        began, waited = time.perf_counter(), self.feed.waited
+        self.task.network.eval()
+        self.figures, self.pictures = self.task.judge(epoch, self.feed)
+        self.task.network.train()
+        seconds, self.feed.waited = time.perf_counter() - began, waited
+        self.judging += seconds
+        self.mark = (self.mark[0] + seconds, *self.mark[1:])
+
+    def speak(self, done: int) -> None:
+        """A line of the log: of the steps since the last one, this epoch's judgement included."""
+        clock, waited, before = self.mark
+        self.mark = (time.perf_counter(), self.feed.waited, done)
+        span = max(self.mark[0] - clock, 1e-9)
+        (total,) = self.ranks.sums([self.loss_sum / self.ranks.size])
+        images = (done - before) * self.course.stream.batch_size
+        line = {
+            "step": done,
+            "epoch": round(self.course.epoch(done), 4),
+            "loss": total / max(1, self.counted),
+            "lr": self.course.rate(done - 1),
+            "grad_norm": float(_norm(self.task.student)),
+            "images_per_second": round(images / span, 2),
+            "wait_share": round((self.feed.waited - waited) / span, 4),
+        } | self.figures
+        if self.journal:
+            self.journal.add(line, self.pictures)
+        told = "".join(f", {name} {value:.4f}" for name, value in self.figures.items())
+        self.watch.advance(
+            done,
+            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}{told}, lr {line['lr']:.1e}, "
+            f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}",
+        )
+        self.loss_sum, self.counted, self.figures, self.pictures = 0.0, 0, {}, {}
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint; the sums of an unfinished line are in it."""
+        (total,) = self.ranks.sums([self.loss_sum / self.ranks.size])
+        checkpoint.save(
+            self.run,
+            step=done,
+            model=self.task.student,
+            optimiser=self.optimiser,
+            state={"scaler": self.scaler.state_dict(), "losses": [total, self.counted]},
+            keep=self.course.keep,
+            ranks=self.ranks,
+        )
+        self.saved = time.monotonic()
+        if self.journal:
+            self.journal.curves()
 
 
-def _kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the log up to `step`; what a killed run logged after it will be logged anew."""
-    kept = []
-    for text in (run / LOG).read_text().splitlines() if (run / LOG).exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut short when the run was killed
-        if line["step"] <= step:
-            kept.append(line)
-    return kept
-
-
-def _board(run: Path, start: int) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+def _norm(student: nn.Module) -> torch.Tensor:
+    """The norm of all gradients together, a scalar."""
+    grads = [p.grad for p in student.parameters() if p.grad is not None]
+    return whole(get_total_norm(grads))

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from milan import draws
 from milan.checkpoint import load_encoder, read_about
 from milan.device import MEAN, STD, normalise, pick_device
+from milan.encoder import create_vit, encode, summary
 from milan.errors import ConfigError, DataError, ImageFault, nearest
 from milan.images import decode
 from milan.manifest import Manifest, build_manifest, data_root, resolve_data
-from milan.model import create_vit, encode
 from milan.places import Place
 from milan.settings import ProbeConfig
 from milan.sources import ImageSource
@@ -77,8 +77,7 @@ def frozen_encoder(config: ProbeConfig, device: torch.device) -> Frozen:
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         images = normalise(pixels, cfg["mean"], cfg["std"])
-        tokens = encode(vit, images)
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float()
+        return summary(vit, encode(vit, images)).float()
 
     return Frozen(features, size, name)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 
 class Watch(Protocol):
@@ -19,6 +20,35 @@ class Watch(Protocol):
 
     def end(self) -> None:
         """The work begun last is over."""
+
+
+class Passing:
+    """A watcher that passes everything on: to another process, which `tell`s its own watcher."""
+
+    def __init__(self, send: Callable[[tuple[str, tuple, dict]], Any]) -> None:
+        self._send = send
+
+    def note(self, text: str) -> None:
+        """Passed on."""
+        self._send(("note", (text,), {}))
+
+    def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
+        """Passed on."""
+        self._send(("begin", (what, total, unit), {"done": done}))
+
+    def advance(self, done: int, figures: str = "") -> None:
+        """Passed on."""
+        self._send(("advance", (done, figures), {}))
+
+    def end(self) -> None:
+        """Passed on."""
+        self._send(("end", (), {}))
+
+
+def tell(watch: Watch, passed: tuple[str, tuple, dict]) -> None:
+    """Do at `watch` what was passed on."""
+    name, arguments, options = passed
+    getattr(watch, name)(*arguments, **options)
 
 
 class Silent:

@@ -1,4 +1,6 @@
-"""Where work runs: a pool of Ray actors that take blocks. The only module that imports ray.
+"""Where work runs: a pool of Ray actors that take blocks, or training ranks that work together.
+
+The only module that imports ray.
 
 Features never pass through Ray: a worker writes its shards to staging and returns their records.
 A worker that dies is replaced and its block tried again; only the driver commits, so a zombie can
@@ -23,17 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from milan.errors import MilanError
+from milan.errors import MilanError, TrainError
+from milan.signals import told
+from milan.watch import Watch, tell
 
 # Said before ray is imported: milan sends nothing anywhere.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 # When nothing is left to begin, an idle worker tries a block again that has been in work for so
 # many times the median, and so many seconds at least.
 _PATIENCE, _PATIENCE_SECONDS = 3, 5.0
+_ROOT = str(Path(__file__).resolve().parent.parent)
+_PLACED = 60.0  # seconds in which a cluster that is large enough has room for ranks
+_GRACE = 5.0  # seconds in which ranks may say what they died of
 
 
 def map_blocks(
@@ -64,6 +73,142 @@ def map_blocks(
     finally:
         if ours:
             ray.shutdown()
+
+
+def run_ranks(
+    rank: tuple[str, str],
+    init: dict[str, Any],
+    *,
+    nodes: int,
+    per_node: int | None,
+    gpu: bool,
+    address: str | None,
+    restarts: int,
+    again: dict[str, Any],
+    watch: Watch,
+) -> Any:
+    """What rank 0's `run(environment)` returns, of `rank` (module, class) on `nodes` machines.
+
+    Each machine gets `per_node` ranks (default: one a GPU of the smallest that has any), each with
+    its GPU. A rank has `hear() -> list` of what its watcher was told and `ask(signal)`. If one
+    dies, all are started again with the arguments `again` added, at most `restarts` times. Raises
+    MilanError: that of a rank, a cluster that is too small, one death too many.
+    """
+    ours = _connect(address)
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        counts = sorted(int(r.get("GPU" if gpu else "CPU", 0)) for r in alive)[::-1]
+        usable = [count for count in counts if count >= (per_node or 1)]
+        if len(usable) < nodes:
+            kind = "GPUs" if gpu else "cores"
+            raise MilanError(
+                f"{nodes} nodes with {per_node or 1} {kind} each, of a cluster with {counts}",
+                fix=f"--num-nodes {max(1, len(usable))}, or fewer --devices",
+            )
+        each = per_node or (usable[nodes - 1] if gpu else 1)
+        for attempt in range(restarts + 1):
+            ranks = _Ranks(rank, init, nodes, each, gpu)
+            try:
+                died, result = ranks.run(watch)
+            finally:
+                ranks.end()
+            if died is None:
+                return result
+            init = init | again
+            if attempt < restarts:
+                watch.note(
+                    f"{died}; all start again from the last checkpoint ({attempt + 1} of "
+                    f"{restarts} times)"
+                )
+        raise TrainError(
+            f"{died}, after {restarts} restarts",
+            expected=f"{nodes * each} ranks that live",
+            fix="the same line goes on from the last checkpoint",
+        )
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class _Ranks:
+    """One life of all ranks of a run."""
+
+    def __init__(
+        self, rank: tuple[str, str], init: dict[str, Any], nodes: int, each: int, gpu: bool
+    ) -> None:
+        bundle = {"CPU": float(each)} | ({"GPU": float(each)} if gpu else {})
+        self.group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
+        if not self.group.wait(_PLACED):
+            remove_placement_group(self.group)
+            raise MilanError(
+                f"no room for {each} ranks on each of {nodes} nodes within {_PLACED:.0f} s",
+                expected="a cluster that is not busy with something else",
+            )
+        host: Any = ray.remote(_host_class())
+        # Three calls at a time: the run, what it says, and the request to stop.
+        self.actors: list[Any] = [
+            host.options(
+                num_cpus=1, num_gpus=int(gpu), max_restarts=0, max_concurrency=3,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=number // each
+                ),
+            ).remote(_ROOT, *rank, pickle.dumps(init))
+            for number in range(nodes * each)
+        ]  # fmt: skip
+
+    def run(self, watch: Watch) -> tuple[str | None, Any]:
+        """(how a rank died, None), or (None, what rank 0 returned)."""
+        first, size = self.actors[0], len(self.actors)
+        try:
+            _, (host, port) = ray.get(first.call.remote("address"))
+        except ray.exceptions.RayError as error:
+            return f"rank 0 did not start ({_last_line(error)})", None
+        meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # Ray shows each process its own GPU alone: it is number 0 there.
+        tasks = {
+            actor.call.remote("run", meeting | {"RANK": str(rank), "LOCAL_RANK": "0"}): rank
+            for rank, actor in enumerate(self.actors)
+        }
+        died, result, until = None, None, float("inf")
+        with told(self._ask):
+            while tasks and time.monotonic() < until:
+                ready, _ = ray.wait(list(tasks), timeout=0.5)
+                self._hear(watch)
+                for task in ready:
+                    rank = tasks.pop(task)
+                    try:
+                        kind, value = ray.get(task)
+                    except ray.exceptions.RayError as error:
+                        died = died or f"rank {rank} died ({_last_line(error)})"
+                        # The others fall with it; one of them may say why.
+                        until = min(until, time.monotonic() + _GRACE)
+                        continue
+                    if kind == "error":
+                        raise pickle.loads(value)
+                    result = value if rank == 0 else result
+        return died, result
+
+    def _ask(self, number: int) -> None:
+        for actor in self.actors:
+            actor.call.remote("ask", number)
+
+    def _hear(self, watch: Watch) -> None:
+        try:
+            _, heard = ray.get(self.actors[0].call.remote("hear"), timeout=5.0)
+        except ray.exceptions.RayError:
+            return
+        for passed in heard:
+            tell(watch, passed)
+
+    def end(self) -> None:
+        """Let the machines go."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.group)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:200]
 
 
 def cluster_gpus(address: str | None) -> int:
@@ -130,18 +275,18 @@ def _host_class() -> type:
                     del sys.modules[loaded]
             self.worker = getattr(importlib.import_module(module), name)(**pickle.loads(payload))
 
-        def run(self, block: int, views: list[int], folder: str) -> tuple[str, Any]:
+        def call(self, method: str, *arguments: Any) -> tuple[str, Any]:
             import pickle
 
             from milan.errors import MilanError
 
             try:
-                return "records", self.worker.run(block, views, folder)
+                return "result", getattr(self.worker, method)(*arguments)
             except MilanError as error:
                 return "error", pickle.dumps(error)
 
-        def images(self) -> int:
-            return self.worker.images
+        def read(self, name: str) -> Any:
+            return getattr(self.worker, name)
 
     return Host
 
@@ -167,8 +312,7 @@ class _Pool:
         self.host: Any = ray.remote(_host_class()).options(
             num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=2
         )
-        root = str(Path(__file__).resolve().parent.parent)
-        self.arguments = (root, *worker, pickle.dumps(init))
+        self.arguments = (_ROOT, *worker, pickle.dumps(init))
         self.replicas, self.attempts = replicas, attempts
         self.running: dict[Any, _Try] = {}
         self.again: deque[int] = deque()  # blocks to be tried again
@@ -197,7 +341,7 @@ class _Pool:
                 attempt = self.begun[block] = self.begun.get(block, -1) + 1
                 actor, folder = idle.pop(), folder_of(block, attempt)
                 views = np.flatnonzero(todo[block]).tolist()
-                task = actor.run.remote(block, views, str(folder))
+                task = actor.call.remote("run", block, views, str(folder))
                 self.running[task] = _Try(actor, block, attempt, folder, time.monotonic())
             if not self.running:
                 return lost
@@ -214,7 +358,7 @@ class _Pool:
                 except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                     dead = isinstance(error, ray.exceptions.RayActorError)
                     idle.append(self.host.remote(*self.arguments) if dead else ended.actor)
-                    why = str(error).strip().splitlines()[-1][:300]
+                    why = _last_line(error)
                     on_failure(block, ended.attempt, why)
                     self.failed[block] = self.failed.get(block, 0) + 1
                     if any(other.block == block for other in self.running.values()):
@@ -258,6 +402,6 @@ class _Pool:
     def _ask(self, seen: dict[Any, int]) -> None:
         for work in self.running.values():
             try:
-                seen[work.actor] = ray.get(work.actor.images.remote(), timeout=0.5)
+                seen[work.actor] = ray.get(work.actor.read.remote("images"), timeout=0.5)
             except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
                 continue  # starting, or dead: the task itself will say

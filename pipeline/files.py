@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milan.errors import CacheError
+from milan.files import sync_folder
 
 
 def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
@@ -40,15 +41,6 @@ def told_if_full(doing: str) -> Iterator[None]:
             f"no space left while {doing}",
             fix="free some space and run the same line again: nothing is lost",
         ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def holds(path: Path, data: bytes) -> bool:

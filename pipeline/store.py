@@ -27,6 +27,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from milan.errors import CacheError
+from milan.files import sync_folder
 from milan.format import (
     CONTENT,
     FORMAT,
@@ -46,7 +47,7 @@ from milan.format import (
     record_name,
 )
 from milan.manifest import Manifest
-from pipeline.files import holds, sync_folder, take_lock, write_whole
+from pipeline.files import holds, take_lock, write_whole
 from pipeline.tally import Tally
 
 STAGING = ".staging"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from milan.settings import PretrainConfig
+from milan.signals import REQUEUE
 from stages.options import settings_command
 
 
@@ -14,8 +16,9 @@ from stages.options import settings_command
     PretrainConfig,
     (
         "cache", "layer", "out", "data_root", "model", "objective", "masking", "epochs",
-        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "precision", "device",
-        "num_workers", "local", "cache_limit",
+        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "on_growth",
+        "on_nonfinite", "precision", "device", "devices", "num_nodes", "address", "parallel",
+        "num_workers", "local", "cache_limit", "held_out", "probe_every", "report_to",
     ),
 )  # fmt: skip
 def pretrain(
@@ -39,10 +42,14 @@ def pretrain(
     Leaves encoder.safetensors, which timm loads. Killed at any moment, the same line goes on.
     """
     from milan.config import resolve
-    from milan.pretraining import pretrain as run
     from stages import console
 
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
+    run: Callable[..., dict[str, Any]]
+    if config.num_nodes > 1 or config.address:
+        from pipeline.training import pretrain_on_cluster as run
+    else:
+        from milan.pretraining import pretrain as run
     figures = run(
         config,
         resume=resume,
@@ -50,6 +57,8 @@ def pretrain(
         stop_after=max_steps,
         watch=console.ConsoleWatch(),
     )
+    if figures["rank"]:
+        return  # another process says it
     rows = [
         ("run", figures["run"]),
         ("step", f"{figures['step']:,} of {figures['steps']:,}"),
@@ -59,3 +68,10 @@ def pretrain(
         ("encoder", figures["run"] + "/encoder.safetensors"),
     ]
     console.table("Pretrained", ("what", ""), rows)
+    if "stopped_by" in figures:
+        console.err.print(
+            f"milan: stopped by {figures['stopped_by']} at step {figures['step']}, checkpoint "
+            "written; the same line goes on",
+            markup=False,
+        )
+        raise typer.Exit(REQUEUE)

@@ -32,9 +32,9 @@ def linear_probe(
     teacher_norm: _Teacher = None,
 ) -> None:
     """Fit a linear classifier on frozen features (class token, mean of patches); measure it."""
-    from milan.checkpoint import make_writable, write_json
     from milan.config import resolve
     from milan.errors import ConfigError
+    from milan.files import make_writable, write_json
     from milan.transfer import linear_probe as run
     from stages import console
 

@@ -17,8 +17,9 @@ from milan.device import MEAN, STD, normalise
 from milan.masking import visible_count
 from milan.objectives import feature_regression
 from milan.order import StepSampler, order_of
-from milan.pretraining import loss_function, predict, resolved, student_of
+from milan.pretraining import resolved
 from milan.settings import PretrainConfig
+from milan.task import loss_function, predict, student_of
 from milan.train import decay_groups
 from pipeline.extract import extract_targets
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher

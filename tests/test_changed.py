@@ -13,7 +13,7 @@ import pytest
 from conftest import STUDENT
 
 import milan
-from milan import changed, pretraining
+from milan import changed, task
 from milan.cache import TargetCache
 from milan.changed import changed_images
 from milan.data import open_cache
@@ -36,13 +36,13 @@ def copied(photos: Path, tmp_path: Path) -> Path:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(row, view) of every image that a student is shown."""
     shown: list[tuple[int, int]] = []
-    predict = pretraining.predict
+    predict = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
         shown.extend(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
         return predict(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     return shown
 
 

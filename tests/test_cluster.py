@@ -12,7 +12,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -263,6 +265,56 @@ def test_a_node_that_dies(
     (tmp_path / "other").mkdir()
     assert tree(folder / STORE) == local(many, tmp_path / "other" / STORE, teacher_files)
     assert not (folder / STORE / ".staging").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, True])
+def test_pretraining_on_two_nodes(
+    killed: bool, store: Path, tmp_path: Path, teacher_files: dict[str, str]
+) -> None:
+    """A rank on each node, told from here; one killed: all start again; one run in any case."""
+    from ray.cluster_utils import Cluster
+    from test_pretrain import SMALL, Notes, log_of
+
+    import milan
+    from pipeline.training import pretrain_on_cluster
+
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    settings: dict[str, Any] = {**SMALL, "log_every": 1, "save_every": 3, "epochs": 20}
+    milan.pretrain(str(store), out=str(alone), **settings)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    notes = Notes()
+    try:
+        nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        config = milan.PretrainConfig(
+            str(store), out=str(shared), num_nodes=2, address=nodes.address, **settings
+        )
+        if killed:
+            Thread(target=kill_a_rank, args=(shared / "log.jsonl",), daemon=True).start()
+        figures = pretrain_on_cluster(config, watch=notes)
+        with pytest.raises(MilanError, match="3 nodes with 1 cores each, of a cluster with"):
+            pretrain_on_cluster(replace(config, num_nodes=3), watch=notes)
+    finally:
+        nodes.shutdown()
+    assert (figures["finished"], figures["rank"]) == (True, 0)
+    told = [line for line in notes.lines if line.startswith("steps: 60 of 8 images (2 x ")]
+    assert len(told) == 1 + killed
+    assert any("start again from the last checkpoint" in line for line in notes.lines) == killed
+    ours, theirs = ([line["loss"] for line in log_of(run)] for run in (shared, alone))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def kill_a_rank(log: Path) -> None:
+    """SIGKILL one of the actors once training is on its way."""
+    until(lambda: log.exists() and '"step": 8,' in log.read_text())
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::Host.call" in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
+        except OSError:
+            continue
 
 
 # --- a running cluster ----------------------------------------------------------------------------

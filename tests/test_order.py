@@ -185,12 +185,12 @@ def test_global_is_one_window(cache: TargetCache) -> None:
 
 def test_without_is_as_if_never_there() -> None:
     """Rows known before a run are left out like bad ones."""
-    fewer = order().without(np.array([4, 10]))
+    fewer = order().dropped(np.array([4, 10]), GOOD[:0])
     assert fewer.good.tolist() == [0, 1, 2, 5, 6, 7, 9, 11]
     assert fewer.shards.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert sorted(fewer.epoch(0)[0].tolist()) == fewer.good.tolist()
     with pytest.raises(ConfigError, match="batch size 4 with 3 usable"):
-        order().without(GOOD[:7])
+        order().dropped(GOOD[:7], GOOD[:0])
 
 
 @pytest.mark.parametrize("batch_size", [4, 5])

@@ -24,10 +24,11 @@ from conftest import STUDENT, Ran, make_photos, run_here, tree
 from safetensors.torch import load_file
 
 import milan
-from milan import PretrainConfig, pretraining
+from milan import PretrainConfig, task
 from milan.cache import TargetCache
 from milan.errors import TrainError
 from milan.model import DECODER, Decoder
+from milan.order import Order
 from milan.pretraining import resolved
 from milan.train import Course, decay_groups, learning_rate
 from pipeline.extract import extract_targets
@@ -206,7 +207,6 @@ def test_overwrite_restarts_only_other_settings(store: Path, tmp_path: Path) -> 
         ("mask_ratio", 0.5),
         ("objective", "pixels"),
         ("weight_decay", 0.1),
-        ("micro_batch", 4),
         ("precision", "bf16"),
         ("decoder", {"embed_dim": 16, "depth": 1, "num_heads": 2}),
         ("model_args", {**STUDENT["model_args"], "depth": 1}),
@@ -310,7 +310,8 @@ def test_tensorboard(whole: Path) -> None:
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
     assert set(board.Tags()["scalars"]) == {
-        "train/epoch", "train/loss", "train/lr", "train/images_per_second", "train/wait_share"
+        "train/epoch", "train/loss", "train/lr", "train/grad_norm", "train/images_per_second",
+        "train/wait_share",
     }  # fmt: skip
     lines = log_of(whole)
     shown = board.Scalars("train/loss")
@@ -407,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops(
 ) -> None:
     """The rows of the batch are named, the last checkpoint stays, and the run can go on."""
     calls, seen = 0, []
-    regression = pretraining.feature_regression
+    regression = task.feature_regression
 
     def breaks(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -415,18 +416,19 @@ def test_a_loss_that_is_not_finite_stops(
         return regression(prediction, features) * (math.nan if calls == 6 else 1)
 
     again = {**SMALL, "out": str(tmp_path), "save_every": 4}
-    monkeypatch.setattr(pretraining, "feature_regression", breaks)
-    batch_rows = pretraining.predict
+    monkeypatch.setattr(task, "feature_regression", breaks)
+    batch_rows = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
-        seen.append(batch.rows.tolist())
+        pairs = zip(batch.rows.tolist(), batch.views.tolist(), strict=True)
+        seen.append([f"{row}.{view}" for row, view in pairs])
         return batch_rows(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     with pytest.raises(TrainError, match="loss of step 5 is nan") as stopped:
         milan.pretrain(str(store), **again)
     assert "the last checkpoint is step 4" in stopped.value.found
-    assert "rows of the batch: " + ", ".join(map(str, seen[-1])) in stopped.value.found
+    assert "rows and views of the batch: " + ", ".join(seen[-1]) in stopped.value.found
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     notes = Notes()
@@ -463,13 +465,13 @@ def test_bad_rows_are_left_out_by_plan(
         max_bad="2", **teacher_files,
     )  # fmt: skip
     seen: list[int] = []
-    predict = pretraining.predict
+    predict = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
         seen.extend(batch.rows.tolist())
         return predict(student, images, batch, *rest)
 
-    monkeypatch.setattr(pretraining, "predict", watched)
+    monkeypatch.setattr(task, "predict", watched)
     notes = Notes()
     run = {**SMALL, "out": str(tmp_path / "run"), "batch_size": 6, "epochs": 2}
     milan.pretrain(str(tmp_path / "t.zarr"), watch=notes, **run)
@@ -503,8 +505,9 @@ def test_the_defaults_are_the_published_recipe() -> None:
 def test_the_rate_of_every_step() -> None:
     """Per step, not per epoch, at the published length: 312 steps of 4,096 an epoch."""
     course = Course(
-        epochs=400, steps_per_epoch=312, batch_size=4096, accumulate=16, lr=2.4e-3,
-        warmup_epochs=40, min_lr=0, precision="fp32", save_every=312, keep=2, log_every=10,
+        stream=Order(*[np.arange(312 * 4096)] * 2, 1, 1, 0, 4096, 1), epochs=400, accumulate=16,
+        lr=2.4e-3, warmup_epochs=40, min_lr=0, precision="fp32", save_every=312, save_minutes=15,
+        keep=2, log_every=10,
     )  # fmt: skip
     assert course.rate(0) == 0
     assert course.rate(20 * 312) == pytest.approx(1.2e-3)

@@ -1,0 +1,57 @@
+"""Targets of the teacher's grid of patches, for a student whose patches are of another size.
+
+Both grids cover the same view edge to edge, so positions are shares of the view, and a patch's
+place is its centre: no half-pixel shift. B views, N patches (`patches`: the student's), T = 1 + N.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+def resampled_features(features: torch.Tensor, patches: int) -> torch.Tensor:
+    """Token features [B, T, C] of one grid to those [B, 1 + patches, C] of another, float32.
+
+    Linear interpolation between the centres of patches; where the new grid is coarser the filter
+    is as wide as a new patch (torch's antialiased bilinear). Row 0 stays as it is.
+    """
+    b, t, c = features.shape
+    old, new = round((t - 1) ** 0.5), round(patches**0.5)
+    grid = features[:, 1:].float().reshape(b, old, old * c)
+    weights = _interpolation(old, new).to(features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        rows = (weights @ grid).view(b, new, old, c)
+        resampled = weights @ rows
+    return torch.cat([features[:, :1].float(), resampled.view(b, patches, c)], dim=1)
+
+
+def resampled_attention(attention: torch.Tensor, patches: int) -> torch.Tensor:
+    """Attention [B, N] of one grid to [B, patches] of another, float32; > 0 stays > 0.
+
+    What a patch was given is spread evenly over its area, and a new patch gets what lies in its
+    own. The sum stays the same, of every region that both grids can draw.
+    """
+    old, new = round(attention.shape[1] ** 0.5), round(patches**0.5)
+    shares = _overlap(old, new).to(attention.device)
+    with torch.autocast(attention.device.type, enabled=False):
+        grid = attention.float().view(-1, old, old)
+        return (shares @ grid @ shares.T).flatten(1)
+
+
+@lru_cache(maxsize=8)
+def _interpolation(old: int, new: int) -> torch.Tensor:
+    """Weights [new, old] of the old centres at the new ones; rows sum to one."""
+    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5
+    distance = (centres[:, None] - torch.arange(old)).abs()
+    weights = (1 - distance / max(1.0, old / new)).clamp_min(0)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+@lru_cache(maxsize=8)
+def _overlap(old: int, new: int) -> torch.Tensor:
+    """Which share of each old interval lies in each new one [new, old]; columns sum to one."""
+    ends, edges = torch.arange(new + 1) * old, torch.arange(old + 1) * new  # in 1 / (old * new)
+    inside = torch.minimum(ends[1:, None], edges[1:]) - torch.maximum(ends[:-1, None], edges[:-1])
+    return inside.clamp_min(0).float() / new

@@ -1,0 +1,126 @@
+"""What a run leaves to read: lines of JSON, a CSV of curves, and those it reports to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from milan.errors import ConfigError
+from milan.files import write_text
+
+LOG = "log.jsonl"
+CURVES = "curves.csv"
+_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
+_JUDGED = ("val_loss", "val_cosine", "knn_top1")
+
+
+class Reporter(Protocol):
+    """Someone who shows a run to people."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Figures of a step, by name."""
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+
+    def close(self) -> None:
+        """No more will come from this process."""
+
+
+class Journal:
+    """The log, its curves and the reporters; a resumed run goes on in all of them.
+
+    The log alone makes the others anew.
+    """
+
+    def __init__(self, run: Path, start: int, reporters: list[Reporter]) -> None:
+        self.path, self.csv, self.reporters = run / LOG, run / CURVES, reporters
+        self.lines = kept_lines(run, start)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+
+    def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+        """A line of figures, and pictures by name."""
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for reporter in self.reporters:
+            reporter.add(line)
+            for name, pixels in pictures.items():
+                reporter.picture(name, line["step"], pixels)
+
+    def curves(self) -> None:
+        """DVC plots CSV, not JSON lines."""
+        columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in self.lines))]
+        rows = [",".join(columns)]
+        rows += [",".join(str(line.get(key, "")) for key in columns) for line in self.lines]
+        write_text(self.csv, "\n".join(rows) + "\n")
+
+    def last(self) -> dict[str, Any]:
+        """What the log says in the end of loss and judgement; empty if it never spoke."""
+        found: dict[str, Any] = {}
+        for line in self.lines:
+            found |= {key: line[key] for key in ("loss", *_JUDGED) if key in line}
+        return found
+
+    def close(self) -> None:
+        """The last curves, and good-bye."""
+        self.curves()
+        self.file.close()
+        for reporter in self.reporters:
+            reporter.close()
+
+
+def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of the log up to `step`; what a killed run logged after it will be logged anew."""
+    kept = []
+    for text in (run / LOG).read_text().splitlines() if (run / LOG).exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short when the run was killed
+        if line["step"] <= step:
+            kept.append(line)
+    return kept
+
+
+class TensorBoard:
+    """Scalars and pictures below the run's folder."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(
+            str(run / "tensorboard"), purge_step=start + 1 if start else None
+        )
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line as a scalar."""
+        for key, value in line.items():
+            if key != "step":
+                self.board.add_scalar(f"train/{key}", value, line["step"])
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.board.close()
+
+
+REPORTERS = {"tensorboard": TensorBoard}
+
+
+def reporters_of(names: str, run: Path, start: int) -> list[Reporter]:
+    """The reporters of a list such as `tensorboard,wandb`; `none` is none. Raises ConfigError."""
+    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    for name in chosen:
+        if name not in REPORTERS:
+            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
+    return [REPORTERS[name](run, start) for name in chosen]

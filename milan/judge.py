@@ -1,0 +1,117 @@
+"""How a run is judged while it goes on: by rows it never trains on, and by its neighbours' labels.
+
+No labels are needed for the first: the loss on held-out rows, always masked alike, and how near the
+prediction is to what the teacher said. With labels, a k-NN probe (Wu et al. 2018, as DINO has it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from milan import draws
+from milan.data import Batch, CachedDataset
+from milan.device import autocast
+from milan.errors import ConfigError
+from milan.order import ASKED, JUDGED, KNOWN, Address, Stream
+from milan.ranks import Ranks
+from milan.settings import PretrainConfig
+
+_NEIGHBOURS, _TEMPERATURE = 20, 0.07
+
+
+class Judge:
+    """Which rows come after an epoch, and what they say of the student."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        dataset: CachedDataset,
+        stream: Stream,
+        *,
+        measure: Callable[[Batch], tuple[torch.Tensor, torch.Tensor | None]],
+        represent: Callable[[Batch], torch.Tensor],
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        """What is called on a batch on this rank's device.
+
+        `measure` gives the mean loss, and the mean cosine to the teacher of hidden patches if there
+        is one; `represent` gives features [B, F].
+        """
+        self.config, self.dataset, self.stream = config, dataset, stream
+        self.measure, self.represent = measure, represent
+        self.ranks, self.device = ranks, device
+        if config.probe_every:
+            self._check_labels()
+
+    def addresses(self, epoch: int) -> list[Address]:
+        """What is asked for after an epoch, for all ranks."""
+        order = self.stream.of_epoch(epoch)
+        held, found = order.held, list[Address]()
+        if len(held):
+            found.append((JUDGED, held, np.zeros_like(held)))
+        if self.config.probe_every and (epoch + 1) % self.config.probe_every == 0:
+            mix = draws.permutation(order.seed, draws.SAMPLE, (2,), len(order.good))
+            known = np.sort(order.good[mix[: self.config.probe_images]])
+            found += [(KNOWN, known, np.zeros_like(known)), (ASKED, held, np.zeros_like(held))]
+        return found
+
+    def __call__(self, mine: list[Address], batches: Iterator[Batch]) -> dict[str, float]:
+        """Figures of this rank's addresses, of which `batches` are what was read."""
+        sums, comparable = [0.0, 0.0, 0.0], False
+        features: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
+        labels: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
+        with torch.no_grad(), autocast(self.device, self.config.precision):
+            for kind, rows, _ in mine:
+                batch = next(batches)
+                if kind == JUDGED:
+                    loss, cosine = self.measure(batch)
+                    sums[0] += len(rows) * float(loss)
+                    sums[2] += len(rows)
+                    if cosine is not None:
+                        comparable = True
+                        sums[1] += len(rows) * float(cosine)
+                else:
+                    features[kind].append(self.represent(batch).float())
+                    labels[kind].append(torch.from_numpy(self.dataset.labels[rows]))
+        loss_sum, cosine_sum, count = self.ranks.sums(sums)
+        figures: dict[str, float] = {}
+        if count:
+            figures["val_loss"] = loss_sum / count
+        if comparable:
+            figures["val_cosine"] = cosine_sum / count
+        if features[ASKED]:
+            known, asked = (
+                [self.ranks.gather(torch.cat(parts[kind])) for parts in (features, labels)]
+                for kind in (KNOWN, ASKED)
+            )
+            figures["knn_top1"] = nearest_neighbours(*known, *asked)
+        return figures
+
+    def _check_labels(self) -> None:
+        order = self.stream.of_epoch(0)
+        labels = self.dataset.labels
+        if not len(order.held) or (labels[np.concatenate([order.held, order.good])] < 0).any():
+            raise ConfigError(
+                "probe_every without labels or without held-out rows",
+                expected="a store whose images have labels, and held_out above 0",
+                fix="--set probe_every=null",
+            )
+
+
+def nearest_neighbours(
+    known: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor, truth: torch.Tensor
+) -> float:
+    """Percent of the `asked` features [m, F] whose `truth` [m] their neighbours in `known` name.
+
+    The 20 nearest by cosine vote for their `labels` [n] with weights exp(cosine / 0.07).
+    """
+    known, asked = F.normalize(known, dim=1), F.normalize(asked, dim=1)
+    near, at = (asked @ known.T).topk(min(_NEIGHBOURS, len(known)), dim=1)
+    votes = torch.zeros(len(asked), int(max(labels.max(), truth.max())) + 1)
+    votes.scatter_add_(1, labels[at], (near / _TEMPERATURE).exp())
+    return 100 * float((votes.argmax(dim=1) == truth).float().mean())

@@ -1,0 +1,191 @@
+"""Ranks on this machine: started together, restarted together, told of signals together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from milan.data import end_with_parent
+from milan.errors import MilanError, TrainError
+from milan.signals import Stop, told
+from milan.watch import Passing, Silent, Watch, tell
+
+_GRACE = 5.0  # seconds in which ranks may say what they died of
+
+
+def launch(
+    work: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    ranks: int,
+    restarts: int,
+    again: dict[str, Any],
+    watch: Watch,
+) -> Any:
+    """Call `work(**arguments, watch=…)` in `ranks` processes; returns what rank 0's call does.
+
+    Each finds in its environment who it is (milan.ranks). If one dies, all are started again, at
+    most `restarts` times and with the arguments `again`: they go on from the last checkpoint. A
+    MilanError of one is raised here, and so is, as TrainError, one death too many. `work` and its
+    arguments are pickled.
+    """
+    for attempt in range(restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="milan-ranks-") as folder:
+            died = _once(work, arguments, ranks, Path(folder), watch)
+            errors = [_read(path) for path in sorted(Path(folder).glob("error.*"))]
+            if errors:
+                raise errors[0]
+            if died is None:
+                return _read(Path(folder) / "result")
+        arguments = arguments | again
+        if attempt < restarts:
+            watch.note(f"{died}; all start again from the last checkpoint ({attempt + 1} of "
+                       f"{restarts} times)")  # fmt: skip
+    raise TrainError(
+        f"{died}, after {restarts} restarts",
+        expected=f"{ranks} ranks that live",
+        fix="the same line goes on from the last checkpoint",
+    )
+
+
+def _once(
+    work: Callable[..., Any], arguments: dict[str, Any], ranks: int, folder: Path, watch: Watch
+) -> str | None:
+    """One life of all ranks; how the first of them died, or None."""
+    context, port = multiprocessing.get_context("spawn"), _free_port()
+    heard, speaks = context.Pipe(duplex=False)
+    processes = [
+        context.Process(
+            target=_rank,
+            args=(rank, ranks, port, folder, work, arguments, speaks if rank == 0 else None),
+        )
+        for rank in range(ranks)
+    ]
+    with told(lambda number: _pass_on(processes, number)):
+        for process in processes:
+            process.start()
+        speaks.close()
+        alive: dict[Any, int] = {p.sentinel: rank for rank, p in enumerate(processes)}
+        died, listening = None, [heard]
+        while alive and died is None:
+            for ready in multiprocessing.connection.wait([*alive, *listening]):
+                if ready is not heard:
+                    rank = alive.pop(ready)
+                    died = died or _end_of(processes[rank], rank)
+                elif not _hear(heard, watch):
+                    listening = []
+        while listening and heard.poll() and _hear(heard, watch):
+            pass  # what rank 0 said last
+        until = time.monotonic() + _GRACE
+        for process in processes:
+            if died is not None:
+                process.join(max(0.0, until - time.monotonic()))
+                process.kill()
+            process.join()
+    return died
+
+
+def _hear(heard: Any, watch: Watch) -> bool:
+    """Pass one thing on that rank 0 said; False if it has ended."""
+    try:
+        tell(watch, heard.recv())
+    except EOFError:
+        return False
+    return True
+
+
+def _end_of(process: Any, rank: int) -> str | None:
+    """How a process died, None if it ended well."""
+    process.join()
+    code = process.exitcode or 0
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"rank {rank} died ({name})" if code else None
+
+
+def _pass_on(processes: list, number: int) -> None:
+    for process in processes:
+        if process.pid and process.is_alive():
+            os.kill(process.pid, number)
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    folder: Path,
+    work: Callable[..., Any],
+    arguments: dict[str, Any],
+    speaks: Any,
+) -> None:
+    """A rank's process; `speaks` is where rank 0's watcher is heard."""
+    Thread(target=end_with_parent, daemon=True).start()
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    try:
+        result = work(**arguments, watch=Passing(speaks.send) if speaks else Silent())
+    except MilanError as error:
+        _write(folder / f"error.{rank}", error)
+        sys.exit(1)
+    if rank == 0:
+        _write(folder / "result", result)
+
+
+class Rank:
+    """A rank in a process that another machine asked for; see pipeline.cluster.run_ranks."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.stop = arguments, Stop()
+        self.said: deque[tuple[str, tuple, dict]] = deque()
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks can meet on this machine."""
+        return socket.gethostbyname(socket.gethostname()), _free_port("")
+
+    def run(self, environment: dict[str, str]) -> Any:
+        """Pretrain as one of the ranks that `environment` tells of."""
+        from milan.pretraining import pretrain
+
+        os.environ |= environment
+        return pretrain(**self.arguments, stop=self.stop, watch=Passing(self.said.append))
+
+    def hear(self) -> list[tuple[str, tuple, dict]]:
+        """What the watcher was told since the last call."""
+        return [self.said.popleft() for _ in range(len(self.said))]
+
+    def ask(self, number: int) -> None:
+        """Pass a signal on."""
+        self.stop.ask(number)
+
+
+def _free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _write(path: Path, value: Any) -> None:
+    part = path.with_name(f".{path.name}")
+    part.write_bytes(pickle.dumps(value))
+    os.replace(part, path)
+
+
+def _read(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())  # of our own process, in a folder that only we can read

@@ -1,0 +1,174 @@
+"""One process or many: who this one is, and how they agree.
+
+A run has `size` ranks; each has a device, walks its slice of every batch, and holds the same
+weights (`ddp`) or its share of them (`fsdp`). The only module that reads RANK and its kin, and the
+only one that talks between processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from milan.errors import ConfigError, MilanError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: a checkpoint, a probe
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    """Its number on its machine: which GPU it has."""
+
+    @classmethod
+    def of_environment(cls) -> Ranks | None:
+        """Who torchrun, srun or a launcher of ours says this is; None if nobody says."""
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone, not by sbatch
+            env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+            size = int(env["SLURM_STEP_NUM_TASKS"])
+            return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]))
+        return None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0: it writes and speaks."""
+        return self.rank == 0
+
+    def agree(self, flags: int) -> int:
+        """The bits that any rank has set."""
+        if self.size == 1:
+            return flags
+        both = torch.tensor([flags >> bit & 1 for bit in range(8)], dtype=torch.int32)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return sum(int(value) << bit for bit, value in enumerate(both.tolist()))
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each number summed over the ranks, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows [n, ...] of all ranks one after the other, on the CPU; n is the same in all."""
+        if self.size == 1:
+            return tensor.cpu()
+        parts = [torch.empty_like(tensor, device="cpu") for _ in range(self.size)]
+        dist.all_gather(parts, tensor.cpu().contiguous())
+        return torch.cat(parts)
+
+    def once(self, act: Callable[[], T]) -> T:
+        """What `act` returns on rank 0, which alone calls it; its MilanError is raised on all."""
+        if self.size == 1:
+            return act()
+        told: list[Any] = [None]
+        if self.first:
+            try:
+                told = [act()]
+            except MilanError as error:
+                told = [error]
+        dist.broadcast_object_list(told)
+        if isinstance(told[0], MilanError):
+            raise told[0]
+        return told[0]
+
+
+@contextmanager
+def joined(ranks: Ranks | None, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """Inside, this process is one of its ranks; gives them and this one's device.
+
+    Raises ConfigError if this machine has no GPU for it.
+    """
+    if ranks is None or ranks.size == 1:
+        yield Ranks(), device
+        return
+    if device.type == "cuda":
+        if ranks.local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {ranks.rank} is number {ranks.local} on its machine, which has "
+                f"{torch.cuda.device_count()} GPUs",
+                expected="at most one rank for each GPU",
+            )
+        device = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(device)
+    # Numbers and objects travel by gloo, from the CPU; gradients by what suits the device.
+    kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(kind, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE)
+    yield ranks, device
+    # Not after an error: whoever waits for this rank learns it when this process has ended, and
+    # has said why.
+    dist.destroy_process_group()
+
+
+def spread(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
+    """What to call for a prediction, so that gradients are those of the whole batch.
+
+    `ddp` gives a wrapper around `student`; `fsdp` shards the student itself, a block at a time, and
+    needs no wrapper. Make the optimiser afterwards.
+    """
+    if ranks.size == 1:
+        return student
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(student)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    where = next(student.parameters()).device.type
+    mesh = init_device_mesh(where, (ranks.size,))
+    for stack in (student.encoder.blocks, student.decoder.blocks):  # type: ignore[union-attr]
+        for block in stack:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    register_fsdp_forward_method(student, "represent")
+    return student
+
+
+def summed(network: nn.Module, now: bool) -> AbstractContextManager:
+    """A micro-batch whose gradients are summed over the ranks `now`, or later with the others."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(now)  # type: ignore[operator]
+    elif isinstance(network, nn.parallel.DistributedDataParallel) and not now:
+        return network.no_sync()
+    return nullcontext()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its shards: itself, or gathered from the ranks (all must ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value` where, and sharded as, `parameter` is."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh") or value.ndim != parameter.ndim:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: `gpu[07-09,12]` gives gpu07."""
+    name = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if name is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes}", expected="names of nodes")
+    return name[1] + (name[2] or "")

@@ -1,0 +1,62 @@
+"""Pretraining on a Ray cluster: the same run, its ranks started on several machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from milan.device import pick_device
+from milan.errors import ConfigError
+from milan.places import place
+from milan.settings import PretrainConfig
+from milan.watch import Silent, Watch
+from pipeline.cluster import run_ranks
+
+
+def pretrain_on_cluster(
+    config: PretrainConfig,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """`milan.pretrain` with a rank on each device of `config.num_nodes` machines.
+
+    The store, the images and the run's folder are on a disk that all machines share, under the
+    same paths, or in a bucket. Returns what milan.pretrain does. Raises MilanError.
+    """
+    config.check()
+    if not config.address:
+        raise ConfigError(
+            f"num_nodes {config.num_nodes} without a cluster",
+            expected="--address of a Ray cluster; torchrun and srun start ranks themselves",
+        )
+    alone = replace(
+        config,
+        cache=_absolute(config.cache),
+        out=_absolute(config.out),
+        data_root=_absolute(config.data_root) if config.data_root else None,
+        local=_absolute(config.local) if config.local else None,
+        num_nodes=1,
+        address=None,
+        devices=1,
+    )
+    return run_ranks(
+        ("milan.launch", "Rank"),
+        {"cache": alone, "resume": resume, "overwrite": overwrite, "stop_after": stop_after},
+        nodes=config.num_nodes,
+        per_node=config.devices,
+        gpu=config.device in ("auto", "cuda") and pick_device(config.device).type == "cuda",
+        address=config.address,
+        restarts=config.max_restarts,
+        again={"resume": "auto", "overwrite": False},
+        watch=watch or Silent(),
+    )
+
+
+def _absolute(where: str) -> str:
+    """On another machine the working folder is another."""
+    found = place(where)
+    return str(found.absolute()) if isinstance(found, Path) else where

@@ -1,0 +1,270 @@
+"""Several ranks: the same run as one, restarted when one dies, stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import STUDENT, run_here
+from safetensors.torch import load_file
+from test_pretrain import SMALL, Notes, log_of, weights
+
+import milan
+from milan.errors import ConfigError, MilanError, TrainError
+from milan.order import JUDGED, Order, StepSampler
+from milan.ranks import Ranks, first_host
+
+TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
+JOIN = """
+import sys, torch
+from milan.ranks import Ranks, joined
+from milan.errors import ConfigError
+with joined(Ranks.of_environment(), torch.device("cpu")) as (ranks, device):
+    assert ranks.agree(1 << ranks.rank) == 3
+    assert ranks.sums([1.5, ranks.rank]) == [3.0, 1.0]
+    rows = ranks.gather(torch.full((2, 1), ranks.rank))
+    assert rows.flatten().tolist() == [0, 0, 1, 1]
+    assert ranks.once(lambda: ranks.rank + 7) == 7
+    def refuse():
+        raise ConfigError("no")
+    try:
+        ranks.once(refuse)
+    except ConfigError as error:
+        print("refused", error, flush=True)
+"""
+
+
+def close(ours: Path, theirs: Path) -> None:
+    """Losses of two runs agree to float tolerance, and so do the weights they end with."""
+    a, b = ([line["loss"] for line in log_of(run)] for run in (ours, theirs))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    one, two = (load_file(run / "encoder.safetensors") for run in (ours, theirs))
+    apart = sum((one[name] - two[name]).square().sum() for name in one)
+    assert (apart / sum(two[name].square().sum() for name in two)).sqrt() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on one rank, two micro-batches a step."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("alone") / "run"
+    one = {**TWO, "devices": 1, "num_workers": 0, "micro_batch": 4}
+    milan.pretrain(str(store), out=str(run), **one)
+    return run
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_two_one(parallel: str, alone: Path, store: Path, tmp_path: Path) -> None:
+    """Begun on one rank, continued on two, ended on one: rows, masks and losses are the same."""
+    run = {**TWO, "out": str(tmp_path / "run"), "parallel": parallel, "micro_batch": 2}
+    milan.pretrain(str(store), **run | {"devices": 1, "stop_after": 5})
+    notes = Notes()
+    figures = milan.pretrain(str(store), **run | {"stop_after": 9}, watch=notes)
+    assert (figures["step"], figures["finished"]) == (14, False)
+    assert "(2 x 2 x 2)" in notes.line("steps: ")
+    assert notes.begun == [(21, 5)]
+    milan.pretrain(str(store), **run | {"devices": 1})
+    close(tmp_path / "run", alone)
+
+
+def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
+    """All start again from the last checkpoint; told; the losses are those of a quiet run."""
+    out = tmp_path / "run"
+    line = _line(store, out, "--devices", 2)
+    process = _start(line)
+    _wait_for(process, out, 6)
+    ranks = _children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "died (SIGKILL)" in said or "all start again" in said
+    assert "1 of 3 times" in said
+    close(out, alone)
+
+
+def test_a_rank_that_dies_too_often(store: Path, tmp_path: Path) -> None:
+    """After so many restarts the run ends with one line, and can go on."""
+    out = tmp_path / "run"
+    process = _start(_line(store, out, "--devices", 2, "--set", "max_restarts=0"))
+    _wait_for(process, out, 4)
+    os.kill(_children(process.pid)[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "after 0 restarts" in said
+    assert "goes on from the last checkpoint" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop(number: signal.Signals, store: Path, alone: Path, tmp_path: Path) -> None:
+    """The step in hand is finished and saved; handlers are what they were; the run can go on."""
+
+    class Impatient(Notes):
+        def advance(self, done: int, figures: str = "") -> None:
+            if done == 5:
+                os.kill(os.getpid(), number)
+
+    one = {**TWO, "devices": 1, "micro_batch": 4, "out": str(tmp_path)}
+    before = signal.getsignal(number)
+    figures = milan.pretrain(str(store), watch=Impatient(), **one)
+    assert signal.getsignal(number) is before
+    assert (figures["step"], figures["stopped_by"]) == (6, number.name)
+    figures = milan.pretrain(str(store), **one)
+    assert "stopped_by" not in figures
+    assert weights(tmp_path) == weights(alone)
+
+
+def test_ranks_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
+    """All finish the same step; code 75, so that a scheduler requeues; the same line goes on."""
+    out = tmp_path / "run"
+    line = _line(store, out, "--devices", 2)
+    process = _start(line)
+    _wait_for(process, out, 5)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "the same line goes on" in said
+    stopped = max(int(p.name[5:]) for p in (out / "checkpoints").iterdir())
+    assert 5 <= stopped < 21
+    assert log_of(out)[-1]["step"] == stopped
+    done = run_here(*line[1:-1], 1)
+    assert done.code == 0, done.err
+    assert f"at step {stopped}" in done.out
+    close(out, alone)
+
+
+def test_an_error_of_a_rank_is_the_runs(store: Path, tmp_path: Path) -> None:
+    """What a rank finds wrong is said once, by its own words, and nothing is restarted."""
+    notes = Notes()
+    bad = {**TWO, "out": str(tmp_path), "lr": 1e30, "objective": "pixels", "epochs": 20}
+    with pytest.raises(TrainError, match="the loss of step"):
+        milan.pretrain(str(store), watch=notes, **bad, warmup_epochs=0)
+    assert not [line for line in notes.lines if "start again" in line]
+
+
+def test_what_does_not_fit_is_said_before(store: Path, tmp_path: Path) -> None:
+    """Batches that the ranks cannot share, more ranks than images."""
+    with pytest.raises(ConfigError, match="batch size 8 over 3 ranks") as error:
+        milan.pretrain(str(store), **TWO | {"out": str(tmp_path), "devices": 3})
+    assert "--batch-size 9" in error.value.fix
+    with pytest.raises(MilanError, match="batch size 8 over 16 ranks"):
+        milan.pretrain(str(store), **TWO | {"out": str(tmp_path), "devices": 16})
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun(store: Path, alone: Path, tmp_path: Path) -> None:
+    """Under torchrun the command is one rank of those that it started."""
+    out = tmp_path / "run"
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [str(torchrun), "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run(
+        [*command, *_line(store, out)], capture_output=True, text=True, timeout=180, env=_env()
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps: 21 of 8 images (2 x ") == 1
+    close(out, alone)
+
+
+def test_speaking_as_slurm_has_it() -> None:
+    """Two processes with srun's variables find each other and agree."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN],
+            env=_env()
+            | {
+                "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+                "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()),
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out.strip()) == (0, "refused no"), err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a1,a2", "a1"), ("n[3,5],m1", "n3")],
+)
+def test_the_first_of_slurms_nodes(nodes: str, first: str) -> None:
+    """Lists as scontrol writes them."""
+    assert first_host(nodes) == first
+
+
+def test_no_variables_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and inside an sbatch script before srun."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert Ranks.of_environment() is None
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Ranks.of_environment() == Ranks(3, 8, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_comes_after_an_epoch(ranks: int) -> None:
+    """As many batches for each rank, none empty, and all rows of them together once."""
+    order = Order(np.arange(64), np.zeros(64, np.int64), 64, 1, 0, 8, 64, held=np.arange(64, 104))
+    seen = []
+    for rank in range(ranks):
+        sampler = StepSampler(
+            order, start=3, stop=17, micro=2, rank=rank, ranks=ranks,
+            aside=lambda epoch: [(JUDGED, order.held, np.zeros_like(order.held))],
+        )  # fmt: skip
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == 14 * 8 // ranks // 2 + 2 * len(sampler.aside_of(0))
+        assert all(len(rows) for _, rows, _ in batches)
+        kinds = [epoch for epoch, _, _ in batches]
+        first = 5 * 8 // ranks // 2
+        aside = len(sampler.aside_of(0))
+        assert kinds[first : first + aside] == [JUDGED] * aside
+        seen += [row for kind, rows, _ in sampler.aside_of(0) for row in rows.tolist()]
+    assert sorted(seen) == order.held.tolist()
+
+
+def _env() -> dict[str, str]:
+    left = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_"))}
+    return left | {"OMP_NUM_THREADS": "1"}
+
+
+def _line(store: Path, out: Path, *more: object) -> list[str]:
+    sets = [f"model.{k}={v}" for k, v in STUDENT["model_args"].items()]
+    sets += [f"decoder.{k}={v}" for k, v in STUDENT["decoder"].items()]
+    sets += ["log_every=1", "micro_batch=4", "save_every=2"]
+    flags = {"cache": store, "out": out, "epochs": 7, "batch-size": 8, "num-workers": 0, "lr": 1e-3}
+    line = [str(Path(sys.executable).parent / "milan"), "pretrain"]
+    line += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
+
+
+def _start(line: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        line, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
+    log, until = run / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early: {process.communicate()[0]}")
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def _children(pid: int) -> list[int]:
+    """The ranks among the children of a process: its resource tracker is none."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [c for c in map(int, found) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
