@@ -148,7 +148,8 @@ def test_a_store_without_origin_or_report_goes_on(
 ) -> None:
     """It trains with --data-root, an audit asks for the teacher, and it grows."""
     rewritten(copy, without("origin.json", "fidelity.json", "canary"))
-    assert len(verify(copy).lacking) == 3
+    rewritten(copy, no_field("texts"))
+    assert len(verify(copy).lacking) == 4
     with pytest.raises(CacheError, match=r"origin\.json"):
         open_cache(copy)
     assert open_cache(copy, data_root=str(photos)).pixels(np.array([3]), np.array([1])).any()
