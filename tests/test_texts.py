@@ -240,6 +240,17 @@ def test_a_damaged_text_is_never_read(copy: Path, name: str, said: str, shard: b
         assert tree(copy) == before
 
 
+def test_a_text_that_is_gone_is_missed(copy: Path, pairs: Path) -> None:
+    """By the look at files before training, and by the next extraction, which makes it again."""
+    TargetCache(copy).check_files()
+    before = tree(copy)
+    (copy / GENERATION / "text_ids/c/1/0").unlink()
+    with pytest.raises(CacheError, match=r"1 files missing .*text_ids/c/1/0"):
+        TargetCache(copy).check_files()
+    extract(pairs, copy)
+    assert tree(copy) == before
+
+
 def test_texts_of_other_rows_are_refused(copy: Path) -> None:
     """Two rows of a shard exchanged under valid checksums: each row knows its text."""
     path = copy / GENERATION / "text/c/0/0"
