@@ -7,7 +7,7 @@ import sys
 
 NAMES = (
     "step", "extraction", "waiting", "reading", "images", "random_features", "codecs", "planning",
-    "bookkeeping",
+    "bookkeeping", "large_photos",
 )  # fmt: skip
 for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)

@@ -16,10 +16,11 @@ from pathlib import Path
 from benchmarks.measure import parser, photos, report
 from milan.watch import Silent
 from pipeline.calibrate import calibrate
-from pipeline.costs import seconds_of, size_of_store
+from pipeline.costs import seconds_of
 from pipeline.extract import extract_targets
 from pipeline.plan import plan, share
 from pipeline.settings import ExtractConfig
+from pipeline.sizes import size_of_store
 
 
 def main() -> None:

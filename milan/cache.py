@@ -16,22 +16,11 @@ import numpy as np
 
 from milan.codecs import Codec, codec_of
 from milan.errors import CacheError, nearest
-from milan.format import (
-    GENERATION,
-    INDEX,
-    LOG,
-    CacheSpec,
-    Index,
-    canonical,
-    record_name,
-)
+from milan.format import Index, canonical
 from milan.generation import Generation
 from milan.manifest import Manifest
+from milan.texts import Prototypes, Texts, read_prototypes, read_texts
 from milan.views import ViewSpec
-
-__all__ = [
-    "GENERATION", "INDEX", "LOG", "CacheSpec", "TargetCache", "Targets", "canonical", "record_name"
-]  # fmt: skip
 
 
 @dataclass
@@ -144,8 +133,7 @@ class TargetCache:
 
     def packed(self, row: int, view: int) -> bytes:
         """The stored picture of a view (spec.stored_views), as milan.views.unpack takes it."""
-        at = np.array([row]), np.array([view])
-        return next(g for g in self.generations if g.holds(*at)[0]).packed(row, view)
+        return self._holder(row, view).packed(row, view)
 
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw."""
@@ -154,6 +142,45 @@ class TargetCache:
     def content_digest(self, row: int, view: int) -> str:
         """The checksum of the image's bytes (milan.images.content_digest) at extraction."""
         return self._holder(row, view).content_digest(row, view)
+
+    @property
+    def captioned(self) -> np.ndarray:
+        """Rows that have a text, ascending, int64; none in a store made without --texts."""
+        there = self.manifest.captioned() if self.spec.texts else np.zeros(0, bool)
+        return np.flatnonzero(there)
+
+    def texts(self, rows: np.ndarray) -> Texts:
+        """What the text tower said of the captions of `rows`, an int array [B].
+
+        Raises CacheError: a row without a caption, a store without texts, damage.
+        """
+        if not self.spec.texts:
+            raise CacheError(
+                f"{self.path} holds no texts",
+                fix="milan extract-targets --texts --out another.zarr",
+            )
+        rows = np.asarray(rows)
+        length = self.spec.texts["context"]
+        found = Texts(
+            np.empty((len(rows), self.spec.channels), np.float32),
+            np.empty((len(rows), length), np.int32),
+        )
+        left = np.ones(len(rows), bool)
+        for generation in self.generations:
+            at = np.flatnonzero(generation.holds_rows(rows) & (generation.spec.first_view == 0))
+            if len(at):
+                part, left[at] = read_texts(generation, rows[at]), False
+                found.features[at], found.ids[at] = part.features, part.ids
+        if left.any():
+            raise IndexError(f"{self.path} has no row {rows[left][0]}")
+        return found
+
+    @cached_property
+    def prototypes(self) -> Prototypes | None:
+        """What the text tower said of the classes, as those who came last name them."""
+        rows = [g for g in self.generations if g.spec.first_view == 0]
+        found = (read_prototypes(generation) for generation in reversed(rows))
+        return next((prototypes for prototypes in found if prototypes), None)
 
     def use_local(self, folder: Path, limit: int) -> None:
         """Read copies of whole shards below `folder`, at most `limit` bytes (milan.staging)."""

@@ -194,9 +194,9 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
     `data_root` if given; else as the store recorded it, first relative to the store (a project
     that was moved as a whole), then absolute. Raises DataError listing the places looked at.
     """
-    origin = cache.generations[0].origin
-    places = [place(data_root or origin["data_root"])]
-    if not data_root and origin["data_root_from_store"]:
+    origin = {"data_root": data_root} if data_root else cache.generations[0].origin
+    places = [place(origin["data_root"])]
+    if origin.get("data_root_from_store"):
         places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
     if not len(good):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from milan.cache import TargetCache
+from milan.errors import CacheError
 from milan.format import Index
+from milan.lacking import lacking
 
 
 def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
@@ -28,12 +30,14 @@ def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
+    missing = lacking(Path(path))
+    if missing:
+        tables["not in it"] = list(missing)
     return tables
 
 
 def _what(cache: TargetCache) -> list[tuple[str, Any]]:
     about, spec = cache.attributes["about"], cache.spec
-    origin = cache.generations[0].origin
     law = cache.view_spec
     weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
     return [
@@ -41,7 +45,8 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("licence of the weights", about["licence"]),
         ("normalisation", about["normalisation"]),
         ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
-        ("data", origin["data"]),
+        *_texts(cache),
+        ("data", _data(cache)),
         ("images", f"{cache.rows:,}, {len(cache.bad):,} of them without targets"),
         ("views of each", cache.views),
         (
@@ -51,6 +56,24 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ),
         ("identity", cache.digest),
     ]
+
+
+def _data(cache: TargetCache) -> str:
+    try:
+        return cache.generations[0].origin["data"]
+    except CacheError:
+        return "not known"
+
+
+def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
+    if not cache.spec.texts:
+        return []
+    prototypes = cache.prototypes
+    told = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
+    if prototypes:
+        classes, templates = prototypes.ids.shape[:2]
+        told += f", {classes:,} classes in {templates} templates"
+    return [("texts", told)]
 
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:

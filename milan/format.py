@@ -6,6 +6,7 @@
         origin.json                  where and with which libraries it was made; not proven
         features/ [scale/] attention/ crop/
         pixels/                      rendered views, if they are stored
+        [text/ text_ids/ prototypes/] captions and class prompts, where rows begin, if asked for
         codec/ canary/ fidelity.json made before the first shard: the codec's tables, proofs
         manifest.parquet             a row an image
         records/00042.01.json        proves shard (block 42, view 1): rows, files, digests, reasons
@@ -41,6 +42,12 @@ FIDELITY = "fidelity.json"
 ORIGIN = "origin.json"
 PIXELS = "pixels"
 """The folder of stored views."""
+TEXT, TEXT_IDS = "text", "text_ids"
+"""The arrays of captions: what the text tower says of each, and its token ids."""
+PROTOTYPES = "prototypes"
+"""The group of what it says of each class: `features`, `ids`."""
+CONTENT = ("codec/", f"{PROTOTYPES}/")
+"""Which of a generation's small files are part of its content, as its records are."""
 LOG = "extract.log.jsonl"
 """Times, hosts, attempts: what varies between runs, outside what is proven."""
 
@@ -66,8 +73,16 @@ class ArraySpec:
     fill: float
     dimensions: tuple[str, ...]
 
+    @property
+    def of_views(self) -> bool:
+        """Whether it has a row for each view of an image; else one for each image."""
+        return self.dimensions[1] == "view"
+
     def file(self, block: int, view: int) -> str:
-        """Path of the file that holds (block, view), below the array (default key encoding)."""
+        """Path of the file that holds (block, view), below the array (default key encoding).
+
+        Arrays without views lie with the block's first view, which is 0 in their path as well.
+        """
         return "/".join(["c", str(block), str(view)] + ["0"] * (len(self.shape) - 2))
 
 
@@ -96,6 +111,8 @@ class CacheSpec:
     first_view: int = 0
     stored_views: str = "none"
     """Whether rendered views lie beside their targets, and how: none, jpeg:95, webp."""
+    texts: dict | None = None
+    """The teacher's text tower (pipeline.texts.TextTower.identity), if its texts are stored."""
     version: int = VERSION
 
     def fingerprint(self) -> str:
@@ -104,8 +121,16 @@ class CacheSpec:
 
     def differences(self, other: CacheSpec) -> list[str]:
         """'field: mine != other's' for each leaf that differs, nested names joined by dots."""
-        mine, theirs = _leaves(asdict(self)), _leaves(asdict(other))
-        return [
+        fields, others = asdict(self), asdict(other)
+        told = []
+        for key in fields:
+            if (fields[key] is None) != (others[key] is None):  # its leaves would say no more
+                told.append(
+                    f"{key}: " + ("without != with" if fields[key] is None else "with != without")
+                )
+                fields[key] = others[key] = None
+        mine, theirs = _leaves(fields), _leaves(others)
+        return told + [
             f"{key}: {_short(mine.get(key))} != {_short(theirs.get(key))}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
@@ -132,8 +157,15 @@ class CacheSpec:
         return block * self.shard_size, min(self.rows, (block + 1) * self.shard_size)
 
     def files(self, block: int, view: int) -> dict[str, str]:
-        """The files of a shard by what they hold: each array, and `pixels` if views are stored."""
-        names = {name: f"{name}/{array.file(block, view)}" for name, array in self.arrays().items()}
+        """The files of a shard by what they hold: each array, and `pixels` if views are stored.
+
+        Texts are of rows: they lie in the shard of a block's first view.
+        """
+        names = {
+            name: f"{name}/{array.file(block, view)}"
+            for name, array in self.arrays().items()
+            if array.of_views or view == 0
+        }
         if self.stored_views != "none":
             names[PIXELS] = f"{PIXELS}/c/{block}/{view}"
         return dict(sorted(names.items()))
@@ -167,24 +199,36 @@ class CacheSpec:
             arrays["scale"] = ArraySpec(
                 (n, k, t), (1, 1, t), (s, 1, t), "float32", nan, ("row", "view", "token")
             )
+        if self.texts and self.first_view == 0:
+            width, length = self.channels, self.texts["context"]
+            arrays[TEXT] = ArraySpec(
+                (n, width), (1, width), (s, width), "float32", nan, ("row", "channel")
+            )
+            arrays[TEXT_IDS] = ArraySpec(
+                (n, length), (1, length), (s, length), "int32", -1, ("row", "text_token")
+            )
         return arrays
+
+    def view_arrays(self) -> dict[str, ArraySpec]:
+        """Those of the arrays that hold views: all but the texts."""
+        return {name: array for name, array in self.arrays().items() if array.of_views}
 
     def view_bytes(self) -> int:
         """Bytes of one stored view, shard indexes and checksums included."""
         total = 0
-        for array in self.arrays().values():
+        for array in self.view_arrays().values():
             per_row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
             total += per_row + (4 + 16 if array.shard else 0)
         return total
 
-    def shard_bytes(self, rows: int) -> int:
-        """Bytes of the files of one shard of `rows` good images.
+    def shard_bytes(self, rows: int, *, view: int) -> int:
+        """Bytes of the files of one shard of `rows` good images, each with a caption if any is.
 
         The index of a shard file has a place for each of `shard_size` rows, whatever `rows` is.
         """
         total = 0
-        for array in self.arrays().values():
-            row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
+        for array in (self.arrays() if view == 0 else self.view_arrays()).values():
+            row = int(np.prod(array.shape[1 + array.of_views :])) * np.dtype(array.dtype).itemsize
             index = 16 * self.shard_size + 4
             total += rows * (row + 4) + index if array.shard else self.shard_size * row + 4
         return total
@@ -197,8 +241,12 @@ class CacheSpec:
         bits = {"none": 0.0, "webp": 16.0}.get(self.stored_views, 5.0)
         pictures = int(self.view_law["size"] ** 2 * bits / 8) * self.rows
         last = self.rows - (self.blocks - 1) * self.shard_size
-        full = (self.blocks - 1) * self.shard_bytes(self.shard_size)
-        return self.views * (full + self.shard_bytes(last) + pictures) if self.rows else 0
+        return sum(
+            (self.blocks - 1) * self.shard_bytes(self.shard_size, view=view)
+            + self.shard_bytes(last, view=view)
+            + pictures
+            for view in range(self.views if self.rows else 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -246,12 +294,7 @@ class Index:
         index = read_json(store / INDEX)
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
-        if index.get("version") != VERSION:
-            raise CacheError(
-                f"{store} has format version {index.get('version')}",
-                expected=f"version {VERSION}",
-                fix="pip install --upgrade milan-pretrain",
-            )
+        _check_version(store, index.get("version"))
         try:
             entries = [
                 Entry(**{**e, "rows": tuple(e["rows"]), "views": tuple(e["views"])})
@@ -262,6 +305,15 @@ class Index:
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{store / INDEX} is damaged: {error}") from None
         return cls(tuple(entries))
+
+
+def _check_version(where: Any, version: Any) -> None:
+    if version != VERSION:
+        raise CacheError(
+            f"{where} has format version {version}",
+            expected=f"version {VERSION}",
+            fix="pip install --upgrade milan-pretrain",
+        )
 
 
 def _unfinished(store: Path) -> CacheError:
@@ -290,12 +342,7 @@ def read_group(generation: Path) -> tuple[CacheSpec, dict]:
     attributes = read_json(generation / "zarr.json").get("attributes", {})
     if attributes.get("format") != FORMAT:
         raise CacheError(f"{generation} is a Zarr group of another kind", expected=FORMAT)
-    if attributes.get("version") != VERSION:
-        raise CacheError(
-            f"{generation} has format version {attributes.get('version')}",
-            expected=f"version {VERSION}",
-            fix="pip install --upgrade milan-pretrain",
-        )
+    _check_version(generation, attributes.get("version"))
     try:
         spec = CacheSpec(**attributes["spec"])
         stated = attributes["fingerprint"]

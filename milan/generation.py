@@ -111,7 +111,7 @@ class Generation:
     @property
     def fidelity(self) -> dict:
         """How near its codec is to the teacher's own output (pipeline.prepare.fidelity)."""
-        return read_json(self.root / FIDELITY)
+        return read_json(self.root / FIDELITY) if FIDELITY in self.entry.files else {}
 
     def manifest(self) -> Manifest:
         """The images of this generation's rows."""
@@ -142,9 +142,11 @@ class Generation:
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(path inside the generation, bytes) of every shard file."""
+        names = list(self.spec.files(0, 0))
         for shard, sizes in enumerate(self.sizes().tolist()):
-            paths = self.spec.files(*divmod(shard, self.spec.views)).values()
-            yield from ((path, size) for path, size in zip(paths, sizes, strict=True) if size >= 0)
+            paths = self.spec.files(*divmod(shard, self.spec.views))
+            held = ((name, size) for name, size in zip(names, sizes, strict=True) if size >= 0)
+            yield from ((paths[name], size) for name, size in held)
 
     def record(self, block: int, view: int) -> dict:
         """The commit record of a shard (numbers inside the generation), proven by the index.
@@ -209,7 +211,7 @@ class Generation:
     def use_local(self, folder: Path, limit: int) -> None:
         """Read from copies below `folder`, which hold at most `limit` bytes."""
         local = Local(self.root, folder, self.entry.digest, limit)
-        local.prepare(self.spec.arrays(), self.proven)
+        local.prepare(self.spec.view_arrays(), self.proven)
         self.local = local
 
     def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
@@ -230,6 +232,8 @@ class Generation:
         local, v = row - self.spec.first_row, view - self.spec.first_view
         block = local // self.spec.shard_size
         path = self.spec.files(block, v)[PIXELS]
+        if not len(proof.ends):
+            raise self._damaged(PIXELS, local, v, "its record does not say where pictures end")
         start, end = int(proof.ends[at - 1]) if at else 0, int(proof.ends[at])
         why = ""
         for _ in range(_TRIES if self.local else 1):
@@ -289,7 +293,7 @@ class Generation:
                 fix='DataLoader(..., multiprocessing_context="forkserver")',
             )
         if name not in self._open:
-            copied = self.local if name in self.spec.arrays() else None
+            copied = self.local if name in self.spec.view_arrays() else None
             self._open[name] = open_array((copied.root if copied else self.root) / name)
         return self._open[name]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan import draws
@@ -29,6 +30,7 @@ __all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
 
 # Parquet row groups are shuffled in windows of about this many bytes: a reader holds one window.
 _WINDOW_BYTES = 256 << 20
+_PIECE = 1 << 18  # rows of captions looked at at once
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ class Manifest:
         """[rows] int64; -1 where there is none."""
         column = self.table["label"].combine_chunks().fill_null(-1)
         return column.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def captions(self, first: int, last: int) -> list[str | None]:
+        """The captions of rows [first, last); None where there is none, or only blanks."""
+        rows = slice(first, last)
+        texts = self.table["caption"].slice(first, last - first).to_pylist()
+        there = self.captioned(rows)
+        return [text if has else None for text, has in zip(texts, there, strict=True)]
+
+    def captioned(self, rows: slice = slice(None)) -> np.ndarray:
+        """Which of `rows` have a caption, [B] bool; piece by piece, for trimming copies them."""
+        first, last, _ = rows.indices(len(self))
+        there = np.zeros(max(0, last - first), bool)
+        for at in range(first, last, _PIECE):
+            column = self.table["caption"].slice(at, min(_PIECE, last - at))
+            filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
+            there[at - first : at - first + len(filled)] = filled
+        return there
 
     def head(self, limit: int) -> Manifest:
         """The first `limit` rows of the same order."""

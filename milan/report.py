@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from milan.cache import LOG, TargetCache
+from milan.cache import TargetCache
 from milan.checkpoint import write_json
 from milan.config import read_section
 from milan.errors import ConfigError
+from milan.format import LOG
 from milan.visualise import contact_sheet, save_figure
 from milan.watch import Silent, Watch
 

@@ -127,7 +127,7 @@ def _write(spec: CacheSpec, folder: Path) -> float:
     create_arrays(folder, spec, {}, {})
     noise = np.random.default_rng(0)
     arrays = {}
-    for name, array in spec.arrays().items():
+    for name, array in spec.view_arrays().items():
         shape = (spec.rows, *array.shape[2:])
         count = int(np.prod(shape)) * np.dtype(array.dtype).itemsize
         arrays[name] = np.frombuffer(noise.bytes(count), array.dtype).reshape(shape)

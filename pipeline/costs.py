@@ -1,6 +1,5 @@
 """What an extraction takes and what it saves: arithmetic on a plan and a few rates.
 
-Bytes and files are exact but for images that turn out to be bad and the digits of some numbers.
 Hours are as good as the rates. Powers of 1,000 throughout.
 """
 
@@ -10,148 +9,25 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 
 from milan.codecs import codec_of
 from milan.errors import ConfigError
-from milan.format import FIDELITY, MANIFEST, SHARDS, CacheSpec, Entry, Index, canonical
-from milan.manifest import Manifest
 from milan.watch import Silent, Watch
-from pipeline.calibrate import Rates, calibrate, stand_in
+from pipeline.calibrate import Rates, calibrate
+from pipeline.decoding import STORED, TRAINING, Decoding, cores, measure_decoding
 from pipeline.plan import Plan, Workers, plan, share
-from pipeline.prepare import CANARIES
 from pipeline.settings import ExtractConfig
-from pipeline.store import create_arrays, group_attributes
-from pipeline.tally import Tally
+from pipeline.sizes import Sizes, size_of_store
 
 Tables = dict[str, list[tuple[str, str]]]
 """Tables by title, rows of (what, figure): what people are shown."""
 
-TRAINING = 6_000.0
-"""Images a second that training is assumed to reach: ViT-B/16, 75 % masked, on eight A100."""
 EPOCHS = 400  # of the published recipe
 _ENOUGH, _MOST = 4, 16  # views: of the recipe, and as many as were ever found to help
-_SAMPLE = 100_000  # rows of a manifest, shards of a table: from there on it is proportion
-_REPORT, _LOG_LINE, _LOCK = 300, 145, 20  # bytes of fidelity.json, of a line of the log, of .lock
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes and files of a store, or of a part of it."""
-
-    shards: int
-    """Bytes of the arrays' files."""
-    records: int
-    manifest: int
-    other: int
-    """Tables of codec and shards, canaries, descriptions, index, log."""
-    files: int
-    folders: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of everything in the store's folder."""
-        return self.shards + self.records + self.manifest + self.other
-
-    def __add__(self, more: Sizes) -> Sizes:
-        pairs = zip(asdict(self).values(), asdict(more).values(), strict=True)
-        return Sizes(*(a + b for a, b in pairs))
-
-
-def sizes_of(spec: CacheSpec, manifest: Manifest, attributes: dict, *, first: bool) -> Sizes:
-    """What a generation of `spec` takes, its share of the index and the log included.
-
-    `first` of its layer: it has the codec's tables and the canaries.
-    """
-    last = spec.blocks - 1
-    per_shard = [len(canonical(made_up_record(spec, b, 0))) for b in (0, last)]
-    records = spec.views * (per_shard[0] * last + per_shard[1])
-    some = manifest.head(_SAMPLE)
-    listed = round(len(some.to_parquet()) * len(manifest) / max(1, len(some)))
-    other, files, folders = _fixed(spec, attributes, first)
-    # A view of a shard has a folder of its own in each array, that of the features one more.
-    arrays = spec.arrays()
-    deep = sum(len(array.shape) - 2 for array in arrays.values())
-    return Sizes(
-        shards=spec.total_bytes(),
-        records=records,
-        manifest=listed,
-        other=other + _table_bytes(spec) + _LOG_LINE * (spec.blocks + 2),
-        files=files + spec.shards * (len(arrays) + 1),
-        folders=folders + spec.shards * deep + (spec.blocks + 1) * len(arrays),
-    )
-
-
-def made_up_record(spec: CacheSpec, block: int, view: int) -> dict[str, Any]:
-    """A record like that of a shard of good photographs, of the same size but for some digits."""
-    start, stop = spec.block_rows(block)
-    count, noise = stop - start, np.random.default_rng((block, view))
-    sums = [noise.integers(0, 1 << 32, count).tolist() for _ in range(5)]
-    arrays = spec.arrays()
-    files = [
-        {"path": f"{name}/{arrays[name].file(block, view)}", "bytes": 100_000_000,
-         "sha256": noise.bytes(32).hex()}
-        for name in sorted(arrays)
-    ]  # fmt: skip
-    return {
-        "block": block, "view": view, "rows": [start, stop], "files": files, "bad": {},
-        "digests": [noise.bytes(16).hex() for _ in range(count)],
-        "heights": [375] * count, "widths": [500] * count, "pixels": sums[4],
-        "crc32c": dict(zip(arrays, sums, strict=False)),
-    }  # fmt: skip
-
-
-def _table_bytes(spec: CacheSpec) -> int:
-    shards = max(1, min(spec.shards, _SAMPLE))
-    tally = Tally(replace(spec, rows=shards, shard_size=1, views=1))
-    tally.records[:] = np.random.default_rng(0).integers(0, 256, tally.records.shape, np.uint8)
-    return round(len(tally.parquet()) * max(1, spec.shards / shards))
-
-
-def _fixed(spec: CacheSpec, attributes: dict, first: bool) -> tuple[int, int, int]:
-    """(bytes, files, folders) that a generation has whatever its rows, its index entry included."""
-    tables: dict[str, np.ndarray] = {}
-    if first:
-        size, few = spec.view_law["size"], min(CANARIES, spec.rows)
-        tables = {
-            f"codec/{name}": table
-            for name, table in stand_in(spec.codec, spec.channels).tables.items()
-        }
-        tables["canary/pixels"] = np.zeros((few, size, size, 3), np.uint8)
-        tables["canary/features"] = np.zeros((few, spec.tokens, spec.channels), np.float32)
-        tables["canary/attention"] = np.zeros((few, spec.tokens - 1), np.float32)
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        create_arrays(root, spec, attributes, tables)
-        found = [path for path in root.rglob("*") if path.is_file()]
-        folders = 2 + sum(path.is_dir() for path in root.rglob("*"))  # itself and its records
-        total = sum(path.stat().st_size for path in found)
-        names = [path.relative_to(root).as_posix() for path in found]
-    names += [FIDELITY, MANIFEST, SHARDS]
-    entry = Entry(
-        "generations/000", f"{attributes['about']['name']}/{spec.codec}", "0" * 64, "0" * 64,
-        (0, spec.rows), (0, spec.views), spec.shards, spec.total_bytes(), 0,
-        dict.fromkeys(names, "0" * 64),
-    )  # fmt: skip
-    return total + len(Index((entry,)).to_bytes()) + _REPORT, len(names) + 1, folders
-
-
-def size_of_store(work: Plan) -> Sizes:
-    """What the layer of a plan takes when it is whole, the store's own few files included."""
-    groups = canonical({"attributes": {}, "node_type": "group", "zarr_format": 3})
-    total = Sizes(0, 0, 0, 2 * (len(groups) + 12) + _LOCK, 5, 1)
-    for part in work.parts:
-        attributes = group_attributes(part.spec, work.teacher.about)
-        first = part is work.parts[0]
-        total += sizes_of(part.spec, part.manifest, attributes, first=first)
-        total += Sizes(0, 0, 0, len(canonical(work.origin())), 0, 0)
-    return total
 
 
 def price(
@@ -166,13 +42,15 @@ def price(
     """What `milan extract-targets` with these settings would take; writes nothing that stays.
 
     `images_per_second` (of one replica, all views of each image) and `write_mb_per_second` replace
-    the measurement. With a `budget` such as 2TB views and codec are proposed, and priced. Raises
-    MilanError.
+    the measurement. With a `budget` such as 2TB views, codec and whether to store views are
+    proposed, and priced. Raises MilanError.
     """
     work = plan(config, watch or Silent())
     tables: Tables = {}
+    decoding = measure_decoding(work) if images_per_second is None else None
     if budget is not None:
-        work, tables = within(work, budget)
+        starves = decoding is not None and decoding.starves(train_images_per_second)
+        work, tables = within(work, budget, store_views=starves)
     rates = None
     if images_per_second is not None:
         if images_per_second <= 0 or (write_mb_per_second or 1) <= 0:
@@ -188,10 +66,22 @@ def price(
             rates = replace(
                 rates, write=write_mb_per_second * 1e6, told=rates.told + ", disk given"
             )
-    return tables | cost_of(work, workers, rates, train=train_images_per_second)
+    return tables | cost_of(work, workers, rates, decoding, train=train_images_per_second)
 
 
-def cost_of(work: Plan, workers: Workers, rates: Rates, *, train: float | None = None) -> Tables:
+def measured_cost(work: Plan, workers: Workers, watch: Watch) -> Tables:
+    """The tables of a plan at the rates of this machine."""
+    return cost_of(work, workers, calibrate(work, workers, watch), measure_decoding(work))
+
+
+def cost_of(
+    work: Plan,
+    workers: Workers,
+    rates: Rates,
+    decoding: Decoding | None = None,
+    *,
+    train: float | None = None,
+) -> Tables:
     """The tables of a plan at these rates; `train` is images a second of training."""
     out, specs = Path(work.config.out), [part.spec for part in work.parts]
     spec, sizes = specs[0], size_of_store(work)
@@ -219,7 +109,8 @@ def cost_of(work: Plan, workers: Workers, rates: Rates, *, train: float | None =
     return {
         "Planned": planned,
         "Extraction": _extraction(work, workers, rates, left, to_write),
-        "Training from it": _training(work, rates, images, views, sizes, train),
+        "Training from it": _training(work, rates, images, views, sizes, train)
+        + _decoding(work, decoding, images * views, train),
     }
 
 
@@ -280,28 +171,62 @@ def _training(
     return rows
 
 
-def within(work: Plan, budget: str) -> tuple[Plan, Tables]:
+def _decoding(
+    work: Plan, decoding: Decoding | None, count: int, train: float | None
+) -> list[tuple[str, str]]:
+    """Who decodes for training, and whether storing views spares it; of `count` views in all."""
+    if decoding is None:
+        return []
+    speed, there = train or TRAINING, cores(train)
+    kept = work.parts[0].spec.stored_views
+    here = f"{there} on this machine" if train else f"{there} assumed"
+
+    def needs(seconds: float, what: str) -> str:
+        needed = seconds * speed
+        enough = "enough" if needed <= there else "NOT ENOUGH"
+        return f"{needed:,.3g} cores at {duration(seconds)} a view {what}, {here}: {enough}"
+
+    if kept != "none":
+        return [("decoding", needs(decoding.stored, "as stored"))]
+    advice = ", RECOMMENDED for a new store" if decoding.starves(train) else ""
+    return [
+        ("decoding", needs(decoding.original, "of the originals")),
+        (
+            f"with --store-views {STORED}",
+            f"{decoding.stored * speed:,.3g} cores at {duration(decoding.stored)} a view; about "
+            f"{amount(decoding.bytes)} more each, {amount(decoding.bytes * count)} in all{advice}",
+        ),
+    ]
+
+
+def within(work: Plan, budget: str, *, store_views: bool = False) -> tuple[Plan, Tables]:
     """The plan with the views and codec that fit a budget, and the choice as a table.
 
     More views before more bits: a view more is a crop that the student has not seen, while int8
     already keeps 0.9999 of a feature's direction. So int8 with all views that fit, at most 16;
-    product quantisation only where fewer than 4 would fit. float16 is never proposed.
+    product quantisation only where fewer than 4 would fit. float16 is never proposed. With
+    `store_views` each view is kept as a picture too, unless then not one would fit.
     """
     if len(work.parts) > 1 or (Path(work.config.out) / work.parts[0].name).exists():
         raise ConfigError(
             f"--budget for the store {work.config.out}, which has begun", fix="--out another.zarr"
         )
     allowed, part = parse_size(budget), work.parts[0]
+    stored = part.spec.stored_views
+    if store_views and stored == "none":
+        stored = STORED
     found: list[tuple[str, int, int]] = []  # codec, views that fit, bytes of one more
     for name in ("int8", "pq:64", "pq:32", "pq:16"):
         try:
             codec_of(name).width(part.spec.channels)
         except ConfigError:
             continue  # its pieces do not divide the channels
-        one, two = (size_of_store(_with(work, name, views)).total for views in (1, 2))
+        one, two = (size_of_store(_with(work, name, views, stored)).total for views in (1, 2))
         found.append((name, int((allowed - (2 * one - two)) // (two - one)), two - one))
     fitting = [(name, min(_MOST, views)) for name, views, _ in found if views >= _ENOUGH]
     fitting = fitting or [(name, views) for name, views, _ in reversed(found) if views > 0]
+    if not fitting and stored != part.spec.stored_views:
+        return within(work, budget)
     if not fitting:
         name, _, each = found[-1]
         raise ConfigError(
@@ -311,14 +236,15 @@ def within(work: Plan, budget: str) -> tuple[Plan, Tables]:
         )
     codec_name, views = fitting[0]
     rows = [(n, f"{max(0, k):,} views fit, {amount(each)} each") for n, k, each in found]
-    rows.append(("proposed", f"--views {views} --codec {codec_name}"))
-    return _with(work, codec_name, views), {f"Within {amount(allowed)}": rows}
+    keeping = f" --store-views {stored}" if stored != "none" else ""
+    rows.append(("proposed", f"--views {views} --codec {codec_name}{keeping}"))
+    return _with(work, codec_name, views, stored), {f"Within {amount(allowed)}": rows}
 
 
-def _with(work: Plan, codec: str, views: int) -> Plan:
+def _with(work: Plan, codec: str, views: int, stored: str) -> Plan:
     part = work.parts[0]
-    spec = replace(part.spec, codec=codec, views=views)
-    config = replace(work.config, codec=codec, views=views)
+    spec = replace(part.spec, codec=codec, views=views, stored_views=stored)
+    config = replace(work.config, codec=codec, views=views, store_views=stored)
     return replace(work, config=config, parts=[replace(part, spec=spec)])
 
 

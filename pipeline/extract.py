@@ -27,14 +27,14 @@ from milan.generation import open_array
 from milan.manifest import Manifest, data_root
 from milan.sources import ImageSource
 from milan.watch import Silent, Watch
-from pipeline.calibrate import calibrate
-from pipeline.costs import Tables, amount, cost_of
+from pipeline.costs import Tables, amount, measured_cost
 from pipeline.files import told_if_full
 from pipeline.growth import Part
 from pipeline.plan import Plan, Workers, plan, share, teacher_spec
-from pipeline.prepare import Prepared, check_canaries, demand, prepare
+from pipeline.prepare import check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
 from pipeline.store import Store, Writer, group_attributes
+from pipeline.teacher import Teacher
 from pipeline.worker import Extractor
 
 ASK_ABOVE = 100e9
@@ -83,15 +83,14 @@ def extract_targets(
     )
     _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
-        summary["costs"] = cost_of(work, workers, calibrate(work, workers, watch))
+        summary["costs"] = measured_cost(work, workers, watch)
         return summary
     big = sum(s.total_bytes() for s in fresh)  # what has begun was agreed to
-    if big > ASK_ABOVE and not config.yes:
-        asked = agree is not None and agree(cost_of(work, workers, calibrate(work, workers, watch)))
-        if not asked:
-            raise ConfigError(
-                f"{out} would take {amount(big)}", expected="your consent", fix="--yes"
-            )
+    agreed = config.yes or big <= ASK_ABOVE
+    if not agreed and agree is not None:
+        agreed = agree(measured_cost(work, workers, watch))
+    if not agreed:
+        raise ConfigError(f"{out} would take {amount(big)}", expected="your consent", fix="--yes")
     store = Store(out)
     try:
         _fill(work, store, workers, summary, watch)
@@ -106,11 +105,11 @@ def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watc
     seconds, images = 0.0, 0
     codec: Codec | None = None
     for part in work.parts:
-        started = time.perf_counter()
         writer, codec = _open(work, store, part, codec, watch)
         if part is work.parts[0]:
             check_canaries(writer.root, work.teacher)
-        summary["fidelity"] = read_json(writer.root / FIDELITY)
+        report = writer.root / FIDELITY
+        summary["fidelity"] = read_json(report) if report.exists() else {}
         todo = writer.missing()
         shards, rows = int(todo.sum()), rows_of(part.spec, todo)
         _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)
@@ -135,10 +134,8 @@ def _open(
 ) -> tuple[Writer, Codec]:
     """The generation of `part`, new or as it is, and the codec of its layer."""
     images = ImageSource(part.manifest, data_root(work.source))
-    prepared: Prepared | None = None
 
     def make() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
-        nonlocal prepared
         batch = work.config.batch_size
         prepared = prepare(part.spec, images, work.teacher, batch=batch, codec=codec)
         demand(prepared.fidelity, work.config.min_cosine)
@@ -149,10 +146,19 @@ def _open(
             FIDELITY: canonical(prepared.fidelity),
             ORIGIN: canonical(work.origin()),
         }
-        return group_attributes(part.spec, work.teacher.about), prepared.tables(), files
+        tables = prepared.tables() | prototypes_of(part, work.teacher)
+        return group_attributes(part.spec, work.teacher.about), tables, files
 
     writer = store.generation(part.name, part.spec, make)
     return writer, codec or codec_at(writer.root, part.spec)
+
+
+def prototypes_of(part: Part, teacher: Teacher) -> dict[str, np.ndarray]:
+    """The tables of the classes of a generation where rows begin, if texts are asked for."""
+    classes = part.manifest.classes
+    if teacher.texts is None or not classes or part.spec.first_view:
+        return {}
+    return teacher.texts.prototypes(classes)
 
 
 def codec_at(root: Path, spec: CacheSpec) -> Codec:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from milan.codecs import codec_of
-from milan.errors import ConfigError
+from milan.errors import ConfigError, DataError
 from milan.format import CacheSpec
 from milan.manifest import build_manifest, data_root, resolve_data
 from milan.places import Place
@@ -65,6 +65,7 @@ def teacher_spec(config: ExtractConfig) -> TeacherSpec:
         img_size=config.img_size,
         precision=config.precision,
         offline=config.offline,
+        texts=config.texts,
     )
 
 
@@ -82,6 +83,15 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
         watch.note(f"no images, left out: {kinds}")
+    if config.texts:
+        told = int(manifest.head(rows).captioned().sum())
+        if not told and not manifest.classes:
+            raise DataError(
+                f"--texts, and {source} has neither captions nor class names",
+                expected="a column `caption`, texts in tars, or class folders",
+                fix="without --texts",
+            )
+        watch.note(f"texts: {told:,} captions, {len(manifest.classes or []):,} classes")
     teacher = load_teacher(teacher_spec(config), device=config.device)
     law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
     codec = codec_of(config.codec)
@@ -97,6 +107,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
         view_law=law,
         teacher=teacher.identity,
         stored_views=config.store_views,
+        texts=teacher.texts.identity if teacher.texts else None,
     )
     about, identity = teacher.about, teacher.identity
     random = ", RANDOM WEIGHTS (for tests of shape and speed only)"

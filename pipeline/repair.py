@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from milan.errors import CacheError, DataError
@@ -83,7 +84,8 @@ def _remake(
             f"the images of {store.path} are not at " + ", nor at ".join(map(str, places)),
             fix="--data-root FOLDER (or a URL)",
         )
-    loaded = load_teacher(teacher or TeacherSpec(**origin["teacher"]), device=device)
+    known = replace(teacher or TeacherSpec(**origin["teacher"]), texts=bool(spec.texts))
+    loaded = load_teacher(known, device=device)
     if loaded.identity != spec.teacher:
         raise CacheError(
             f"teacher {loaded.about['name']} is not the one of {store.path}",

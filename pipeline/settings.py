@@ -37,6 +37,8 @@ class ExtractConfig:
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
     store_views: str = "none"
     """Keep the views too (none, jpeg:95, webp): training then needs no originals."""
+    texts: bool = False
+    """Store what the teacher's text tower says of captions and classes too."""
     min_cosine: float | None = None
     """Mean cosine to the teacher that the codec must keep, or the run ends before it begins."""
     extend: bool = False

@@ -29,6 +29,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from milan.errors import CacheError
 from milan.files import sync_folder
 from milan.format import (
+    CONTENT,
     FORMAT,
     GENERATION,
     GENERATIONS,
@@ -110,7 +111,8 @@ def stage_shard(
             zarr_format=3,
             config={"write_empty_chunks": False},
         )
-        array[start:stop, view] = values
+        rows = slice(start, stop)
+        array[(rows, view) if spec.arrays()[name].of_views else rows] = values
     paths = spec.files(block, view)
     if PIXELS in paths and any(pictures):
         (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +313,7 @@ class Writer:
         if not holds(self.root / SHARDS, table):
             write_whole(self.root / SHARDS, table, aside=self.store.staging)
         files = self._static_files()
-        tables = {name: digest for name, digest in files.items() if name.startswith("codec/")}
+        tables = {name: digest for name, digest in files.items() if name.startswith(CONTENT)}
         spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
         content = [fingerprint, tables, self.tally.digest()]
         entry = Entry(

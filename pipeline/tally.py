@@ -94,11 +94,11 @@ class Tally:
 
     def _whole(self, root: Path, at: int) -> bool:
         """Whether the files of a shard have the sizes noted."""
-        paths = self.spec.files(*divmod(at, self.spec.views)).values()
+        paths = self.spec.files(*divmod(at, self.spec.views))
         try:
             return all(
-                size < 0 or os.stat(f"{root}/{path}").st_size == size
-                for path, size in zip(paths, self.sizes[at].tolist(), strict=True)
+                size < 0 or os.stat(f"{root}/{paths[name]}").st_size == size
+                for name, size in zip(self.names, self.sizes[at].tolist(), strict=True)
             )
         except FileNotFoundError:
             return False

@@ -1,4 +1,4 @@
-"""The frozen image tower that gives targets. The only module that imports open_clip.
+"""The frozen CLIP that gives targets. The only module that imports open_clip.
 
 Shapes: B views, S pixels an edge, N patches, T = 1 + N tokens with the class token (or what stands
 in for it, see pipeline/towers.py) first, C the joint width of image and text.
@@ -21,14 +21,16 @@ import torch
 
 from milan.device import MEAN, STD, autocast, normalise, pick_device
 from milan.errors import TeacherError, nearest
-from milan.transfer import Frozen
-from pipeline.timm_vit import check_family, check_tiling, load_timm_vit, resize
+from pipeline.texts import TextTower, no_texts
+from pipeline.timm_vit import load_timm_vit, resize, size_options
 from pipeline.towers import Loaded, NativeTower, TimmTower, Tower, refuse
 from pipeline.weights import (
     do_not_fit,
     go_offline,
     not_here,
+    published_licence,
     read_weights,
+    shown_name,
     stated_licence,
     weight_file,
     weights_digest,
@@ -37,8 +39,6 @@ from pipeline.weights import (
 DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
 DEFAULT_PRETRAINED: Final = "openai"
 
-# Licences of published weights by the start of open_clip's tag, where the publisher states one.
-_LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metaclip": "CC-BY-NC-4.0"}
 # What OpenAI's converted checkpoints carry beside weights; their models run QuickGELU.
 _OPENAI_KEYS: Final = ("input_resolution", "context_length", "vocab_size")
 
@@ -61,14 +61,26 @@ class TeacherSpec:
     """fp32, bf16 or fp16 (autocast); auto: fp16 on CUDA as published, else fp32."""
     offline: bool = False
     """Never use the network; say which file to place where instead."""
+    texts: bool = False
+    """Load the text tower as well."""
 
 
 class Teacher:
     """A loaded tower. `identity` determines its outputs; `about` tells people of its origin."""
 
-    def __init__(self, tower: Tower, *, identity: dict, about: dict, device: torch.device) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        *,
+        identity: dict,
+        about: dict,
+        device: torch.device,
+        texts: TextTower | None = None,
+    ) -> None:
         self.visual: Any = tower.module.to(device).eval().requires_grad_(False)
-        self.tower = tower
+        self.tower, self.texts = tower, texts
+        if texts:
+            texts.model.to(device)
         self.identity, self.about, self.device = identity, about, device
         self.size, self.patch, self.channels = tower.size, tower.patch, tower.channels
         self.tokens = 1 + (self.size // self.patch) ** 2
@@ -104,6 +116,8 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
 
     with _quiet():
         if name.startswith("timm:"):
+            if spec.texts:
+                raise no_texts(f"--teacher {name}")
             size, offline = spec.img_size, spec.offline
             found = load_timm_vit(name, spec.pretrained, img_size=size, offline=offline)
         else:
@@ -122,7 +136,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         **tower.identity(),
     }
     about = {
-        "name": _shown_name(name),
+        "name": shown_name(name),
         "pretrained": found.pretrained,
         "random_weights": spec.pretrained == "none",
         "normalisation": choice,
@@ -130,29 +144,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         **tower.about(),
         "notes": found.notes + tower.notes(),
     }
-    return Teacher(tower, identity=identity, about=about, device=place)
-
-
-def frozen_teacher(
-    name: str | None, pretrained: str | None, norm: str | None, device: str
-) -> Frozen:
-    """The teacher as a linear probe sees it: class feature and mean of patch features, [B, 2C]."""
-    teacher = load_teacher(TeacherSpec(name or DEFAULT_TEACHER, pretrained, norm), device=device)
-
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        tokens, _ = teacher.targets(pixels)
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
-
-    return Frozen(features, teacher.size, f"teacher {teacher.about['name']}")
-
-
-def _shown_name(name: str) -> str:
-    """As a store calls the teacher: its name, or that of its config file or folder."""
-    if not name.endswith(".json"):
-        return name
-    path = Path(name)
-    plain = path.stem in ("config", "open_clip_config")  # then the folder's name says more
-    return path.resolve().parent.name if plain else path.stem
+    return Teacher(tower, identity=identity, about=about, device=place, texts=found.texts)
 
 
 @contextmanager
@@ -195,7 +187,7 @@ def _tags(name: str) -> str:
 
 def _load_clip(spec: TeacherSpec) -> Loaded:
     pretrained = _pretrained(spec)
-    model, config, notes, licence = _build(spec.name, pretrained, spec)
+    model, config, notes, licence, tokenizer = _build(spec.name, pretrained, spec)
     visual, vision = model.visual, config["vision_cfg"]
     if "timm_model_name" in vision:
         # As open_clip does, but of the config's size too: a trunk of another size would not run.
@@ -207,18 +199,19 @@ def _load_clip(spec: TeacherSpec) -> Loaded:
     return Loaded(
         _tower(spec.name, visual), architecture, dict(getattr(visual, "preprocess_cfg", {})),
         Path(pretrained).name if pretrained else "its own", licence, notes,
+        TextTower(spec.name, model, tokenizer, config) if tokenizer else None,
     )  # fmt: skip
 
 
-def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, list[str], str]:
-    """(model, its config, notes for the user, licence of the weights)."""
+def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, list[str], str, Any]:
+    """(model, its config, notes for the user, licence of the weights, tokenizer if asked for)."""
     import open_clip
 
     notes: list[str] = []
     options: dict[str, Any] = {"force_patch_dropout": 0.0}
     if name.startswith(("hf-hub:", "local-dir:")):
         config = _published_config(name)
-        options |= _sized(name, config, spec.img_size)
+        options |= size_options(name, config, spec.img_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -229,10 +222,10 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
             except Exception as error:  # pickle, safetensors, torch and the hub: each has its own
                 told = " ".join(str(error).split())[:300]
                 raise TeacherError(f"teacher {name} cannot be loaded: {told}") from None
-        return model, config, notes, "unknown"
+        return model, config, notes, "unknown", _tokenizer(name, config) if spec.texts else None
 
-    config, preprocess, source = _local_or_named_config(name)
-    options |= _sized(name, config, spec.img_size)
+    config, preprocess, source = _local_or_named_config(name, texts=spec.texts)
+    options |= size_options(name, config, spec.img_size)
     state, licence = None, "none (random weights)"
     if pretrained != "none":
         tag = open_clip.get_pretrained_cfg(name, pretrained) if not source else {}
@@ -247,8 +240,7 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
                     f"{name} runs it"
                 )
             file = _download(name, pretrained, tag, offline=spec.offline)
-            found = [text for key, text in _LICENCES.items() if pretrained.startswith(key)]
-            licence = found[0] if found else "unknown"
+            licence = published_licence(pretrained)
         else:
             tags = [] if source else open_clip.list_pretrained_tags_by_model(name)
             file = weight_file(name, pretrained, tags)
@@ -268,9 +260,26 @@ def _build(name: str, pretrained: str, spec: TeacherSpec) -> tuple[Any, dict, li
             model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, **options)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise TeacherError(f"the model config of {name} is not usable: {error}") from None
+        tokenizer = None
+        if spec.texts:
+            tokenizer = _tokenizer(f"local-dir:{folder}" if source else name, config)
     if state is not None:
         _load_visual(model, state, name, pretrained)
-    return model, config, notes, licence
+        if spec.texts:
+            _load_text(model, state, name, pretrained)
+    return model, config, notes, licence, tokenizer
+
+
+def _tokenizer(name: str, config: dict) -> Any:
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # transformers and hub clients raise many kinds
+        raise TeacherError(
+            f"the tokenizer of {name} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            fix="without --texts, or the packages and files that it names",
+        ) from None
 
 
 def _published_config(name: str) -> dict:
@@ -296,12 +305,13 @@ def _published_config(name: str) -> dict:
         ) from None
 
 
-def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
+def _local_or_named_config(name: str, *, texts: bool) -> tuple[dict, dict, Path | None]:
     """(model config, preprocessing, its file) of a JSON path or of a name of open_clip."""
     import open_clip
 
-    # Only the image tower is used: any text tower, also one of another library, becomes the least.
+    # Unused, any text tower, also one of another library, becomes the least.
     least = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+    replaced = {} if texts else {"text_cfg": least}
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
@@ -310,12 +320,14 @@ def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
             read = json.loads(path.read_text())
             config = read.get("model_cfg", read)
             config["vision_cfg"].keys(), config["embed_dim"]
+            if texts and "text_cfg" not in config:
+                raise no_texts(f"the model config {name}")
         except (ValueError, KeyError, AttributeError):
             raise TeacherError(
                 f"{name} is no open_clip model config",
                 expected="JSON with embed_dim, vision_cfg and text_cfg",
             ) from None
-        return {**config, "text_cfg": least}, read.get("preprocess_cfg", {}), path
+        return {**config, **replaced}, read.get("preprocess_cfg", {}), path
     config = open_clip.get_model_config(name)
     if config is None:
         known = open_clip.list_models()
@@ -324,7 +336,7 @@ def _local_or_named_config(name: str) -> tuple[dict, dict, Path | None]:
             expected="an open_clip name, timm:NAME, hf-hub:…, local-dir:… or a config file",
             fix="--teacher " + (nearest(name, known) or DEFAULT_TEACHER),
         )
-    return {**config, "text_cfg": least}, {}, None
+    return {**config, **replaced}, {}, None
 
 
 def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
@@ -358,22 +370,21 @@ def _load_visual(model: Any, state: dict, name: str, pretrained: str) -> None:
         raise do_not_fit(pretrained, name, error) from None
 
 
-def _sized(name: str, config: dict, img_size: int | None) -> dict[str, int]:
-    """What open_clip is told of the image size. Refuses what need not be built to be known.
+def _load_text(model: Any, state: dict, name: str, pretrained: str) -> None:
+    from open_clip.model import convert_to_custom_text_state_dict
 
-    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
-    """
-    vision = config["vision_cfg"]
-    if "timm_model_name" in vision:
-        check_family(name, vision["timm_model_name"])
-        return {}
-    if isinstance(vision.get("layers"), list):
-        refuse(name, "its image tower is a ResNet")
-    if not img_size:
-        return {}
-    if vision.get("patch_size"):
-        check_tiling(img_size, vision["patch_size"])
-    return {"force_image_size": img_size}
+    own = [key for key in model.state_dict() if not key.startswith(("visual.", "logit_"))]
+    if "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    if not any(key in state for key in own):
+        raise no_texts(f"the file {pretrained}")
+    text = {key: state[key].float() for key in own if key in state}
+    try:
+        left = model.load_state_dict(text, strict=False).missing_keys
+        if len(text) < len(own):
+            raise RuntimeError("missing " + ", ".join(k for k in left if k in own))
+    except RuntimeError as error:
+        raise do_not_fit(pretrained, name, error, tower="text") from None
 
 
 def _tower(name: str, visual: Any) -> Tower:

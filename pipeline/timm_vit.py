@@ -145,3 +145,21 @@ def check_tiling(size: int, patch: int) -> None:
             f"--img-size {size} is not a whole number of the teacher's {patch}-pixel patches",
             fix=f"--img-size {low} or {low + patch}",
         )
+
+
+def size_options(name: str, config: dict, img_size: int | None) -> dict[str, int]:
+    """What open_clip is told of the image size. Refuses what need not be built to be known.
+
+    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
+    """
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        check_family(name, vision["timm_model_name"])
+        return {}
+    if isinstance(vision.get("layers"), list):
+        refuse(name, "its image tower is a ResNet")
+    if not img_size:
+        return {}
+    if vision.get("patch_size"):
+        check_tiling(img_size, vision["patch_size"])
+    return {"force_image_size": img_size}

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from milan.errors import TeacherError
+from pipeline.texts import TextTower
 
 CLASS_TOKEN: Final = {
     "token": "the class token",
@@ -52,6 +53,8 @@ class Loaded:
     """A tag, a file's name, `none` or `its own`."""
     licence: str
     notes: list[str]
+    texts: TextTower | None = None
+    """Its text tower, if that was asked for."""
 
 
 class Tower:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import google_crc32c
@@ -20,14 +20,27 @@ import torch
 from milan.cache import TargetCache
 from milan.data import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
-from milan.format import GENERATIONS, INDEX, ArraySpec, Entry, Index, canonical, record_name
+from milan.format import (
+    CONTENT,
+    GENERATIONS,
+    INDEX,
+    TEXT,
+    ArraySpec,
+    Entry,
+    Index,
+    canonical,
+    record_name,
+)
 from milan.generation import Generation
+from milan.lacking import lacking
+from milan.texts import read_texts
 from milan.views import checksum, unpack
 from milan.watch import Silent, Watch
 from pipeline.teacher import TeacherSpec, load_teacher
 
 GOOD, CORRUPT, INCOMPLETE, FOREIGN = 0, 3, 4, 5
 _BATCH = 64  # rows decoded at once
+_TEXT_FLOOR = 0.999  # cosine that kernels and libraries leave of a text
 
 
 @dataclass
@@ -45,6 +58,8 @@ class Verdict:
     """(generation, block, view) of the damaged shards, which can be made again."""
     mendable: bool = True
     """Whether shards are all that is damaged."""
+    lacking: list[str] = field(default_factory=list)
+    """What this version would have written and the store has not; no fault (milan.lacking)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How much was looked at."""
 
@@ -103,6 +118,8 @@ def verify(
                 verdict.count("images x views", cache.rows * cache.views)
             except CacheError as error:
                 verdict.damage(str(error))
+    if not verdict.corrupt:
+        verdict.lacking = [f"{what}: {so}" for what, so in lacking(store)]
     listed = {entry.path for entry in index.generations}
     for folder in sorted((store / GENERATIONS).glob("[0-9]*")):
         if f"{GENERATIONS}/{folder.name}" not in listed:
@@ -134,14 +151,18 @@ def _generation(store: Path, entry: Entry, verdict: Verdict, deep: bool, watch: 
         if verdict.mendable:
             verdict.damage(str(error))
         return  # without its table and spec nothing of it can be believed
-    tables = {n: d for n, d in entry.files.items() if n.startswith("codec/")}
+    tables = {n: d for n, d in entry.files.items() if n.startswith(CONTENT)}
     content = [entry.fingerprint, tables, hashlib.sha256(b"".join(proofs)).hexdigest()]
     if hashlib.sha256(canonical(content)).hexdigest() != entry.digest:
         verdict.damage(f"{INDEX}: the digest of {entry.path} is not that of its records")
     targets = 0
+    captioned = manifest.captioned() & (TEXT in spec.arrays())
+    if TEXT in spec.arrays():
+        verdict.count("texts", int(captioned.sum()))
     for block in range(spec.blocks):
         for view in range(spec.views):
-            wrong, held = _shard(generation, block, view, deep)
+            texts = np.flatnonzero(captioned[slice(*spec.block_rows(block))] & (view == 0))
+            wrong, held = _shard(generation, block, view, texts.tolist(), deep)
             targets += held
             verdict.count("shards")
             for what in wrong:
@@ -158,8 +179,13 @@ def _generation(store: Path, entry: Entry, verdict: Verdict, deep: bool, watch: 
         )
 
 
-def _shard(generation: Generation, block: int, view: int, deep: bool) -> tuple[list[str], int]:
-    """(what is wrong with a shard, how many targets it holds)."""
+def _shard(
+    generation: Generation, block: int, view: int, texts: list[int], deep: bool
+) -> tuple[list[str], int]:
+    """(what is wrong with a shard, how many targets it holds).
+
+    `texts` are those of its rows that have one, counted from its first.
+    """
     spec = generation.spec
     try:
         record = generation.record(block, view)
@@ -174,13 +200,15 @@ def _shard(generation: Generation, block: int, view: int, deep: bool) -> tuple[l
     listed = {file["path"]: file for file in record["files"]}
     for name, path in spec.files(block, view).items():
         array = spec.arrays().get(name)
-        if (path in listed) != bool(good):
-            wrong.append(f"{name} is {'not ' if good else ''}in its record")
+        rows = good if array is None or array.of_views else texts
+        if (path in listed) != bool(rows):
+            wrong.append(f"{name} is {'not ' if rows else ''}in its record")
         elif path in listed:
-            told = _file(generation.root / path, array, good, listed[path]["sha256"], deep)
+            told = _file(generation.root / path, array, rows, listed[path]["sha256"], deep)
             wrong += [f"{name} ({path}) {told}"] if told else []
     if deep and not wrong:
         wrong += _rows(generation, np.array(good) + start, view)
+        wrong += _texts(generation, np.array(texts, np.int64) + start + spec.first_row)
     return wrong, len(good)
 
 
@@ -210,7 +238,7 @@ def _file(path: Path, array: ArraySpec | None, good: list[int], digest: str, dee
 def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
     """Every row of a shard read as training reads it."""
     spec = generation.spec
-    names = list(spec.arrays())
+    names = list(spec.view_arrays())
     for part in np.array_split(local, -(-len(local) // _BATCH) or 1):
         if not len(part):
             continue
@@ -223,9 +251,10 @@ def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
             for row in (part + spec.first_row).tolist():
                 v = spec.first_view + view
                 try:
-                    same = checksum(unpack(generation.packed(row, v))) == generation.checksum(
-                        row, v
-                    )
+                    pixels = unpack(generation.packed(row, v))
+                    same = checksum(pixels) == generation.checksum(row, v)
+                except CacheError as error:
+                    return [error.found]
                 except ValueError:
                     same = False
                 if not same:
@@ -233,6 +262,15 @@ def _rows(generation: Generation, local: np.ndarray, view: int) -> list[str]:
         if not ((got["attention"] > 0) & np.isfinite(got["attention"])).all():
             return ["has attention that is not finite and > 0"]
     return []
+
+
+def _texts(generation: Generation, rows: np.ndarray) -> list[str]:
+    """Every text of a shard read as training reads it; `rows` of the whole store."""
+    try:
+        lengths = np.linalg.norm(read_texts(generation, rows).features, axis=1) if len(rows) else 1
+    except CacheError as error:
+        return [error.found]
+    return [] if np.allclose(lengths, 1, atol=1e-4) else ["has texts that are not of length 1"]
 
 
 def _audit(
@@ -249,11 +287,13 @@ def _audit(
     first = cache.generations[0]
     try:
         dataset = CachedDataset(cache, data_root=data_root)
-        teacher = load_teacher(spec or TeacherSpec(**first.origin["teacher"]), device=device)
-    except (DataError, TeacherError) as error:
+        known = spec or TeacherSpec(**first.origin["teacher"])
+        teacher = load_teacher(replace(known, texts=bool(first.spec.texts)), device=device)
+    except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
         return
-    if teacher.identity != cache.spec.teacher:
+    texts = teacher.texts.identity if teacher.texts else None
+    if teacher.identity != cache.spec.teacher or texts != cache.spec.texts:
         verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
         return
     generator = np.random.default_rng(seed)
@@ -289,6 +329,17 @@ def _audit(
         verdict.shards.append(_place(cache, int(rows[i]), int(views[i])))
     if len(rows) > 1 and float(shuffled.mean()) >= floor:
         verdict.damage("the audit proves nothing: targets of other images agree as well")
+    captioned = cache.captioned
+    if teacher.texts and len(captioned):
+        rows = generator.choice(captioned, min(count, len(captioned)), replace=False)
+        captions = cache.manifest.take(rows).captions(0, len(rows))
+        now_ids = teacher.texts.tokenise([text or "" for text in captions])
+        agree = (teacher.texts.features(now_ids) * cache.texts(rows).features).sum(axis=1)
+        verdict.count("audited texts", len(rows))
+        for row, cos in zip(rows.tolist(), agree.tolist(), strict=True):
+            if cos < _TEXT_FLOOR:
+                verdict.corrupt.append(f"row {row}: the text tower says something else ({cos:.4f})")
+                verdict.shards.append(_place(cache, row, 0))
 
 
 def _place(cache: TargetCache, row: int, view: int) -> tuple[str, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from milan.errors import TeacherError, nearest
+
+# By the start of the tag.
+_LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metaclip": "CC-BY-NC-4.0"}
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -56,6 +59,11 @@ def weight_file(name: str, pretrained: str, tags: list[str]) -> Path:
     )
 
 
+def published_licence(tag: str) -> str:
+    """The licence of weights by open_clip's tag, where their publisher states one."""
+    return next((text for key, text in _LICENCES.items() if tag.startswith(key)), "unknown")
+
+
 def stated_licence(file: Path) -> str:
     """The licence that a safetensors file states in its metadata, else `unknown`."""
     if file.suffix != ".safetensors":
@@ -82,17 +90,24 @@ def not_here(
     )
 
 
-def do_not_fit(pretrained: str, name: str, error: Exception) -> TeacherError:
-    """The error for weights of another layout than the image tower's."""
+def do_not_fit(
+    pretrained: str, name: str, error: Exception, *, tower: str = "image"
+) -> TeacherError:
+    """The error for weights of another layout than the tower's."""
     lines = [line.strip() for line in str(error).splitlines()[:3]]
     told = " ".join(lines)[:300] or type(error).__name__
-    return TeacherError(f"the weights {pretrained} do not fit the image tower of {name}: {told}")
+    return TeacherError(f"the weights {pretrained} do not fit the {tower} tower of {name}: {told}")
 
 
-def weights_digest(visual: nn.Module) -> str:
-    """SHA-256 of the image tower's tensors as float32, by name; file formats do not matter."""
+def weights_digest(tower: nn.Module, *, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a tower's tensors as float32, by name; file formats do not matter.
+
+    Names that begin with one of `without` are not of the tower.
+    """
     sha = hashlib.sha256()
-    for key, tensor in sorted(visual.state_dict().items()):
+    for key, tensor in sorted(tower.state_dict().items()):
+        if key.startswith(without):
+            continue
         sha.update(f"{key}{list(tensor.shape)}".encode())
         sha.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return sha.hexdigest()
@@ -105,3 +120,12 @@ def go_offline() -> None:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def shown_name(name: str) -> str:
+    """As a store calls the teacher: its name, or that of its config file or folder."""
+    if not name.endswith(".json"):
+        return name
+    path = Path(name)
+    plain = path.stem in ("config", "open_clip_config")  # then the folder's name says more
+    return path.resolve().parent.name if plain else path.stem

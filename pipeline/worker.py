@@ -7,7 +7,7 @@ shown to the teacher, and the block's shards, one a view, are staged; the driver
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from milan.codecs import Codec
 from milan.errors import ImageFault, TeacherError
-from milan.format import CacheSpec, record_name
+from milan.format import TEXT, TEXT_IDS, CacheSpec, record_name
 from milan.images import content_digest, decode
 from milan.manifest import Manifest
 from milan.sources import ImageSource
@@ -64,10 +64,12 @@ class Extractor:
         self.view_spec = ViewSpec.from_law(spec.view_law)
         self.codec = codec
         self.source = ImageSource(manifest, root)
+        self.captions = manifest if spec.texts else None
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
-        if self.teacher.identity != spec.teacher:
+        texts = self.teacher.texts.identity if self.teacher.texts else None
+        if self.teacher.identity != spec.teacher or texts != spec.texts:
             raise TeacherError(
                 "a worker loaded another teacher than the driver",
                 expected="the same weight file and settings on every node",
@@ -85,7 +87,7 @@ class Extractor:
         count, k = stop - start, self.spec.views
         arrays = {
             name: np.full((k, count, *array.shape[2:]), array.fill, array.dtype)
-            for name, array in self.spec.arrays().items()
+            for name, array in self.spec.view_arrays().items()
         }
         record: dict[str, Any] = {
             "digests": [None] * count,
@@ -128,16 +130,21 @@ class Extractor:
 
         staged = []
         for v in views:
+            texts = self._texts(start, stop) if v == 0 else {}
             with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
                 files = stage_shard(
                     Path(folder),
                     self.spec,
                     block,
                     v,
-                    {n: a[v] for n, a in arrays.items()},
+                    {n: a[v] for n, a in arrays.items()} | texts,
                     pictures[v],
                 )
             sums = {name: _row_sums(values[v], bad, start) for name, values in arrays.items()}
+            if texts:
+                without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
+                absent = set(map(str, without.tolist()))
+                sums |= {name: _row_sums(values, absent, start) for name, values in texts.items()}
             staged.append(
                 {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": bad}
                 | record
@@ -146,6 +153,25 @@ class Extractor:
             if self.spec.stored_views != "none":
                 staged[-1]["ends"] = np.cumsum([len(data) for data in pictures[v]]).tolist()
         return staged
+
+    def _texts(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The arrays of texts for rows [start, stop), whether their images are good or not."""
+        tower, arrays = self.teacher.texts, self.spec.arrays()
+        if tower is None or self.captions is None or TEXT not in arrays:
+            return {}
+        captions = self.captions.captions(start, stop)
+        at = [i for i, text in enumerate(captions) if text is not None]
+        made = {
+            name: np.full((stop - start, *arrays[name].shape[1:]), arrays[name].fill, array.dtype)
+            for name, array in arrays.items()
+            if not array.of_views
+        }
+        if at:
+            ids = tower.tokenise([text for text in captions if text is not None])
+            made[TEXT_IDS][at], made[TEXT][at] = ids, tower.features(ids)
+            if not np.isfinite(made[TEXT][at]).all():
+                raise TeacherError("a text feature is not finite", fix="without --texts")
+        return made
 
     def _images(self, rows: range) -> Iterator[_Rendered]:
         """The images of `rows` in order, decoded by threads a few batches ahead of the teacher."""
@@ -204,7 +230,7 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _row_sums(values: np.ndarray, bad: dict[str, str], start: int) -> list[int | None]:
+def _row_sums(values: np.ndarray, bad: Collection[str], start: int) -> list[int | None]:
     """crc32c of each row's bytes, by which a reader knows that it holds the right row."""
     return [
         None if str(start + i) in bad else google_crc32c.value(row.tobytes())

@@ -120,6 +120,7 @@ def _tell(verdict: Any) -> None:
         "corrupt": verdict.corrupt,
         "incomplete": verdict.incomplete,
         "foreign": verdict.foreign,
+        "not in it": verdict.lacking,
     }
     for kind, found in kinds.items():
         for line in found:

@@ -14,26 +14,16 @@ FLAGS = (
     "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
     "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
     "replicas", "num_workers", "device", "precision", "batch_size", "shard_size", "seed",
-    "limit", "max_bad",
+    "limit", "max_bad", "texts", "offline",
 )  # fmt: skip
 
 
-@settings_command(ExtractConfig, FLAGS)
+@settings_command(ExtractConfig, (*FLAGS, "extend", "yes"))
 def extract_targets(
     *,
     flags: dict[str, Any],
     params: str | None,
     sets: list[str] | None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never use the network.", show_default=False)
-    ] = False,
-    extend: Annotated[
-        bool,
-        typer.Option("--extend", help="Add another teacher's or codec's targets to the store."),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask before a store of more than 100 GB.")
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes, as milan plan; write nothing.")
     ] = False,
@@ -46,9 +36,6 @@ def extract_targets(
     from pipeline.extract import extract_targets as run
     from stages import console
 
-    flags["offline"] = offline or None
-    flags["extend"] = extend or None
-    flags["yes"] = yes or None
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
     summary = run(config, watch=console.ConsoleWatch(), dry_run=dry_run, agree=_agree)
     if dry_run:
@@ -79,6 +66,6 @@ def _agree(costs: dict[str, list[tuple[str, str]]]) -> bool:
 
 def _faithful(report: dict[str, Any]) -> str:
     if not report:
-        return "not measured: no image could be read"
+        return "not measured"
     means = {kind: spread["mean"] for kind, spread in report["cosine"].items()}
     return f"class {means['class']:.5f}, patches {means['patch']:.5f}"

@@ -59,10 +59,14 @@ def settings_command(
 
 
 def _flag(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
-    shown = "" if default in (None, dataclasses.MISSING) else f"  [{_text(default)}]"
+    none = default is None or default is False or default is dataclasses.MISSING
+    shown = "" if none else f"  [{_text(default)}]"
     # typer takes `type | None` with default None: not given, so that a parameter file may say.
     optional = hint if type(None) in typing.get_args(hint) else hint | None
-    return _parameter(name, Annotated[optional, typer.Option(help=doc + shown, show_default=False)])
+    # A switch is only ever turned on: all of them are off by default.
+    names = [f"--{name.replace('_', '-')}"] if hint is bool else []
+    option = typer.Option(*names, help=doc + shown, show_default=False)
+    return _parameter(name, Annotated[optional, option])
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:

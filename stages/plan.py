@@ -17,11 +17,9 @@ def plan(
     flags: dict[str, Any],
     params: str | None,
     sets: list[str] | None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never use the network.", show_default=False)
-    ] = False,
     budget: Annotated[
-        str | None, typer.Option(help="Propose views and codec that fit, such as 2TB.")
+        str | None,
+        typer.Option(help="Propose what fits, such as 2TB: views, codec, stored views."),
     ] = None,
     images_per_second: Annotated[
         float | None,
@@ -42,7 +40,6 @@ def plan(
     from pipeline.costs import price
     from stages import console
 
-    flags["offline"] = offline or None
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
     found = price(
         config,

@@ -46,7 +46,7 @@ def linear_probe(
             raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
     frozen = None
     if config.checkpoint == "teacher":
-        from pipeline.teacher import frozen_teacher
+        from pipeline.frozen import frozen_teacher
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
     metrics = run(config, frozen=frozen, watch=console.ConsoleWatch())

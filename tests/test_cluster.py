@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -97,6 +98,14 @@ class Command:
         out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
 
+    def kill(self) -> None:
+        """Nothing of it is left: neither itself nor what it started."""
+        self.process.kill()
+        self.process.communicate()
+        for pid in tagged(self.tag):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def all_gone(self) -> bool:
         return not left_behind(self.tag)
 
@@ -125,13 +134,7 @@ def start(teacher_files: dict[str, str]) -> Iterator[Callable[..., Command]]:
 
     yield run
     for command in begun:
-        command.process.kill()
-        command.process.communicate()
-        for pid in tagged(command.tag):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        command.kill()
 
 
 def hostile_folder(path: Path) -> Path:

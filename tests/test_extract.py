@@ -18,10 +18,11 @@ from conftest import make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from milan.cache import GENERATION, TargetCache, record_name
+from milan.cache import TargetCache
 from milan.codecs import codec_of
 from milan.data import open_cache
 from milan.errors import CacheError, ConfigError, DataError, TeacherError
+from milan.format import GENERATION, record_name
 from milan.images import content_digest
 from milan.manifest import build_manifest
 from milan.views import View, checksum, render, view_of

@@ -498,11 +498,11 @@ def test_a_missing_name_lists_where_it_was_sought(
     ):
         resolve_data("imagenet")
     with pytest.raises(
-        DataError, match=r"looked at: imagenet, /root/of/it/imagenet/train, /root/of/it/imagenet;"
+        DataError, match=r"looked at: imagenet, /data/of/it/imagenet/train, /data/of/it/imagenet;"
     ):
-        resolve_data("imagenet", "/root/of/it")
+        resolve_data("imagenet", "/data/of/it")
     with pytest.raises(DataError, match=r"looked at: /nowhere/imagenet;") as error:
-        resolve_data("/nowhere/imagenet", "/root/of/it")
+        resolve_data("/nowhere/imagenet", "/data/of/it")
     assert "--data-root" in error.value.fix
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_photos
+from PIL import Image
 
 from milan.errors import ConfigError
 from milan.format import GENERATION, Index
@@ -19,12 +21,13 @@ from pipeline.costs import (
     parse_size,
     price,
     seconds_of,
-    size_of_store,
     within,
 )
+from pipeline.decoding import Decoding, measure_decoding
 from pipeline.extract import extract_targets
 from pipeline.plan import Plan, plan
 from pipeline.settings import ExtractConfig
+from pipeline.sizes import size_of_store
 
 RATES = Rates(image=0.5, forward=0.1, write=50e6, told="made up")
 
@@ -138,6 +141,72 @@ def test_what_training_needs_and_saves(planned: Plan) -> None:
     assert "a step online" not in assumed
 
 
+SLOW, FAST = Decoding(0.1, 0.001, 30e3), Decoding(0.004, 0.001, 30e3)
+
+
+def test_storing_views_is_recommended_where_decoding_starves(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 ms at 6,000 images/s are 600 cores; with a speed that is given, this machine's count."""
+    rows = dict(cost_of(planned, (1, 1, None), RATES, SLOW)["Training from it"])
+    assert rows["decoding"] == (
+        "600 cores at 100 ms a view of the originals, 96 assumed: NOT ENOUGH"
+    )
+    stored = rows["with --store-views jpeg:95"]
+    assert stored == (
+        "6 cores at 1 ms a view; about 30 KB more each, 1.44 MB in all, RECOMMENDED for a new store"
+    )
+    rows = dict(cost_of(planned, (1, 1, None), RATES, FAST)["Training from it"])
+    assert rows["decoding"].endswith("96 assumed: enough")
+    assert "RECOMMENDED" not in rows["with --store-views jpeg:95"]
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [SLOW.starves(train) for train in (79, 81)] == [False, True]
+    assert "decoding" not in dict(cost_of(planned, (1, 1, None), RATES)["Training from it"])
+
+
+def test_a_plan_with_stored_views_decodes_these(planned: Plan) -> None:
+    """There is nothing left to recommend."""
+    part = planned.parts[0]
+    kept = replace(planned, parts=[replace(part, spec=replace(part.spec, stored_views="webp"))])
+    rows = dict(cost_of(kept, (1, 1, None), RATES, SLOW)["Training from it"])
+    assert rows["decoding"] == "6 cores at 1 ms a view as stored, 96 assumed: enough"
+    assert not [what for what in rows if what.startswith("with")]
+
+
+def test_decoding_is_measured(config: ExtractConfig, tmp_path: Path) -> None:
+    """Large photographs cost much, their stored views do not; files that are no images nothing."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((2000, 1500), Image.Resampling.BICUBIC)
+    for i in range(3):
+        image.save(folder / f"{i}.jpg")
+    (folder / "none.jpg").touch()
+    found = measure_decoding(plan(replace(config, data=str(folder)), Silent()))
+    assert found is not None
+    assert found.original > 5 * found.stored > 0
+    assert 200 < found.bytes < 5000  # of 32 x 32 pixels
+    small = measure_decoding(plan(config, Silent()))
+    assert small is not None
+    assert small.original < found.original / 3
+    for path in folder.glob("?.jpg"):
+        path.unlink()
+    assert measure_decoding(plan(replace(config, data=str(folder)), Silent())) is None
+
+
+def test_the_plan_and_the_budget_act_on_it(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured decides what `milan plan --budget` proposes."""
+    monkeypatch.setattr("pipeline.costs.calibrate", lambda *_: RATES)
+    for found, kept in ((SLOW, " --store-views jpeg:95"), (FAST, "")):
+        monkeypatch.setattr("pipeline.costs.measure_decoding", lambda _, found=found: found)
+        tables = price(config, budget="2MB")
+        (proposed,) = [row for what, row in tables["Within 2 MB"] if what == "proposed"]
+        assert proposed == "--views 16 --codec int8" + kept
+        assert "decoding" in dict(tables["Training from it"])
+
+
 def test_the_measurement_leaves_nothing(config: ExtractConfig, tmp_path: Path) -> None:
     """Real images, teacher and disk; then the folder is as it was."""
     tables = price(config)
@@ -180,6 +249,21 @@ def test_a_budget_prefers_views(large: Plan, budget: str, codec: str, views: int
     assert size_of_store(chosen).total <= parse_size(budget)
     (rows,) = tables.values()
     assert rows[-1] == ("proposed", f"--views {views} --codec {codec}")
+
+
+def test_a_budget_keeps_views_where_decoding_starves(large: Plan) -> None:
+    """31 KB a view more: fewer views, still within; not at all where then none would fit."""
+    part = large.parts[0]
+    spec = replace(part.spec, view_law={**part.spec.view_law, "size": 224})
+    large = replace(large, parts=[replace(part, spec=spec)])
+    chosen, tables = within(large, "600GB", store_views=True)
+    assert (chosen.config.codec, chosen.config.views) == ("int8", 4)
+    assert chosen.config.store_views == chosen.parts[0].spec.stored_views == "jpeg:95"
+    assert size_of_store(chosen).total <= 600e9
+    (rows,) = tables.values()
+    assert rows[-1] == ("proposed", "--views 4 --codec int8 --store-views jpeg:95")
+    chosen, _ = within(large, "10GB", store_views=True)
+    assert (chosen.config.codec, chosen.config.store_views) == ("pq:16", "none")
 
 
 def test_a_budget_too_small(large: Plan) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_photos, tree
-from test_cluster import STORE, Command, left_behind, local, tagged, until
+from test_cluster import STORE, Command, left_behind, local, until
 
-from milan.cache import GENERATION
+from milan.format import GENERATION
 
 pytestmark = [
     pytest.mark.soak,
@@ -162,13 +162,7 @@ def begun() -> Iterator[list[Command]]:
     commands: list[Command] = []
     yield commands
     for command in commands:
-        command.process.kill()
-        command.process.communicate()
-        for pid in tagged(command.tag):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        command.kill()
 
 
 def test_kills_of_ray_workers_and_drivers(

@@ -24,9 +24,10 @@ from conftest import tree
 
 import pipeline.store
 import pipeline.worker
-from milan.cache import GENERATION, CacheSpec, TargetCache, record_name
+from milan.cache import TargetCache
 from milan.codecs import Codec, codec_of
 from milan.errors import CacheError, ConfigError
+from milan.format import GENERATION, CacheSpec, record_name
 from milan.manifest import Manifest, build_manifest
 from milan.views import ViewSpec
 from milan.watch import Silent
@@ -545,7 +546,7 @@ def test_every_field_of_the_spec_is_in_the_fingerprint(spec: CacheSpec) -> None:
         "manifest": "0" * 64, "rows": 11, "views": 3, "tokens": 10, "channels": 5,
         "codec": "float16", "shard_size": 5, "version": 2, "teacher": {"weights": "abd"},
         "view_law": {**spec.view_law, "seed": 1}, "first_row": 4, "first_view": 1,
-        "stored_views": "webp",
+        "stored_views": "webp", "texts": {"weights": "abe"},
     }  # fmt: skip
     assert set(other) == {field.name for field in dataclasses.fields(CacheSpec)}
     seen = {spec.fingerprint()}

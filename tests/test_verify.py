@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import make_photos, run_here, tree
 
-from milan.cache import GENERATION, TargetCache
+from milan.cache import TargetCache
 from milan.errors import CacheError
+from milan.format import GENERATION
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
 from pipeline.teacher import TeacherSpec

@@ -1,0 +1,121 @@
+"""What a loader makes of 12-megapixel photographs, with and without stored views.
+
+    python -m benchmarks.large_photos [--images 24] [--rounds 7]
+
+JPEGs of 4000 x 3000 pixels: ImageNet photographs enlarged, where they are at hand, else smooth
+noise, with grain on top, so that the files have the size that cameras give them. A small random
+teacher makes a store of them without views, one with jpeg:95 and one with webp; then one loader
+worker reads each in training's order, files in the page cache, targets included. Also the parts:
+a core's time for a view by either way, as `milan plan` measures it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.measure import parser, photos, ratio, report
+from milan.data import open_cache, training_loader
+from milan.order import StepSampler, order_of
+from milan.watch import Silent
+from pipeline.decoding import measure_decoding
+from pipeline.extract import extract_targets
+from pipeline.plan import plan
+from pipeline.settings import ExtractConfig
+
+WIDTH, HEIGHT = 4000, 3000
+WAYS = ("none", "jpeg:95", "webp")
+TEACHER = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
+}  # fmt: skip
+
+
+def enlarge(source: Path, folder: Path, count: int) -> Path:
+    """`count` photographs of 12 megapixels below `folder`, from those of `source`."""
+    folder.mkdir()
+    files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
+    for i in range(count):
+        draw = np.random.default_rng(i)
+        with Image.open(files[i % len(files)]) as image:
+            large = image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        grain = draw.normal(0, 4, (HEIGHT, WIDTH, 1)).astype(np.int8)
+        pixels = np.clip(np.asarray(large).astype(np.int16) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
+    return folder
+
+
+def loader_rate(store: Path, epochs: int) -> float:
+    """Images a second of one loader worker, from the first batch on."""
+    dataset = open_cache(store)
+    batch = min(8, len(dataset))
+    order = order_of(dataset.cache, seed=0, batch_size=batch)
+    sampler = StepSampler(order, start=0, stop=epochs * order.steps, micro=batch)
+    loader = iter(training_loader(dataset, sampler, features=True, num_workers=1))
+    next(loader)
+    start = time.perf_counter()
+    count = sum(len(batch.rows) for batch in loader)
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print."""
+    flags = parser(__doc__.splitlines()[0])
+    flags.add_argument("--images", type=int, default=24)
+    args = flags.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = enlarge(photos(folder / "small", args.images), folder / "large", args.images)
+        each = statistics.mean(path.stat().st_size for path in data.iterdir())
+        (folder / "teacher.json").write_text(json.dumps(TEACHER))
+        config = ExtractConfig(
+            str(data), out=str(folder / "plan.zarr"), views=1, executor="local",
+            shard_size=args.images, teacher=str(folder / "teacher.json"), pretrained="none",
+        )  # fmt: skip
+        stores, sizes = {}, {}
+        for way in WAYS:
+            stores[way] = folder / f"{way}.zarr"
+            summary = extract_targets(replace(config, out=str(stores[way]), store_views=way))
+            pixels = stores[way] / "generations/000/pixels"
+            sizes[way] = sum(p.stat().st_size for p in pixels.rglob("*") if p.is_file())
+            assert not summary["bad"]
+        rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(args.rounds):
+            for way in WAYS:  # in turns: a slow minute hits all; stored views need more epochs
+                rates[way].append(loader_rate(stores[way], 3 if way == "none" else 30))
+        parts = measure_decoding(plan(config, Silent()))
+    assert parts is not None
+    lines = [
+        f"{args.images} photographs of {WIDTH} x {HEIGHT}, {each / 1e6:.1f} MB each; views of 224 "
+        "pixels.",
+        "",
+        "| views are | images/s of a loader worker (range) | against originals | bytes a view |",
+        "|---|---|---|---|",
+    ]
+    for way, found in rates.items():
+        spread = f"{statistics.median(found):,.1f} ({min(found):,.1f} to {max(found):,.1f})"
+        gain = ratio(found, rates["none"])
+        kept = "" if way == "none" else f"{sizes[way] / args.images:,.0f}"
+        what = "rendered from originals" if way == "none" else f"stored, {way}"
+        lines.append(f"| {what} | {spread} | {gain} | {kept} |")
+    lines += [
+        "",
+        f"A core's time for a view: {parts.original * 1e3:.1f} ms from an original, "
+        f"{parts.stored * 1e3:.2f} ms as jpeg:95, {parts.bytes:,.0f} bytes (`milan plan`).",
+    ]
+    command = f"python -m benchmarks.large_photos --images {args.images} --rounds {args.rounds}"
+    report("large_photos", command, lines, keep=args.keep)
+
+
+if __name__ == "__main__":
+    main()
