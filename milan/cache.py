@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from milan.codecs import Codec, codec_of
-from milan.errors import CacheError, nearest
+from milan.errors import CacheError, DataError, nearest
 from milan.format import Index, canonical
 from milan.generation import Generation
 from milan.manifest import Manifest
@@ -100,9 +100,11 @@ class TargetCache:
         return dict(sorted(found.items()))
 
     def good_rows(self) -> np.ndarray:
-        """Rows that have targets, ascending, int64."""
+        """Rows that have targets, ascending, int64. Raises DataError if there is none."""
         good = np.ones(self.rows, bool)
         good[list(self.bad)] = False
+        if not good.any():
+            raise DataError(f"{self.path} has targets of no image: all {self.rows} are bad")
         return np.flatnonzero(good)
 
     def shards_of(self, rows: np.ndarray) -> np.ndarray:

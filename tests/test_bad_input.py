@@ -263,8 +263,8 @@ TRAIN_CASES = {
     "heads": (("--set", "model.num_heads=5"), ("vit_base_patch16_224", "num_heads")),
     "model value": (("--set", "model.depth=deep"), ("vit_base_patch16_224", "depth")),
     "patch": (
-        ("--set", "model.patch_size=16"),
-        ("16-pixel patches on views of 32", "4 x 4", "model.patch_size=8"),
+        ("--set", "model.patch_size=12"),
+        ("patches of 12 pixels, which do not tile 32",),
     ),
     "patch value": (("--set", "model.patch_size=big"), ("patch_size", "big")),
     "decoder argument": (("--set", "decoder.width=8"), ("unknown decoder argument", "embed_dim")),

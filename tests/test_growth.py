@@ -212,7 +212,7 @@ def test_a_run_keeps_the_store_it_began_with(grow: Callable[..., dict], tmp_path
     pretrain(out=str(tmp_path / "run"), **settings)
     name = "encoder.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert json.loads((tmp_path / "run/run.json").read_text())["generations"] == 1
+    assert json.loads((tmp_path / "run/run.json").read_text())["stretches"][0]["generations"] == 1
     figures = pretrain(out=str(tmp_path / "new"), **settings)
     assert figures["steps"] == 6
     shutil.rmtree(store)
