@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from milan.cache import TargetCache
 from milan.format import Index
+from milan.places import Place, place, size_of
 
 
-def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
+def describe(path: str | Place) -> dict[str, list[tuple[str, Any]]]:
     """Tables by title, rows of (what, value). Raises CacheError if the store cannot be opened."""
-    index = Index.read(Path(path))
+    index = Index.read(place(path))
     layers = dict.fromkeys(entry.layer for entry in index.generations)
     tables = {}
     for layer in layers:
@@ -55,7 +55,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:
     shards = sum(g.entry.bytes for g in cache.generations)
-    small = sum((g.root / name).stat().st_size for g in cache.generations for name in g.entry.files)
+    small = sum(size_of(g.root / name) or 0 for g in cache.generations for name in g.entry.files)
     count = sum(g.entry.shards for g in cache.generations)
     return [
         ("bytes a view", f"{cache.spec.view_bytes():,}"),

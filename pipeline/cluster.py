@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from milan.errors import MilanError
+from milan.places import Place
 
 # Said before ray is imported: milan sends nothing anywhere.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -41,8 +42,8 @@ def map_blocks(
     init: dict[str, Any],
     todo: np.ndarray,
     *,
-    folder_of: Callable[[int, int], Path],
-    on_done: Callable[[int, Path, list[dict]], None],
+    folder_of: Callable[[int, int], Place],
+    on_done: Callable[[int, Place, list[dict]], None],
     on_progress: Callable[[int], None],
     on_failure: Callable[[int, int, str], None],
     replicas: int,
@@ -153,7 +154,7 @@ class _Try:
     actor: Any
     block: int
     attempt: int
-    folder: Path
+    folder: Place
     started: float
 
 
@@ -179,8 +180,8 @@ class _Pool:
     def run(
         self,
         todo: np.ndarray,
-        folder_of: Callable[[int, int], Path],
-        on_done: Callable[[int, Path, list[dict]], None],
+        folder_of: Callable[[int, int], Place],
+        on_done: Callable[[int, Place, list[dict]], None],
         on_progress: Callable[[int], None],
         on_failure: Callable[[int, int, str], None],
     ) -> dict[int, str]:

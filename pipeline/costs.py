@@ -22,12 +22,13 @@ from milan.codecs import codec_of
 from milan.errors import ConfigError
 from milan.format import FIDELITY, MANIFEST, SHARDS, CacheSpec, Entry, Index, canonical
 from milan.manifest import Manifest
+from milan.places import Place, Url, names_in
 from milan.watch import Silent, Watch
 from pipeline.calibrate import Rates, calibrate, stand_in
 from pipeline.plan import Plan, Workers, plan, share
 from pipeline.prepare import CANARIES
 from pipeline.settings import ExtractConfig
-from pipeline.store import create_arrays, group_attributes
+from pipeline.store import create_arrays, group_attributes, writable
 from pipeline.tally import Tally
 
 Tables = dict[str, list[tuple[str, str]]]
@@ -193,7 +194,7 @@ def price(
 
 def cost_of(work: Plan, workers: Workers, rates: Rates, *, train: float | None = None) -> Tables:
     """The tables of a plan at these rates; `train` is images a second of training."""
-    out, specs = Path(work.config.out), [part.spec for part in work.parts]
+    out, specs = writable(work.config.out), [part.spec for part in work.parts]
     spec, sizes = specs[0], size_of_store(work)
     images = max(s.first_row + s.rows for s in specs)
     views = max(s.first_view + s.views for s in specs)
@@ -201,7 +202,6 @@ def cost_of(work: Plan, workers: Workers, rates: Rates, *, train: float | None =
     left = [s.shards - _recorded(out / p.name) for p, s in zip(work.parts, specs, strict=True)]
     share_left = sum(left) / shards
     to_write = sizes.total * share_left
-    free = _free(out)
     planned = [
         ("store", str(out)),
         ("images x views", f"{images:,} x {views}"),
@@ -210,12 +210,15 @@ def cost_of(work: Plan, workers: Workers, rates: Rates, *, train: float | None =
         ("bytes", f"{amount(sizes.total)}: shards {amount(sizes.shards)}, records "
                   f"{amount(sizes.records)}, manifest {amount(sizes.manifest)}, other "
                   f"{amount(sizes.other)}"),
+        ("objects", f"{sizes.files:,}") if isinstance(out, Url) else
         ("files", f"{sizes.files:,} in {sizes.folders:,} folders"),
     ]  # fmt: skip
     if share_left < 1:
         planned.append(("still to make", f"{sum(left):,} shards, {amount(to_write)}"))
-    fits = "enough" if to_write * 1.02 < free else "NOT ENOUGH"
-    planned.append(("free on that disk", f"{amount(free)}: {fits}"))
+    if isinstance(out, Path):
+        free = _free(out)
+        fits = "enough" if to_write * 1.02 < free else "NOT ENOUGH"
+        planned.append(("free on that disk", f"{amount(free)}: {fits}"))
     return {
         "Planned": planned,
         "Extraction": _extraction(work, workers, rates, left, to_write),
@@ -287,7 +290,7 @@ def within(work: Plan, budget: str) -> tuple[Plan, Tables]:
     already keeps 0.9999 of a feature's direction. So int8 with all views that fit, at most 16;
     product quantisation only where fewer than 4 would fit. float16 is never proposed.
     """
-    if len(work.parts) > 1 or (Path(work.config.out) / work.parts[0].name).exists():
+    if len(work.parts) > 1 or (writable(work.config.out) / work.parts[0].name).exists():
         raise ConfigError(
             f"--budget for the store {work.config.out}, which has begun", fix="--out another.zarr"
         )
@@ -354,9 +357,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
 
 
-def _recorded(generation: Path) -> int:
-    records = generation / "records"
-    return sum(1 for _ in os.scandir(records)) if records.is_dir() else 0
+def _recorded(generation: Place) -> int:
+    return sum(1 for _ in names_in(generation / "records"))
 
 
 def _free(out: Path) -> int:
