@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from milan.errors import CacheError, MilanError
 from milan.format import GENERATION, GENERATIONS, LOGS
@@ -110,7 +111,7 @@ class Bucket:
         """Where a worker takes its shards: at once to their places."""
         return self.path / generation
 
-    def take(self, staged: Url, generation: str, files: list[dict]) -> None:
+    def take(self, staged: Any, generation: str, files: list[dict]) -> None:
         """Make sure that the files of a shard are in their places, as the worker put them."""
         self._lease.check()
         for file in files:
@@ -122,7 +123,7 @@ class Bucket:
                     fix="run the same line again",
                 )
 
-    def leave(self, staged: Url) -> None:
+    def leave(self, staged: Any) -> None:
         """Nothing: there is no folder of a worker's own."""
 
     def names(self, below: str, apart: Collection[str] = ()) -> Iterator[str]:

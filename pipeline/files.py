@@ -90,7 +90,7 @@ class Disk:
             shutil.copyfile(root / name / "zarr.json", folder / name / "zarr.json")
         return folder
 
-    def take(self, staged: Path, generation: str, files: list[dict]) -> None:
+    def take(self, staged: Any, generation: str, files: list[dict]) -> None:
         """Rename the files of a shard that a worker staged into their places."""
         for file in files:
             if (staged / file["path"]).stat().st_size != file["bytes"]:
@@ -103,7 +103,7 @@ class Disk:
             os.replace(staged / file["path"], target)
             sync_folder(target.parent)
 
-    def leave(self, staged: Path) -> None:
+    def leave(self, staged: Any) -> None:
         """Drop a worker's folder."""
         shutil.rmtree(staged, ignore_errors=True)
 

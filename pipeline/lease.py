@@ -19,7 +19,7 @@ from milan.places import Url
 from pipeline.objects import Held, get, put
 
 SECONDS = 60.0
-"""How long a lock counts that is not renewed: a store waits so long for a driver that was killed."""
+"""How long a lock counts without renewal: a store waits so long for a driver that was killed."""
 _RENEWALS = 4  # in that time
 _MARGIN = 2.0  # seconds before the end, in which the owner no longer trusts it: the server counts
 # in whole seconds, and clocks drift

@@ -159,7 +159,9 @@ class Store:
         """
         self.path = path
         self.run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.files: Any = Bucket(path, self.run) if isinstance(path, Url) else Disk(path, self.run)
+        self.files: Disk | Bucket = (
+            Bucket(path, self.run) if isinstance(path, Url) else Disk(path, self.run)
+        )
         self.staging: Path = self.files.staging
 
     def generation(
