@@ -11,6 +11,7 @@ next driver, which holds the lock, before it begins.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -106,6 +107,7 @@ class Bucket:
         files = [path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda file: (file == "zarr.json", file)):
             self.write(f"{name}/{file}", (fresh / file).read_bytes())
+        shutil.rmtree(fresh)
 
     def stage(self, generation: str, attempt: str, arrays: Iterable[str]) -> Url:
         """Where a worker takes its shards: at once to their places."""

@@ -1,4 +1,4 @@
-"""Stores in a bucket: the bytes of a store on a disk, whatever the network and the driver go through.
+"""Stores in a bucket: the bytes of a store on a disk, whatever network and driver go through.
 
 The server is moto in a process of its own (s3_server.py), behind a proxy that does what networks do
 (s3_proxy.py).
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -44,11 +45,12 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "any",
     "AWS_SECRET_ACCESS_KEY": "any",
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "3",
+    "AWS_MAX_ATTEMPTS": "2",
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_PROXY": "127.0.0.1",
 }
 GENERATION = "generations/000"
+REMOTE = "s3://models/shared/targets.zarr"
 FORK = multiprocessing.get_context("forkserver")
 
 
@@ -59,7 +61,8 @@ def port() -> Iterator[int]:
         [sys.executable, str(Path(__file__).with_name("s3_server.py"))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert server.stdin and server.stdout
+    assert server.stdin
+    assert server.stdout
     yield int(server.stdout.readline())
     server.stdin.close()
     server.wait(10)
@@ -105,11 +108,22 @@ def settings(teacher_files: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def remote(s3: Proxy, photos: Path, settings: dict[str, Any]) -> str:
-    """`store` again, in a bucket; not to be changed."""
-    out = "s3://models/shared/targets.zarr"
-    extract_targets(str(photos), out=out, **settings)
-    return out
+def puts(s3: Proxy, photos: Path, settings: dict[str, Any]) -> list[Request]:
+    """`store` again, in a bucket, by workers in processes of their own: every PUT of it."""
+    under_ray = {**settings, "executor": "ray", "replicas": 2, "num_workers": 1}
+    extract_targets(str(photos), out=REMOTE, **under_ray)
+    return [r for r, _ in s3.seen if r.method == "PUT" and "targets.zarr" in r.path]
+
+
+@pytest.fixture(scope="module")
+def remote(puts: list[Request]) -> str:
+    """That store; not to be changed."""
+    return REMOTE
+
+
+def is_shard(request: Request) -> bool:
+    below = request.path.partition(f"{GENERATION}/")[2]
+    return request.method == "PUT" and below.split("/")[1:2] == ["c"]
 
 
 def remote_tree(url: str) -> dict[str, bytes]:
@@ -152,37 +166,23 @@ def test_the_bytes_are_those_of_a_disk(remote: str, store: Path, s3: Proxy) -> N
     assert origin["data_root_from_store"] is None
 
 
-def test_every_shard_is_put_once(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str
-) -> None:
+def test_every_shard_is_put_once(puts: list[Request]) -> None:
     """In one request, on a condition and with its digest; then its record, the index last."""
-    extract_targets(str(photos), out=url, **settings)
-    puts = [r for r, _ in s3.seen if r.method == "PUT"]
-    shards = [r for r in puts if "/c/" in r.path and "/codec/" not in r.path
-              and "/canary/" not in r.path]  # fmt: skip
-    assert len(shards) == len({r.path for r in shards}) == 3 * 2 * 4
+    shards = [request for request in puts if is_shard(request)]
+    assert len(shards) == len({request.path for request in shards}) == 3 * 2 * 4
     for request in puts:
         assert request.headers["x-amz-checksum-sha256"]
         assert "if-none-match" in request.headers or "if-match" in request.headers
+    for request in shards:
+        assert request.headers["if-none-match"] == "*"
     order = [r.path.split("targets.zarr/")[1] for r in puts if ".lock" not in r.path]
     for block in range(3):
         for view in range(2):
             record = order.index(f"{GENERATION}/records/{block:05d}.{view:02d}.json")
             for name in ("attention", "crop", "features", "scale"):
-                part = next(
-                    p for p in order if p.startswith(f"{GENERATION}/{name}/c/{block}/{view}")
-                )
+                start = f"{GENERATION}/{name}/c/{block}/{view}"
+                part = next(path for path in order if path.startswith(start))
                 assert order.index(part) < record < order.index(INDEX)
-
-
-def test_under_ray(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
-) -> None:
-    """Workers in processes of their own put the shards themselves."""
-    extract_targets(
-        str(photos), out=url, **{**settings, "executor": "ray", "replicas": 2, "num_workers": 1}
-    )
-    assert same_store(url, store)
 
 
 def test_stored_views_and_bad_images(
@@ -208,14 +208,12 @@ def test_stored_views_and_bad_images(
 def test_a_store_grows(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, tmp_path: Path
 ) -> None:
-    """More images, then more views, then another codec beside it; as on a disk."""
+    """More images and more views: two generations more, as on a disk."""
     for out in (url, str(tmp_path / "t.zarr")):
-        for more in ({"limit": 10, "views": 1}, {"limit": 20, "views": 1},
-                     {"limit": 20, "views": 2}, {"limit": 20, "views": 2, "codec": "float16",
-                                                 "extend": True}):  # fmt: skip
+        for more in ({"limit": 10, "views": 1}, {"limit": 20, "views": 2}):
             extract_targets(str(photos), out=out, **{**settings, **more})
     assert same_store(url, tmp_path / "t.zarr")
-    assert len(TargetCache(url, layer=TargetCache(url).layers[1]).generations) == 2
+    assert len(TargetCache(url).generations) == 3
     with pytest.raises(CacheError, match="a store only grows"):
         extract_targets(str(photos), out=url, **{**settings, "limit": 20, "views": 1})
 
@@ -322,10 +320,8 @@ def test_a_server_that_is_down_is_no_damage(remote: str, s3: Proxy) -> None:
     """Else repair would throw away good shards. One line says what happened."""
     cache = TargetCache(remote)
     s3.fault = lambda request: "503" if "/records/" in request.path else None
-    with pytest.raises(DataError, match="records/00000.00.json cannot be read"):
+    with pytest.raises(DataError, match=r"records/00000\.00\.json cannot be read"):
         cache.read(np.arange(2), np.zeros(2, int))
-    with pytest.raises(DataError, match="cannot be read"):
-        verify(remote)
     told = run_here("verify", remote)
     assert told.code == 1
     assert told.err.count("\n") == 1
@@ -350,15 +346,15 @@ def test_an_expired_lock_is_taken_over(
     """After its time, by the server's clock; a renewed one is not."""
     monkeypatch.setattr(pipeline.lease, "SECONDS", 4.0)
     first = Lease(Url(url), "first")
-    time.sleep(3.5)
-    s3.fault = lambda request: "503" if request.method == "PUT" else None  # it cannot renew
+    time.sleep(1.2)  # it has been renewed once
+    s3.fault = lambda request: "503" if request.method == "PUT" else None  # and cannot be again
     first.check()
     with pytest.raises(CacheError, match="is in use by"):
         Lease(Url(url), "second")
-    time.sleep(2.1)
+    time.sleep(3)
     with pytest.raises(CacheError, match="could not be renewed for 4 s"):
         first.check()
-    time.sleep(2.5)
+    time.sleep(1.5)
     s3.fault = lambda request: None
     second = Lease(Url(url), "second")
     second.check()
@@ -386,9 +382,8 @@ class Thief(Silent):
 
 
 def test_a_lost_lock_ends_the_run(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No record and no index is put after it; the thief's lock stays."""
     monkeypatch.setattr(pipeline.lease, "SECONDS", 6.0)
     with pytest.raises(CacheError, match=r"the lock of .* was taken over by a thief"):
@@ -397,9 +392,6 @@ def test_a_lost_lock_ends_the_run(
     assert INDEX not in remote_tree(url)
     lock, _ = get(Url(url) / ".lock")  # type: ignore[misc]
     assert b"a thief" in lock
-    delete(Url(url) / ".lock")
-    extract_targets(str(photos), out=url, **settings)
-    assert same_store(url, store)
 
 
 def test_what_another_wrote_is_not_overwritten(s3: Proxy, url: str) -> None:
@@ -466,8 +458,8 @@ def killed_at(steps: list[int], photos: Path, out: str, settings: dict[str, Any]
 def test_a_killed_driver_is_no_obstacle(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
 ) -> None:
-    """At birth, between shard and record, in what the dead left, before the index."""
-    killed_at([7, 33, 11, 25], photos, url, settings)
+    """At birth, and among the files of a shard; what the dead left is no part of it."""
+    killed_at([7, 36], photos, url, settings)
     assert same_store(url, store)
 
 
@@ -491,49 +483,50 @@ def test_a_driver_killed_at_every_step(
 # --- networks -------------------------------------------------------------------------------------
 
 
-def is_shard(request: Request) -> bool:
-    return request.method == "PUT" and "/c/" in request.path and "/codec/" not in request.path
-
-
-@pytest.mark.parametrize("fault", ["500", "503", "cut", "lost", "corrupt"])
 def test_faults_that_pass(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, fault: str
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
 ) -> None:
-    """Now and then one request of any kind fails: it is sent again, and nothing is wrong."""
-    met: set[str] = set()
+    """Once each, at PUTs of all kinds: what failed is sent again, and nothing is wrong."""
+    faults = {
+        ".lock": ["lost", "500"],
+        "/manifest.parquet": ["503", "cut"],
+        "/features/c/0/0": ["corrupt"],
+        "/features/c/1/0": ["lost"],
+        "/features/c/2/0": ["cut"],
+        "/attention/c/2/1": ["503"],
+        "/records/00000.01": ["cut"],
+        "/records/00001.00": ["lost"],
+        "/shards.parquet": ["corrupt"],
+        INDEX: ["lost"],
+    }
 
     def once(request: Request) -> str | None:
-        kinds = {".lock": "lock", "/records/": "record", "/features/c/1/0": "shard", INDEX: "index"}
-        kind = next((k for part, k in kinds.items() if part in request.path), None)
-        if request.method != "PUT" or kind is None or kind in met:
-            return None
-        met.add(kind)
-        return fault
+        left = next((f for part, f in faults.items() if part in request.path), [])
+        return left.pop(0) if request.method == "PUT" and left else None
 
     s3.fault = once
     extract_targets(str(photos), out=url, **settings)
-    assert met == {"lock", "record", "shard", "index"}
+    assert not any(faults.values())
     assert same_store(url, store)
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "corrupt"])
+@pytest.mark.parametrize("fault", ["500", "corrupt"])
 def test_faults_that_stay(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, fault: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, fault: str
+) -> None:
     """One clear error, nothing wrong in the store; afterwards the same line ends as ever."""
     bad = "/features/c/1/0"
     s3.fault = lambda request: fault if is_shard(request) and bad in request.path else None
     with pytest.raises(DataError, match=r"features/c/1/0/0/0 cannot be written: ") as error:
         extract_targets(str(photos), out=url, **settings)
-    if fault == "corrupt":
-        assert "did not match the calculated checksum" in str(error.value)
     there = remote_tree(url)
     assert INDEX not in there
     assert not any(bad in name or "records/00001" in name for name in there)
-    s3.fault = lambda request: None
-    extract_targets(str(photos), out=url, **settings)
-    assert same_store(url, store)
+    if fault == "corrupt":
+        assert "did not match the calculated checksum" in str(error.value)
+        s3.fault = lambda request: None
+        extract_targets(str(photos), out=url, **settings)
+        assert same_store(url, store)
 
 
 def test_reading_goes_through_faults(remote: str, store: Path, s3: Proxy) -> None:
@@ -563,20 +556,38 @@ def test_a_server_without_conditions_is_refused(
         extract_targets(str(photos), out=url, **settings)
 
 
+def allow(port: int, requests: str) -> None:
+    """Let the server answer so many requests without asking who it is."""
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/moto-api/reset-auth",
+        requests.encode(),
+        {"Content-Type": "text/plain"},
+    )
+    urllib.request.urlopen(asked).close()
+
+
 def test_no_bucket_and_no_right(
-    s3: Proxy, port: int, photos: Path, settings: dict[str, Any], url: str, store: Path,
-    teacher_files: dict[str, str],
-) -> None:  # fmt: skip
+    s3: Proxy, port: int, remote: str, photos: Path, teacher_files: dict[str, str]
+) -> None:
     """One line, exit code 1."""
     line = ["extract-targets", "--data", photos, "--teacher", teacher_files["teacher"],
             "--pretrained", teacher_files["pretrained"], "--executor", "local"]  # fmt: skip
-    told = run_here(*line, "--out", "s3://no-such-bucket/t.zarr")
-    assert told.code == 1
-    assert "The specified bucket does not exist" in told.err
-    assert told.err.count("\n") == 1
-    told = run_here(*line, "--out", "gs://models/t.zarr")
-    assert told.code == 1
-    assert "expected: a path, or a URL of s3://" in told.err
+    for out, said in {
+        "s3://no-such-bucket/t.zarr": "The specified bucket does not exist",
+        "gs://models/t.zarr": "expected: a path, or a URL of s3://",
+    }.items():
+        told = run_here(*line, "--out", out)
+        assert (told.code, told.err.count("\n")) == (1, 1)
+        assert said in told.err
+    allow(port, "0")
+    try:
+        for command in ([*line, "--out", "s3://models/t.zarr"], ["inspect", remote]):
+            told = run_here(*command)
+            assert (told.code, told.err.count("\n")) == (1, 1)
+            assert "cannot be read: " in told.err
+            assert "AWS_SECRET_ACCESS_KEY" in told.err
+    finally:
+        allow(port, "1000000000")
 
 
 # --- places and plans -----------------------------------------------------------------------------
@@ -604,5 +615,5 @@ def test_a_plan_writes_nothing(
     assert dict(summary["costs"]["Extraction"])["the disk takes"] == "not given"
     assert not [r for r, _ in s3.seen if r.method not in ("GET", "HEAD")]
     assert list(files_below(Url(url))) == []
-    with pytest.raises(ConfigError, match="--out memory://x/t.zarr"):
+    with pytest.raises(ConfigError, match=r"--out memory://x/t\.zarr"):
         extract_targets(str(photos), out="memory://x/t.zarr", **settings)
