@@ -75,7 +75,7 @@ class Lease:
             raise CacheError(
                 f"the server of {self.store} ignores the conditions of a PUT",
                 expected="S3 with If-None-Match and If-Match",
-                fix="another server, or a newer version of it",
+                fix="another server or a newer one; pip install --upgrade s3fs botocore",
             )
 
     def _renew(self) -> None:
