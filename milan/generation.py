@@ -99,7 +99,7 @@ class Generation:
         try:
             data = read_file(path)
         except OSError as error:
-            raise CacheError(f"{path} is gone: {error.strerror}") from None
+            raise CacheError(f"{path} is gone: {error.strerror or error}") from None
         if hashlib.sha256(data).hexdigest() != self.entry.files.get(name):
             raise CacheError(f"{path} is damaged or of another store", expected="its digest")
         return data
@@ -157,7 +157,9 @@ class Generation:
         try:
             data = read_file(self.root / "records" / name)
         except OSError as error:
-            raise CacheError(f"record {name} of {self.root} is gone: {error.strerror}") from None
+            raise CacheError(
+                f"record {name} of {self.root} is gone: {error.strerror or error}"
+            ) from None
         if hashlib.sha256(data).digest() != expected:
             raise CacheError(f"record {name} of {self.root} is damaged", expected="its digest")
         record = json.loads(data)

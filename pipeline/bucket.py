@@ -141,11 +141,11 @@ class Bucket:
             self._put_log()
 
     def close(self) -> None:
-        """Put the log, and give the lock back."""
-        with suppress(MilanError):  # what ends the run is told by whoever ends it
-            self._put_log()
+        """Give the lock back, and put the log."""
+        # What ends the run is told by whoever ends it; a server that is down is asked once.
         with suppress(MilanError):
             self._lease.close()
+            self._put_log()
         self._made_in.cleanup()
 
     def _put_log(self) -> None:

@@ -27,7 +27,7 @@ class Held:
     age: float
     """Seconds since it was put, by the server's clock alone; whole seconds."""
     sha256: str | None
-    """Hexadecimal; None if it was put without."""
+    """Hexadecimal; None where the server keeps none of the whole."""
 
 
 def head(where: Url) -> Held | None:
@@ -103,7 +103,9 @@ def _ask(where: Url, method: str, refusals: set[str], **arguments: Any) -> dict[
 
 def _held(answer: dict[str, Any]) -> Held:
     now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    digest = answer.get("ChecksumSHA256")
+    # Of an object that was copied in parts it is a digest of digests.
+    whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
+    digest = answer.get("ChecksumSHA256") if whole else None
     return Held(
         answer["ETag"],
         answer["ContentLength"],

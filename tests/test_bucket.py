@@ -468,6 +468,9 @@ def test_a_driver_killed_at_every_step(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
 ) -> None:
     """Every PUT and DELETE of an undisturbed run, and then three in a row, drawn by a seed."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    FORK.set_forkserver_preload(["pipeline.extract", "zarr", "open_clip"])
+    s3.seen.clear()
     extract_targets(str(photos), out=f"{url}/clean", **settings)
     steps = sum(r.method in ("PUT", "DELETE") and ".lock" not in r.path for r, _ in s3.seen) - 1
     draw = np.random.default_rng(0)
