@@ -41,9 +41,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises CacheError if the lock is no longer ours: nothing more may be committed."""
-        if not self.lost and _now() > self.until:
-            self.lost = f"could not be renewed for {self.seconds:g} s"
-        if self.lost:
+        if not self._ours():
             raise CacheError(
                 f"the lock of {self.store} {self.lost}",
                 expected="a lock that is held to the end",
@@ -54,9 +52,14 @@ class Lease:
         """Give it back: from now on anybody may have it."""
         self._ended.set()
         self._thread.join()
-        if not self.lost and _now() < self.until:
+        if self._ours():
             self.seconds = 0.0
             put(self.where, self._text(), over=self.etag)
+
+    def _ours(self) -> bool:
+        if not self.lost and _now() > self.until:
+            self.lost = f"could not be renewed for {self.seconds:g} s"
+        return not self.lost
 
     def _take(self) -> str:
         began, found = _now(), get(self.where)
@@ -79,7 +82,7 @@ class Lease:
             )
 
     def _renew(self) -> None:
-        while not self._ended.wait(self.seconds / _RENEWALS):
+        while not self._ended.wait(self.seconds / _RENEWALS) and self._ours():
             began, self.renewals = _now(), self.renewals + 1
             try:
                 etag = put(self.where, self._text(), over=self.etag)
