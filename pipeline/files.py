@@ -57,7 +57,9 @@ class Disk:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is there whole or not at all."""
-        (self.path / name).parent.mkdir(exist_ok=True)
+        folder = (self.path / name).parent
+        if not folder.exists():
+            folder.mkdir()
         write_whole(self.path / name, data, aside=self.staging)
 
     def remove(self, name: str) -> None:

@@ -82,12 +82,15 @@ class Lease:
             )
 
     def _renew(self) -> None:
+        answered, began = True, 0.0
         while not self._ended.wait(self.seconds / _RENEWALS) and self._ours():
-            began, self.renewals = _now(), self.renewals + 1
+            if answered:  # else the same again, and as old: the request may have arrived
+                began, self.renewals = _now(), self.renewals + 1
             try:
+                answered = False
                 etag = put(self.where, self._text(), over=self.etag)
+                answered = True
             except MilanError:
-                self.renewals -= 1  # the same again, should the request have arrived
                 continue
             if etag is None:
                 self.lost = f"was taken over by {self._holder()}"

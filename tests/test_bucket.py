@@ -370,6 +370,28 @@ def test_an_expired_lock_is_taken_over(
     second.close()
 
 
+def test_a_renewal_counts_from_when_it_was_first_sent(
+    s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives, the answer is lost, and sending it again fails for a while."""
+    monkeypatch.setattr(pipeline.lease, "SECONDS", 6.0)
+    lease = Lease(Url(url), "run")
+    before, arrived = lease.until, list[float]()
+
+    def lost_once(request: Request) -> str | None:
+        if request.method != "PUT":
+            return None
+        arrived.append(pipeline.lease._now())
+        return {1: "lost", 2: "503"}.get(len(arrived))
+
+    s3.fault = lost_once
+    until(lambda: lease.until > before)
+    assert len(arrived) == 3
+    assert lease.until < arrived[0] + 4
+    lease.check()
+    lease.close()
+
+
 class Thief(Silent):
     """Takes the lock away in the middle of an extraction."""
 
