@@ -382,11 +382,11 @@ def test_a_renewal_counts_from_when_it_was_first_sent(
         if request.method != "PUT":
             return None
         arrived.append(pipeline.lease._now())
-        return {1: "lost", 2: "503"}.get(len(arrived))
+        return {1: "lost", 2: "503", 3: "503"}.get(len(arrived))
 
     s3.fault = lost_once
     until(lambda: lease.until > before)
-    assert len(arrived) == 3
+    assert arrived[-1] > arrived[0] + 1  # by the next turn
     assert lease.until < arrived[0] + 4
     lease.check()
     lease.close()
