@@ -7,7 +7,6 @@ read is checked by milan.generation.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from milan.errors import CacheError, DataError, nearest
 from milan.format import Index, canonical
 from milan.generation import Generation
 from milan.manifest import Manifest
+from milan.places import Place, place, sizes_below
 from milan.texts import Prototypes, Texts, read_prototypes, read_texts
 from milan.views import ViewSpec
 
@@ -44,9 +44,9 @@ class TargetCache:
     """
 
     def __init__(
-        self, path: str | Path, *, layer: str | None = None, pinned: int | None = None
+        self, path: str | Place, *, layer: str | None = None, pinned: int | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = place(path)
         entries = Index.read(self.path).generations
         if pinned is not None and pinned > len(entries):
             raise CacheError(
@@ -202,12 +202,11 @@ class TargetCache:
         missing: list[str] = []
         wrong: list[str] = []
         for generation in self.generations:
+            found = sizes_below(generation.root)
             for name, size in generation.files():
-                try:
-                    if os.stat(generation.root / name).st_size != size:
-                        wrong.append(f"{generation.entry.path}/{name}")
-                except FileNotFoundError:
-                    missing.append(f"{generation.entry.path}/{name}")
+                there = found(name)
+                if there != size:
+                    (missing if there is None else wrong).append(f"{generation.entry.path}/{name}")
         if missing or wrong:
             raise CacheError(
                 f"{self.path} is damaged: {len(missing)} files missing and {len(wrong)} of the "

@@ -177,7 +177,7 @@ class CachedDataset(Dataset):
 
 
 def open_cache(
-    path: str | Path, *, layer: str | None = None, data_root: str | None = None
+    path: str | Place, *, layer: str | None = None, data_root: str | None = None
 ) -> CachedDataset:
     """A finished store as a torch Dataset. `data_root` is where the images lie, if they moved.
 
@@ -196,7 +196,7 @@ def find_root(cache: TargetCache, data_root: str | None) -> Place:
     """
     origin = {"data_root": data_root} if data_root else cache.generations[0].origin
     places = [place(origin["data_root"])]
-    if origin.get("data_root_from_store"):
+    if origin.get("data_root_from_store") and isinstance(cache.path, Path):
         places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
     # Several, for one of them may be gone since.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from milan.cache import TargetCache
 from milan.errors import CacheError
 from milan.format import Index
 from milan.lacking import lacking
+from milan.places import Place, place, size_of
 
 
-def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
+def describe(path: str | Place) -> dict[str, list[tuple[str, Any]]]:
     """Tables by title, rows of (what, value). Raises CacheError if the store cannot be opened."""
-    index = Index.read(Path(path))
+    index = Index.read(place(path))
     layers = dict.fromkeys(entry.layer for entry in index.generations)
     tables = {}
     for layer in layers:
@@ -30,7 +30,7 @@ def describe(path: str | Path) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
-    missing = lacking(Path(path))
+    missing = lacking(place(path))
     if missing:
         tables["not in it"] = list(missing)
     return tables
@@ -78,7 +78,7 @@ def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:
     shards = sum(g.entry.bytes for g in cache.generations)
-    small = sum((g.root / name).stat().st_size for g in cache.generations for name in g.entry.files)
+    small = sum(size_of(g.root / name) or 0 for g in cache.generations for name in g.entry.files)
     count = sum(g.entry.shards for g in cache.generations)
     return [
         ("bytes a view", f"{cache.spec.view_bytes():,}"),

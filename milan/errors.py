@@ -1,7 +1,7 @@
 """What can go wrong, said once: what was found, what was expected, what to type next.
 
 MilanError            exit code 1, one message, no traceback
-├── DataError         images, manifests, data sets
+├── DataError         images, manifests, data sets; a remote store that does not answer
 ├── TeacherError      the frozen teacher: its name, weights, shape
 ├── CacheError        a store that is missing, incomplete, damaged or another's
 ├── ConfigError       parameters and model arguments

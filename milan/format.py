@@ -22,13 +22,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from milan.codecs import codec_of
 from milan.errors import CacheError
+from milan.places import Place, names_in, read_file
 
 FORMAT = "milan-targets"
 VERSION = 1
@@ -50,6 +50,8 @@ CONTENT = ("codec/", f"{PROTOTYPES}/")
 """Which of a generation's small files are part of its content, as its records are."""
 LOG = "extract.log.jsonl"
 """Times, hosts, attempts: what varies between runs, outside what is proven."""
+LOGS = "extract.log"
+"""The same in an object store, where nothing is appended to: an object a run."""
 
 
 def canonical(value: Any) -> bytes:
@@ -283,11 +285,11 @@ class Index:
         return canonical({"format": FORMAT, "version": VERSION, "generations": entries})
 
     @classmethod
-    def read(cls, store: Path) -> Index:
+    def read(cls, store: Place) -> Index:
         """The index of a finished store. Raises CacheError if it is absent, foreign or damaged."""
         if not store.exists():
             raise CacheError(
-                f"no store at {store}", fix="milan extract-targets --data … --out " + str(store)
+                f"no store at {store}", fix=f"milan extract-targets --data … --out {store}"
             )
         if not (store / INDEX).exists():
             raise _unfinished(store)
@@ -316,28 +318,27 @@ def _check_version(where: Any, version: Any) -> None:
         )
 
 
-def _unfinished(store: Path) -> CacheError:
+def _unfinished(store: Place) -> CacheError:
     first = store / GENERATION
     if not (first / "zarr.json").exists():
         return CacheError(f"{store} is not a target cache: it has no {INDEX}")
     spec, _ = read_group(first)
-    records = first / "records"
-    done = len(list(records.glob("*.json"))) if records.exists() else 0
+    done = sum(name.endswith(".json") for name in names_in(first / "records"))
     return CacheError(
         f"{store} is incomplete: {done} of {spec.shards} shards, no {INDEX}",
         fix="run the same extract-targets line again: it goes on where it stopped",
     )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """The JSON in a file of a store. Raises CacheError if it does not parse."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
 
 
-def read_group(generation: Path) -> tuple[CacheSpec, dict]:
+def read_group(generation: Place) -> tuple[CacheSpec, dict]:
     """Spec and other attributes of a generation's group."""
     attributes = read_json(generation / "zarr.json").get("attributes", {})
     if attributes.get("format") != FORMAT:

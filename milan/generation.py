@@ -34,6 +34,7 @@ from milan.format import (
     record_name,
 )
 from milan.manifest import Manifest
+from milan.places import Place, Url, read_file, size_of
 from milan.staging import File, Local
 
 _HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
@@ -67,8 +68,9 @@ _reader: dict[str, int] = {}
 class Generation:
     """One committed group of a store; rows and views count through the whole store."""
 
-    def __init__(self, store: Path, entry: Entry) -> None:
-        self.entry, self.root = entry, store / entry.path
+    def __init__(self, store: Place, entry: Entry) -> None:
+        self.entry = entry
+        self.root: Place = store / entry.path
         self.spec, self.attributes = read_group(self.root)
         if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
@@ -91,17 +93,16 @@ class Generation:
         first, last = self.entry.views
         return self.holds_rows(rows) & (views >= first) & (views < last)
 
-    def proven(self, name: str) -> Path:
-        """A file beside the shards, after its digest agreed with the index."""
+    def proven(self, name: str) -> bytes:
+        """A file beside the shards, whose digest agrees with the index."""
         path = self.root / name
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            data = read_file(path)
         except OSError as error:
-            raise CacheError(f"{path} is gone: {error.strerror}") from None
-        if digest != self.entry.files.get(name):
+            raise CacheError(f"{path} is gone: {error.strerror or error}") from None
+        if hashlib.sha256(data).hexdigest() != self.entry.files.get(name):
             raise CacheError(f"{path} is damaged or of another store", expected="its digest")
-        return path
+        return data
 
     @property
     def origin(self) -> dict:
@@ -115,7 +116,7 @@ class Generation:
 
     def manifest(self) -> Manifest:
         """The images of this generation's rows."""
-        manifest = Manifest.read(self.proven(MANIFEST))
+        manifest = Manifest.read(pa.BufferReader(self.proven(MANIFEST)))
         if manifest.digest() != self.spec.manifest:
             raise CacheError(f"{self.root / MANIFEST} is damaged or of another store")
         return manifest
@@ -123,7 +124,7 @@ class Generation:
     @cached_property
     def shards(self) -> pa.Table:
         """A row a shard, ordered by block and view: `record` (SHA-256), `sizes`, `bad`."""
-        return pq.read_table(self.proven(SHARDS))
+        return pq.read_table(pa.BufferReader(self.proven(SHARDS)))
 
     def bad(self) -> Iterator[tuple[int, str]]:
         """(row, reason) of the images without targets."""
@@ -156,21 +157,23 @@ class Generation:
         name = record_name(block, view)
         expected = self.shards["record"][block * self.spec.views + view].as_py()
         try:
-            data = (self.root / "records" / name).read_bytes()
+            data = read_file(self.root / "records" / name)
         except OSError as error:
-            raise CacheError(f"record {name} of {self.root} is gone: {error.strerror}") from None
+            raise CacheError(
+                f"record {name} of {self.root} is gone: {error.strerror or error}"
+            ) from None
         if hashlib.sha256(data).digest() != expected:
             raise CacheError(f"record {name} of {self.root} is damaged", expected="its digest")
         record = json.loads(data)
         for file in record["files"]:
             try:
-                size = os.stat(self.root / file["path"]).st_size
+                size = size_of(self.root / file["path"])
             except OSError:
-                size = -1
+                size = None
             if size != file["bytes"]:
                 raise CacheError(
                     f"{self.root / file['path']} is damaged: "
-                    + ("it is gone" if size < 0 else f"{size:,} bytes"),
+                    + ("it is gone" if size is None else f"{size:,} bytes"),
                     expected=f"{file['bytes']:,} bytes",
                     fix=f"milan repair {self.root.parent.parent}",
                 )
@@ -239,8 +242,8 @@ class Generation:
         for _ in range(_TRIES if self.local else 1):
             self.fetch(block, v)
             try:
-                with open((self.local or self).root / path, "rb") as file:
-                    return os.pread(file.fileno(), end - start, start)
+                where = (self.local or self).root / path
+                return read_file(where, first=start, size=end - start)
             except OSError as error:
                 why = str(error)
         raise self._damaged(PIXELS, local, v, why)
@@ -276,6 +279,8 @@ class Generation:
                 # A pool remembers also what was missing.
                 self._open.clear()
                 _context.cache_clear()
+        if isinstance(self.root, Url):
+            read_file(self.root / "zarr.json")  # raises DataError unless the store answers
         if self.local and not all(self.local.has(*shard) for shard in shards):
             raise CacheError(
                 f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
@@ -318,7 +323,7 @@ class Generation:
         )
 
 
-def open_array(path: Path) -> Any:
+def open_array(path: Place) -> Any:
     """A Zarr array as a tensorstore. Raises CacheError if its metadata cannot be used."""
     import tensorstore
 
@@ -326,7 +331,7 @@ def open_array(path: Path) -> Any:
         return tensorstore.open(
             {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": str(path.resolve()) + "/"},
+                "kvstore": _kvstore(path),
                 # A chunk that is not there is an error, never a fill value.
                 "fill_missing_data_reads": False,
                 # A store does not change while it is open, but what was read before may be of
@@ -339,9 +344,35 @@ def open_array(path: Path) -> Any:
             context=_context(),
         ).result()
     except (ValueError, OSError) as error:
+        if isinstance(path, Url):
+            read_file(path / "zarr.json")  # raises DataError unless the store answers
         raise CacheError(
             f"array {path} cannot be opened: {error}", expected="what the store's spec says"
         ) from None
+
+
+def _kvstore(path: Place) -> dict[str, Any]:
+    """How tensorstore reaches a folder. Raises CacheError for a URL that it cannot read."""
+    if isinstance(path, Path):
+        return {"driver": "file", "path": str(path.resolve()) + "/"}
+    fs, name = path.at()
+    bucket, _, key = name.partition("/")
+    kind = path.text.partition(":")[0]
+    if kind in ("gs", "gcs"):
+        return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
+    if kind not in ("s3", "s3a"):
+        raise CacheError(f"a store at {path}", expected="a path, or a URL of s3:// or gs://")
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
+    fs.connect()
+    # As botocore resolved it from the environment or a profile: tensorstore reads neither.
+    server = fs.s3.meta
+    if not server.endpoint_url.endswith(".amazonaws.com"):
+        spec |= {"endpoint": server.endpoint_url, "aws_region": server.region_name or "us-east-1"}
+    if fs.anon:
+        spec["aws_credentials"] = {"type": "anonymous"}
+    elif "AWS_ACCESS_KEY_ID" in os.environ:  # the default looks for files first, and complains
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
 
 
 @cache
@@ -357,5 +388,7 @@ def _context() -> Any:
         {
             "cache_pool": {"total_bytes_limit": 32 << 20},
             "data_copy_concurrency": {"limit": 2},
+            # Half a minute in all. The default, 32 attempts, waits a quarter of an hour.
+            "s3_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"},
         }
     )

@@ -7,11 +7,11 @@ another matter, and found by `milan verify`.
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 from milan.errors import CacheError
 from milan.format import FIDELITY, ORIGIN, CacheSpec, Index
 from milan.generation import Generation
+from milan.places import Place
 
 # What follows from it; of anything else its name says enough.
 _SO = {
@@ -24,7 +24,7 @@ _SO = {
 }
 
 
-def lacking(store: Path) -> list[tuple[str, str]]:
+def lacking(store: Place) -> list[tuple[str, str]]:
     """(what, what follows and where) of each thing that a finished store lacks."""
     found: dict[tuple[str, str], list[str]] = {}
     layers: set[str] = set()

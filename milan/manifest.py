@@ -24,7 +24,7 @@ from milan import draws
 from milan.errors import DataError
 from milan.images import EXTENSIONS
 from milan.listing import SCHEMA, Listing, data_root, list_images
-from milan.places import Place, Url, place, told
+from milan.places import Place, folders_in, place, told
 
 __all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
 
@@ -106,7 +106,7 @@ class Manifest:
         return Manifest(self.table.take(pa.array(rows)), self.classes, self.ignored)
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
+    def read(cls, path: Path | pa.NativeFile) -> Manifest:
         """The manifest of a store."""
         table = pq.read_table(path, page_checksum_verification=True)
         if table.schema.names == [name for name in SCHEMA.names if name != "offset"]:
@@ -153,10 +153,7 @@ def _training_part(where: Place) -> Place:
     train = where / "train"
     if not (where.is_dir() and train.is_dir()):
         return where
-    if isinstance(where, Url):
-        folders = where.folders()
-    else:
-        folders = {entry.name for entry in os.scandir(where) if entry.is_dir()}
+    folders = folders_in(where)
     splits = {"train", "val", "valid", "validation", "test"}
     return train if {name for name in folders if not name.startswith(".")} <= splits else where
 

@@ -1,4 +1,4 @@
-"""Where images lie: a local path, or a URL that fsspec reads (s3://, gs://, https://, memory://).
+"""Where images and stores lie: a local path, or a URL that fsspec reads (s3://, gs://, memory://).
 
 A `Url` answers the few questions of a `Path` that names and roots are asked. Local files never pass
 through fsspec. Whatever a protocol's library raises leaves this module as an OSError.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,8 @@ _S3 = (
 _GS = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
 _HINTS = {"s3": _S3, "s3a": _S3, "gs": _GS, "gcs": _GS}
 _PIECE = 1 << 16  # of a remote file that is skipped through: one request brings several tar headers
+_LARGE = 8 << 20  # of a file that is read from end to end
+_AT_ONCE = 16  # requests for small files
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,6 @@ class Url:
         """Whether it is a folder. Raises DataError if the store does not say."""
         return (self._info() or {}).get("type") == "directory"
 
-    def folders(self) -> set[str]:
-        """Names of the folders right in it."""
-        fs, path = self.at()
-        with told(self), _os_errors():
-            entries = [e for e in fs.ls(path, detail=True) if e["type"] == "directory"]
-        return {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries}
-
     def at(self, below: str = "") -> tuple[Any, str]:
         """fsspec's file system, and what it calls the file `below`. Raises DataError if none."""
         scheme, _, rest = self.text.partition("://")
@@ -82,7 +79,7 @@ class Url:
 
     def _info(self) -> dict | None:
         fs, path = self.at()
-        with told(self), _os_errors():
+        with told(self), os_errors():
             fs.invalidate_cache()  # what was listed a moment ago may be gone
             try:
                 return fs.info(path)
@@ -130,7 +127,7 @@ def read_below(root: Place, below: str, *, offset: int | None = None, size: int 
     if offset is not None and not size:
         return b""
     fs, path = root.at(below)
-    with _os_errors():
+    with os_errors():
         if offset is not None:
             return fs.cat_file(path, start=offset, end=offset + (size or 0))
         # An open range: asked for the whole, s3fs first asks for the size. Nothing has no range.
@@ -151,8 +148,103 @@ def open_below(root: Place, below: str, *, skip: bool = False) -> Iterator[Binar
         return
     fs, path = root.at(below)
     pieces = {"block_size": _PIECE, "cache_type": "readahead"} if skip else {"cache_type": "none"}
-    with _os_errors(), fs.open(path, "rb", **pieces) as file:
+    with os_errors(), fs.open(path, "rb", **pieces) as file:
         yield file
+
+
+def read_file(where: Place, *, first: int = 0, size: int | None = None) -> bytes:
+    """A file of a store, or `size` bytes of it from `first` on; one request.
+
+    Raises OSError if it cannot be read; where a URL's store does not answer, DataError.
+    """
+    with _answered(where):
+        if size is not None or isinstance(where, Path):
+            return read_below(where, "", offset=None if size is None else first, size=size)
+        try:
+            return read_below(where, "", size=1)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if size_of(where) == 0:  # nothing has no range
+                return b""
+            raise
+
+
+def read_files(folder: Place, names: Iterable[str]) -> Iterator[bytes]:
+    """Small files of a folder one after the other; of a URL several are asked for at once."""
+    if isinstance(folder, Path):
+        yield from ((folder / name).read_bytes() for name in names)
+        return
+    left = iter(names)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while some := list(islice(left, 4 * _AT_ONCE)):
+            yield from pool.map(read_file, [folder / name for name in some])
+
+
+def size_of(where: Place) -> int | None:
+    """Bytes of a file; None if there is none. Raises as read_file does."""
+    try:
+        if isinstance(where, Path):
+            return os.stat(where).st_size
+        with _answered(where):
+            fs, path = where.at()
+            with os_errors():
+                fs.invalidate_cache()
+                found = fs.info(path)
+        return found["size"] if found["type"] == "file" else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def sizes_below(root: Place) -> Callable[[str], int | None]:
+    """How large the file of a name below root is: looked up, of a URL in a listing made now."""
+    if isinstance(root, Path):
+        return lambda name: size_of(root / name)
+    return dict(_find(root)).get
+
+
+def pieces_of(where: Place) -> Iterator[bytes]:
+    """A file from end to end, some megabytes at a time. Raises as read_file does."""
+    if isinstance(where, Path):
+        with open(where, "rb") as file:
+            while piece := file.read(_LARGE):
+                yield piece
+        return
+    size = size_of(where)
+    if size is None:
+        raise FileNotFoundError(f"{where} is gone")
+    for first in range(0, size, _LARGE):
+        yield read_file(where, first=first, size=min(_LARGE, size - first))
+
+
+def names_in(folder: Place) -> Iterator[str]:
+    """Names of what lies right in a folder, in any order; nothing if there is no folder."""
+    if isinstance(folder, Path):
+        try:
+            with os.scandir(folder) as entries:
+                yield from (entry.name for entry in entries)
+        except FileNotFoundError:
+            return
+    else:
+        yield from (entry["name"].rstrip("/").rpartition("/")[2] for entry in _ls(folder))
+
+
+def folders_in(folder: Place) -> set[str]:
+    """Names of the folders right in a folder that is there."""
+    if isinstance(folder, Path):
+        return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    listed = [entry for entry in _ls(folder) if entry["type"] == "directory"]
+    return {entry["name"].rstrip("/").rpartition("/")[2] for entry in listed}
+
+
+def _ls(folder: Url) -> list[dict]:
+    fs, path = folder.at()
+    with told(folder), os_errors():
+        fs.invalidate_cache()
+        try:
+            return fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
 
 
 def files_below(root: Place) -> Iterator[tuple[str, int | None]]:
@@ -200,7 +292,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
 
 def _find(root: Url) -> Iterator[tuple[str, int | None]]:
     fs, base = root.at()
-    with told(root), _os_errors():
+    with told(root), os_errors():
         fs.invalidate_cache()
         found = fs.find(base, detail=True).values() if _lists_flat(fs) else _visit(fs, base)
     for entry in found:
@@ -235,7 +327,7 @@ def _visit(fs: Any, base: str) -> list[dict]:
 
 
 @contextmanager
-def told(where: Place) -> Iterator[None]:
+def told(where: Place, *, doing: str = "read") -> Iterator[None]:
     """An OSError inside becomes a DataError that says what cannot be read, and what may help."""
     try:
         yield
@@ -244,14 +336,30 @@ def told(where: Place) -> Iterator[None]:
         scheme = where.text.partition(":")[0] if isinstance(where, Url) else ""
         fix = _HINTS.get(scheme, "") if scheme else "leave to read it: chmod, or another user"
         raise DataError(
-            f"{where} cannot be read: {why or type(error).__name__}",
-            expected="a folder or file that this user may read",
+            f"{where} cannot be {doing}: {why or type(error).__name__}",
+            expected="a folder or file that this user may read" if doing == "read" else "",
             fix=fix,
         ) from None
 
 
 @contextmanager
-def _os_errors() -> Iterator[None]:
+def _answered(where: Place) -> Iterator[None]:
+    """A file that is gone stays a FileNotFoundError; what else a URL's store says is told."""
+    try:
+        with os_errors():
+            yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if isinstance(where, Path):
+            raise
+        with told(where):
+            raise error
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Whatever a protocol's library raises inside becomes an OSError."""
     try:
         yield
     except (OSError, MilanError, ImageFault, MemoryError):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from milan.cache import TargetCache
-from milan.checkpoint import write_json
 from milan.config import read_section
 from milan.errors import ConfigError
-from milan.format import LOG
+from milan.files import write_json
+from milan.format import LOG, LOGS
+from milan.places import Place, names_in, read_file
 from milan.visualise import contact_sheet, save_figure
 from milan.watch import Silent, Watch
 
@@ -72,11 +73,14 @@ def _read(path: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _extraction_rate(store: Path) -> float | None:
+def _extraction_rate(store: Place) -> float | None:
     """Images a second of the last run that wrote to the store, from its log."""
     rate = None
-    log = store / LOG
-    for line in log.read_text().splitlines() if log.exists() else []:
+    logs = [store / LOG] if isinstance(store, Path) else [
+        store / LOGS / name for name in sorted(names_in(store / LOGS))
+    ]  # fmt: skip
+    text = b"".join(read_file(log) for log in logs if log.exists())
+    for line in text.splitlines():
         rate = json.loads(line).get("images_per_second") or rate
     return rate
 

@@ -22,7 +22,7 @@ class PretrainConfig:
     """What `milan pretrain` does; defaults are the published ViT-B/16 recipe (MILAN, table 8)."""
 
     cache: str = "targets.zarr"
-    """A finished store."""
+    """A finished store: a path or a URL."""
     layer: str | None = None
     """Which targets, of a store that holds several (`milan inspect` names them)."""
     out: str = "runs/pretrain"

@@ -30,11 +30,11 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from milan.errors import CacheError, MilanError
+from milan.places import Place, pieces_of
 
 if TYPE_CHECKING:
     from milan.generation import Generation
 
-_PIECE = 8 << 20
 _PAUSE = 0.1  # seconds between two looks for room
 
 
@@ -54,8 +54,8 @@ class File(NamedTuple):
 class Local:
     """The local copies of one generation; `limit` bytes hold for everything below `folder`."""
 
-    source: Path
-    """The generation's folder on the slow disk."""
+    source: Place
+    """The generation's folder on the slow disk, or in an object store."""
     folder: Path
     digest: str
     limit: int
@@ -65,14 +65,14 @@ class Local:
         """Where the arrays of the generation open."""
         return self.folder / self.digest[:16]
 
-    def prepare(self, arrays: Iterable[str], proven: Callable[[str], Path]) -> None:
+    def prepare(self, arrays: Iterable[str], proven: Callable[[str], bytes]) -> None:
         """Make the folder, with the metadata of each array. Raises CacheError."""
         with _told(self.folder):
             (self.root / "shards").mkdir(parents=True, exist_ok=True)
             for name in arrays:
                 (self.root / name).mkdir(exist_ok=True)
                 fresh = self.root / name / f".zarr.json.{os.getpid()}"
-                fresh.write_bytes(proven(f"{name}/zarr.json").read_bytes())
+                fresh.write_bytes(proven(f"{name}/zarr.json"))
                 os.replace(fresh, self.root / name / "zarr.json")
 
     def place(self, block: int, view: int) -> Path:
@@ -132,8 +132,8 @@ class Local:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
         fresh = target.with_name(target.name + ".part")
-        with open(self.source / file.path, "rb") as source, open(fresh, "wb") as copy:
-            while piece := source.read(_PIECE):
+        with open(fresh, "wb") as copy:
+            for piece in pieces_of(self.source / file.path):
                 copy.write(piece)
                 digest.update(piece)
                 size += len(piece)

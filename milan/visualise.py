@@ -13,13 +13,14 @@ from milan.data import CachedDataset
 from milan.errors import CacheError
 from milan.images import decode
 from milan.masking import importance_mask, mask_noise, visible_count
+from milan.places import Place
 from milan.views import View
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 def contact_sheet(
-    cache: str | Path,
+    cache: str | Place,
     *,
     out: str | Path,
     images: int = 8,
@@ -110,7 +111,7 @@ def save_figure(figure: Any, out: str | Path) -> Path:
     return path
 
 
-def _open(cache: str | Path, data_root: str | None) -> CachedDataset:
+def _open(cache: str | Place, data_root: str | None) -> CachedDataset:
     from milan.data import open_cache
 
     return open_cache(cache, data_root=data_root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -18,9 +19,10 @@ from milan.codecs import Codec, codec_of
 from milan.errors import CacheError
 from milan.format import CacheSpec
 from milan.manifest import data_root
+from milan.places import Place, Url
 from milan.watch import Watch
 from pipeline.plan import Plan, Workers
-from pipeline.store import create_arrays, stage_shard
+from pipeline.store import create_arrays, stage_shard, writable
 from pipeline.worker import Extractor
 
 _SECONDS = 4.0  # a measurement that takes as long is long enough
@@ -36,7 +38,7 @@ class Rates:
     forward: float
     """Seconds of the teacher alone for a view."""
     write: float
-    """Bytes a second that the store's disk takes: written, synced and read back."""
+    """Bytes a second that the store's disk takes: written, synced and read back. inf: not known."""
     told: str
     """How they are known."""
 
@@ -53,7 +55,7 @@ def calibrate(work: Plan, workers: Workers, watch: Watch) -> Rates:
     watch.note("measuring: a few images, the teacher, the disk")
     began = time.perf_counter()
     codec = stand_in(whole.codec, whole.channels)
-    with scratch(Path(work.config.out)) as place, _threads(workers[2]):
+    with scratch(writable(work.config.out)) as place, _threads(workers[2]):
         extractor = Extractor(
             spec=whole,
             codec=codec,
@@ -78,7 +80,9 @@ def calibrate(work: Plan, workers: Workers, watch: Watch) -> Rates:
                 break
             runs, rows = runs + 1, min(most, 2 * rows)
         forward = _forward(work)
-        write = _write(replace(whole, rows=most), place / "write")
+        # What a bucket takes is not tried: it would be written to.
+        remote = isinstance(writable(work.config.out), Url)
+        write = math.inf if remote else _write(replace(whole, rows=most), place / "write")
     return Rates(
         image=seconds / rows,
         forward=forward,
@@ -95,9 +99,12 @@ def stand_in(codec: str, channels: int) -> Codec:
 
 
 @contextmanager
-def scratch(out: Path) -> Iterator[Path]:
-    """A folder on the file system of the store-to-be, gone afterwards. Raises CacheError."""
-    place = out.absolute()
+def scratch(out: Place) -> Iterator[Path]:
+    """A folder on the file system of the store-to-be, gone afterwards. Raises CacheError.
+
+    For a bucket it is where workers stage: $TMPDIR.
+    """
+    place = Path(tempfile.gettempdir()) if isinstance(out, Url) else out.absolute()
     while not os.path.isdir(place):
         place = place.parent
     try:

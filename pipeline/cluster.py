@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from milan.errors import MilanError, TrainError
+from milan.places import Place
 from milan.signals import told
 from milan.watch import Watch, tell
 
@@ -50,8 +51,8 @@ def map_blocks(
     init: dict[str, Any],
     todo: np.ndarray,
     *,
-    folder_of: Callable[[int, int], Path],
-    on_done: Callable[[int, Path, list[dict]], None],
+    folder_of: Callable[[int, int], Place],
+    on_done: Callable[[int, Place, list[dict]], None],
     on_progress: Callable[[int], None],
     on_failure: Callable[[int, int, str], None],
     replicas: int,
@@ -298,7 +299,7 @@ class _Try:
     actor: Any
     block: int
     attempt: int
-    folder: Path
+    folder: Place
     started: float
 
 
@@ -323,8 +324,8 @@ class _Pool:
     def run(
         self,
         todo: np.ndarray,
-        folder_of: Callable[[int, int], Path],
-        on_done: Callable[[int, Path, list[dict]], None],
+        folder_of: Callable[[int, int], Place],
+        on_done: Callable[[int, Place, list[dict]], None],
         on_progress: Callable[[int], None],
         on_failure: Callable[[int, int, str], None],
     ) -> dict[int, str]:

@@ -16,12 +16,14 @@ import pyarrow.compute as pc
 
 from milan.codecs import codec_of
 from milan.errors import ConfigError
+from milan.places import Place, Url, names_in
 from milan.watch import Silent, Watch
 from pipeline.calibrate import Rates, calibrate
 from pipeline.decoding import STORED, TRAINING, Decoding, cores, measure_decoding
 from pipeline.plan import Plan, Workers, plan, share
 from pipeline.settings import ExtractConfig
 from pipeline.sizes import Sizes, size_of_store
+from pipeline.store import writable
 
 Tables = dict[str, list[tuple[str, str]]]
 """Tables by title, rows of (what, figure): what people are shown."""
@@ -83,7 +85,7 @@ def cost_of(
     train: float | None = None,
 ) -> Tables:
     """The tables of a plan at these rates; `train` is images a second of training."""
-    out, specs = Path(work.config.out), [part.spec for part in work.parts]
+    out, specs = writable(work.config.out), [part.spec for part in work.parts]
     spec, sizes = specs[0], size_of_store(work)
     images = max(s.first_row + s.rows for s in specs)
     views = max(s.first_view + s.views for s in specs)
@@ -91,7 +93,6 @@ def cost_of(
     left = [s.shards - _recorded(out / p.name) for p, s in zip(work.parts, specs, strict=True)]
     share_left = sum(left) / shards
     to_write = sizes.total * share_left
-    free = _free(out)
     planned = [
         ("store", str(out)),
         ("images x views", f"{images:,} x {views}"),
@@ -100,12 +101,15 @@ def cost_of(
         ("bytes", f"{amount(sizes.total)}: shards {amount(sizes.shards)}, records "
                   f"{amount(sizes.records)}, manifest {amount(sizes.manifest)}, other "
                   f"{amount(sizes.other)}"),
+        ("objects", f"{sizes.files:,}") if isinstance(out, Url) else
         ("files", f"{sizes.files:,} in {sizes.folders:,} folders"),
     ]  # fmt: skip
     if share_left < 1:
         planned.append(("still to make", f"{sum(left):,} shards, {amount(to_write)}"))
-    fits = "enough" if to_write * 1.02 < free else "NOT ENOUGH"
-    planned.append(("free on that disk", f"{amount(free)}: {fits}"))
+    if isinstance(out, Path):
+        free = _free(out)
+        fits = "enough" if to_write * 1.02 < free else "NOT ENOUGH"
+        planned.append(("free on that disk", f"{amount(free)}: {fits}"))
     return {
         "Planned": planned,
         "Extraction": _extraction(work, workers, rates, left, to_write),
@@ -207,7 +211,7 @@ def within(work: Plan, budget: str, *, store_views: bool = False) -> tuple[Plan,
     product quantisation only where fewer than 4 would fit. float16 is never proposed. With
     `store_views` each view is kept as a picture too, unless then not one would fit.
     """
-    if len(work.parts) > 1 or (Path(work.config.out) / work.parts[0].name).exists():
+    if len(work.parts) > 1 or (writable(work.config.out) / work.parts[0].name).exists():
         raise ConfigError(
             f"--budget for the store {work.config.out}, which has begun", fix="--out another.zarr"
         )
@@ -280,9 +284,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
 
 
-def _recorded(generation: Path) -> int:
-    records = generation / "records"
-    return sum(1 for _ in os.scandir(records)) if records.is_dir() else 0
+def _recorded(generation: Place) -> int:
+    return sum(1 for _ in names_in(generation / "records"))
 
 
 def _free(out: Path) -> int:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from milan.errors import CacheError, ConfigError, DataError
 from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.generation import open_array
 from milan.manifest import Manifest, data_root
+from milan.places import Place, Url, folders_in
 from milan.sources import ImageSource
 from milan.watch import Silent, Watch
 from pipeline.costs import Tables, amount, measured_cost
@@ -33,7 +33,7 @@ from pipeline.growth import Part
 from pipeline.plan import Plan, Workers, plan, share, teacher_spec
 from pipeline.prepare import check_canaries, demand, prepare
 from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, Writer, group_attributes
+from pipeline.store import Store, Writer, group_attributes, writable
 from pipeline.teacher import Teacher
 from pipeline.worker import Extractor
 
@@ -63,7 +63,7 @@ def extract_targets(
     config = data if isinstance(data, ExtractConfig) else ExtractConfig(data=data, **settings)
     watch = watch or Silent()
     work = plan(config, watch)
-    out = Path(config.out)
+    out = writable(config.out)
     specs = [part.spec for part in work.parts]
     fresh = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]
     summary: dict[str, Any] = {
@@ -161,15 +161,17 @@ def prototypes_of(part: Part, teacher: Teacher) -> dict[str, np.ndarray]:
     return teacher.texts.prototypes(classes)
 
 
-def codec_at(root: Path, spec: CacheSpec) -> Codec:
+def codec_at(root: Place, spec: CacheSpec) -> Codec:
     """The codec with the tables that the generation at `root` keeps."""
     folder = root / "codec"
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    names = sorted(folders_in(folder)) if folder.is_dir() else []
     tables = {n: np.asarray(open_array(folder / n).read().result()) for n in names}
     return codec_of(spec.codec).restored(tables)
 
 
-def _check_space(out: Path, needed: int) -> None:
+def _check_space(out: Place, needed: int) -> None:
+    if isinstance(out, Url):
+        return  # a bucket has no end
     place = out.absolute()
     while not os.path.exists(place):
         place = place.parent
@@ -215,24 +217,22 @@ def run_part(
     shards = int(todo.sum())
     done, written, started = 0, 0, time.perf_counter()
 
-    def commit(block: int, folder: Path, records: list[dict]) -> None:
+    def commit(block: int, folder: Place, records: list[dict]) -> None:
         nonlocal done, written
         for record in records:
             writer.commit(folder, record)
             done += 1
             written += sum(file["bytes"] for file in record["files"])
-        shutil.rmtree(folder, ignore_errors=True)
+        store.files.leave(folder)
         store.log("commit", block=block, seconds=round(time.perf_counter() - started, 3))
 
     def progress(images: int) -> None:
         watch.advance(images, f"{done}/{shards} shards, {written / 1e9:.2f} GB")
 
-    def folder_of(block: int, attempt: int) -> Path:
-        folder = store.staging / f"{writer.root.name}.{block:05d}.{attempt}"
-        for name in spec.arrays():
-            (folder / name).mkdir(parents=True)
-            shutil.copyfile(writer.root / name / "zarr.json", folder / name / "zarr.json")
-        return folder
+    def folder_of(block: int, attempt: int) -> Place:
+        return writer.stage(f"{block:05d}.{attempt}")
+
+    writer.clear(todo)
 
     if config.executor == "local":
         import torch
@@ -272,8 +272,8 @@ def run_part(
 def _run_here(
     extractor: Extractor,
     todo: np.ndarray,
-    folder_of: Callable[[int, int], Path],
-    commit: Callable[[int, Path, list[dict]], None],
+    folder_of: Callable[[int, int], Place],
+    commit: Callable[[int, Place, list[dict]], None],
     progress: Callable[[int], None],
 ) -> None:
     """The same work in this process, in a thread, so that progress moves within a block."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from milan.errors import CacheError, ConfigError
 from milan.format import GENERATION, GENERATIONS, INDEX, CacheSpec, Index, canonical
 from milan.generation import Generation
 from milan.manifest import Manifest
+from milan.places import Place
 from pipeline.store import other_settings
 
 
@@ -29,7 +29,7 @@ class Part:
 
 
 def parts_of(
-    out: Path, wanted: CacheSpec, listing: Manifest, layer: str, *, extend: bool
+    out: Place, wanted: CacheSpec, listing: Manifest, layer: str, *, extend: bool
 ) -> tuple[str, list[Part]]:
     """(layer's name, its generations) for `wanted.rows` images and `wanted.views` views.
 
@@ -83,7 +83,7 @@ def parts_of(
     return layer, parts
 
 
-def _new_rows(out: Path, held: Manifest, listing: Manifest, rows: int) -> Manifest:
+def _new_rows(out: Place, held: Manifest, listing: Manifest, rows: int) -> Manifest:
     """The images that come after those held, up to `rows` in all."""
     keys = listing.table["key"].to_pylist()
     old = set(held.table["key"].to_pylist())

@@ -17,6 +17,7 @@ from milan.views import ViewSpec
 from milan.watch import Watch
 from pipeline.growth import Part, parts_of
 from pipeline.settings import ExtractConfig
+from pipeline.store import writable
 from pipeline.teacher import Teacher, TeacherSpec, load_teacher
 
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
@@ -43,12 +44,13 @@ class Plan:
         root = data_root(self.source).resolve()
         versions = {name: version(name) for name in _RECORDED}
         versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
+        out = writable(self.config.out)
         return {
             "data": self.config.data,
             "data_root": str(root),
-            # A URL is where it is, wherever the store goes.
-            "data_root_from_store": os.path.relpath(root, Path(self.config.out).resolve())
-            if isinstance(root, Path)
+            # A URL is where it is, wherever the store goes, and no disk is beside a bucket.
+            "data_root_from_store": os.path.relpath(root, out.resolve())
+            if isinstance(root, Path) and isinstance(out, Path)
             else None,
             "teacher": asdict(teacher_spec(self.config)),
             "batch_size": self.config.batch_size,
@@ -73,6 +75,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     """Resolve data and teacher and fix the specs; reads no image. Raises MilanError."""
     config.check()
     codec_of(config.codec)
+    out = writable(config.out)
     source = resolve_data(config.data, config.data_root)
     watch.note(f"data: {source.resolve()}")
     manifest = build_manifest(source, seed=config.seed)
@@ -120,7 +123,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     for note in about["notes"]:
         watch.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
-    layer, parts = parts_of(Path(config.out), wanted, manifest, layer, extend=config.extend)
+    layer, parts = parts_of(out, wanted, manifest, layer, extend=config.extend)
     return Plan(config, source, teacher, layer, parts)
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from milan.format import CacheSpec
 from milan.generation import open_array
 from milan.images import decode
 from milan.masking import importance_mask, mask_noise, visible_count
+from milan.places import Place
 from milan.sources import ImageSource
 from milan.views import ViewSpec, pack, render, unpack, view_of
 from pipeline.teacher import Teacher
@@ -120,7 +120,7 @@ def demand(report: dict[str, Any], floor: float | None) -> None:
         )
 
 
-def check_canaries(root: Path, teacher: Teacher) -> None:
+def check_canaries(root: Place, teacher: Teacher) -> None:
     """Compare the teacher with what it said of the canaries in the generation at `root`.
 
     Raises TeacherError if the relative error of a token's features, or of attention, is beyond

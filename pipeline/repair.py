@@ -8,20 +8,20 @@ from pathlib import Path
 from milan.errors import CacheError, DataError
 from milan.format import Entry
 from milan.generation import Generation
-from milan.places import place
+from milan.places import Place, place
 from milan.watch import Silent, Watch
 from pipeline.extract import codec_at, run_part
 from pipeline.growth import Part
 from pipeline.plan import Plan, share
 from pipeline.prepare import check_canaries
 from pipeline.settings import ExtractConfig
-from pipeline.store import Store, Writer
+from pipeline.store import Store, Writer, writable
 from pipeline.teacher import TeacherSpec, load_teacher
 from pipeline.verify import Verdict, verify
 
 
 def repair(
-    path: str | Path,
+    path: str | Place,
     *,
     data_root: str | None = None,
     teacher: TeacherSpec | None = None,
@@ -42,7 +42,7 @@ def repair(
         )
     if not before.shards:
         return before
-    store = Store(Path(path))
+    store = Store(writable(str(path)))
     try:
         for entry in store.entries():
             shards = [(b, v) for name, b, v in before.shards if name == entry.path]
@@ -76,7 +76,7 @@ def _remake(
     generation = Generation(store.path, entry)
     origin, spec = generation.origin, generation.spec
     places = [place(root or origin["data_root"])]
-    if not root and origin["data_root_from_store"]:
+    if not root and origin["data_root_from_store"] and isinstance(store.path, Path):
         places.insert(0, store.path.resolve() / origin["data_root_from_store"])
     source = next((where for where in places if where.exists()), None)
     if source is None:

@@ -14,7 +14,7 @@ class ExtractConfig:
     data: str
     """A path, a URL (s3://…), or a name below --data-root, else $MILAN_DATA, else ./data."""
     out: str = "targets.zarr"
-    """The store."""
+    """The store: a path, or s3://bucket/name.zarr."""
     data_root: str | None = None
     """Where data names are looked up."""
     teacher: str = "ViT-B-16-quickgelu"

@@ -5,16 +5,18 @@
     driver   Writer.finish   -> index.json                 when no record is missing
 
 Only a record makes a shard exist. Killing anything at any time leaves staging (cleaned by the next
-run, which holds the lock) or a whole shard. The only module that imports zarr.
+run, which holds the lock) or a whole shard. What a disk and a bucket do differently is said in
+pipeline.files and pipeline.bucket. The only module that imports zarr.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
-import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,15 +28,12 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from milan.errors import CacheError
-from milan.files import sync_folder
+from milan.errors import CacheError, ConfigError
 from milan.format import (
     CONTENT,
     FORMAT,
-    GENERATION,
     GENERATIONS,
     INDEX,
-    LOG,
     ORIGIN,
     PIXELS,
     SHARDS,
@@ -47,10 +46,11 @@ from milan.format import (
     record_name,
 )
 from milan.manifest import Manifest
-from pipeline.files import holds, take_lock, write_whole
+from milan.places import Place, Url, place, read_file
+from pipeline.bucket import Bucket, deliver
+from pipeline.files import Disk
 from pipeline.tally import Tally
 
-STAGING = ".staging"
 BAD_CSV = "bad-images.csv"
 
 
@@ -90,7 +90,7 @@ def create_arrays(
 
 
 def stage_shard(
-    folder: Path,
+    folder: Place,
     spec: CacheSpec,
     block: int,
     view: int,
@@ -101,8 +101,15 @@ def stage_shard(
 
     `arrays` holds each array of the spec for the block's rows; rows that are the fill value get
     no chunk. `pictures` are the stored views of the rows, if the spec has them. zarr re-reads a
-    shard that exists, so `folder` must be new.
+    shard that exists, so `folder` must be new. Of a bucket it is the generation itself: the shard
+    is staged on this machine's disk ($TMPDIR) and put to its place (pipeline.bucket.deliver).
     """
+    if isinstance(folder, Url):
+        with tempfile.TemporaryDirectory(prefix="milan-shard-") as name:
+            create_arrays(Path(name), spec, {}, {})
+            files = stage_shard(Path(name), spec, block, view, arrays, pictures)
+            deliver(Path(name), folder, files)
+        return files
     start, stop = spec.block_rows(block)
     for name, values in arrays.items():
         array = zarr.open_array(
@@ -132,37 +139,32 @@ def stage_shard(
 # --- the driver's side ----------------------------------------------------------------------------
 
 
+def writable(out: str) -> Place:
+    """The place that `--out` means. Raises ConfigError for a URL that no store is written to."""
+    where = place(out)
+    if isinstance(where, Url) and not where.text.startswith("s3://"):
+        raise ConfigError(
+            f"--out {out}", expected="a path, or a URL of s3://",
+            fix="extract to a disk, and copy the finished store",
+        )  # fmt: skip
+    return where
+
+
 class Store:
     """A store that this process writes; it holds the lock until `close`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         """Take the store at `path`, or make an empty one.
 
         Raises CacheError: a folder that is no store, a run that holds it, or a place that cannot
         be written.
         """
         self.path = path
-        # os.path: where a parent may not be searched, pathlib raises instead of answering.
-        if os.path.exists(path) and not path.is_dir():
-            raise CacheError(f"{path} is a file", expected="a folder for the store", fix="--out …")
-        if os.path.isdir(path) and any(path.iterdir()) and not _is_store(path):
-            raise CacheError(
-                f"{path} is a folder with other content", expected="a new or empty folder",
-                fix="--out another.zarr",
-            )  # fmt: skip
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(path)
-        except OSError as error:
-            raise CacheError(
-                f"{path} cannot be written: {error.strerror}", fix="--out a folder of your own"
-            ) from None
         self.run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        # Absolute: a worker on a cluster that was there before has another working folder.
-        self.staging = path.absolute() / STAGING / self.run
-        # We hold the lock, so every other run's staging belongs to the dead.
-        shutil.rmtree(path / STAGING, ignore_errors=True)
-        self.staging.mkdir(parents=True)
+        self.files: Disk | Bucket = (
+            Bucket(path, self.run) if isinstance(path, Url) else Disk(path, self.run)
+        )
+        self.staging: Path = self.files.staging
 
     def generation(
         self,
@@ -181,39 +183,28 @@ class Store:
             if there.fingerprint() != spec.fingerprint():
                 raise other_settings(self.path, there, spec)
         else:
-            self._create(root, spec, *make())
+            self._create(name, spec, *make())
         return Writer(self, name, spec)
 
     def _create(
         self,
-        root: Path,
+        name: str,
         spec: CacheSpec,
         attributes: dict,
         tables: dict[str, np.ndarray],
         files: dict[str, bytes],
     ) -> None:
-        # Built aside and renamed: a group without its manifest or arrays never exists.
-        shutil.rmtree(root, ignore_errors=True)
+        # Built aside and taken over: a group without its manifest or arrays never exists.
         fresh = self.staging / "generation"
         fresh.mkdir(parents=True)
         create_arrays(fresh, spec, attributes, tables)
-        (fresh / "records").mkdir()
-        for name, data in files.items():
-            write_whole(fresh / name, data, aside=self.staging)
-        for folder, _, names in os.walk(fresh):
-            for name in names:
-                with open(Path(folder, name), "rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(Path(folder))
-        root.parent.mkdir(exist_ok=True)
-        for group in (self.path, root.parent):
-            if not (group / "zarr.json").exists():
+        for file, data in files.items():
+            (fresh / file).write_bytes(data)
+        for group in ("zarr.json", f"{GENERATIONS}/zarr.json"):
+            if self.files.read(group) is None:
                 meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-                write_whole(
-                    group / "zarr.json", json.dumps(meta, indent=2).encode(), aside=self.staging
-                )
-        os.replace(fresh, root)
-        sync_folder(root.parent)
+                self.files.write(group, json.dumps(meta, indent=2).encode())
+        self.files.adopt(fresh, name)
 
     def entries(self) -> tuple[Entry, ...]:
         """The committed generations, oldest first."""
@@ -221,35 +212,37 @@ class Store:
 
     def publish(self, entry: Entry) -> None:
         """Put a finished generation into the index, in the place of its earlier self if any."""
+        before = self.files.read(INDEX)
         entries = list(self.entries())
         at = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
         entries[at : at + 1] = [entry]
         data = Index(tuple(entries)).to_bytes()
-        if not (self.path / INDEX).exists() or (self.path / INDEX).read_bytes() != data:
-            write_whole(self.path / INDEX, data, aside=self.staging)
+        if before != data:
+            self.files.write(INDEX, data)
 
-    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> Path | None:
+    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> Place | None:
         """Write the list of bad images as CSV beside the index; None if there are none."""
-        path = self.path / BAD_CSV
+        before = self.files.read(BAD_CSV)
         if not bad:
-            path.unlink(missing_ok=True)
+            if before is not None:
+                self.files.remove(BAD_CSV)
             return None
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "key", "reason"])
-            writer.writerows([row, manifest.key(row), why] for row, why in bad.items())
-        return path
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["row", "key", "reason"])
+        writer.writerows([row, manifest.key(row), why] for row, why in bad.items())
+        if before != text.getvalue().encode():
+            self.files.write(BAD_CSV, text.getvalue().encode())
+        return self.path / BAD_CSV
 
     def log(self, event: str, **facts: Any) -> None:
         """Append what varies between runs (times, hosts, attempts) to the log."""
         entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": self.run, "event": event}
-        with open(self.path / LOG, "a") as file:
-            file.write(json.dumps(entry | facts) + "\n")
+        self.files.log(json.dumps(entry | facts))
 
     def close(self) -> None:
         """Drop this run's staging and the lock."""
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        self._lock.close()
+        self.files.close()
 
 
 class Writer:
@@ -267,28 +260,29 @@ class Writer:
 
     def forget(self, block: int, view: int) -> None:
         """Take the record of a shard away: it does not exist any more, and is made again."""
-        (self.root / "records" / record_name(block, view)).unlink(missing_ok=True)
-        sync_folder(self.root / "records")
+        self.store.files.remove(f"{self.name}/records/{record_name(block, view)}")
         self.tally.forget(block, view)
 
-    def commit(self, folder: Path, record: dict) -> None:
+    def clear(self, todo: np.ndarray) -> None:
+        """Make room for the shards `todo` ([blocks, K] bool) where nothing may be replaced."""
+        files: list[str] = []
+        for block, view in np.argwhere(todo).tolist():
+            files.append(f"records/{record_name(block, view)}")  # first: then it does not exist
+            files += self.spec.files(block, view).values()
+        self.store.files.clear(self.name, files)
+
+    def stage(self, attempt: str) -> Place:
+        """Where a worker may stage shards (stage_shard)."""
+        return self.store.files.stage(self.name, attempt, self.spec.arrays())
+
+    def commit(self, folder: Place, record: dict) -> None:
         """Take a staged shard over: check, rename, fsync, and then write its record."""
         block, view = record["block"], record["view"]
         if list(self.spec.block_rows(block)) != record["rows"]:
             raise CacheError(f"a worker staged rows {record['rows']} as block {block}")
-        for file in record["files"]:
-            if (folder / file["path"]).stat().st_size != file["bytes"]:
-                raise CacheError(f"staged file {folder / file['path']} has changed since staging")
-        for file in record["files"]:
-            target = self.root / file["path"]
-            if not target.parent.exists():
-                target.parent.mkdir(parents=True)
-                sync_folder(target.parent.parent)
-            os.replace(folder / file["path"], target)
-            sync_folder(target.parent)
-        proof = self.root / "records" / record_name(block, view)
+        self.store.files.take(folder, self.name, record["files"])
         data = canonical(record)
-        write_whole(proof, data, aside=self.store.staging)
+        self.store.files.write(f"{self.name}/records/{record_name(block, view)}", data)
         self.tally.note(record, data)
 
     def bad(self) -> dict[int, str]:
@@ -310,8 +304,8 @@ class Writer:
                     fix="run the same extract-targets line again",
                 )
         table = self.tally.parquet()
-        if not holds(self.root / SHARDS, table):
-            write_whole(self.root / SHARDS, table, aside=self.store.staging)
+        if self.store.files.read(f"{self.name}/{SHARDS}") != table:
+            self.store.files.write(f"{self.name}/{SHARDS}", table)
         files = self._static_files()
         tables = {name: digest for name, digest in files.items() if name.startswith(CONTENT)}
         spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
@@ -333,22 +327,16 @@ class Writer:
 
     def _static_files(self) -> dict[str, str]:
         """SHA-256 of every file beside shards, records and the origin."""
-        digests = {}
-        apart = {self.root / name / "c" for name in self.spec.arrays()}
-        apart |= {self.root / "records", self.root / PIXELS}
-        for folder, folders, names in os.walk(self.root):
-            here = Path(folder)
-            folders[:] = [f for f in folders if here / f not in apart]
-            for name in names:
-                if name == ORIGIN:
-                    continue
-                path = here / name
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                digests[path.relative_to(self.root).as_posix()] = digest
-        return dict(sorted(digests.items()))
+        apart = {f"{name}/c" for name in self.spec.arrays()} | {"records", PIXELS}
+        names = sorted(self.store.files.names(self.name, apart))
+        return {
+            name: hashlib.sha256(read_file(self.root / name)).hexdigest()
+            for name in names
+            if name.rpartition("/")[2] != ORIGIN
+        }
 
 
-def other_settings(path: Path, there: CacheSpec, wanted: CacheSpec) -> CacheError:
+def other_settings(path: Place, there: CacheSpec, wanted: CacheSpec) -> CacheError:
     """The refusal to mix, with the fields that differ."""
     return CacheError(
         f"{path} was made with other settings ({'; '.join(there.differences(wanted))})",
@@ -366,11 +354,3 @@ def group_attributes(spec: CacheSpec, about: dict) -> dict:
         "fingerprint": spec.fingerprint(),
         "about": about,
     }
-
-
-def _is_store(path: Path) -> bool:
-    # A store killed at birth holds only its lock and its staging.
-    names = {entry.name for entry in path.iterdir()}
-    return (path / GENERATION / "zarr.json").exists() or names <= {
-        ".lock", STAGING, "zarr.json", GENERATIONS, LOG
-    }  # fmt: skip

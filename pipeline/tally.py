@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from milan.format import SHARDS, CacheSpec, record_name
+from milan.places import Place, names_in, read_file, read_files, sizes_below
 
 _SCHEMA = pa.schema(
     [
@@ -60,7 +60,7 @@ class Tally:
         """[blocks, K] bool, True = not known to exist."""
         return ~self.known.reshape(self.spec.blocks, self.spec.views)
 
-    def look(self, root: Path) -> None:
+    def look(self, root: Place) -> None:
         """Take in the records at `root` that were not seen yet and whose files are whole.
 
         Where a finished generation has its table, a record that has the digest it states need not
@@ -69,18 +69,22 @@ class Tally:
         held = self._table(root / SHARDS)
         folder = root / "records"
         there = np.zeros(self.spec.shards, bool)
-        for entry in os.scandir(folder):
-            numbers = entry.name.removesuffix(".json").split(".")
+        for name in names_in(folder):
+            numbers = name.removesuffix(".json").split(".")
             if len(numbers) == 2 and all(n.isdecimal() for n in numbers):
                 block, view = map(int, numbers)
                 if block < self.spec.blocks and view < self.spec.views:
                     there[block * self.spec.views + view] = True
-        for at in np.flatnonzero(there & ~self.known).tolist():
+        unseen = np.flatnonzero(there & ~self.known).tolist()
+        if not unseen:
+            return
+        size_of = sizes_below(root)
+        records = read_files(folder, (record_name(*divmod(s, self.spec.views)) for s in unseen))
+        for at, data in zip(unseen, records, strict=True):
             block, view = divmod(at, self.spec.views)
-            data = (folder / record_name(block, view)).read_bytes()
             if held is not None and not held.bad[at]:
                 proof = hashlib.sha256(data).digest()
-                if proof == held.records[at].tobytes() and held._whole(root, at):
+                if proof == held.records[at].tobytes() and held._whole(size_of, at):
                     self.records[at], self.sizes[at] = held.records[at], held.sizes[at]
                     self.bad[at], self.known[at] = 0, True
                     continue
@@ -88,25 +92,22 @@ class Tally:
                 record = json.loads(data)
                 if (record["block"], record["view"]) == (block, view):
                     self.note(record, data)
-                    self.known[at] = self._whole(root, at)
+                    self.known[at] = self._whole(size_of, at)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # damaged: the shard is made again
 
-    def _whole(self, root: Path, at: int) -> bool:
+    def _whole(self, size_of: Callable[[str], int | None], at: int) -> bool:
         """Whether the files of a shard have the sizes noted."""
         paths = self.spec.files(*divmod(at, self.spec.views))
-        try:
-            return all(
-                size < 0 or os.stat(f"{root}/{paths[name]}").st_size == size
-                for name, size in zip(self.names, self.sizes[at].tolist(), strict=True)
-            )
-        except FileNotFoundError:
-            return False
+        return all(
+            size < 0 or size_of(paths[name]) == size
+            for name, size in zip(self.names, self.sizes[at].tolist(), strict=True)
+        )
 
-    def _table(self, path: Path) -> Tally | None:
+    def _table(self, path: Place) -> Tally | None:
         """What the table of a finished generation says; None where there is none to use."""
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(pa.BufferReader(read_file(path)), page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid):
             return None
         if not table.schema.equals(_SCHEMA) or table.num_rows != self.spec.shards:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -33,6 +32,7 @@ from milan.format import (
 )
 from milan.generation import Generation
 from milan.lacking import lacking
+from milan.places import Place, folders_in, pieces_of, place, read_file
 from milan.texts import read_texts
 from milan.views import checksum, unpack
 from milan.watch import Silent, Watch
@@ -83,7 +83,7 @@ class Verdict:
 
 
 def verify(
-    path: str | Path,
+    path: str | Place,
     *,
     deep: bool = False,
     audit: int = 0,
@@ -99,7 +99,7 @@ def verify(
     store remembers it, or `teacher`. Raises nothing for damage: the verdict holds it.
     """
     watch = watch or Silent()
-    store = Path(path)
+    store = place(path)
     verdict = Verdict(str(path))
     try:
         index = Index.read(store)
@@ -121,20 +121,20 @@ def verify(
     if not verdict.corrupt:
         verdict.lacking = [f"{what}: {so}" for what, so in lacking(store)]
     listed = {entry.path for entry in index.generations}
-    for folder in sorted((store / GENERATIONS).glob("[0-9]*")):
-        if f"{GENERATIONS}/{folder.name}" not in listed:
-            verdict.incomplete.append(f"{GENERATIONS}/{folder.name} is begun and not in the index")
+    for name in sorted(folders_in(store / GENERATIONS)):
+        if name[:1].isdecimal() and f"{GENERATIONS}/{name}" not in listed:
+            verdict.incomplete.append(f"{GENERATIONS}/{name} is begun and not in the index")
     if audit and not verdict.corrupt:
         _audit(TargetCache(store), verdict, audit, seed, data_root, teacher, device, watch)
     return verdict
 
 
-def _generation(store: Path, entry: Entry, verdict: Verdict, deep: bool, watch: Watch) -> None:
+def _generation(store: Place, entry: Entry, verdict: Verdict, deep: bool, watch: Watch) -> None:
     root = store / entry.path
     for name, digest in entry.files.items():
         verdict.count("small files")
         try:
-            found = hashlib.sha256((root / name).read_bytes()).hexdigest()
+            found = hashlib.sha256(read_file(root / name)).hexdigest()
         except OSError:
             found = ""
         if found != digest:
@@ -204,7 +204,7 @@ def _shard(
         if (path in listed) != bool(rows):
             wrong.append(f"{name} is {'not ' if rows else ''}in its record")
         elif path in listed:
-            told = _file(generation.root / path, array, rows, listed[path]["sha256"], deep)
+            told = _file(generation.root / path, array, rows, listed[path], deep)
             wrong += [f"{name} ({path}) {told}"] if told else []
     if deep and not wrong:
         wrong += _rows(generation, np.array(good) + start, view)
@@ -212,13 +212,12 @@ def _shard(
     return wrong, len(good)
 
 
-def _file(path: Path, array: ArraySpec | None, good: list[int], digest: str, deep: bool) -> str:
-    """What is wrong with a file of a shard, or nothing."""
+def _file(path: Place, array: ArraySpec | None, good: list[int], file: dict, deep: bool) -> str:
+    """What is wrong with a file of a shard that has the size of its record, or nothing."""
     if array and array.shard:
-        size, chunks = path.stat().st_size, array.shard[0]
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 16 * chunks - 4))
-            tail = file.read()
+        size = file["bytes"]
+        length = min(size, 16 * array.shard[0] + 4)
+        tail = read_file(path, first=size - length, size=length)
         table, stated = tail[:-4], struct.unpack("<I", tail[-4:])[0]
         if google_crc32c.value(table) != stated:
             return "has a damaged shard index"
@@ -229,9 +228,11 @@ def _file(path: Path, array: ArraySpec | None, good: list[int], digest: str, dee
         if (ends > size - len(tail)).any():
             return "has a shard index that points outside"
     if deep:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return "has not the SHA-256 of its record"
+        digest = hashlib.sha256()
+        for piece in pieces_of(path):
+            digest.update(piece)
+        if digest.hexdigest() != file["sha256"]:
+            return "has not the SHA-256 of its record"
     return ""
 
 

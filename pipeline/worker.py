@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -22,6 +21,7 @@ from milan.errors import ImageFault, TeacherError
 from milan.format import TEXT, TEXT_IDS, CacheSpec, record_name
 from milan.images import content_digest, decode
 from milan.manifest import Manifest
+from milan.places import place
 from milan.sources import ImageSource
 from milan.views import ViewSpec, checksum, pack, render, unpack, view_of
 from pipeline.files import told_if_full
@@ -78,7 +78,7 @@ class Extractor:
         """Images dealt with since the start; read by the driver while a block is in work."""
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
-        """Stage the shards (block, view) for `views` in `folder`; returns their records.
+        """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
 
         All K views are computed whichever are asked for, so that the teacher meets the same
         batches, and gives the same bits, as in an undisturbed run.
@@ -133,7 +133,7 @@ class Extractor:
             texts = self._texts(start, stop) if v == 0 else {}
             with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
                 files = stage_shard(
-                    Path(folder),
+                    place(folder),
                     self.spec,
                     block,
                     v,
