@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -451,8 +452,9 @@ def test_a_zombie_changes_nothing(s3: Proxy, url: str, tmp_path: Path) -> None:
 # --- killed ---------------------------------------------------------------------------------------
 
 
-def drive(data: str, out: str, settings: dict[str, Any], last_step: int) -> None:
+def drive(data: str, out: str, settings: dict[str, Any], last_step: int, scratch: str) -> None:
     """An extraction in this process, which kills itself before its PUT or DELETE `last_step`."""
+    tempfile.tempdir = scratch  # what it leaves there
     steps = 0
     for name in ("put", "delete"):
         real = getattr(pipeline.objects, name)
@@ -468,14 +470,16 @@ def drive(data: str, out: str, settings: dict[str, Any], last_step: int) -> None
     extract_targets(data, out=out, **settings)
 
 
-def killed_at(steps: list[int], photos: Path, out: str, settings: dict[str, Any]) -> None:
+def killed_at(
+    steps: list[int], photos: Path, out: str, settings: dict[str, Any], scratch: Path
+) -> None:
     """Runs that die at these steps, one after the other; then one that is left alone."""
     loaded = ["pipeline.extract", "zarr", "open_clip"]
     if loaded != forkserver._forkserver._preload_modules:  # type: ignore[attr-defined]
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         FORK.set_forkserver_preload(loaded)
     for last_step in steps:
-        run = FORK.Process(target=drive, args=(str(photos), out, settings, last_step))
+        run = FORK.Process(target=drive, args=(str(photos), out, settings, last_step, str(scratch)))
         run.start()
         run.join()
         assert run.exitcode == -signal.SIGKILL
@@ -485,16 +489,16 @@ def killed_at(steps: list[int], photos: Path, out: str, settings: dict[str, Any]
 
 
 def test_a_killed_driver_is_no_obstacle(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, tmp_path: Path
 ) -> None:
     """At birth, and among the files of a shard; what the dead left is no part of it."""
-    killed_at([7, 36], photos, url, settings)
+    killed_at([7, 36], photos, url, settings, tmp_path)
     assert same_store(url, store)
 
 
 @pytest.mark.soak
 def test_a_driver_killed_at_every_step(
-    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, tmp_path: Path
 ) -> None:
     """Every PUT and DELETE of an undisturbed run, and then three in a row, drawn by a seed."""
     s3.seen.clear()
@@ -502,11 +506,11 @@ def test_a_driver_killed_at_every_step(
     steps = sum(r.method in ("PUT", "DELETE") and ".lock" not in r.path for r, _ in s3.seen) - 1
     draw = np.random.default_rng(0)
     for step in range(steps):
-        killed_at([step], photos, f"{url}/{step}", settings)
+        killed_at([step], photos, f"{url}/{step}", settings, tmp_path)
         assert same_store(f"{url}/{step}", store)
     for turn in range(10):
         few = draw.integers(0, 12, 3).tolist()
-        killed_at(few, photos, f"{url}/three/{turn}", settings)
+        killed_at(few, photos, f"{url}/three/{turn}", settings, tmp_path)
         assert same_store(f"{url}/three/{turn}", store)
 
 
