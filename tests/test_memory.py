@@ -1,0 +1,37 @@
+"""The predicted peak of memory, against what a process really took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEP = Path(__file__).parent / "memory_worker.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 128},
+        {"batch_size": 128, "micro_batch": 64},
+        {"batch_size": 128, "precision": "bf16"},
+        {"batch_size": 128, "checkpoint_activations": True},
+    ],
+    ids=["fp32", "accumulated", "bf16", "recomputed"],
+)
+def test_prediction_is_near_the_truth(settings: dict) -> None:
+    """Within a fifth or so: a process of its own is measured by its kernel."""
+    done = subprocess.run(
+        [sys.executable, str(STEP), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    predicted, measured = json.loads(done.stdout.splitlines()[-1])
+    print(f"{settings}: predicted {predicted:,}, measured {measured:,}, {predicted / measured:.2f}")
+    assert 0.8 < predicted / measured < 1.25
