@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 NAMES = (
-    "step", "extraction", "waiting", "reading", "images", "random_features", "codecs", "planning",
+    "step", "roofline", "extraction", "waiting", "reading", "images", "random_features", "codecs", "planning",
     "bookkeeping",
 )  # fmt: skip
 for name in NAMES:
