@@ -1,7 +1,7 @@
 """The published training step, restated plainly: what ours is measured against.
 
 After arXiv 2208.06049 and its code: the teacher runs in every step and its last block gives its
-attention weights; all patches are embedded, then three quarters dropped; in every decoder block
+attention; all patches are embedded, then three quarters dropped; in every decoder block
 the tokens are put back in raster order, and query and key/value are separate products; attention
 is written out; the optimiser is AdamW as torch's constructor gives it. Only speed is measured.
 """
@@ -38,10 +38,11 @@ class TowerBlock(nn.Module):
             nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: torch.Tensor, *, weights: bool) -> tuple[torch.Tensor, Any]:
-        """[T, B, W] to the same, and the attention [B, T, T] if asked for."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, B, W] to the same, and the attention [B, T, T]."""
         y = self.ln_1(x)
-        y, attention = self.attn(y, y, y, need_weights=weights)
+        # Asked for its weights it does not fuse: as it always computed when this was published.
+        y, attention = self.attn(y, y, y, need_weights=True)
         x = x + y
         return x + self.mlp(self.ln_2(x)), attention
 
@@ -63,9 +64,8 @@ class Tower(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         x = self.ln_pre(x).transpose(0, 1)
-        for block in self.blocks[:-1]:
-            x, _ = block(x, weights=False)
-        x, attention = self.blocks[-1](x, weights=True)
+        for block in self.blocks:
+            x, attention = block(x)
         return self.ln_post(x.transpose(0, 1)) @ self.proj, attention[:, 0, 1:]
 
 

@@ -29,6 +29,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def has_doubles(device: torch.device) -> bool:
+    """Whether `device` computes in float64; Apple's does not."""
+    return device.type != "mps"
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Autocast for `precision` (fp32, bf16, fp16) on `device`; nothing for fp32."""
     if precision not in PRECISIONS:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from milan import draws
+from milan.device import has_doubles
 from milan.errors import ConfigError
 
 
@@ -62,8 +63,11 @@ def importance_mask(attention: torch.Tensor, noise: torch.Tensor, *, visible: in
     (0, 1). An exponential race (Efraimidis & Spirakis 2006): the law of drawing `visible` patches
     without replacement with these weights, which is torch.multinomial's too (MILAN, section 3.3).
     """
-    # Arrival times Exp(1) / weight: the earliest are drawn first.
-    arrival = -noise.double().log() / attention.double()
+    # Arrival times Exp(1) / weight: the earliest are drawn first. Divided by the greatest, weights
+    # have float32's range too, which rounds a time by 1e-7: ties in one cut of 100,000.
+    kind = torch.float64 if has_doubles(attention.device) else torch.float32
+    weight = attention.to(kind)
+    arrival = -noise.to(kind).log() / (weight / weight.amax(dim=1, keepdim=True))
     order = arrival.argsort(dim=1)
     return Mask(order[:, :visible].sort(1).values, order[:, visible:].sort(1).values)
 

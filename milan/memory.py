@@ -33,8 +33,6 @@ def peak_bytes(
     weights = list(student.parameters())
     held = sum(_size(p) for p in weights)
     trained = sum(_size(p) for p in weights if p.requires_grad)
-    # A step starts without gradients; from the second micro-batch on the sum of all is there too.
-    summed = trained if config.batch_size > config.micro_batch else 0
     counter = _Live()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
         batch = _batch(config.micro_batch, student, targets, device)
@@ -44,6 +42,9 @@ def peak_bytes(
         }
         counter.forget()
         counter.watch(batch)
+        if config.batch_size > config.micro_batch:  # the second finds the gradients of the first
+            for p in faked.values():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
 
         def predict(images: torch.Tensor, mask: Any) -> torch.Tensor:
             return functional_call(student, faked, (images, mask))
@@ -52,7 +53,7 @@ def peak_bytes(
         with autocast(device, config.precision):
             loss = objective(batch)
         loss.backward()
-    return held + 2 * trained + summed + counter.peak
+    return held + 2 * trained + counter.peak
 
 
 def _size(tensor: torch.Tensor) -> int:

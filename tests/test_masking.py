@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from milan import masking
 from milan.errors import ConfigError
 from milan.masking import Mask, importance_mask, mask_noise, random_mask, visible_count
 
@@ -133,6 +134,24 @@ def test_tiny_attention_works() -> None:
     assert (mask.visible[:, 0] == 0).all()
     share = np.bincount(mask.visible[:, 1].numpy(), minlength=8)[1:] / 2000
     assert np.abs(share - 1 / 7).max() < 0.05
+
+
+@pytest.mark.parametrize("visible", [1, 3])
+def test_the_law_without_doubles(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
+    """Where a device has no float64: the same law, the same masks but for ties, no infinity."""
+    weights, count = [0.4, 0.3, 0.2, 0.07, 0.03], 100_000
+    drawn = torch.rand(count, 5, generator=torch.Generator().manual_seed(1)).clamp(1e-7, 1 - 1e-7)
+    given = torch.tensor(weights).expand(count, -1) * 1e-30
+    wide = importance_mask(given, drawn, visible=visible)
+    large = attention(500, 196), noise(500, 196)
+    wide_large = importance_mask(*large, visible=49)
+    monkeypatch.setattr(masking, "has_doubles", lambda device: False)
+    narrow = importance_mask(given, drawn, visible=visible)
+    share = np.bincount(narrow.visible.flatten().numpy(), minlength=5) / count
+    assert np.abs(share - inclusion(weights, visible)).max() < 0.005
+    assert (narrow.visible != wide.visible).any(dim=1).float().mean() < 1e-4
+    narrow_large = importance_mask(*large, visible=49)
+    assert (narrow_large.visible != wide_large.visible).any(dim=1).float().mean() <= 0.004
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -14,6 +14,7 @@ from torch import nn
 
 from milan.checkpoint import load_encoder, save_encoder, whole_weights
 from milan.device import MEAN, STD
+from milan.encoder import _embedded
 from milan.errors import ConfigError
 from milan.masking import Mask, random_mask
 from milan.model import (
@@ -129,16 +130,89 @@ def test_exported_encoder_is_timms_own(tmp_path: Path) -> None:
         ("vit_base_patch16_clip_224", {}),  # a norm before the blocks
         ("deit3_small_patch16_224", {"no_embed_class": False}),  # layer scale
         ("vit_large_patch14_224", {"patch_size": 8}),
+        (VIT, {"patch_size": 8, "no_embed_class": True}),
+        (VIT, {"patch_size": 8, "reg_tokens": 3}),  # positions for class token and registers too
+        ("vit_base_patch14_reg4_dinov2", {"patch_size": 8}),
+        ("vit_base_patch16_reg4_gap_256", {"patch_size": 8}),  # registers, no class token
+        ("vit_base_patch16_siglip_224", {"patch_size": 8, "global_pool": "avg"}),
     ],
 )
 def test_other_vits_of_timm(name: str, args: dict[str, Any]) -> None:
-    """Any plain ViT: what we compute of all patches is what timm computes."""
-    vit = build_encoder(
-        name, img_size=32, args={"depth": 1, "embed_dim": 32, "num_heads": 2} | args
-    )
+    """Any plain ViT: what we compute of all patches is what timm computes, and it can be a student.
+
+    Positions are zero but for patches; every parameter that is trained gets a gradient.
+    """
+    args = {"depth": 2, "embed_dim": 32, "num_heads": 2} | args
+    student = build_student(name, img_size=32, target_width=24, model_args=args, decoder=DECODER)
+    vit, patches = student.encoder, student.patches
+    table = sincos_positions(32, vit.patch_embed.grid_size[0])
+    assert torch.equal(vit.pos_embed[:, -patches:], table[:, 1:])
+    assert (vit.pos_embed[:, :-patches] == 0).all()
     with torch.no_grad():
-        expected = vit.eval().forward_features(images())
+        expected = vit.fc_norm(vit.eval().forward_features(images()))
         assert (encode(vit, images()) - expected).abs().max() <= 1e-5
+    noise = torch.rand(3, patches, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+    prediction = student(images(), random_mask(noise, visible=max(1, patches // 4)))
+    assert prediction.shape == (3, patches + vit.has_class_token, 24)
+    prediction.square().sum().backward()
+    assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "heads", "depth", "patches", "parameters"),
+    [
+        ("vit_small_patch16_224", 384, 6, 12, 196, 21_665_664),
+        ("vit_base_patch16_224", 768, 12, 12, 196, 85_798_656),
+        ("vit_large_patch16_224", 1024, 16, 24, 196, 303_301_632),
+        ("vit_huge_patch14_224", 1280, 16, 32, 256, 630_764_800),
+    ],
+)
+def test_published_models_by_name(
+    name: str, width: int, heads: int, depth: int, patches: int, parameters: int
+) -> None:
+    """S, B, L and H: the sizes behind the names, without their memory; one block really runs."""
+    with torch.device("meta"):
+        student = build_student(name, img_size=224, target_width=512)
+    vit = student.encoder
+    assert (vit.embed_dim, len(vit.blocks), student.patches) == (width, depth, patches)
+    assert vit.blocks[0].attn.num_heads == heads
+    assert sum(p.numel() for p in vit.parameters()) == parameters
+    small = build_student(
+        name, img_size=224, target_width=8, model_args={"depth": 1}, decoder=DECODER
+    )
+    noise = torch.rand(1, patches, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+    with torch.no_grad():
+        mask = random_mask(noise, visible=patches // 4)
+        assert small(torch.zeros(1, 3, 224, 224), mask).shape == (1, 1 + patches, 8)
+
+
+def test_registers_are_no_part_of_the_picture() -> None:
+    """They change what patches become, are never masked, and nothing is predicted from them."""
+    student, mask = small(reg_tokens=2), masks()
+    latent = encode(student.encoder, images(), mask.visible)
+    assert latent.shape == (3, 1 + 2 + 4, 32)
+    prediction = student(images(), mask)
+    assert prediction.shape == (3, 17, 24)
+    prompts = torch.cat([latent[:, :1], latent[:, 3:]], dim=1)
+    assert torch.equal(student.decoder(prompts, mask), prediction)
+    student.encoder.reg_token.data.add_(torch.randn(1, 2, 32))
+    assert not torch.allclose(student(images(), mask), prediction)
+
+
+def test_embedding_of_the_visible_is_the_convolution() -> None:
+    """A product of gathered patches, and timm's convolution: 1e-6, gradients too."""
+    vit, mask = small().encoder, masks()
+    index = mask.visible[..., None].expand(-1, -1, 32)
+    found = []
+    for embedded in (
+        _embedded(vit.patch_embed, images(), mask.visible),
+        vit.patch_embed(images()).gather(1, index),
+    ):
+        vit.zero_grad()
+        embedded.square().mean().backward()
+        found.append((embedded, vit.patch_embed.proj.weight.grad, vit.patch_embed.proj.bias.grad))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max().clamp_min(1)
 
 
 def test_visible_patches_are_seen_alone() -> None:
@@ -345,9 +419,8 @@ def test_seeds() -> None:
         ("ViT_Base_Patch16_224", {}, 224, "vit_base_patch16_224"),
         ("resnet18", {}, 32, "plain ViT"),
         ("vit_base_patch16_rope_224", {"depth": 1}, 224, "is a Eva"),
-        ("vit_base_patch16_reg4_gap_256", {"depth": 1}, 256, "register tokens"),
-        ("vit_base_patch16_siglip_224", {"depth": 1}, 224, "no class token"),
-        (VIT, SMALL | {"class_token": False, "global_pool": "avg"}, 32, "no class token"),
+        ("vit_base_patch16_siglip_224", {"depth": 1}, 224, "try: --set model.global_pool=avg"),
+        ("deit_base_distilled_patch16_224", {"depth": 1}, 224, "distillation token"),
         (VIT, SMALL | {"embed_dimm": 3}, 32, "try: embed_dim"),
         (VIT, SMALL | {"num_heads": 3}, 32, "cannot be built"),
         (VIT, SMALL | {"embed_dim": 30}, 32, "multiple of 4"),
@@ -358,7 +431,6 @@ def test_seeds() -> None:
         (VIT, {"depth": 1}, 100, "do not tile 100"),
         (VIT, SMALL | {"norm_layer": "no such"}, 32, "cannot be built"),
         (VIT, SMALL | {"pos_embed": "none"}, 32, "no absolute positions"),
-        (VIT, SMALL | {"no_embed_class": True}, 32, "no absolute positions"),
         (VIT, SMALL | {"dynamic_img_size": True}, 32, "any size"),
         (VIT, SMALL | {"in_chans": 1}, 32, "three colours"),
         (VIT, SMALL | {"num_classes": 5}, 32, "classifier"),
