@@ -27,6 +27,9 @@ class Reporter(Protocol):
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]."""
 
+    def flush(self) -> None:
+        """What came so far is kept, whatever happens."""
+
     def close(self) -> None:
         """No more will come from this process."""
 
@@ -38,10 +41,10 @@ class Journal:
     """
 
     def __init__(self, run: Path, start: int, reporters: list[Reporter]) -> None:
-        self.path, self.csv, self.reporters = run / LOG, run / CURVES, reporters
+        self.run, self.reporters = run, reporters
         self.lines = kept_lines(run, start)
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(run / LOG, "a")  # noqa: SIM115 - closed by close()
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """A line of figures, and pictures by name."""
@@ -53,12 +56,11 @@ class Journal:
             for name, pixels in pictures.items():
                 reporter.picture(name, line["step"], pixels)
 
-    def curves(self) -> None:
-        """DVC plots CSV, not JSON lines."""
-        columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in self.lines))]
-        rows = [",".join(columns)]
-        rows += [",".join(str(line.get(key, "")) for key in columns) for line in self.lines]
-        write_text(self.csv, "\n".join(rows) + "\n")
+    def keep(self) -> None:
+        """Let all that was said be on the disk: what a checkpoint goes with."""
+        write_curves(self.run, self.lines)
+        for reporter in self.reporters:
+            reporter.flush()
 
     def last(self) -> dict[str, Any]:
         """What the log says in the end of loss and judgement; empty if it never spoke."""
@@ -69,10 +71,17 @@ class Journal:
 
     def close(self) -> None:
         """The last curves, and good-bye."""
-        self.curves()
+        write_curves(self.run, self.lines)
         self.file.close()
         for reporter in self.reporters:
             reporter.close()
+
+
+def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
+    """The log as CSV, which is what DVC plots."""
+    columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in lines))]
+    rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
+    write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
 
 
 def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
@@ -108,6 +117,10 @@ class TensorBoard:
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]."""
         self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what came so far."""
+        self.board.flush()
 
     def close(self) -> None:
         """Write what is left."""

@@ -16,7 +16,7 @@ from milan import draws
 from milan.data import Batch, CachedDataset
 from milan.device import autocast
 from milan.errors import ConfigError
-from milan.order import ASKED, JUDGED, KNOWN, Address, Stream
+from milan.order import ASKED, JUDGED, KNOWN, Address, Order, Stream
 from milan.ranks import Ranks
 from milan.settings import PretrainConfig
 
@@ -45,8 +45,6 @@ class Judge:
         self.config, self.dataset, self.stream = config, dataset, stream
         self.measure, self.represent = measure, represent
         self.ranks, self.device = ranks, device
-        if config.probe_every:
-            self._check_labels()
 
     def addresses(self, epoch: int) -> list[Address]:
         """What is asked for after an epoch, for all ranks."""
@@ -56,7 +54,8 @@ class Judge:
             found.append((JUDGED, held, np.zeros_like(held)))
         if self.config.probe_every and (epoch + 1) % self.config.probe_every == 0:
             mix = draws.permutation(order.seed, draws.SAMPLE, (2,), len(order.good))
-            known = np.sort(order.good[mix[: self.config.probe_images]])
+            known = order.good[mix[: self.config.probe_images]]
+            known = np.sort(known[~np.isin(known, order.replaced)])
             found += [(KNOWN, known, np.zeros_like(known)), (ASKED, held, np.zeros_like(held))]
         return found
 
@@ -92,15 +91,16 @@ class Judge:
             figures["knn_top1"] = nearest_neighbours(*known, *asked)
         return figures
 
-    def _check_labels(self) -> None:
-        order = self.stream.of_epoch(0)
-        labels = self.dataset.labels
-        if not len(order.held) or (labels[np.concatenate([order.held, order.good])] < 0).any():
-            raise ConfigError(
-                "probe_every without labels or without held-out rows",
-                expected="a store whose images have labels, and held_out above 0",
-                fix="--set probe_every=null",
-            )
+
+def check_labels(dataset: CachedDataset, order: Order) -> None:
+    """Raises ConfigError if a k-NN probe has no rows to ask for, or no label of some row."""
+    rows = np.concatenate([order.held, order.good])
+    if not len(order.held) or (dataset.labels[rows] < 0).any():
+        raise ConfigError(
+            "probe_every without labels or without held-out rows",
+            expected="a store whose images have labels, and held_out above 0",
+            fix="--set probe_every=null",
+        )
 
 
 def nearest_neighbours(

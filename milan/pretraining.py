@@ -23,8 +23,8 @@ from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import ConfigError
 from milan.files import write_json
 from milan.format import Index
-from milan.journal import Journal, reporters_of
-from milan.judge import Judge
+from milan.journal import Journal, kept_lines, reporters_of, write_curves
+from milan.judge import Judge, check_labels
 from milan.launch import launch
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
@@ -151,6 +151,8 @@ def _train(
     stream, targets = _stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
+    if config.probe_every:
+        check_labels(dataset, stream.of_epoch(0))
     _tell(config, targets, published, watch)
     if config.local and config.cache_limit:
         limit = bytes_of(config.cache_limit)
@@ -181,6 +183,7 @@ def _train(
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
     watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
+    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out))
     task = _Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
@@ -348,6 +351,7 @@ def _finish(
     checkpoint.save_encoder(run / checkpoint.ENCODER, weights, encoder)
     if journal is None:
         watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
+        write_curves(run, kept_lines(run, course.steps))
         if (run / runs.METRICS).exists():  # the figures of the call that trained
             return json.loads((run / runs.METRICS).read_text())
     else:
@@ -378,6 +382,14 @@ def shuffle_told(order: Order) -> str:
     whole = order.window_shards >= count
     what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
+
+
+def held_told(order: Order, share: float) -> str:
+    """By how many images a run is judged, in words."""
+    held, rows = len(order.held), len(order.held) + len(order.good)
+    if held or not share:
+        return f"held out: {held:,} of {rows:,} images"
+    return f"held out: none, for {share:.1%} of {rows:,} images is fewer than 8: --held-out"
 
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:

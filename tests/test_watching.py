@@ -1,0 +1,331 @@
+"""How a run is watched: held-out rows, the k-NN probe, the log and those it reports to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photos
+from safetensors.torch import load_file
+from test_pretrain import SMALL, Notes, log_of, weights
+from torch.nn import functional as F
+
+import milan
+from milan import PretrainConfig, pretraining
+from milan.cache import TargetCache
+from milan.data import CachedDataset
+from milan.device import MEAN, STD, normalise
+from milan.errors import ConfigError
+from milan.judge import nearest_neighbours
+from milan.masking import importance_mask, mask_noise
+from milan.order import JUDGED, held_rows, order_of
+from milan.pretraining import student_of
+from pipeline.extract import extract_targets
+
+WATCHED: dict[str, Any] = {
+    **SMALL, "epochs": 8, "lr": 3e-3, "held_out": 0.34, "probe_every": 3, "picture_every": 4,
+}  # fmt: skip
+"""8 of the 24 images are held out: 2 steps an epoch, 16 in all."""
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """The log without what the clock says."""
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "wait_share")}
+        for line in log_of(run)
+    ]
+
+
+def student_at_the_end(run: Path, store: Path) -> torch.nn.Module:
+    """The student of a run's newest checkpoint, in eval mode."""
+    config = PretrainConfig(**json.loads((run / "run.json").read_text())["config"])
+    student = student_of(config, TargetCache(store))
+    newest = max((run / "checkpoints").iterdir())
+    student.load_state_dict(load_file(newest / "model.safetensors"))
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of WATCHED; not to be changed."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("watched") / "run"
+    milan.pretrain(str(store), out=str(run), **WATCHED)
+    return run
+
+
+# --- rows held out --------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_judged_and_never_trained_on(
+    store: Path, cache: TargetCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the student is shown in training, and after every epoch, is told apart by its mode."""
+    trained, judged = [], []
+    predict = pretraining.predict
+
+    def noted(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+        (trained if student.training else judged).extend(batch.rows.tolist())
+        return predict(student, images, batch, *rest)
+
+    monkeypatch.setattr(pretraining, "predict", noted)
+    notes = Notes()
+    run = {**WATCHED, "epochs": 3, "probe_every": None, "picture_every": 99}
+    milan.pretrain(str(store), out=str(tmp_path), watch=notes, **run)
+    held = held_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
+    assert len(held) == 8
+    assert judged == held * 3
+    assert sorted(trained) == sorted([row for row in range(24) if row not in held] * 3)
+    assert notes.line("held out: ") == "held out: 8 of 24 images"
+
+
+def test_none_held_out(store: Path, tmp_path: Path) -> None:
+    """`held_out=0` trains on all and judges by none; a share too small to draw from is told."""
+    for share, said in ((0.0, "0 of 24 images"), (0.01, "none, for 1.0% of 24 images is fewer")):
+        notes = Notes()
+        run = {**SMALL, "out": str(tmp_path / str(share)), "held_out": share, "epochs": 1}
+        milan.pretrain(str(store), watch=notes, **run)
+        assert said in notes.line("held out: ")
+        assert not any("val_loss" in line for line in log_of(tmp_path / str(share)))
+
+
+def fake_parts(*sizes: int) -> Any:
+    """A store of generations that hold so many rows each."""
+    ends = np.cumsum(sizes)
+    parts = [
+        SimpleNamespace(
+            spec=SimpleNamespace(first_view=0, first_row=int(end - size)),
+            holds_rows=lambda rows, first=end - size, end=end: (rows >= first) & (rows < end),
+        )
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    return SimpleNamespace(generations=parts)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5])
+def test_the_share_is_honoured(share: float) -> None:
+    """Up to a multiple of eight; other seeds draw other rows; none twice."""
+    good = np.arange(10_000)
+    held = held_rows(fake_parts(10_000), good, seed=0, share=share)
+    assert len(held) == int(share * 10_000) // 8 * 8
+    assert len(np.unique(held)) == len(held)
+    assert np.array_equal(held, held_rows(fake_parts(10_000), good, seed=0, share=share))
+    other = held_rows(fake_parts(10_000), good, seed=1, share=share)
+    assert not np.array_equal(held, other)
+    # Drawn from everywhere: a store may lie sorted by class.
+    assert abs(held.mean() - 5000) < 4 * 2900 / math.sqrt(len(held))
+
+
+def test_a_row_keeps_its_role_when_the_store_grows(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Of what is added a share is held out besides; nothing changes sides."""
+    path, data = tmp_path / "t.zarr", make_photos(tmp_path / "data", count=40, seed=3)
+    settings = {"views": 1, "shard_size": 8, "executor": "local", **teacher_files}
+    held = []
+    for limit, views in ((20, 1), (40, 1), (40, 2)):
+        extract_targets(str(data), out=str(path), limit=limit, **settings | {"views": views})
+        order = order_of(TargetCache(path), seed=0, batch_size=8, held_out=0.4)
+        assert not set(order.held) & set(order.good)
+        assert len(order.held) + len(order.good) == limit
+        held.append(set(order.held.tolist()))
+    assert [len(rows) for rows in held] == [8, 16, 16]
+    assert held[1] & set(range(20)) == held[0]
+    assert held[2] == held[1]
+
+
+def test_validation_is_what_it_says(watched: Path, store: Path, cache: TargetCache) -> None:
+    """The last line's loss and cosine, computed here from the last checkpoint, image by image."""
+    student = student_at_the_end(watched, store)
+    dataset = CachedDataset(cache)
+    held = held_rows(cache, np.arange(24), seed=0, share=0.34)
+    losses, cosines = [], []
+    for row in held:
+        rows, views = np.array([row]), np.array([0])
+        targets = cache.read(rows, views)
+        scale = torch.from_numpy(targets.scale)
+        features = cache.codec.decode(torch.from_numpy(targets.codes), scale)
+        noise = mask_noise(0, np.array([JUDGED]), rows, views, 16)
+        attention = torch.from_numpy(targets.attention)
+        mask = importance_mask(attention, torch.from_numpy(noise), visible=4)
+        images = normalise(torch.from_numpy(dataset.pixels(rows, views)), MEAN, STD)
+        with torch.no_grad():
+            said = student(images, mask)
+        cosine = F.cosine_similarity(said, features, dim=-1)[0]
+        losses.append(float((2 - 2 * cosine).mean()))
+        cosines.append(float(cosine[1:][mask.masked[0]].mean()))
+    last = log_of(watched)[-1]
+    assert last["val_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert last["val_cosine"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    metrics = json.loads((watched / "metrics.json").read_text())
+    assert metrics["val_loss"] == last["val_loss"]
+
+
+def test_validation_falls(watched: Path) -> None:
+    """On rows never trained on: a tenth at least in 8 epochs, once each, and the cosine rises."""
+    judged = [line for line in log_of(watched) if "val_loss" in line]
+    assert [line["step"] for line in judged] == list(range(2, 17, 2))
+    assert judged[-1]["val_loss"] < 0.9 * judged[0]["val_loss"]
+    assert judged[-1]["val_cosine"] > judged[0]["val_cosine"]
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(2, 0), (7, 1)])
+def test_resumed_it_is_judged_alike(
+    stop: int, workers: int, watched: Path, store: Path, tmp_path: Path
+) -> None:
+    """Cut at the end of an epoch, and within one: the same lines, weights, pictures."""
+    again = {**WATCHED, "out": str(tmp_path), "num_workers": workers}
+    milan.pretrain(str(store), stop_after=stop, **again)
+    milan.pretrain(str(store), **again)
+    lines, cut = figures(tmp_path), [line for line in figures(tmp_path) if line["step"] == stop]
+    expected = figures(watched)
+    if stop % 2:  # a call's end speaks, where an epoch's did anyway
+        lines.remove(cut[0])
+        after = next(i for i, line in enumerate(lines) if line["step"] > stop)
+        assert lines.pop(after).keys() == expected.pop(after).keys()
+    assert lines == expected
+    assert weights(tmp_path) == weights(watched)
+
+
+def test_two_ranks_judge_as_one(watched: Path, store: Path, tmp_path: Path) -> None:
+    """Each has half of the rows; their figures are those of all."""
+    run = {**WATCHED, "out": str(tmp_path), "epochs": 8, "devices": 2, "micro_batch": 2}
+    milan.pretrain(str(store), stop_after=6, **run)
+    ours, theirs = log_of(tmp_path), log_of(watched)
+    for line, expected in zip(ours, theirs, strict=False):
+        assert line["step"] == expected["step"]
+        for name in ("val_loss", "val_cosine", "grad_norm"):
+            assert line.get(name) == pytest.approx(expected.get(name), rel=1e-4), name
+        assert line.get("knn_top1") == expected.get("knn_top1")
+    assert "knn_top1" in ours[-1]
+
+
+# --- the k-NN probe -------------------------------------------------------------------------------
+
+
+def test_neighbours_vote() -> None:
+    """Against a loop: the 20 nearest by cosine, weights exp(cosine / 0.07)."""
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(5, 12))
+    labels, truth = draw.integers(0, 5, 90), draw.integers(0, 5, 40)
+    known = centres[labels] + 1.6 * draw.normal(size=(90, 12))
+    asked = centres[truth] + 1.6 * draw.normal(size=(40, 12))
+    right = 0
+    for point, label in zip(asked, truth, strict=True):
+        cosines = known @ point / np.linalg.norm(known, axis=1) / np.linalg.norm(point)
+        votes = np.zeros(5)
+        for i in np.argsort(-cosines)[:20]:
+            votes[labels[i]] += math.exp(cosines[i] / 0.07)
+        right += int(votes.argmax() == label)
+    tensors = [torch.from_numpy(a) for a in (known, labels, asked, truth)]
+    tensors[0], tensors[2] = tensors[0].float(), tensors[2].float()
+    assert nearest_neighbours(*tensors) == pytest.approx(100 * right / 40)
+    assert 20 < right / 40 * 100 < 100
+
+
+def test_the_probe_is_what_it_says(
+    watched: Path, store: Path, cache: TargetCache, tmp_path: Path
+) -> None:
+    """Every third epoch, and by labels: computed here from the student of that epoch."""
+    probed = [line for line in log_of(watched) if "knn_top1" in line]
+    assert [line["step"] for line in probed] == [6, 12]
+    milan.pretrain(str(store), stop_after=6, **{**WATCHED, "out": str(tmp_path)})
+    student, dataset = student_at_the_end(tmp_path, store), CachedDataset(cache)
+    held = held_rows(cache, np.arange(24), seed=0, share=0.34)
+    rows = np.concatenate([np.setdiff1d(np.arange(24), held), held])
+    with torch.no_grad():
+        pixels = torch.from_numpy(dataset.pixels(rows, np.zeros_like(rows)))
+        features = F.normalize(student.represent(normalise(pixels, MEAN, STD)), dim=1).numpy()
+    labels = np.array(cache.manifest.labels())[rows]
+    cosines = features[16:] @ features[:16].T
+    votes = np.stack([np.exp(cosines / 0.07)[:, labels[:16] == c].sum(1) for c in range(3)], 1)
+    right = (votes.argmax(1) == labels[16:]).mean()
+    assert probed[0]["knn_top1"] == pytest.approx(100 * right)
+
+
+def test_a_probe_wants_labels(
+    photos: Path, store: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """And rows to ask for; said before anything is made, or an old run replaced."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(photos.rglob("*.jpg"))[:24]):
+        shutil.copy(path, flat / f"{i}.jpg")
+    settings = {"views": 1, "shard_size": 8, "executor": "local", **teacher_files}
+    extract_targets(str(flat), out=str(tmp_path / "t.zarr"), **settings)
+    run = {**SMALL, "out": str(tmp_path / "run"), "probe_every": 1}
+    for cache, share in ((tmp_path / "t.zarr", 0.4), (store, 0.0)):
+        with pytest.raises(ConfigError, match="probe_every without labels") as error:
+            milan.pretrain(str(cache), held_out=share, **run)
+        assert "probe_every=null" in error.value.fix
+        assert not (tmp_path / "run").exists()
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def test_the_gradients_norm(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all gradients together, as it was before clipping; what is applied is clipped."""
+    applied: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        applied.append(float(torch.cat([g.flatten() for g in grads]).double().norm()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run = {**SMALL, "log_every": 1, "epochs": 2}
+    milan.pretrain(str(store), **{**run, "out": str(tmp_path / "free")})
+    norms = [line["grad_norm"] for line in log_of(tmp_path / "free")]
+    assert norms == pytest.approx(applied, rel=1e-5)
+    assert max(norms) > 0.05
+    applied.clear()
+    milan.pretrain(str(store), clip_grad=0.01, **{**run, "out": str(tmp_path / "clipped")})
+    clipped = [line["grad_norm"] for line in log_of(tmp_path / "clipped")]
+    assert clipped[0] == norms[0]
+    assert applied == pytest.approx([0.01] * 6, rel=1e-3)
+    assert weights(tmp_path / "free")["model"] != weights(tmp_path / "clipped")["model"]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def curves_of(run: Path) -> list[dict[str, str]]:
+    with open(run / "curves.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_log_alone_gives_the_curves(watched: Path, store: Path, tmp_path: Path) -> None:
+    """Deleted curves come back, of a run that goes on and of one that is finished."""
+    run = tmp_path / "run"
+    milan.pretrain(str(store), stop_after=9, **{**WATCHED, "out": str(run)})
+    (run / "curves.csv").unlink()
+    milan.pretrain(str(store), stop_after=1, **{**WATCHED, "out": str(run)})
+    lines = log_of(run)
+    rows = curves_of(run)
+    assert [{k: str(v) for k, v in line.items()} for line in lines] == [
+        {k: v for k, v in row.items() if v} for row in rows
+    ]
+    assert {"val_loss", "val_cosine", "knn_top1"} <= rows[0].keys()
+    done = tmp_path / "done"
+    shutil.copytree(watched, done)
+    (done / "curves.csv").unlink()
+    milan.pretrain(str(store), **{**WATCHED, "out": str(done)})
+    assert (done / "curves.csv").read_bytes() == (watched / "curves.csv").read_bytes()
+
+
+def test_a_checkpoint_by_the_clock(store: Path, tmp_path: Path) -> None:
+    """`save_minutes` besides `save_every`."""
+    run = {**SMALL, "out": str(tmp_path), "epochs": 1, "save_every": 1000, "keep": 9}
+    milan.pretrain(str(store), save_minutes=1e-6, **run)
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in (1, 2, 3)]
