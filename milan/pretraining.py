@@ -21,6 +21,7 @@ from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
 from milan.device import MEAN, STD, normalise, pick_device
 from milan.errors import ConfigError
+from milan.faults import explained
 from milan.files import write_json
 from milan.format import Index
 from milan.journal import Journal, kept_lines, reporters_of, write_curves
@@ -207,24 +208,25 @@ def _train(
     journal = None
     if ranks.first and (step or 0) < course.steps:
         journal = Journal(run, step or 0, reporters_of(config.report_to, run, step or 0))
-    figures = fit(
-        task,
-        optimiser,
-        course=course,
-        run=run,
-        resumed=step,
-        ranks=ranks,
-        device=device,
-        batches_from=batches_from,
-        journal=journal,
-        watch=watch,
-        stop=stop,
-        stop_after=stop_after,
-    )
-    weights = checkpoint.whole_weights(student.encoder)
-    figures = ranks.once(
-        lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
-    )
+    with explained(run, config.micro_batch):
+        figures = fit(
+            task,
+            optimiser,
+            course=course,
+            run=run,
+            resumed=step,
+            ranks=ranks,
+            device=device,
+            batches_from=batches_from,
+            journal=journal,
+            watch=watch,
+            stop=stop,
+            stop_after=stop_after,
+        )
+        weights = checkpoint.whole_weights(student.encoder)
+        figures = ranks.once(
+            lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
+        )
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
