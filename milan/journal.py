@@ -14,6 +14,8 @@ from milan.files import write_text
 
 LOG = "log.jsonl"
 CURVES = "curves.csv"
+SHEET = "sheet"
+"""A picture's name: the newest is sheet.png in the run's folder."""
 _COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
 _JUDGED = ("val_loss", "val_cosine", "knn_top1")
 
@@ -51,6 +53,8 @@ class Journal:
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        for name, pixels in pictures.items():
+            write_picture(self.run / f"{name}.png", pixels)
         for reporter in self.reporters:
             reporter.add(line)
             for name, pixels in pictures.items():
@@ -82,6 +86,15 @@ def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
     columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in lines))]
     rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
     write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of uint8 [H, W, 3], there whole or not at all."""
+    from PIL import Image
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(pixels).save(temporary, format="png")
+    os.replace(temporary, path)
 
 
 def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
 from milan.config import deviations
 from milan.data import Batch, CachedDataset, training_loader
-from milan.device import MEAN, STD, normalise, pick_device
+from milan.device import MEAN, STD, denormalise, normalise, pick_device
 from milan.errors import ConfigError
 from milan.faults import explained
 from milan.files import write_json
@@ -29,10 +29,11 @@ from milan.judge import Judge, check_labels
 from milan.launch import launch
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
-from milan.objectives import feature_regression, pixel_regression
+from milan.objectives import feature_regression, painted, pixel_regression
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import Ranks, joined, spread
 from milan.settings import PretrainConfig, bytes_of, choice
+from milan.sheet import Shown
 from milan.signals import Stop
 from milan.train import Course, decay_groups, fit
 from milan.watch import Silent, Watch
@@ -294,10 +295,11 @@ class _Task:
     ) -> None:
         self.config, self.student, self.network = config, student, network
         self.targets, self.device = dataset.cache, device
+        self.patch = dataset.cache.view_spec.size // dataset.cache.grid
         self.loss = loss_function(network, config, dataset.cache, device)
         self.judged = Judge(
             config, dataset, stream, measure=self._measure, represent=self._represent,
-            ranks=ranks, device=device,
+            show=self._show, ranks=ranks, device=device,
         )  # fmt: skip
 
     def rows(self, batch: Batch) -> list[tuple[int, int]]:
@@ -306,21 +308,43 @@ class _Task:
     def judge(
         self, epoch: int, batches: Iterator[Batch]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        return self.judged(self.sampler.aside_of(epoch), batches), {}
+        return self.judged(self.sampler.aside_of(epoch), batches)
 
     def _measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the objective, mean cosine to the teacher of the hidden patches), both of a batch."""
+        images, prediction, hidden, features = self._said(batch)
+        if features is None:
+            return pixel_regression(prediction, images, hidden, patch=self.patch), None
+        cosine = F.cosine_similarity(prediction.float(), features.float(), dim=-1)[:, 1:]
+        return feature_regression(prediction, features), cosine[hidden].mean()
+
+    def _show(self, batch: Batch) -> Shown:
+        images, prediction, hidden, features = self._said(batch)
+        if features is None:
+            said = denormalise(painted(prediction, images, patch=self.patch), MEAN, STD)
+        else:
+            said = prediction[:, 1:].float()
+        return Shown(
+            batch.rows.numpy(),
+            batch.pixels.numpy(),
+            batch.attention.numpy(),
+            hidden.cpu().numpy(),
+            None if features is None else features[:, 1:].float().cpu().numpy(),
+            said.cpu().numpy(),
+        )
+
+    def _said(
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(images, prediction, which patches were hidden, the teacher's features) of a batch."""
         batch = batch.to(self.device)
         images = normalise(batch.pixels, MEAN, STD)
         visible = visible_count(batch.attention.shape[1], self.config.mask_ratio)
         prediction, mask = predict(self.student, images, batch, self.config.masking, visible)
-        hidden = mask.boolean()
         if batch.codes is None:
-            patch = images.shape[-1] // self.targets.grid
-            return pixel_regression(prediction, images, hidden, patch=patch), None
+            return images, prediction, mask.boolean(), None
         features = self.targets.codec.decode(batch.codes, batch.scale)
-        cosine = F.cosine_similarity(prediction.float(), features.float(), dim=-1)[:, 1:]
-        return feature_regression(prediction, features), cosine[hidden].mean()
+        return images, prediction, mask.boolean(), features
 
     def _represent(self, batch: Batch) -> torch.Tensor:
         pixels = batch.pixels.to(self.device, non_blocking=True)

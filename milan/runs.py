@@ -3,7 +3,7 @@
 runs/pretrain/run.json       identity, settings, stretches of the store, id: written once, and
                              added to when the run moves on or drops images
     checkpoints/             milan.checkpoint
-    log.jsonl curves.csv tensorboard/   milan.journal
+    log.jsonl curves.csv sheet.png tensorboard/   milan.journal
     encoder.safetensors metrics.json    at the end of every call
 """
 
@@ -23,7 +23,7 @@ from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.errors import CacheError, TrainError
 from milan.files import make_writable, write_json
-from milan.journal import CURVES, LOG
+from milan.journal import CURVES, LOG, SHEET
 from milan.settings import PretrainConfig
 from milan.watch import Watch
 
@@ -85,7 +85,7 @@ def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: di
     """Make the folder that of a new run; what a run left there before goes."""
     writable(run)
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, checkpoint.ENCODER, changed.CSV):
+    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", checkpoint.ENCODER, changed.CSV):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     facts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_photos
+from PIL import Image
 from safetensors.torch import load_file
 from test_pretrain import SMALL, Notes, log_of, weights
 from torch.nn import functional as F
@@ -22,12 +24,14 @@ import milan
 from milan import PretrainConfig, pretraining
 from milan.cache import TargetCache
 from milan.data import CachedDataset
-from milan.device import MEAN, STD, normalise
+from milan.device import MEAN, STD, denormalise, normalise
 from milan.errors import ConfigError
 from milan.judge import nearest_neighbours
 from milan.masking import importance_mask, mask_noise
+from milan.objectives import painted, patchify, pixel_regression
 from milan.order import JUDGED, held_rows, order_of
 from milan.pretraining import student_of
+from milan.sheet import Shown, run_sheet
 from pipeline.extract import extract_targets
 
 WATCHED: dict[str, Any] = {
@@ -82,7 +86,8 @@ def test_held_out_rows_are_judged_and_never_trained_on(
     milan.pretrain(str(store), out=str(tmp_path), watch=notes, **run)
     held = held_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
     assert len(held) == 8
-    assert judged == held * 3
+    pictured = held + held[:4]  # the first epoch and the last have a sheet
+    assert judged == pictured + held + pictured
     assert sorted(trained) == sorted([row for row in range(24) if row not in held] * 3)
     assert notes.line("held out: ") == "held out: 8 of 24 images"
 
@@ -193,6 +198,7 @@ def test_resumed_it_is_judged_alike(
         assert lines.pop(after).keys() == expected.pop(after).keys()
     assert lines == expected
     assert weights(tmp_path) == weights(watched)
+    assert (tmp_path / "sheet.png").read_bytes() == (watched / "sheet.png").read_bytes()
 
 
 def test_two_ranks_judge_as_one(watched: Path, store: Path, tmp_path: Path) -> None:
@@ -329,3 +335,80 @@ def test_a_checkpoint_by_the_clock(store: Path, tmp_path: Path) -> None:
     milan.pretrain(str(store), save_minutes=1e-6, **run)
     saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert saved == [f"step-{step:08d}" for step in (1, 2, 3)]
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def board_of(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"), {"images": 0})
+    board.Reload()
+    return board
+
+
+def test_a_sheet_every_so_often(watched: Path) -> None:
+    """After the first epoch, every fourth, and the last; the newest lies in the run's folder."""
+    events = board_of(watched).Images("sheet")
+    assert [event.step for event in events] == [2, 10, 16]
+    shown = [np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in events]
+    assert np.array_equal(shown[-1], np.asarray(Image.open(watched / "sheet.png")))
+    assert not np.array_equal(shown[0], shown[-1])
+    # 5 panels of 4 images, four times as large as they are
+    assert shown[0].shape == (20 + 4 * (32 * 4 + 4), 64 + 5 * (32 * 4 + 4), 3)
+
+
+def panels(page: np.ndarray, size: int, zoom: int) -> np.ndarray:
+    """[rows, columns, size, size, 3] of a sheet."""
+    step = size * zoom + 4
+    body = page[20:, 64:].reshape(-1, step, (page.shape[1] - 64) // step, step, 3)
+    return body.transpose(0, 2, 1, 3, 4)[:, :, : size * zoom : zoom, : size * zoom : zoom]
+
+
+def test_what_a_sheet_shows() -> None:
+    """The view, heat where attention is, grey where nothing is seen, and what is the same in the
+    same colours."""
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    attention = np.full((3, 16), 0.01)
+    attention[:, 6] = 0.9
+    hidden = draw.random((3, 16)) < 0.75
+    features = draw.normal(size=(3, 16, 12))
+    said = features * draw.uniform(0.5, 2, (3, 16, 1))  # only directions count
+    said[2, 15] *= -1
+    shown = Shown(np.arange(3), pixels, attention, hidden, features, said)
+    view, heat, seen, theirs, ours = panels(run_sheet(shown), 32, 4).swapaxes(0, 1)
+    assert np.array_equal(view, pixels)
+    patches = heat.reshape(3, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 16)
+    assert (patches.argmax(axis=1) == 6).all()
+    grey = hidden.reshape(3, 4, 4).repeat(8, axis=1).repeat(8, axis=2)
+    assert np.array_equal(seen[~grey], pixels[~grey])
+    assert (seen[grey] == 128).all()
+    differ = (theirs != ours).any(axis=-1)
+    assert np.argwhere(differ.any(axis=(1, 2))).tolist() == [[2]]
+    assert differ[2, 24:, 24:].all()
+    assert not differ[2, :24].any()
+
+
+def test_pixels_are_painted(store: Path, tmp_path: Path) -> None:
+    """A student of pixels is shown by what it paints: a perfect one paints the image."""
+    draw = np.random.default_rng(0)
+    pixels = torch.from_numpy(draw.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    images = normalise(pixels, MEAN, STD)
+    patches = patchify(images, 8)
+    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    perfect = (patches - patches.mean(dim=-1, keepdim=True)) / deviation
+    perfect = torch.cat([torch.zeros(2, 1, 192), perfect], dim=1)
+    hidden = torch.ones(2, 16, dtype=torch.bool)
+    assert float(pixel_regression(perfect, images, hidden, patch=8)) < 1e-10
+    again = denormalise(painted(perfect, images, patch=8), MEAN, STD)
+    assert torch.equal(again, pixels)
+    run = {**SMALL, "out": str(tmp_path), "epochs": 1, "objective": "pixels"}
+    milan.pretrain(str(store), **run)  # nothing is held out: training rows are shown
+    page = np.asarray(Image.open(tmp_path / "sheet.png"))
+    view, _, _, said = panels(page, 32, 4).swapaxes(0, 1)
+    rows = np.arange(4)
+    expected = CachedDataset(TargetCache(store)).pixels(rows, np.zeros_like(rows))
+    assert np.array_equal(view, expected)
+    assert said.std() > 5
