@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from milan.errors import ConfigError
 from milan.files import write_text
 
 LOG = "log.jsonl"
@@ -22,6 +21,9 @@ _JUDGED = ("val_loss", "val_cosine", "knn_top1")
 
 class Reporter(Protocol):
     """Someone who shows a run to people."""
+
+    has: int
+    """The last step that it knows already."""
 
     def add(self, line: dict[str, Any]) -> None:
         """Figures of a step, by name."""
@@ -47,6 +49,8 @@ class Journal:
         self.lines = kept_lines(run, start)
         write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(run / LOG, "a")  # noqa: SIM115 - closed by close()
+        for line in self.lines:
+            self._tell(line)
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """A line of figures, and pictures by name."""
@@ -55,10 +59,16 @@ class Journal:
         self.file.flush()
         for name, pixels in pictures.items():
             write_picture(self.run / f"{name}.png", pixels)
+        self._tell(line)
         for reporter in self.reporters:
-            reporter.add(line)
             for name, pixels in pictures.items():
                 reporter.picture(name, line["step"], pixels)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        """A resumed run says the same again of the steps after its checkpoint."""
+        for reporter in self.reporters:
+            if line["step"] > reporter.has:
+                reporter.add(line)
 
     def keep(self) -> None:
         """Let all that was said be on the disk: what a checkpoint goes with."""
@@ -108,45 +118,3 @@ def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
         if line["step"] <= step:
             kept.append(line)
     return kept
-
-
-class TensorBoard:
-    """Scalars and pictures below the run's folder."""
-
-    def __init__(self, run: Path, start: int) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(
-            str(run / "tensorboard"), purge_step=start + 1 if start else None
-        )
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Every figure of a line as a scalar."""
-        for key, value in line.items():
-            if key != "step":
-                self.board.add_scalar(f"train/{key}", value, line["step"])
-
-    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """A picture, uint8 [H, W, 3]."""
-        self.board.add_image(name, pixels, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Write what came so far."""
-        self.board.flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.board.close()
-
-
-REPORTERS = {"tensorboard": TensorBoard}
-
-
-def reporters_of(names: str, run: Path, start: int) -> list[Reporter]:
-    """The reporters of a list such as `tensorboard,wandb`; `none` is none. Raises ConfigError."""
-    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-    for name in chosen:
-        if name not in REPORTERS:
-            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
-    return [REPORTERS[name](run, start) for name in chosen]

@@ -24,7 +24,7 @@ from milan.errors import ConfigError
 from milan.faults import explained
 from milan.files import write_json
 from milan.format import Index
-from milan.journal import Journal, kept_lines, reporters_of, write_curves
+from milan.journal import Journal, kept_lines, write_curves
 from milan.judge import Judge, check_labels
 from milan.launch import launch
 from milan.masking import Mask, importance_mask, random_mask, visible_count
@@ -32,6 +32,7 @@ from milan.model import Student, build_student
 from milan.objectives import feature_regression, painted, pixel_regression
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import Ranks, joined, spread
+from milan.reporters import chosen, reporters_of
 from milan.settings import PretrainConfig, bytes_of, choice
 from milan.sheet import Shown
 from milan.signals import Stop
@@ -153,6 +154,7 @@ def _train(
     stream, targets = _stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
+    chosen(config.report_to)
     if config.probe_every:
         check_labels(dataset, stream.of_epoch(0))
     _tell(config, targets, published, watch)
