@@ -243,6 +243,8 @@ class _Loop:
         """Of the last step's gradients, before they were clipped."""
         self.unproven: tuple[int, torch.Tensor, torch.Tensor, list[Any]] | None = None
         """A step whose loss and gradient's norm were not looked at yet, and its batches."""
+        self.judgement = ""
+        """What was found last, for people."""
         self.figures: dict[str, float] = {}
         self.pictures: dict[str, Any] = {}
 
@@ -340,6 +342,8 @@ class _Loop:
         self.task.network.eval()
         self.figures, self.pictures = self.task.judge(epoch, self.feed)
         self.task.network.train()
+        found = [f", {name} {value:.3f}" for name, value in self.figures.items()]
+        self.judgement = "".join(found) or self.judgement
         seconds, self.feed.waited = time.perf_counter() - began, waited
         self.judging += seconds
         self.mark = (self.mark[0] + seconds, *self.mark[1:])
@@ -364,11 +368,11 @@ class _Loop:
             # What a skipped step has not, the log leaves out: JSON has no NaN.
             finite = {name: value for name, value in line.items() if math.isfinite(value)}
             self.journal.add(finite, self.pictures)
-        told = "".join(f", {name} {value:.4f}" for name, value in self.figures.items())
         self.watch.advance(
             done,
-            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}{told}, lr {line['lr']:.1e}, "
-            f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}",
+            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, lr {line['lr']:.1e}, "
+            f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}"
+            f"{self.judgement}",
         )
         self.loss_sum, self.counted, self.figures, self.pictures = 0.0, 0, {}, {}
 
