@@ -43,9 +43,11 @@ class Colours:
     def __init__(self, features: np.ndarray) -> None:
         flat = _unit(features).reshape(-1, features.shape[-1])
         self.mean = flat.mean(axis=0)
-        _, _, axes = np.linalg.svd(flat - self.mean, full_matrices=False)
-        self.axes = axes[:3].T
-        parts = (flat - self.mean) @ self.axes
+        centred = flat - self.mean
+        # Of the small matrix: less than half the time of a singular value decomposition.
+        _, axes = np.linalg.eigh(centred.T @ centred)
+        self.axes = axes[:, :-4:-1]
+        parts = centred @ self.axes
         self.low, self.high = np.percentile(parts, 2, axis=0), np.percentile(parts, 98, axis=0)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
