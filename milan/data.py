@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from milan.cache import TargetCache
-from milan.errors import CacheError, DataError, ImageFault, MilanError
+from milan.errors import CacheError, DataError, ImageFault, MilanError, TrainError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
-from milan.order import JUDGED, Address, StepSampler
+from milan.order import DRAWN, Address, StepSampler
 from milan.places import Place, place
 from milan.sources import ImageSource
 from milan.staging import Ahead, Shard
@@ -232,7 +233,7 @@ class _Batches(Dataset):
     def _load(self, address: Address) -> Batch:
         epoch, rows, views = address
         cache = self.dataset.cache
-        targets = cache.read(rows, views, features=self.features and epoch <= JUDGED)
+        targets = cache.read(rows, views, features=self.features and epoch <= DRAWN)
         epochs = np.full(len(rows), epoch)
         noise = mask_noise(self.seed, epochs, rows, views, self.patches)
         return Batch(
@@ -260,14 +261,35 @@ class _Loader(DataLoader):
         ahead = Ahead(_windows(cache, self.sampler))
         if cache.generations[0].local:
             ahead.start()
+        others = multiprocessing.active_children()
+        batches = super().__iter__()
+        workers = [p for p in multiprocessing.active_children() if p not in others]
         try:
-            for batch in super().__iter__():
+            for batch in batches:
                 if isinstance(batch, MilanError):
                     raise batch
                 ahead.consumed += 1
                 yield batch
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError):
+            _raise_if_died(workers)
+            raise
         finally:
             ahead.stopped.set()
+
+
+def _raise_if_died(workers: list[Any]) -> None:
+    """Raises TrainError if one of them did: a DataLoader then fails in many ways."""
+    wait = multiprocessing.connection.wait
+    dead = wait([w.sentinel for w in workers], timeout=2) if workers else []
+    for worker in workers:
+        if worker.sentinel in dead:
+            code = worker.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise TrainError(
+                f"a loader worker died ({how})",
+                expected="memory for all of them: the kernel kills what has none left",
+                fix="a smaller --num-workers; the same line goes on from the last checkpoint",
+            ) from None
 
 
 def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:

@@ -47,3 +47,10 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device)
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
+
+
+def denormalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """The pixels, uint8 [B, S, S, 3], that `normalise` would give as `images` [B, 3, S, S]."""
+    scale, shift = torch.tensor([std, mean], device=images.device)
+    colours = images.float().permute(0, 2, 3, 1) * scale + shift
+    return (255 * colours).round().clamp(0, 255).to(torch.uint8)

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from milan.errors import ConfigError
 from milan.files import write_text
 
 LOG = "log.jsonl"
 CURVES = "curves.csv"
+SHEET = "sheet"
+"""A picture's name: the newest is sheet.png in the run's folder."""
 _COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
 _JUDGED = ("val_loss", "val_cosine", "knn_top1")
 
@@ -21,11 +22,17 @@ _JUDGED = ("val_loss", "val_cosine", "knn_top1")
 class Reporter(Protocol):
     """Someone who shows a run to people."""
 
+    has: int
+    """The last step that it knows already."""
+
     def add(self, line: dict[str, Any]) -> None:
         """Figures of a step, by name."""
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]."""
+
+    def flush(self) -> None:
+        """What came so far is kept, whatever happens."""
 
     def close(self) -> None:
         """No more will come from this process."""
@@ -38,27 +45,36 @@ class Journal:
     """
 
     def __init__(self, run: Path, start: int, reporters: list[Reporter]) -> None:
-        self.path, self.csv, self.reporters = run / LOG, run / CURVES, reporters
+        self.run, self.reporters = run, reporters
         self.lines = kept_lines(run, start)
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(run / LOG, "a")  # noqa: SIM115 - closed by close()
+        for line in self.lines:
+            self._tell(line)
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """A line of figures, and pictures by name."""
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        for name, pixels in pictures.items():
+            write_picture(self.run / f"{name}.png", pixels)
+        self._tell(line)
         for reporter in self.reporters:
-            reporter.add(line)
             for name, pixels in pictures.items():
                 reporter.picture(name, line["step"], pixels)
 
-    def curves(self) -> None:
-        """DVC plots CSV, not JSON lines."""
-        columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in self.lines))]
-        rows = [",".join(columns)]
-        rows += [",".join(str(line.get(key, "")) for key in columns) for line in self.lines]
-        write_text(self.csv, "\n".join(rows) + "\n")
+    def _tell(self, line: dict[str, Any]) -> None:
+        """A resumed run says the same again of the steps after its checkpoint."""
+        for reporter in self.reporters:
+            if line["step"] > reporter.has:
+                reporter.add(line)
+
+    def keep(self) -> None:
+        """Let all that was said be on the disk: what a checkpoint goes with."""
+        write_curves(self.run, self.lines)
+        for reporter in self.reporters:
+            reporter.flush()
 
     def last(self) -> dict[str, Any]:
         """What the log says in the end of loss and judgement; empty if it never spoke."""
@@ -69,10 +85,26 @@ class Journal:
 
     def close(self) -> None:
         """The last curves, and good-bye."""
-        self.curves()
+        write_curves(self.run, self.lines)
         self.file.close()
         for reporter in self.reporters:
             reporter.close()
+
+
+def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
+    """The log as CSV, which is what DVC plots."""
+    columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in lines))]
+    rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
+    write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of uint8 [H, W, 3], there whole or not at all."""
+    from PIL import Image
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(pixels).save(temporary, format="png")
+    os.replace(temporary, path)
 
 
 def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
@@ -86,41 +118,3 @@ def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
         if line["step"] <= step:
             kept.append(line)
     return kept
-
-
-class TensorBoard:
-    """Scalars and pictures below the run's folder."""
-
-    def __init__(self, run: Path, start: int) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(
-            str(run / "tensorboard"), purge_step=start + 1 if start else None
-        )
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Every figure of a line as a scalar."""
-        for key, value in line.items():
-            if key != "step":
-                self.board.add_scalar(f"train/{key}", value, line["step"])
-
-    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """A picture, uint8 [H, W, 3]."""
-        self.board.add_image(name, pixels, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.board.close()
-
-
-REPORTERS = {"tensorboard": TensorBoard}
-
-
-def reporters_of(names: str, run: Path, start: int) -> list[Reporter]:
-    """The reporters of a list such as `tensorboard,wandb`; `none` is none. Raises ConfigError."""
-    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-    for name in chosen:
-        if name not in REPORTERS:
-            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
-    return [REPORTERS[name](run, start) for name in chosen]

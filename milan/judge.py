@@ -16,10 +16,13 @@ from milan import draws
 from milan.data import Batch, CachedDataset
 from milan.device import autocast
 from milan.errors import ConfigError
-from milan.order import ASKED, JUDGED, KNOWN, Address, Stream
+from milan.journal import SHEET
+from milan.order import ASKED, DRAWN, JUDGED, KNOWN, Address, Order, Stream
 from milan.ranks import Ranks
 from milan.settings import PretrainConfig
+from milan.sheet import Shown, run_sheet
 
+_SHOWN = 4  # images of a sheet
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
 
 
@@ -34,19 +37,18 @@ class Judge:
         *,
         measure: Callable[[Batch], tuple[torch.Tensor, torch.Tensor | None]],
         represent: Callable[[Batch], torch.Tensor],
+        show: Callable[[Batch], Shown],
         ranks: Ranks,
         device: torch.device,
     ) -> None:
         """What is called on a batch on this rank's device.
 
         `measure` gives the mean loss, and the mean cosine to the teacher of hidden patches if there
-        is one; `represent` gives features [B, F].
+        is one; `represent` gives features [B, F]; `show` what a picture is made of.
         """
         self.config, self.dataset, self.stream = config, dataset, stream
-        self.measure, self.represent = measure, represent
+        self.measure, self.represent, self.show = measure, represent, show
         self.ranks, self.device = ranks, device
-        if config.probe_every:
-            self._check_labels()
 
     def addresses(self, epoch: int) -> list[Address]:
         """What is asked for after an epoch, for all ranks."""
@@ -54,17 +56,25 @@ class Judge:
         held, found = order.held, list[Address]()
         if len(held):
             found.append((JUDGED, held, np.zeros_like(held)))
+        if epoch % self.config.picture_every == 0 or epoch + 1 == self.config.epochs:
+            rows = held if len(held) else order.good[~np.isin(order.good, order.replaced)]
+            drawn = rows[: _SHOWN * self.ranks.size]  # rank 0 draws its share of them
+            found.append((DRAWN, drawn, np.zeros_like(drawn)))
         if self.config.probe_every and (epoch + 1) % self.config.probe_every == 0:
             mix = draws.permutation(order.seed, draws.SAMPLE, (2,), len(order.good))
-            known = np.sort(order.good[mix[: self.config.probe_images]])
+            known = order.good[mix[: self.config.probe_images]]
+            known = np.sort(known[~np.isin(known, order.replaced)])
             found += [(KNOWN, known, np.zeros_like(known)), (ASKED, held, np.zeros_like(held))]
         return found
 
-    def __call__(self, mine: list[Address], batches: Iterator[Batch]) -> dict[str, float]:
-        """Figures of this rank's addresses, of which `batches` are what was read."""
+    def __call__(
+        self, mine: list[Address], batches: Iterator[Batch]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Figures, and pictures, of this rank's addresses, of which `batches` are what was read."""
         sums, comparable = [0.0, 0.0, 0.0], False
         features: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
         labels: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
+        shown: list[Shown] = []
         with torch.no_grad(), autocast(self.device, self.config.precision):
             for kind, rows, _ in mine:
                 batch = next(batches)
@@ -75,6 +85,8 @@ class Judge:
                     if cosine is not None:
                         comparable = True
                         sums[1] += len(rows) * float(cosine)
+                elif kind == DRAWN:
+                    shown.append(self.show(batch))
                 else:
                     features[kind].append(self.represent(batch).float())
                     labels[kind].append(torch.from_numpy(self.dataset.labels[rows]))
@@ -90,17 +102,19 @@ class Judge:
                 for kind in (KNOWN, ASKED)
             )
             figures["knn_top1"] = nearest_neighbours(*known, *asked)
-        return figures
+        pictures = {SHEET: run_sheet(Shown.joined(shown))} if shown and self.ranks.first else {}
+        return figures, pictures
 
-    def _check_labels(self) -> None:
-        order = self.stream.of_epoch(0)
-        labels = self.dataset.labels
-        if not len(order.held) or (labels[np.concatenate([order.held, order.good])] < 0).any():
-            raise ConfigError(
-                "probe_every without labels or without held-out rows",
-                expected="a store whose images have labels, and held_out above 0",
-                fix="--set probe_every=null",
-            )
+
+def check_labels(dataset: CachedDataset, order: Order) -> None:
+    """Raises ConfigError if a k-NN probe has no rows to ask for, or no label of some row."""
+    rows = np.concatenate([order.held, order.good])
+    if not len(order.held) or (dataset.labels[rows] < 0).any():
+        raise ConfigError(
+            "probe_every without labels or without held-out rows",
+            expected="a store whose images have labels, and held_out above 0",
+            fix="--set probe_every=null",
+        )
 
 
 def nearest_neighbours(

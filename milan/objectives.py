@@ -31,8 +31,27 @@ def pixel_regression(
     `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
     normalised, `hidden` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
     """
-    target = patchify(images, patch).float()
-    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-    target = (target - mean) / (var + 1e-6).sqrt()
+    target, mean, deviation = _patches(images, patch)
+    target = (target - mean) / deviation
     error = (prediction[:, -target.shape[1] :].float() - target).square().mean(dim=-1)
     return (error * hidden).sum() / hidden.sum()
+
+
+def painted(prediction: torch.Tensor, images: torch.Tensor, *, patch: int) -> torch.Tensor:
+    """What `pixel_regression` compares as pictures [B, 3, S, S], normalised as `images` are.
+
+    Mean and deviation of a patch, which the student does not predict, are the image's own.
+    """
+    _, mean, deviation = _patches(images, patch)
+    b, _, size, _ = images.shape
+    grid = size // patch
+    pixels = prediction[:, -mean.shape[1] :].float() * deviation + mean
+    pixels = pixels.reshape(b, grid, grid, patch, patch, 3)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
+
+
+def _patches(images: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(patches [B, N, patch * patch * 3], the mean of each, the deviation of each)"""
+    patches = patchify(images, patch).float()
+    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return patches, patches.mean(dim=-1, keepdim=True), deviation

@@ -216,9 +216,10 @@ def shuffle_quality(rows: np.ndarray) -> float:
 
 Address = tuple[int, np.ndarray, np.ndarray]
 """(epoch, rows, views): what a loader worker is asked for."""
-JUDGED, KNOWN, ASKED = 1 << 32, (1 << 32) + 1, (1 << 32) + 2
-"""In place of an epoch: rows that a run is judged by, always masked alike; rows whose pixels alone
-are read, to compare what the student makes of those whose label is known with those asked for."""
+JUDGED, DRAWN, KNOWN, ASKED = range(1 << 32, (1 << 32) + 4)
+"""In place of an epoch: rows that a run is judged by, and that are shown, always masked alike; rows
+whose pixels alone are read, to compare what the student makes of those whose label is known with
+those asked for."""
 
 
 class StepSampler(Sampler):

@@ -18,13 +18,16 @@ from milan.config import deviations, recipe_of, resolve
 from milan.data import CachedDataset, training_loader
 from milan.device import MEAN, STD, pick_device
 from milan.errors import ConfigError
+from milan.faults import explained
 from milan.files import write_json
 from milan.format import Index
-from milan.journal import Journal, reporters_of
+from milan.journal import Journal, kept_lines, write_curves
+from milan.judge import check_labels
 from milan.kernels import choose_kernels
 from milan.launch import launch
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import Ranks, joined, spread
+from milan.reporters import chosen, reporters_of
 from milan.settings import PretrainConfig, bytes_of, choice
 from milan.signals import Stop
 from milan.task import Task, optimiser_of, student_of
@@ -158,6 +161,9 @@ def _train(
         stream, targets = _resumed_stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
+    chosen(config.report_to)
+    if config.probe_every:
+        check_labels(dataset, stream.of_epoch(0))
     _tell(config, targets, published, watch)
     if config.local and config.cache_limit:
         limit = bytes_of(config.cache_limit)
@@ -184,6 +190,7 @@ def _train(
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
     watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
+    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out))
     task = Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
@@ -208,24 +215,25 @@ def _train(
     journal = None
     if ranks.first and (step or 0) < course.steps:
         journal = Journal(run, step or 0, reporters_of(config.report_to, run, step or 0))
-    figures = fit(
-        task,
-        optimiser,
-        course=course,
-        run=run,
-        resumed=step,
-        ranks=ranks,
-        device=device,
-        batches_from=batches_from,
-        journal=journal,
-        watch=watch,
-        stop=stop,
-        stop_after=stop_after,
-    )
-    weights = checkpoint.whole_weights(student.encoder)
-    figures = ranks.once(
-        lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
-    )
+    with explained(run, config.micro_batch):
+        figures = fit(
+            task,
+            optimiser,
+            course=course,
+            run=run,
+            resumed=step,
+            ranks=ranks,
+            device=device,
+            batches_from=batches_from,
+            journal=journal,
+            watch=watch,
+            stop=stop,
+            stop_after=stop_after,
+        )
+        weights = checkpoint.whole_weights(student.encoder)
+        figures = ranks.once(
+            lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
+        )
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
@@ -308,6 +316,7 @@ def _finish(
     checkpoint.save_encoder(run / checkpoint.ENCODER, weights, encoder)
     if journal is None:
         watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
+        write_curves(run, kept_lines(run, course.steps))
         if (run / runs.METRICS).exists():  # the figures of the call that trained
             return json.loads((run / runs.METRICS).read_text())
     else:
@@ -338,6 +347,14 @@ def shuffle_told(order: Order) -> str:
     whole = order.window_shards >= count
     what = "global" if whole else f"windows of {order.window_shards:,} of {count:,} shards"
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
+
+
+def held_told(order: Order, share: float) -> str:
+    """By how many images a run is judged, in words."""
+    held, rows = len(order.held), len(order.held) + len(order.good)
+    if held or not share:
+        return f"held out: {held:,} of {rows:,} images"
+    return f"held out: none, for {share:.1%} of {rows:,} images is fewer than 8: --held-out"
 
 
 def _tell(

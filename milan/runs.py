@@ -3,7 +3,7 @@
 runs/pretrain/run.json       identity, settings, stretches of the store, id: written once, and
                              added to when the run moves on or drops images
     checkpoints/             milan.checkpoint
-    log.jsonl curves.csv tensorboard/   milan.journal
+    log.jsonl curves.csv sheet.png tensorboard/   milan.journal
     encoder.safetensors metrics.json    at the end of every call
 """
 
@@ -23,7 +23,7 @@ from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.errors import CacheError, TrainError
 from milan.files import make_writable, write_json
-from milan.journal import CURVES, LOG
+from milan.journal import CURVES, LOG, SHEET
 from milan.settings import PretrainConfig
 from milan.watch import Watch
 
@@ -85,7 +85,7 @@ def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: di
     """Make the folder that of a new run; what a run left there before goes."""
     writable(run)
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, checkpoint.ENCODER, changed.CSV):
+    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", checkpoint.ENCODER, changed.CSV):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     facts = {
@@ -94,6 +94,7 @@ def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: di
         "config": asdict(config),
         "differs": {k: list(v) for k, v in published.items()},
         "fingerprint": targets.spec.fingerprint(),
+        "targets": _shown(targets),
         "stretches": [_stretch(0, targets)],
         "versions": {n: version(n) for n in ("torch", "timm", "tensorstore", "numpy")},
         "command": sys.argv,
@@ -145,6 +146,17 @@ def _identity(config: PretrainConfig, digest: str) -> dict[str, Any]:
     return json.loads(json.dumps({"cache": digest, **fixed}))
 
 
+def _shown(targets: TargetCache) -> dict[str, Any]:
+    """What people know a store by."""
+    return {
+        "teacher": targets.attributes["about"]["name"],
+        "image_size": targets.view_spec.size,
+        "grid": targets.grid,
+        "width": targets.spec.channels,
+        "codec": targets.spec.codec,
+    }
+
+
 def _differing(run: Path, config: PretrainConfig) -> list[str]:
     """'field: the run's != the one now' for each that differs."""
     read = about(run)
@@ -154,4 +166,6 @@ def _differing(run: Path, config: PretrainConfig) -> list[str]:
     except CacheError:
         cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
     before, now = read["identity"], _identity(config, cache.digest)
+    if before["cache"] != now["cache"]:
+        before, now = before | read["targets"], now | _shown(cache)
     return [f"{k}: {before.get(k)} != {now[k]}" for k in now if before.get(k) != now[k]]

@@ -77,8 +77,8 @@ class PretrainConfig:
     """Epochs between k-NN probes: held-out images against others, by the store's labels."""
     probe_images: int = 10_000
     """Images that a k-NN probe knows the labels of."""
-    picture_every: int = 1
-    """Epochs between pictures of masks and features."""
+    picture_every: int = 10
+    """Epochs between pictures of masks and features; the last epoch has one besides."""
     report_to: str = "tensorboard"
     """Some of tensorboard, wandb, mlflow, with commas between; or none."""
     precision: str = "auto"

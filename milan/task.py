@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 from milan.cache import TargetCache
 from milan.data import Batch, CachedDataset
-from milan.device import MEAN, STD, normalise
+from milan.device import MEAN, STD, denormalise, normalise
 from milan.encoder import build_encoder
 from milan.errors import ConfigError
 from milan.grids import resampled_attention, resampled_features
 from milan.judge import Judge
 from milan.masking import Mask, importance_mask, random_mask, visible_count
 from milan.model import Student, build_student
-from milan.objectives import feature_regression, pixel_regression
+from milan.objectives import feature_regression, painted, pixel_regression
 from milan.order import StepSampler, Stream
 from milan.ranks import Ranks
 from milan.settings import PretrainConfig
+from milan.sheet import Shown
 from milan.train import decay_groups
 
 
@@ -61,22 +62,33 @@ def optimiser_of(
     )
 
 
-class Compared(NamedTuple):
-    """A prediction and what it was compared with."""
+class Said(NamedTuple):
+    """What a student says of a batch, and what it should have said."""
 
-    loss: torch.Tensor
-    """Scalar."""
+    images: torch.Tensor
+    """[B, 3, S, S] normalised."""
     prediction: torch.Tensor
     """[B, T, C]"""
-    target: torch.Tensor | None
-    """[B, T, C]; None for pixels."""
+    features: torch.Tensor | None
+    """[B, T, C] of the teacher; None where pixels are predicted."""
     mask: Mask
 
+    @property
+    def patch(self) -> int:
+        """Edge of the student's patches in pixels."""
+        patches = self.mask.visible.shape[1] + self.mask.masked.shape[1]
+        return self.images.shape[2] // round(patches**0.5)
 
-def compare(
-    network: nn.Module, config: PretrainConfig, targets: TargetCache, batch: Batch
-) -> Compared:
-    """Mask a batch, predict, and compare with what the teacher said or with the pixels.
+    def loss(self) -> torch.Tensor:
+        """The objective, a scalar."""
+        if self.features is None:
+            hidden = self.mask.boolean()
+            return pixel_regression(self.prediction, self.images, hidden, patch=self.patch)
+        return feature_regression(self.prediction, self.features)
+
+
+def say(network: nn.Module, config: PretrainConfig, targets: TargetCache, batch: Batch) -> Said:
+    """Mask a batch and predict what the teacher said, or pixels.
 
     Targets of another grid than the student's are resampled: unit vectors, for only directions
     count, and a long one must not drown its neighbours.
@@ -86,16 +98,13 @@ def compare(
     visible = visible_count(patches, config.mask_ratio)
     prediction, mask = predict(network, images, batch, config.masking, visible)
     if config.objective == "pixels":
-        patch = images.shape[2] // round(patches**0.5)
-        loss = pixel_regression(prediction, images, mask.boolean(), patch=patch)
-        return Compared(loss, prediction, None, mask)
+        return Said(images, prediction, None, mask)
     assert batch.codes is not None
     features = targets.codec.decode(batch.codes, batch.scale)
     if features.shape[1] != 1 + patches:
         features = resampled_features(F.normalize(features, dim=-1), patches)
     # A student without class token predicts patches only.
-    features = features[:, -prediction.shape[1] :]
-    return Compared(feature_regression(prediction, features), prediction, features, mask)
+    return Said(images, prediction, features[:, -prediction.shape[1] :], mask)
 
 
 def predict(
@@ -116,7 +125,7 @@ def loss_function(
     network: nn.Module, config: PretrainConfig, targets: TargetCache, device: torch.device
 ) -> Callable[[Batch], torch.Tensor]:
     """The objective as a function of a batch."""
-    return lambda batch: compare(network, config, targets, batch.to(device)).loss
+    return lambda batch: say(network, config, targets, batch.to(device)).loss()
 
 
 class Task:
@@ -140,7 +149,7 @@ class Task:
         self.loss = loss_function(network, config, dataset.cache, device)
         self.judged = Judge(
             config, dataset, stream, measure=self._measure, represent=self._represent,
-            ranks=ranks, device=device,
+            show=self._show, ranks=ranks, device=device,
         )  # fmt: skip
 
     def rows(self, batch: Batch) -> list[tuple[int, int]]:
@@ -151,16 +160,39 @@ class Task:
         self, epoch: int, batches: Iterator[Batch]
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Figures, and pictures by name, after an epoch; takes its own `batches` of the stream."""
-        return self.judged(self.sampler.aside_of(epoch), batches), {}
+        return self.judged(self.sampler.aside_of(epoch), batches)
 
     def _measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the objective, mean cosine to the teacher of the hidden patches), both of a batch."""
-        said = compare(self.student, self.config, self.targets, batch.to(self.device))
-        if said.target is None:
-            return said.loss, None
-        cosine = F.cosine_similarity(said.prediction.float(), said.target.float(), dim=-1)
+        said = self._say(batch)
+        if said.features is None:
+            return said.loss(), None
+        cosine = F.cosine_similarity(said.prediction.float(), said.features.float(), dim=-1)
         hidden = said.mask.boolean()
-        return said.loss, cosine[:, -hidden.shape[1] :][hidden].mean()
+        return said.loss(), cosine[:, -hidden.shape[1] :][hidden].mean()
+
+    def _show(self, batch: Batch) -> Shown:
+        said, patches = self._say(batch), batch.noise.shape[1]
+        attention, features = batch.attention, None
+        if attention.shape[1] != patches:
+            attention = resampled_attention(attention, patches)
+        if said.features is None:
+            prediction = painted(said.prediction, said.images, patch=said.patch)
+            prediction = denormalise(prediction, MEAN, STD)
+        else:
+            prediction = said.prediction[:, -patches:].float()
+            features = said.features[:, -patches:].float().cpu().numpy()
+        return Shown(
+            batch.rows.numpy(),
+            batch.pixels.numpy(),
+            attention.numpy(),
+            said.mask.boolean().cpu().numpy(),
+            features,
+            prediction.cpu().numpy(),
+        )
+
+    def _say(self, batch: Batch) -> Said:
+        return say(self.student, self.config, self.targets, batch.to(self.device))
 
     def _represent(self, batch: Batch) -> torch.Tensor:
         pixels = batch.pixels.to(self.device, non_blocking=True)

@@ -239,8 +239,12 @@ class _Loop:
         self.saved = time.monotonic()
         self.judging = 0.0
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
-        self.unproven: tuple[int, torch.Tensor, list[Any]] | None = None
-        """A step whose loss was not looked at yet, and its batches."""
+        self.norm = torch.zeros(())
+        """Of the last step's gradients, before they were clipped."""
+        self.unproven: tuple[int, torch.Tensor, torch.Tensor, list[Any]] | None = None
+        """A step whose loss and gradient's norm were not looked at yet, and its batches."""
+        self.judgement = ""
+        """What was found last, for people."""
         self.figures: dict[str, float] = {}
         self.pictures: dict[str, Any] = {}
 
@@ -269,52 +273,60 @@ class _Loop:
             loss += part.detach()
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
-        if self.course.clip_grad is not None:
-            norm = _norm(self.task.student)
-            clip_grads_with_norm_(self.task.student.parameters(), self.course.clip_grad, norm)
+        self.norm = _norm(self.task.student)
         if self.course.on_nonfinite == "skip" and self._skips(step, loss, batches):
+            self.scaler.update()
             return
+        if self.course.clip_grad is not None:
+            parameters = self.task.student.parameters()
+            clip_grads_with_norm_(parameters, self.course.clip_grad, self.norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         # On a GPU this step runs while the loss of the one before is waited for.
         self.settle()
-        self.unproven = step, loss, batches
+        self.unproven = step, loss, self.norm, batches
 
     def settle(self) -> None:
         """Look at the loss of the last step. Raises TrainError if it is not finite."""
         if self.unproven is None:
             return
-        step, loss, batches = self.unproven
+        step, loss, norm, batches = self.unproven
         self.unproven = None
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._nonfinite(step, value, batches)
-        self.loss_sum, self.counted = self.loss_sum + value, self.counted + 1
+        wrong = self._not_finite(loss, norm)
+        if wrong:
+            raise self._lost(step, wrong, batches)
+        self.loss_sum, self.counted = self.loss_sum + loss.item(), self.counted + 1
+
+    def _not_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, float]:
+        """What of a step is not finite, by name; empty if all is well."""
+        found = {"loss": loss.item()}
+        if not self.scaler.is_enabled():  # which sees to gradients that overflow
+            found["gradient's norm"] = norm.item()
+        return {name: value for name, value in found.items() if not math.isfinite(value)}
 
     def _skips(self, step: int, loss: torch.Tensor, batches: list[Any]) -> bool:
         """Whether any rank's loss or gradient is not finite, so that no rank may use it."""
-        value = loss.item()
-        # With fp16 the scaler sees to gradients that overflow.
-        bad = not math.isfinite(value)
-        bad = bad or not (self.scaler.is_enabled() or _norm(self.task.student).isfinite())
-        if not self.ranks.agree(int(bad)):
+        wrong = self._not_finite(loss, self.norm)
+        if not self.ranks.agree(int(bool(wrong))):
             self.skipped = 0
             return False
         self.skipped += 1
-        error = self._nonfinite(step, value, batches)
+        error = self._lost(step, wrong or {"loss of another rank": math.nan}, batches)
         if self.skipped == _SKIPPED_AT_MOST:
             raise error
         self.watch.note(f"skipped: {error.found}")
         return True
 
-    def _nonfinite(self, step: int, loss: float, batches: list[Any]) -> TrainError:
+    def _lost(self, step: int, wrong: dict[str, float], batches: list[Any]) -> TrainError:
+        (what, value), *_ = wrong.items()
         saved = checkpoint.steps(self.run)
         where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
         rows = [f"{row}.{view}" for batch in batches for row, view in self.task.rows(batch)]
         shown = ", ".join(rows[:32]) + (", …" if len(rows) > 32 else "")
+        whose = "the batch" if self.ranks.size == 1 else f"rank {self.ranks.rank}'s share"
         return TrainError(
-            f"the loss of step {step} is {loss}; {where}; rows and views of the batch: {shown}",
-            expected="a finite loss",
+            f"the {what} of step {step} is {value}; {where}; rows and views of {whose}: {shown}",
+            expected="a finite loss and gradient",
             fix="a smaller --lr, --precision bf16 or fp32, or --on-nonfinite skip",
         )
 
@@ -330,6 +342,8 @@ class _Loop:
         self.task.network.eval()
         self.figures, self.pictures = self.task.judge(epoch, self.feed)
         self.task.network.train()
+        found = [f", {name} {value:.3f}" for name, value in self.figures.items()]
+        self.judgement = "".join(found) or self.judgement
         seconds, self.feed.waited = time.perf_counter() - began, waited
         self.judging += seconds
         self.mark = (self.mark[0] + seconds, *self.mark[1:])
@@ -344,19 +358,21 @@ class _Loop:
         line = {
             "step": done,
             "epoch": round(self.course.epoch(done), 4),
-            "loss": total / max(1, self.counted),
+            "loss": total / self.counted if self.counted else math.nan,
             "lr": self.course.rate(done - 1),
-            "grad_norm": float(_norm(self.task.student)),
+            "grad_norm": float(self.norm),
             "images_per_second": round(images / span, 2),
             "wait_share": round((self.feed.waited - waited) / span, 4),
         } | self.figures
         if self.journal:
-            self.journal.add(line, self.pictures)
-        told = "".join(f", {name} {value:.4f}" for name, value in self.figures.items())
+            # What a skipped step has not, the log leaves out: JSON has no NaN.
+            finite = {name: value for name, value in line.items() if math.isfinite(value)}
+            self.journal.add(finite, self.pictures)
         self.watch.advance(
             done,
-            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}{told}, lr {line['lr']:.1e}, "
-            f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}",
+            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, lr {line['lr']:.1e}, "
+            f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}"
+            f"{self.judgement}",
         )
         self.loss_sum, self.counted, self.figures, self.pictures = 0.0, 0, {}, {}
 
@@ -374,7 +390,7 @@ class _Loop:
         )
         self.saved = time.monotonic()
         if self.journal:
-            self.journal.curves()
+            self.journal.keep()
 
 
 def _norm(student: nn.Module) -> torch.Tensor:

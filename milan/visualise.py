@@ -14,6 +14,7 @@ from milan.errors import CacheError
 from milan.images import decode
 from milan.masking import importance_mask, mask_noise, visible_count
 from milan.places import Place
+from milan.sheet import Colours, seen
 from milan.views import View
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
@@ -49,7 +50,7 @@ def contact_sheet(
     assert targets.codes is not None
     scale = None if targets.scale is None else torch.from_numpy(targets.scale)
     features = store.codec.decode(torch.from_numpy(targets.codes), scale)[:, 1:]
-    colours = _principal_colours(features.numpy(), store.grid)
+    colours = Colours(features.numpy())(features.numpy())
     pixels = dataset.pixels(rows, views)
     noise = mask_noise(seed, np.zeros_like(rows), rows, views, targets.attention.shape[1])
     mask = importance_mask(
@@ -57,8 +58,7 @@ def contact_sheet(
         torch.from_numpy(noise),
         visible=visible_count(noise.shape[1], mask_ratio),
     )
-    hidden = mask.boolean().numpy().reshape(-1, store.grid, store.grid)
-    patch = store.view_spec.size // store.grid
+    visible = seen(pixels, mask.boolean().numpy())
 
     titles = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]
     figure, axes = plt.subplots(
@@ -74,9 +74,7 @@ def contact_sheet(
             heat, cmap="inferno", alpha=0.65, interpolation="nearest",
             extent=(-0.5, pixels.shape[2] - 0.5, pixels.shape[1] - 0.5, -0.5),
         )  # fmt: skip
-        shown = pixels[i].copy()
-        shown[np.kron(hidden[i], np.ones((patch, patch), bool))] = 128
-        axes[i, 3].imshow(shown)
+        axes[i, 3].imshow(visible[i])
         axes[i, 4].imshow(colours[i], interpolation="nearest")
         label = _caption(dataset, row)
         axes[i, 0].set_ylabel(label, fontsize=8)
@@ -142,17 +140,3 @@ def _boxes(axis: Any, image: Any, crops: np.ndarray) -> None:
 def _caption(dataset: CachedDataset, row: int) -> str:
     classes, label = dataset.cache.manifest.classes, int(dataset.labels[row])
     return f"row {row}" + (f"\n{classes[label]}" if classes and label >= 0 else "")
-
-
-def _principal_colours(features: np.ndarray, grid: int) -> np.ndarray:
-    """[B, N, C] to RGB [B, grid, grid, 3] in 0..1."""
-    unit = features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
-    flat = unit.reshape(-1, unit.shape[-1])
-    flat = flat - flat.mean(axis=0)
-    _, _, axes = np.linalg.svd(flat, full_matrices=False)
-    parts = flat @ axes[:3].T
-    if parts.shape[1] < 3:
-        parts = np.pad(parts, ((0, 0), (0, 3 - parts.shape[1])))
-    low, high = np.percentile(parts, 2, axis=0), np.percentile(parts, 98, axis=0)
-    scaled = ((parts - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return scaled.reshape(len(features), grid, grid, 3)

@@ -1,6 +1,7 @@
 """The `milan` command: registers the stages, turns errors into exit codes.
 
-Exit codes: 0 done; 1 an error that one line explains; 2 a command line that cannot be understood.
+Exit codes: 0 done; 1 an error that one line explains; 2 a command line that cannot be understood;
+75 asked to stop, and able to go on.
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -25,14 +25,38 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
+class _Progress(Progress):
+    """A bar, and below it a line of figures: beside it, they would be cut off."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is shown, line by line."""
+        yield from super().get_renderables()
+        yield Text(self.figures)
+
+
 class ConsoleWatch:
-    """A progress bar on a terminal; without one, a plain line a minute."""
+    """A progress bar on a terminal; without one, a plain line a minute.
+
+    Rate and time left are of everything since the beginning, so that a pause (a run that is judged)
+    is in both by its share.
+    """
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._what, self._unit, self._total = "", "", 0
+        self._bar: _Progress | None = None
+        self._what, self._unit, self._figures, self._total = "", "", "", 0
         self._started = self._spoke = 0.0
         self._first = self._done = 0
+
+    def __enter__(self) -> ConsoleWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away after an error too: it hides the terminal's cursor."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -40,50 +64,45 @@ class ConsoleWatch:
 
     def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
         """Show the work begun."""
-        self._what, self._unit, self._total = what, unit, int(total)
+        self._what, self._unit, self._figures, self._total = what, unit, "", int(total)
         self._started = self._spoke = time.monotonic()
         self._first = self._done = done
         if out.is_terminal:
-            self._bar = Progress(
+            self._bar = _Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[left]}"),
                 console=out,
                 transient=True,
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                what, total=self._total, completed=done, rate="", figures=""
+                what, total=self._total, completed=done, rate="", left=""
             )
 
     def advance(self, done: int, figures: str = "") -> None:
         """Move the bar, or say a line if the last one is a minute old."""
-        self._done = done
+        self._done, self._figures = done, figures or self._figures
         now = time.monotonic()
         rate = (done - self._first) / max(1e-9, now - self._started)
+        left = _clock((self._total - done) / rate if rate > 0 else float("inf"))
         if self._bar:
             text = f"{rate:,.1f} {self._unit}/s"
-            self._bar.update(self._task, completed=done, rate=text, figures=figures)
+            self._bar.figures = self._figures
+            self._bar.update(self._task, completed=done, rate=text, left=f"{left} left")
         elif now - self._spoke >= _PLAIN_EVERY:
             self._spoke = now
-            left = (self._total - done) / rate if rate > 0 else float("inf")
-            out.print(
-                f"{self._what}: {done:,}/{self._total:,} {self._unit}, {rate:,.1f}/s, "
-                f"{_clock(left)} left, {figures}",
-                markup=False,
-            )
+            told = [f"{self._what}: {done:,}/{self._total:,} {self._unit}", f"{rate:,.1f}/s"]
+            told += [f"{left} left", *([self._figures] if self._figures else [])]
+            out.print(", ".join(told), markup=False)
             sys.stdout.flush()
 
     def end(self) -> None:
         """Take the bar away and leave one line."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self.__exit__()
         seconds = time.monotonic() - self._started
         count = self._done - self._first
         out.print(

@@ -11,6 +11,13 @@ from milan.settings import PretrainConfig
 from milan.signals import REQUEUE
 from stages.options import settings_command
 
+_JUDGED = {
+    "loss": "loss",
+    "loss, held out": "val_loss",
+    "cosine, held out": "val_cosine",
+    "k-NN top-1 %": "knn_top1",
+}
+
 
 @settings_command(
     PretrainConfig,
@@ -51,7 +58,8 @@ def pretrain(
     if dry_run:
         from milan.rehearsal import rehearse
 
-        rows = rehearse(config, watch=console.ConsoleWatch())
+        with console.ConsoleWatch() as watch:
+            rows = rehearse(config, watch=watch)
         console.table("A run would take", ("what", ""), rows)
         return
     run: Callable[..., dict[str, Any]]
@@ -59,19 +67,14 @@ def pretrain(
         from pipeline.training import pretrain_on_cluster as run
     else:
         from milan.pretraining import pretrain as run
-    figures = run(
-        config,
-        resume=resume,
-        overwrite=overwrite,
-        stop_after=max_steps,
-        watch=console.ConsoleWatch(),
-    )
+    with console.ConsoleWatch() as watch:
+        figures = run(config, resume=resume, overwrite=overwrite, stop_after=max_steps, watch=watch)
     if figures["rank"]:
         return  # another process says it
     rows = [
         ("run", figures["run"]),
         ("step", f"{figures['step']:,} of {figures['steps']:,}"),
-        ("loss", f"{figures['loss']:.4f}"),
+        *((name, f"{figures[key]:.4f}") for name, key in _JUDGED.items() if key in figures),
         ("images/s", f"{figures['images_per_second']:,.1f}"),
         ("waiting for data", f"{figures['wait_share']:.1%}"),
         ("encoder", figures["run"] + "/encoder.safetensors"),

@@ -49,7 +49,8 @@ def linear_probe(
         from pipeline.frozen import frozen_teacher
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
-    metrics = run(config, frozen=frozen, watch=console.ConsoleWatch())
+    with console.ConsoleWatch() as watch:
+        metrics = run(config, frozen=frozen, watch=watch)
     name, place = config.checkpoint, Path(config.checkpoint)
     if name in ("random", "teacher") or name.startswith("timm:"):  # no paths, whatever lies there
         place = Path("runs") / name.replace(":", "-")

@@ -16,8 +16,9 @@ from milan.data import Batch
 from milan.device import autocast
 from milan.kernels import choose_kernels
 from milan.memory import peak_bytes
-from milan.pretraining import loss_function, optimiser_of, resolved, student_of
+from milan.pretraining import resolved
 from milan.settings import PretrainConfig
+from milan.task import loss_function, optimiser_of, student_of
 
 CPU = torch.device("cpu")
 SIZE, PATCHES, CHANNELS = 96, 144, 64

@@ -39,7 +39,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     predict = task.predict
 
     def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
-        shown.extend(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
+        if student.training:
+            shown.extend(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
         return predict(student, images, batch, *rest)
 
     monkeypatch.setattr(task, "predict", watched)

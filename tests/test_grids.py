@@ -16,8 +16,9 @@ from milan.errors import ConfigError
 from milan.grids import resampled_attention, resampled_features
 from milan.masking import mask_noise
 from milan.order import StepSampler, order_of
-from milan.pretraining import loss_function, resolved, student_of
+from milan.pretraining import resolved
 from milan.settings import PretrainConfig
+from milan.task import loss_function, student_of
 
 PAIRS = [(16, 14), (7, 14), (14, 16), (16, 4), (4, 6), (5, 5), (1, 3)]
 """Patches along an edge, the teacher's and the student's."""

@@ -18,8 +18,9 @@ from milan import visualise
 from milan.cache import TargetCache
 from milan.masking import importance_mask, mask_noise
 from milan.report import build_report
+from milan.sheet import Colours
 from milan.views import View
-from milan.visualise import _principal_colours, contact_sheet
+from milan.visualise import contact_sheet
 from pipeline.extract import extract_targets
 
 TITLES = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]
@@ -130,7 +131,7 @@ def test_like_features_have_like_colours_in_their_places() -> None:
     features = np.ones((2, 16, 24), np.float32)
     features[0, 6, :12] = -1  # row 1, column 2
     features[1, 13] *= 5  # only directions count
-    colours = _principal_colours(features, 4)
+    colours = Colours(features)(features)
     assert colours.shape == (2, 4, 4, 3)
     assert 0 <= colours.min() <= colours.max() <= 1
     odd = (np.abs(colours - colours[0, 0, 0]) > 0.5).any(axis=-1)

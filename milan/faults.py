@@ -1,0 +1,54 @@
+"""What a machine does to a run, said so that a user can mend it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from milan.errors import TrainError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GOES_ON = "the same line goes on from the last checkpoint"
+
+
+@contextmanager
+def explained(run: Path, micro_batch: int | None) -> Iterator[None]:
+    """Inside, memory or a disk that is full become a TrainError.
+
+    `micro_batch` is how many images were on the device at once. Any other error stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _no_memory(error, "device", micro_batch) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise TrainError(
+            f"{run} cannot be written: {error.strerror}",
+            expected="room for the log and the checkpoints",
+            fix=f"free some space: {_GOES_ON}",
+        ) from None
+    except RuntimeError as error:  # torch has no finer one for the CPU's memory
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise _no_memory(error, "machine", micro_batch) from None
+        raise
+
+
+def _no_memory(error: RuntimeError, where: str, micro_batch: int | None) -> TrainError:
+    at_once = micro_batch or 1
+    fewer = next((m for m in range(at_once // 2, 0, -1) if at_once % m == 0), 1)
+    return TrainError(
+        f"the {where}'s memory is full ({_first_line(str(error))})",
+        expected=f"room for {at_once} images at once",
+        fix=f"--set micro_batch={fewer}, which changes no batch, or "
+        f"--set checkpoint_activations=true; {_GOES_ON}",
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200] if text.strip() else "no more is known"

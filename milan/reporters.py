@@ -1,0 +1,205 @@
+"""Those a run is reported to: TensorBoard's files, Weights & Biases, MLflow.
+
+Each is imported only if asked for. One run is one run in each of them, however often it resumes:
+what it already has is not said again, and what it missed is said from the log (milan.journal).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milan import runs
+from milan.errors import ConfigError
+from milan.files import write_json
+from milan.journal import Reporter
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_PROJECT = "milan"
+
+
+class TensorBoard:
+    """Scalars and pictures below the run's folder."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run / "tensorboard"
+        self.has = start if folder.exists() else 0
+        self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line as a scalar."""
+        for key, value in line.items():
+            if key != "step":
+                self.board.add_scalar(f"train/{key}", value, line["step"])
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what came so far."""
+        self.board.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases under the run's own id; WANDB_MODE=offline keeps it here."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Not a word of its own on the terminal, above all no question after a key.
+        os.environ["WANDB_SILENT"] = "true"
+        import wandb
+
+        about = runs.about(run)
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", _PROJECT),
+                id=about["id"],
+                name=run.name,
+                dir=str(run),
+                config=about["config"],
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"report_to wandb: {str(error).splitlines()[0]}",
+                expected="credentials: WANDB_API_KEY, or those of `wandb login`",
+                fix="WANDB_MODE=offline keeps everything here, for `wandb sync`",
+            ) from None
+        self._image = wandb.Image
+        before = _known_as(run, "wandb", about["id"])
+        # Online the server says what it has; offline every call leaves a part of its own.
+        self.has = max(start if before else 0, self.run.starting_step - 1)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line, at its step."""
+        self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.run.log({name: self._image(pixels)}, step=step)
+
+    def flush(self) -> None:
+        """Its own process has it already."""
+
+    def close(self) -> None:
+        """Send, or write, what is left."""
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow: where MLFLOW_TRACKING_URI says, else `mlflow.db` beside the run's folder."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import entities, exceptions, tracking
+
+        self._metric, self._fault = entities.Metric, exceptions.MlflowException
+        beside = run.parent.resolve()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        about, self.waiting = runs.about(run), list[dict[str, Any]]()
+        try:
+            self.client = tracking.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
+            found = self.client.get_experiment_by_name(name)
+            place = None if uri else (beside / "mlartifacts").as_uri()
+            experiment = (
+                found.experiment_id if found else self.client.create_experiment(name, place)
+            )
+            self.id = about.get("reported", {}).get("mlflow")
+            if self.id is None:
+                made = self.client.create_run(
+                    experiment, run_name=run.name, tags={"milan.id": about["id"]}
+                )
+                self.id = _known_as(run, "mlflow", made.info.run_id) or made.info.run_id
+                params = [entities.Param(k, str(v)) for k, v in about["config"].items()]
+                self.client.log_batch(self.id, params=params)
+            self.client.update_run(self.id, status="RUNNING")
+            steps = [metric.step for metric in self.client.get_metric_history(self.id, "epoch")]
+        except (self._fault, ImportError) as error:
+            raise ConfigError(
+                f"report_to mlflow: {str(error).splitlines()[0]}",
+                expected="a tracking server or a database",
+                fix="MLFLOW_TRACKING_URI=http://… or sqlite:///…",
+            ) from None
+        self.has = max(steps, default=0)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line, at its step; what a server does not take waits for the next."""
+        self.waiting.append(line)
+        try:
+            while self.waiting:
+                at = self.waiting[0]["step"]
+                figures = {k: v for k, v in self.waiting[0].items() if k != "step"}
+                metrics = [self._metric(k, float(v), 0, at) for k, v in figures.items()]
+                self.client.log_batch(self.id, metrics=metrics)
+                self.waiting.pop(0)
+        except self._fault:
+            return
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]; one that a server does not take is in TensorBoard alone."""
+        try:
+            self.client.log_image(self.id, pixels, artifact_file=f"{name}-{step:08d}.png")
+        except self._fault:
+            return
+
+    def flush(self) -> None:
+        """It has it already."""
+
+    def close(self) -> None:
+        """Say that this process is done."""
+        try:
+            self.client.set_terminated(self.id)
+        except self._fault:
+            return
+
+
+REPORTERS: dict[str, Callable[[Path, int], Reporter]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def chosen(names: str) -> list[str]:
+    """The reporters of a list such as `tensorboard,wandb`; `none` is none.
+
+    Raises ConfigError for a name that is unknown, or whose package is not here.
+    """
+    found = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    for name in found:
+        if name not in REPORTERS:
+            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
+        if find_spec(_PACKAGES[name]) is None:
+            raise ConfigError(
+                f"report_to {name}: its package is not here",
+                fix=f"pip install 'milan-pretrain[{name}]'",
+            )
+    return found
+
+
+def reporters_of(names: str, run: Path, start: int) -> list[Reporter]:
+    """The reporters of a run that begins, or goes on, with step `start`. Raises ConfigError."""
+    return [REPORTERS[name](run, start) for name in chosen(names)]
+
+
+def _known_as(run: Path, where: str, name: str) -> str | None:
+    """Keep in run.json what a run is called elsewhere; returns what it was called before."""
+    about = runs.about(run)
+    known = about.get("reported", {})
+    write_json(run / runs.ABOUT, about | {"reported": known | {where: name}})
+    return known.get(where)

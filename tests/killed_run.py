@@ -1,0 +1,15 @@
+"""A run in a process of its own, to be killed; imports no more than it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import milan.pretraining
+
+
+def drive(store: str, out: str, settings: dict[str, Any]) -> None:
+    """`milan.pretrain`, on one thread."""
+    torch.set_num_threads(1)
+    milan.pretraining.pretrain(store, out=out, **settings)
