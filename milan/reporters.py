@@ -7,6 +7,7 @@ what it already has is not said again, and what it missed is said from the log (
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,7 +145,8 @@ class MLflow:
             while self.waiting:
                 at = self.waiting[0]["step"]
                 figures = {k: v for k, v in self.waiting[0].items() if k != "step"}
-                metrics = [self._metric(k, float(v), 0, at) for k, v in figures.items()]
+                now = round(1000 * time.time())
+                metrics = [self._metric(k, float(v), now, at) for k, v in figures.items()]
                 self.client.log_batch(self.id, metrics=metrics)
                 self.waiting.pop(0)
         except self._fault:

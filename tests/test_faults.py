@@ -237,24 +237,25 @@ def test_the_disk_is_full_at_a_checkpoint(alone: Path, store: Path, small_disk: 
     same_as(alone, run)
 
 
-def test_no_byte_is_left_for_the_log(alone: Path, store: Path, small_disk: Path) -> None:
-    """As full as can be: said by the command in one line, and gone on from all the same."""
-    run, again = small_disk / "run", {**RUN, "report_to": "none"}
+def test_the_log_cannot_be_written(alone: Path, store: Path, tmp_path: Path) -> None:
+    """Between two checkpoints: said in the same words, and gone on from all the same."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    again = {**RUN, "out": str(tmp_path), "save_every": 5, "report_to": "none"}
 
-    def fill() -> None:
-        with open(small_disk / "others", "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                return
+    def limit() -> None:
+        size = (tmp_path / "log.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
 
-    with pytest.raises(TrainError, match="No space left on device") as error:
-        milan.pretrain(str(store), out=str(run), watch=At(9, fill), **again)
+    try:
+        with pytest.raises(TrainError, match="cannot be written: File too large") as error:
+            milan.pretrain(str(store), watch=At(7, limit), **again)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "the same line goes on" in error.value.fix
-    (small_disk / "others").unlink()
-    milan.pretrain(str(store), out=str(run), **again)
-    same_as(alone, run)
+    notes = Notes()
+    milan.pretrain(str(store), watch=notes, **again)
+    assert notes.begun == [(21, 5)]
+    same_as(alone, tmp_path)
 
 
 def test_a_file_may_not_grow_so_large(alone: Path, store: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -560,12 +561,15 @@ def test_wandb_asks_nothing(store: Path, tmp_path: Path) -> None:
         stdin=theirs, stdout=theirs, stderr=theirs, env=left | home,
     )  # fmt: skip
     os.close(theirs)
+    patience = Timer(60, process.kill)  # a question would be waited for
+    patience.start()
     said = b""
     with suppress(OSError):  # how a terminal ends
         while part := os.read(ours, 65536):
             said += part
+    patience.cancel()
     os.close(ours)
-    assert process.wait(timeout=60) == 1
+    assert process.wait() == 1
     (line,) = [x for x in said.decode().splitlines() if x.startswith("milan: report_to wandb")]
     assert "WANDB_API_KEY" in line
     assert "try: WANDB_MODE=offline" in line
