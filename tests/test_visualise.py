@@ -211,6 +211,7 @@ def test_the_report(store: Path, photos: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "rep/probes.csv").read_text().splitlines()
     assert lines[0] == "encoder,top1,top5"
     assert [line.split(",")[0] for line in lines[1:]] == ["milan", "pixels"]
-    (tmp_path / "p.yaml").write_text("report: {out: rep, cache: x, runs: {a: none}, probes: {}}")
+    section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, probes: {{}}}}"
+    (tmp_path / "p.yaml").write_text(section)
     with pytest.raises(milan.MilanError, match="no figures at none"):
         build_report(str(tmp_path / "p.yaml"))
