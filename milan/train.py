@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from milan import checkpoint
+from milan import checkpoint, draws
 from milan.device import autocast
 from milan.errors import TrainError
 from milan.journal import Journal
@@ -266,6 +266,11 @@ class _Loop:
         loss, batches = torch.zeros((), device=self.device), []
         for micro in range(self.course.accumulate):
             batch = next(self.feed)
+            # A student may drop paths: that too is drawn by address, or a resumed run would differ.
+            at = (step, micro, self.ranks.rank)
+            torch.manual_seed(
+                int(draws.bits(self.course.stream.seed, draws.DROPPED, at, 1)[0] >> 1)
+            )
             with summed(self.task.network, micro + 1 == self.course.accumulate):
                 with autocast(self.device, self.course.precision):
                     part = self.task.loss(batch) / self.course.accumulate

@@ -106,6 +106,16 @@ def test_ten_and_eleven_steps_are_twenty_one(
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 21
 
 
+def test_dropped_paths_are_drawn_by_address(store: Path, tmp_path: Path) -> None:
+    """A student that draws for itself resumes to the same bits, too."""
+    drops = {**SMALL, "epochs": 2, "model_args": {**STUDENT["model_args"], "drop_path_rate": 0.5}}
+    milan.pretrain(str(store), out=str(tmp_path / "whole"), **drops)
+    milan.pretrain(str(store), out=str(tmp_path / "two"), stop_after=2, **drops)
+    torch.rand(7)
+    milan.pretrain(str(store), out=str(tmp_path / "two"), **drops)
+    assert weights(tmp_path / "two") == weights(tmp_path / "whole")
+
+
 def test_another_seed_gives_other_weights(whole: Path, store: Path, tmp_path: Path) -> None:
     """The comparison above can fail."""
     milan.pretrain(str(store), **{**SMALL, "out": str(tmp_path), "seed": 1})
