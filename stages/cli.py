@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import NoReturn
 
 import typer
@@ -54,6 +55,7 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
+    before, threading.excepthook = threading.excepthook, _of_thread
     try:
         app()
     except MilanError as error:
@@ -63,6 +65,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("milan: interrupted; run the same line again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        threading.excepthook = before
+
+
+def _of_thread(failed: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread, and raises what a full disk does there once more in ours.
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _fail(text: str) -> NoReturn:

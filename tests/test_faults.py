@@ -21,6 +21,7 @@ import torch
 from conftest import STUDENT, TEACHER, tree
 from safetensors.torch import load_file, save_file
 from test_pretrain import SMALL, Notes, log_of, weights
+from test_ranks import _line as command_line
 
 import milan
 from milan import checkpoint, task
@@ -276,6 +277,18 @@ def test_a_file_may_not_grow_so_large(alone: Path, store: Path, tmp_path: Path) 
     same_as(alone, tmp_path / "run")
 
 
+def test_a_full_disk_is_one_line(store: Path, tmp_path: Path) -> None:
+    """Of the command with all its files, those included that TensorBoard writes in a thread."""
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 24; exec "$@"', "-", *command_line(store, tmp_path / "run")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("milan: ")
+    assert "File too large" in line
+
+
 def test_a_loader_worker_is_killed(
     alone: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,8 +296,10 @@ def test_a_loader_worker_is_killed(
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     run = {**RUN, "out": str(tmp_path), "num_workers": 1}
 
+    others = multiprocessing.active_children()
+
     def kill() -> None:
-        (worker, *_) = multiprocessing.active_children()
+        (worker,) = (p for p in multiprocessing.active_children() if p not in others)
         os.kill(worker.pid, signal.SIGKILL)
 
     with pytest.raises(TrainError, match=r"a loader worker died \(SIGKILL\)") as error:
