@@ -14,7 +14,7 @@ import torch
 
 from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
-from milan.config import deviations, recipe_of, resolve
+from milan.config import deviations, recipe_of
 from milan.data import CachedDataset, training_loader
 from milan.device import MEAN, STD, pick_device
 from milan.errors import ConfigError
@@ -94,11 +94,12 @@ def pretrain(
     each (in a script, call it below `if __name__ == "__main__"`). Returns the figures of
     metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop. Raises MilanError.
     """
-    config = (
-        cache
-        if isinstance(cache, PretrainConfig)
-        else resolve(PretrainConfig, section="pretrain", flags={"cache": cache, **settings})
-    )
+    if isinstance(cache, PretrainConfig):
+        config = cache
+    else:
+        named = settings.get("recipe")
+        recipe = recipe_of(PretrainConfig, named, "pretrain") if named else {}
+        config = PretrainConfig(cache=cache, **recipe | settings)
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:

@@ -65,7 +65,7 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, pytest.param(3, marks=pytest.mark.soak)])
 def test_killed_at_a_step(workers: int, alone: Path, store: Path, tmp_path: Path) -> None:
     """At steps drawn by a seed, twice if nobody reads ahead; 0, 1 or 3 loader workers do."""
     settings, moment = {**KILLED, "num_workers": workers}, random.Random(workers)

@@ -16,7 +16,7 @@ STEP = Path(__file__).parent / "memory_worker.py"
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batch_size": 64, "micro_batch": 32},
+        pytest.param({"batch_size": 64, "micro_batch": 32}, marks=pytest.mark.soak),
         pytest.param({"batch_size": 64}, marks=pytest.mark.soak),
         pytest.param({"batch_size": 64, "precision": "bf16"}, marks=pytest.mark.soak),
         pytest.param({"batch_size": 64, "checkpoint_activations": True}, marks=pytest.mark.soak),

@@ -91,6 +91,7 @@ def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
     close(out, alone)
 
 
+@pytest.mark.soak
 def test_a_rank_that_dies_too_often(store: Path, tmp_path: Path) -> None:
     """After so many restarts the run ends with one line, and can go on."""
     out = tmp_path / "run"

@@ -107,6 +107,7 @@ def server() -> Iterator[Server]:
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         # A fork server of an earlier test would hand its own environment to our workers.
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        forget()  # another module's server
         yield server
         server.stop()
 
