@@ -88,6 +88,6 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
         ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
         ("images/s", f"{config.batch_size / step:,.1f}, reading left out"),
         ("hours", f"{course.steps * step / 3600:,.2f}"),
-        ("memory", f"{peak / 1e9:,.2f} GB of tensors on each rank at the peak of a step"),
+        ("memory", f"{peak / 1e9:,.2f} GB of tensors on each rank at the peak; leave a fifth more"),
         ("checkpoint", f"{saved / 1e6:,.0f} MB, {config.keep} kept"),
     ]
