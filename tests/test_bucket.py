@@ -189,6 +189,7 @@ def test_every_shard_is_put_once(puts: list[Request]) -> None:
                 assert order.index(part) < record < order.index(INDEX)
 
 
+@pytest.mark.soak
 def test_stored_views_and_bad_images(
     s3: Proxy, settings: dict[str, Any], url: str, tmp_path: Path
 ) -> None:

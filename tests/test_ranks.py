@@ -161,6 +161,7 @@ def test_what_does_not_fit_is_said_before(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.soak
 def test_torchrun(store: Path, alone: Path, tmp_path: Path) -> None:
     """Under torchrun the command is one rank of those that it started."""
     out = tmp_path / "run"
