@@ -306,11 +306,12 @@ def test_pretraining_on_two_nodes(
 
 
 def kill_a_rank(log: Path) -> None:
-    """SIGKILL one of the actors once training is on its way."""
+    """SIGKILL one of this test's actors once training is on its way."""
     until(lambda: log.exists() and '"step": 8,' in log.read_text())
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::Host.call" in (folder / "cmdline").read_bytes():
+            ours = b"test_pretraining_on_two_nodes" in (folder / "environ").read_bytes()
+            if ours and b"ray::Host.call" in (folder / "cmdline").read_bytes():
                 os.kill(int(folder.name), signal.SIGKILL)
                 return
         except OSError:
