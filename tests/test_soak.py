@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ pytestmark = [
 # Fresh processes by fork of one that has imported everything and used nothing: a tenth of a
 # second each, where a command takes seconds.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pipeline.extract", "zarr", "open_clip"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """A fork server of an earlier test has imported something else."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    FORK.set_forkserver_preload(["pipeline.extract", "zarr", "open_clip"])
 
 
 def drive(data: str, out: str, settings: dict[str, Any], last_step: int | None = None) -> None:
