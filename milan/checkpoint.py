@@ -175,15 +175,11 @@ def _restore(
     for key, value in moments.items():
         name, _, kind = key.partition("|")
         parameter = parameters[name]
-        # AdamW counts its steps on the CPU, unless it is fused.
-        plain = kind == "step"
-        optimiser.state[parameter][kind] = (
-            value.to(parameter.device)
-            if plain and fused
-            else value
-            if plain
-            else like(value, parameter)
-        )
+        if kind != "step":
+            value = like(value, parameter)
+        elif fused:  # else AdamW counts its steps on the CPU
+            value = value.to(parameter.device)
+        optimiser.state[parameter][kind] = value
 
 
 # --- the encoder, as timm loads it ----------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -22,6 +20,7 @@ from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.order import DRAWN, Address, StepSampler
 from milan.places import Place, place
+from milan.signals import end_with_parent
 from milan.sources import ImageSource
 from milan.staging import Ahead, Shard
 from milan.views import View, checksum, render, unpack
@@ -294,19 +293,16 @@ def _raise_if_died(workers: list[Any]) -> None:
 
 def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:
     """(batches consumed when it is over, shards) of every window that the sampler walks through."""
-    for epoch in range(
-        sampler.order.at(sampler.start)[0], sampler.order.at(sampler.stop - 1)[0] + 1
-    ):
-        order, first, rows_before = (
-            sampler.order.of_epoch(epoch),
-            sampler.order.first_step(epoch),
-            0,
-        )
+    stream, start, stop = sampler.order, sampler.start, sampler.stop
+    per_step, aside = stream.batch_size // sampler.ranks // sampler.micro, 0
+    for epoch in range(stream.at(start)[0], stream.at(stop - 1)[0] + 1):
+        order, first, rows_before = stream.of_epoch(epoch), stream.first_step(epoch), 0
         for rows, views in order.windows(epoch):
             rows_before += len(rows)
-            end = first + min(order.steps, -(-rows_before // order.batch_size))
-            if end > sampler.start:
-                yield sampler.before(min(end, sampler.stop)), cache.shards_at(rows, views)
+            end = min(stop, first + min(order.steps, -(-rows_before // order.batch_size)))
+            if end > start:
+                yield (end - start) * per_step + aside, cache.shards_at(rows, views)
+        aside += len(sampler.aside_of(epoch))
 
 
 def training_loader(
@@ -349,11 +345,3 @@ def _start_worker(_: int) -> None:
     # torch looks whether its worker's parent lives, but that is the fork server, which lives as
     # long as its children: a worker of a killed run would wait for ever.
     Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Wait for the process that started this one, and end with it; for a thread."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

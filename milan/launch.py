@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from milan.data import end_with_parent
 from milan.errors import MilanError, TrainError
-from milan.signals import Stop, told
+from milan.signals import Stop, end_with_parent, told
 from milan.watch import Passing, Silent, Watch, tell
 
 _GRACE = 5.0  # seconds in which ranks may say what they died of
@@ -43,18 +42,42 @@ def launch(
     MilanError of one is raised here, and so is, as TrainError, one death too many. `work` and its
     arguments are pickled.
     """
-    for attempt in range(restarts + 1):
+
+    def live(given: dict[str, Any]) -> tuple[str | None, Any]:
         with tempfile.TemporaryDirectory(prefix="milan-ranks-") as folder:
-            died = _once(work, arguments, ranks, Path(folder), watch)
+            died = _once(work, given, ranks, Path(folder), watch)
             errors = [_read(path) for path in sorted(Path(folder).glob("error.*"))]
             if errors:
                 raise errors[0]
-            if died is None:
-                return _read(Path(folder) / "result")
-        arguments = arguments | again
-        if attempt < restarts:
-            watch.note(f"{died}; all start again from the last checkpoint ({attempt + 1} of "
-                       f"{restarts} times)")  # fmt: skip
+            return died, None if died else _read(Path(folder) / "result")
+
+    return persistently(live, arguments, again=again, restarts=restarts, ranks=ranks, watch=watch)
+
+
+def persistently(
+    live: Callable[[dict[str, Any]], tuple[str | None, Any]],
+    arguments: dict[str, Any],
+    *,
+    again: dict[str, Any],
+    restarts: int,
+    ranks: int,
+    watch: Watch,
+) -> Any:
+    """What `live(arguments)`, a life of all ranks, results in: (how one died or None, a result).
+
+    After a death they live again, with the arguments `again`, at most `restarts` times. Raises
+    TrainError for one death too many.
+    """
+    died, result = live(arguments)
+    for attempt in range(1, restarts + 1):
+        if died is None:
+            break
+        watch.note(
+            f"{died}; all start again from the last checkpoint ({attempt} of {restarts} times)"
+        )
+        died, result = live(arguments | again)
+    if died is None:
+        return result
     raise TrainError(
         f"{died}, after {restarts} restarts",
         expected=f"{ranks} ranks that live",
@@ -155,9 +178,9 @@ class Rank:
         self.arguments, self.stop = arguments, Stop()
         self.said: deque[tuple[str, tuple, dict]] = deque()
 
-    def address(self) -> tuple[str, int]:
+    def port(self) -> int:
         """Where ranks can meet on this machine."""
-        return socket.gethostbyname(socket.gethostname()), _free_port("")
+        return _free_port("")
 
     def run(self, environment: dict[str, str]) -> Any:
         """Pretrain as one of the ranks that `environment` tells of."""

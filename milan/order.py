@@ -251,13 +251,9 @@ class StepSampler(Sampler):
         self.micro, self.rank, self.ranks, self.aside = micro, rank, ranks, aside
 
     def __len__(self) -> int:
-        return self.before(self.stop)
-
-    def before(self, step: int) -> int:
-        """How many batches this rank is given before those of `step`."""
-        count = (step - self.start) * (self.order.batch_size // self.ranks // self.micro)
-        first, last = self.order.at(self.start)[0], self.order.at(step)[0]
-        return count + sum(len(self.aside_of(epoch)) for epoch in range(first, last))
+        steps = (self.stop - self.start) * (self.order.batch_size // self.ranks // self.micro)
+        epochs = range(self.order.at(self.start)[0], self.order.at(self.stop)[0])
+        return steps + sum(len(self.aside_of(epoch)) for epoch in epochs)
 
     def __iter__(self) -> Iterator[Address]:
         share = self.order.batch_size // self.ranks

@@ -370,8 +370,8 @@ def _tell(
     newest = len(Index.read(targets.path).generations)
     if targets.pinned < newest:
         watch.note(
-            f"pinned: the first {targets.pinned} of {newest} generations, as the run began; "
-            "what was added since is not read"
+            f"pinned: the first {targets.pinned} of {newest} generations, as the run knows "
+            "them; what was added since is not read"
         )
     if targets.bad:
         watch.note(f"left out by plan: {len(targets.bad)} images without targets")

@@ -20,7 +20,6 @@ from milan.errors import ConfigError
 from milan.files import write_json
 from milan.journal import Reporter
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _PROJECT = "milan"
 
 
@@ -186,7 +185,7 @@ def chosen(names: str) -> list[str]:
     for name in found:
         if name not in REPORTERS:
             raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
-        if find_spec(_PACKAGES[name]) is None:
+        if find_spec(name) is None:
             raise ConfigError(
                 f"report_to {name}: its package is not here",
                 fix=f"pip install 'milan-pretrain[{name}]'",

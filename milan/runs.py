@@ -160,6 +160,9 @@ def _shown(targets: TargetCache) -> dict[str, Any]:
 def _differing(run: Path, config: PretrainConfig) -> list[str]:
     """'field: the run's != the one now' for each that differs."""
     read = about(run)
+    if "stretches" not in read:
+        made = read.get("versions", {}).get("milan", "an earlier version")
+        return [f"milan: {made} != {version('milan-pretrain')}, whose runs are kept otherwise"]
     first = read["stretches"][0]
     try:
         cache = TargetCache(config.cache, layer=config.layer, pinned=first["generations"])

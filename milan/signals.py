@@ -1,4 +1,7 @@
-"""Being asked to stop: SIGINT, SIGTERM and SIGUSR1 let the work in hand finish."""
+"""Being asked to stop: SIGINT, SIGTERM and SIGUSR1 let the work in hand finish.
+
+And the end of a process that another one started, when that one has ended.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +41,14 @@ def told(act: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Wait for the process that started this one, and end with it; for a thread."""
+    import multiprocessing.connection
+    import os
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from milan.errors import MilanError, TrainError
+from milan.errors import MilanError
+from milan.launch import persistently
 from milan.places import Place
 from milan.signals import told
 from milan.watch import Watch, tell
@@ -107,24 +108,16 @@ def run_ranks(
                 fix=f"--num-nodes {max(1, len(usable))}, or fewer --devices",
             )
         each = per_node or (usable[nodes - 1] if gpu else 1)
-        for attempt in range(restarts + 1):
-            ranks = _Ranks(rank, init, nodes, each, gpu)
+
+        def live(given: dict[str, Any]) -> tuple[str | None, Any]:
+            ranks = _Ranks(rank, given, nodes, each, gpu)
             try:
-                died, result = ranks.run(watch)
+                return ranks.run(watch)
             finally:
                 ranks.end()
-            if died is None:
-                return result
-            init = init | again
-            if attempt < restarts:
-                watch.note(
-                    f"{died}; all start again from the last checkpoint ({attempt + 1} of "
-                    f"{restarts} times)"
-                )
-        raise TrainError(
-            f"{died}, after {restarts} restarts",
-            expected=f"{nodes * each} ranks that live",
-            fix="the same line goes on from the last checkpoint",
+
+        return persistently(
+            live, init, again=again, restarts=restarts, ranks=nodes * each, watch=watch
         )
     finally:
         if ours:
@@ -161,7 +154,7 @@ class _Ranks:
         """(how a rank died, None), or (None, what rank 0 returned)."""
         first, size = self.actors[0], len(self.actors)
         try:
-            _, (host, port) = ray.get(first.call.remote("address"))
+            host, (_, port) = ray.get([first.node.remote(), first.call.remote("port")])
         except ray.exceptions.RayError as error:
             return f"rank 0 did not start ({_last_line(error)})", None
         meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -288,6 +281,11 @@ def _host_class() -> type:
 
         def read(self, name: str) -> Any:
             return getattr(self.worker, name)
+
+        def node(self) -> str:
+            import ray
+
+            return ray.util.get_node_ip_address()
 
     return Host
 

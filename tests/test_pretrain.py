@@ -207,6 +207,22 @@ def test_overwrite_restarts_only_other_settings(store: Path, tmp_path: Path) -> 
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_a_run_of_an_earlier_version(whole: Path, store: Path, tmp_path: Path) -> None:
+    """Its folder is refused in one line, and --overwrite replaces it."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    told = json.loads((run / "run.json").read_text())
+    kept = {k: v for k, v in told.items() if k not in ("id", "stretches", "targets")}
+    (run / "run.json").write_text(json.dumps(kept | {"generations": 1}))
+    again = {**SMALL, "out": str(run)}
+    with pytest.raises(TrainError, match=r"other settings \(milan: an earlier version") as error:
+        milan.pretrain(str(store), **again)
+    assert "--overwrite" in error.value.fix
+    notes = Notes()
+    milan.pretrain(str(store), overwrite=True, stop_after=1, watch=notes, **again)
+    assert notes.begun == [(21, 0)]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
