@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 NAMES = (
-    "step", "roofline", "extraction", "waiting", "reading", "images", "random_features", "codecs",
-    "planning", "bookkeeping", "large_photos",
+    "step", "changes", "roofline", "extraction", "waiting", "reading", "images", "random_features",
+    "codecs", "planning", "bookkeeping", "large_photos",
 )  # fmt: skip
 for name in NAMES:
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--keep"], check=True)

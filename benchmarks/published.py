@@ -145,5 +145,8 @@ class Published:
             loss = (2 - 2 * (p * f).sum(dim=-1)).mean()
         self.optimiser.zero_grad()
         loss.backward()
+        # As it was computed when this was published, for the log.
+        norms = [p.grad.norm(2) for p in self.student.parameters() if p.grad is not None]
+        torch.stack(norms).norm(2).item()
         self.optimiser.step()
         return loss.item()

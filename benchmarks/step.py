@@ -5,7 +5,7 @@
 ViT-B student and published decoder on both sides, random weights: only speed is measured. The
 published step (`benchmarks/published.py`) is given normalised images; ours starts from what a
 loader worker hands over and is made of pretraining's own parts. `online` is ours behind a forward
-pass of our own teacher, as extraction runs it. Loading is left out on all sides.
+pass of our own teacher, as extraction runs it. All sides compute the gradient's norm; none loads.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from milan.kernels import choose_kernels
 from milan.pretraining import resolved
 from milan.settings import PretrainConfig
 from milan.task import loss_function, optimiser_of, student_of
+from milan.train import gradient_norm
 from pipeline.teacher import TeacherSpec, load_teacher
 
 PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
@@ -70,8 +71,9 @@ def ours(
         with autocast(device, precision):
             loss = objective(batch)
         loss.backward()
+        norm = gradient_norm(student)
         optimiser.step()
-        loss.item()
+        loss.item(), norm.item()
 
     return step
 
@@ -141,7 +143,8 @@ def main() -> None:
             lines.append(row)
             print(row, flush=True)
     command = f"python -m benchmarks.step --batch {args.batch} --rounds {args.rounds}"
-    command += f" --clock {args.clock}"
+    command += f" --clock {args.clock} --precision {' '.join(args.precision)}"
+    command += f" --pairs {' '.join(map(str, args.pairs))}"
     report("step", command, lines, keep=args.keep)
 
 

@@ -1,11 +1,11 @@
 """Time that training spends waiting for data.
 
-    python -m benchmarks.waiting [--images 96] [--steps 6]
+    python -m benchmarks.waiting [--images 96] [--steps 10] [--workers 2]
 
-ViT-B/16 student with the published decoder at batch 16, float32, one loader worker, from an int8
-store of ImageNet photographs (JPEGs decoded, cropped and checked each step; random teacher
-weights: only speed is measured). Prints the share of a step's time spent in `next(batches)`; the
-first step, in which the worker starts, is left out.
+ViT-B/16 student with the published decoder at batch 16, float32, from an int8 store of ImageNet
+photographs (JPEGs decoded, cropped and checked each step; random teacher weights: only speed is
+measured). Prints the share of a step's time spent in `next(batches)`; the first step, in which the
+workers start, is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def main() -> None:
     """Measure and print."""
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--images", type=int, default=96)
-    flags.add_argument("--steps", type=int, default=6)
+    flags.add_argument("--steps", type=int, default=10)
+    flags.add_argument("--workers", type=int, default=2)
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -33,7 +34,7 @@ def main() -> None:
             views=1, limit=args.images, executor="local",
         )  # fmt: skip
         pretrain(
-            str(store), out=str(folder / "run"), epochs=40, batch_size=16, num_workers=1,
+            str(store), out=str(folder / "run"), epochs=40, batch_size=16, num_workers=args.workers,
             log_every=1, stop_after=args.steps + 1, save_every=1000,
         )  # fmt: skip
         lines = [
@@ -47,6 +48,7 @@ def main() -> None:
         f"of {len(shares)} steps, at {rates[middle]:.2f} images/s."
     ]
     command = f"python -m benchmarks.waiting --images {args.images} --steps {args.steps}"
+    command += f" --workers {args.workers}"
     report("waiting", command, rows, keep=args.keep)
 
 

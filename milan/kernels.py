@@ -15,11 +15,12 @@ def choose_kernels(model: nn.Module, device: torch.device, precision: str) -> No
     """Set attention and products of all blocks of `model` to what is fastest on `device`.
 
     torch's fused attention, but on a CPU in half precisions: there the plain one takes less than
-    half the time. In float32 on a CPU products by oneDNN, which torch itself gives to MKL: a tenth
-    faster on AMD's. Weights keep their names and values.
+    half the time. In float32 on a CPU with AVX-512 products by oneDNN, which torch itself gives to
+    MKL: a tenth faster on AMD's; without AVX-512 they would take a third longer. Weights keep their
+    names and values.
     """
     cpu = device.type == "cpu"
-    products = cpu and precision == "fp32" and _has_onednn()
+    products = cpu and precision == "fp32" and onednn_pays()
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not cpu or precision == "fp32"  # type: ignore[assignment]
@@ -35,7 +36,13 @@ class OneDNNLinear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias)
 
 
-def _has_onednn() -> bool:
+def onednn_pays() -> bool:
+    """Whether products by oneDNN are at hand, and the faster ones on this CPU."""
+    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN's product as an operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

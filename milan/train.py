@@ -278,7 +278,7 @@ class _Loop:
             loss += part.detach()
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
-        self.norm = _norm(self.task.student)
+        self.norm = gradient_norm(self.task.student)
         if self.course.on_nonfinite == "skip" and self._skips(step, loss, batches):
             self.scaler.update()
             return
@@ -398,7 +398,7 @@ class _Loop:
             self.journal.keep()
 
 
-def _norm(student: nn.Module) -> torch.Tensor:
-    """The norm of all gradients together, a scalar."""
+def gradient_norm(student: nn.Module) -> torch.Tensor:
+    """The Euclidean norm of all gradients together, a scalar; over all ranks if it is sharded."""
     grads = [p.grad for p in student.parameters() if p.grad is not None]
     return whole(get_total_norm(grads))

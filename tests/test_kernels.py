@@ -41,9 +41,14 @@ def fused(model: nn.Module) -> set[bool]:
     return {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kernels_change_rounding_only(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "onednn"), [("fp32", True), ("fp32", False), ("bf16", False)]
+)
+def test_kernels_change_rounding_only(
+    precision: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Predictions and every gradient, with products and attention of either kind."""
+    monkeypatch.setattr(kernels, "onednn_pays", lambda: onednn and kernels.has_onednn())
     plain, chosen = student(), student()
     images, mask = batch()
     choose_kernels(chosen, CPU, precision)
@@ -55,8 +60,11 @@ def test_kernels_change_rounding_only(precision: str) -> None:
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp_min(1e-3), name
 
 
-def test_products_are_onednns() -> None:
-    """Every linear layer of encoder and decoder, in float32; weights keep their names."""
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_products_are_onednns(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every linear layer, in float32 on a CPU with AVX-512; weights keep their names."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    pays = capability == "AVX512" and kernels.has_onednn()
     model = student()
     names = list(model.state_dict())
     choose_kernels(model, CPU, "bf16")
@@ -64,14 +72,14 @@ def test_products_are_onednns() -> None:
     choose_kernels(model, CPU, "fp32")
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(linear) == 2 * 4 + 2 * 5 + 2
-    assert {type(m) for m in linear} == {OneDNNLinear if kernels._has_onednn() else nn.Linear}
+    assert {type(m) for m in linear} == {OneDNNLinear if pays else nn.Linear}
     assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layers_gradients(bias: bool) -> None:
     """Against finite differences' exact rival: float32 autograd of nn.Linear, in any rank."""
-    if not kernels._has_onednn():
+    if not kernels.has_onednn():
         pytest.skip("torch without oneDNN: products are torch's own")
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(12, 20, bias=bias)

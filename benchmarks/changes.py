@@ -1,0 +1,122 @@
+"""What each change to the published step is worth by itself.
+
+    python -m benchmarks.changes [--batch 16] [--precision fp32] [--only NAME ...]
+
+Our step (`benchmarks.step`, ViT-B/16 student and teacher) against itself with one thing done the
+other way, in interleaved rounds. A gain above 1 says that our way is the faster one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.measure import interleaved, parser, ratio, report
+from benchmarks.step import ours
+from milan import encoder, kernels, model
+from milan.kernels import choose_kernels, has_onednn
+from milan.train import decay_groups
+
+_STUDENT = "benchmarks.step.choose_kernels"  # is called with the student of a step
+
+
+def _other_attention(student: torch.nn.Module, *given: Any) -> None:
+    choose_kernels(student, *given)
+    for module in student.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = not module.fused_attn
+
+
+def _compiled(student: torch.nn.Module, *given: Any) -> None:
+    choose_kernels(student, *given)
+    student.compile()
+
+
+def _all_patches(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    patches = embed(images)
+    return patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
+
+
+class _Raster(model.PromptAttention):
+    """Puts its tokens in another order first; which one does not matter to the time."""
+
+    def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(*(t.gather(1, _reversed(t)) for t in (prompts, x)))
+
+
+def _reversed(tokens: torch.Tensor) -> torch.Tensor:
+    order = torch.arange(tokens.shape[1] - 1, -1, -1, device=tokens.device)
+    return order[None, :, None].expand_as(tokens)
+
+
+def _plain_adamw(student: torch.nn.Module, config: Any, _: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(decay_groups(student, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
+
+
+class _Zeroing(torch.optim.AdamW):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=False)
+
+
+_PAYS = kernels.onednn_pays()
+OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "attention": (
+        "attention written out (bf16: fused)",
+        lambda: patch(_STUDENT, _other_attention),
+    ),
+    "embedding": (
+        "all patches embedded, then three quarters dropped",
+        lambda: patch.object(encoder, "_embedded", _all_patches),
+    ),
+    "order": (
+        "tokens reordered in every decoder block",
+        lambda: patch.object(model, "PromptAttention", _Raster),
+    ),
+    "adamw": ("AdamW by its default", lambda: patch("benchmarks.step.optimiser_of", _plain_adamw)),
+    "zeroed": ("gradients zeroed, not freed", lambda: patch.object(torch.optim, "AdamW", _Zeroing)),
+    "products": (
+        f"products by {'MKL' if _PAYS else 'oneDNN'}",
+        lambda: patch.object(kernels, "onednn_pays", lambda: not _PAYS and has_onednn()),
+    ),
+    "compiled": ("torch.compile", lambda: patch(_STUDENT, _compiled)),
+}
+"""Name: (what is done the other way, a context in which a step is built and run so)."""
+
+
+def main() -> None:
+    """Measure and print."""
+    flags = parser(__doc__.splitlines()[0])
+    flags.add_argument("--batch", type=int, default=16)
+    flags.add_argument("--precision", default="fp32")
+    flags.add_argument("--only", nargs="+", choices=OTHERS, default=list(OTHERS), metavar="NAME")
+    args = flags.parse_args()
+    torch.manual_seed(0)
+    given = (args.precision, args.batch, "ViT-B/16", 16, torch.device("cpu"))
+    lines = ["| the other way | its seconds / ours (range) |", "|---|---|"]
+    for name in args.only:
+        what, other = OTHERS[name]
+        with other():
+            reverted = ours(*given)
+        contenders = {"reverted": _within(other, reverted), "ours": ours(*given)}
+        seconds = interleaved(contenders, args.rounds)
+        lines.append(f"| {what} | {ratio(seconds['reverted'], seconds['ours'])} |")
+        print(lines[-1], flush=True)
+    command = f"python -m benchmarks.changes --batch {args.batch} --rounds {args.rounds}"
+    command += f" --precision {args.precision} --only {' '.join(args.only)}"
+    report("changes", command, lines, keep=args.keep)
+
+
+def _within(other: Callable[[], AbstractContextManager[Any]], step: Callable[[], None]) -> Any:
+    def run() -> None:
+        with other():
+            step()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
