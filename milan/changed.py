@@ -15,6 +15,7 @@ from milan.files import write_json
 from milan.images import content_digest
 from milan.order import Stream
 from milan.ranks import Ranks
+from milan.signals import Stop
 from milan.watch import Watch
 
 CSV = "changed-images.csv"
@@ -22,10 +23,13 @@ _THREADS = 16  # what is waited for is the disk, often a network away
 _AT_ONCE = 1024
 
 
-def changed_images(dataset: CachedDataset, rows: np.ndarray, *, watch: Watch) -> dict[int, str]:
+def changed_images(
+    dataset: CachedDataset, rows: np.ndarray, *, stop: Stop, watch: Watch
+) -> dict[int, str]:
     """Which of `rows` (ascending) have an image that is gone or has other bytes; with the reason.
 
-    Reads every image once. Compared are the bytes, with the content checksum in the records.
+    Reads every image once, or until it is asked to `stop`. Compared are the bytes, with the content
+    checksum in the records.
     """
     found: dict[int, str] = {}
 
@@ -40,6 +44,8 @@ def changed_images(dataset: CachedDataset, rows: np.ndarray, *, watch: Watch) ->
     _ = dataset.source  # opened once, before the threads
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(rows), _AT_ONCE):
+            if stop.by:
+                break
             some = rows[first : first + _AT_ONCE].tolist()
             digests = [dataset.cache.content_digest(row, 0) for row in some]
             for row, why in zip(some, pool.map(compare, some, digests), strict=True):
@@ -58,6 +64,7 @@ def take_out(
     policy: str,
     step: int,
     ranks: Ranks,
+    stop: Stop,
     watch: Watch,
 ) -> Stream:
     """The stream without the images that changed: those saved with the run, and new ones.
@@ -67,34 +74,36 @@ def take_out(
     bad ones do; of a run that goes on their places are taken by other rows, so that an epoch keeps
     its steps. Raises ConfigError if too few images are left.
     """
-    dropped = ranks.once(lambda: _dropped(run, dataset, policy, step, watch))
+    dropped = ranks.once(lambda: _saved(run))
+    if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
+        left = dataset.good[~np.isin(dataset.good, list(dropped))]
+        found = changed_images(dataset, left[ranks.rank :: ranks.size], stop=stop, watch=watch)
+        new = {row: (step, why) for _, part in ranks.told(found) for row, why in part.items()}
+        dropped |= new
+        if new:
+            ranks.once(lambda: _save(run, dropped))
     if not dropped:
         return stream
+    ranks.once(lambda: _list(run, dropped, dataset))
     watch.note(f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}")
     first = [row for row, (at, _) in dropped.items() if at == 0]
     later = [row for row, (at, _) in dropped.items() if at > 0]
     return stream.dropped(np.array(first, np.int64), np.array(later, np.int64))
 
 
-def _dropped(
-    run: Path, dataset: CachedDataset, policy: str, step: int, watch: Watch
-) -> dict[int, tuple[int, str]]:
-    """row -> (step it was found at, reason), of earlier calls and of this one; saved."""
+def _saved(run: Path) -> dict[int, tuple[int, str]]:
+    """row -> (step it was found at, reason), of earlier calls."""
     about = json.loads((run / "run.json").read_text())
-    dropped = {int(row): tuple(fact) for row, fact in about.get("dropped", {}).items()}
-    if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
-        left = dataset.good[~np.isin(dataset.good, list(dropped))]
-        found = changed_images(dataset, left, watch=watch)
-        if found:
-            dropped |= {row: (step, why) for row, why in found.items()}
-            write_json(run / "run.json", about | {"dropped": dropped})
-    if dropped:
-        _write_csv(run / CSV, dropped, dataset)
-    return dropped
+    return {int(row): tuple(fact) for row, fact in about.get("dropped", {}).items()}
 
 
-def _write_csv(path: Path, dropped: dict, dataset: CachedDataset) -> None:
-    with open(path, "w", newline="") as file:
+def _save(run: Path, dropped: dict[int, tuple[int, str]]) -> None:
+    about = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", about | {"dropped": dropped})
+
+
+def _list(run: Path, dropped: dict[int, tuple[int, str]], dataset: CachedDataset) -> None:
+    with open(run / CSV, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "key", "reason", "from_step"])
         for row, (at, why) in sorted(dropped.items()):

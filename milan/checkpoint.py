@@ -30,7 +30,7 @@ from torch import nn
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.files import sync_folder, write_json
 from milan.model import DECODER, Decoder, Student, build_encoder
-from milan.ranks import Ranks, like, whole
+from milan.ranks import ALONE, Ranks, like, whole
 
 ENCODER = "encoder.safetensors"
 FOLDER = "checkpoints"
@@ -52,13 +52,29 @@ def save(
     Every rank calls it; rank 0 writes. Raises TrainError if there is no room for it: those before
     stay as they are.
     """
-    weights, moments = whole_weights(model), _moments(model, optimiser)
+    weights = whole_weights(model, ranks)
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+    moments = {
+        f"{names[parameter]}|{key}": torch.as_tensor(value)
+        for parameter, kept in optimiser.state.items()
+        for key, value in kept.items()
+    }
+    moments = _gathered(moments, ranks)
     return ranks.once(lambda: _write(run, step, weights, moments, state, keep))
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model on the CPU, gathered if the ranks share it (all must ask)."""
-    return {k: whole(v.detach()).cpu().contiguous() for k, v in model.state_dict().items()}
+def whole_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
+    """The state of a model on the CPU of rank 0; all must ask, others get nothing."""
+    return _gathered(model.state_dict(), ranks)
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if ranks.first:
+            found[name] = full.cpu().contiguous()
+    return found
 
 
 def _write(
@@ -96,7 +112,10 @@ def _write(
             expected="room for it; " + (f"that of step {saved[-1]} stays" if saved else ""),
             fix="free some space, and the same line goes on",
         ) from None
-    for old in steps(run)[:-keep]:
+    found = steps(run)
+    # Newer ones were found torn, or the run would not be at this step.
+    torn = [old for old in found if old > step]
+    for old in torn + [old for old in found if old <= step][:-keep]:
         shutil.rmtree(run / FOLDER / f"step-{old:08d}", ignore_errors=True)
     return folder
 
@@ -156,15 +175,6 @@ def load(
     model.load_state_dict({k: like(v, there[k]) for k, v in weights.items()}, strict=True)
     _restore(model, optimiser, load_file(folder / "optimiser.safetensors"))
     return state
-
-
-def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[parameter]}|{key}": whole(torch.as_tensor(value).detach()).cpu().contiguous()
-        for parameter, state in optimiser.state.items()
-        for key, value in state.items()
-    }
 
 
 def _restore(

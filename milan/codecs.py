@@ -58,6 +58,11 @@ class Codec:
         """Codes [B, T, width] to features [B, T, C], float32, on the device of the codes."""
         raise NotImplementedError
 
+    def to(self, device: torch.device) -> None:
+        """Have the tables on `device`, as `decode` would at its first call there."""
+        for name in self.tables:
+            self._table(name, device)
+
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
         # Copied to a device once; the cache stays behind when the codec is sent elsewhere.
         held = self.__dict__.setdefault("_held", {})

@@ -6,9 +6,11 @@ Each command has one frozen dataclass, beside its function. No file is read unle
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +82,10 @@ def recipe_of(kind: type, name: str, section: str) -> dict[str, Any]:
 
 
 def read_section(params: str, section: str) -> dict[str, Any]:
-    """One section of a YAML parameter file; empty if the file has no such section."""
+    """One section of a YAML parameter file; empty if the file has no such section.
+
+    Raises ConfigError if it is no YAML, or has a section that is almost called so.
+    """
     import yaml
 
     path = Path(params)
@@ -94,6 +99,13 @@ def read_section(params: str, section: str) -> dict[str, Any]:
         raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
     if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
         raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
+    near = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
+    if section not in read and near:
+        raise ConfigError(
+            f"{params} has a section {near[0]!r} and none {section!r}",
+            expected=f"the settings of this command under {section}",
+            fix=f"rename it to {section}",
+        )
     return read.get(section) or {}
 
 
@@ -129,14 +141,20 @@ def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
         if _is_dict(hints.get(head)):
             values[head] = {**values.get(head, {}), rest: _number(value)}
             return
-    if key not in hints:
-        close = nearest(key, hints)
-        raise ConfigError(
-            f"unknown parameter {key!r} in {where}",
-            expected="one of " + ", ".join(sorted(hints)),
-            fix=close,
-        )
+    check_names(kind, [key], f"parameter {key!r} in {where}")
     values[key] = _coerce(hints[key], value, key, where)
+
+
+def check_names(kind: type, keys: Iterable[str], where: str = "") -> None:
+    """Raises ConfigError, naming the nearest, if one of `keys` is no field of a command."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in keys:
+        if key not in names:
+            raise ConfigError(
+                f"unknown {where or f'argument {key!r}'}",
+                expected="one of " + ", ".join(sorted(names)),
+                fix=nearest(key, names),
+            )
 
 
 def _is_dict(hint: Any) -> bool:

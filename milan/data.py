@@ -20,7 +20,7 @@ from milan.images import content_digest, decode
 from milan.masking import mask_noise
 from milan.order import DRAWN, Address, StepSampler
 from milan.places import Place, place
-from milan.signals import end_with_parent
+from milan.signals import end_with_parent, heed_parent_alone, withheld
 from milan.sources import ImageSource
 from milan.staging import Ahead, Shard
 from milan.views import View, checksum, render, unpack
@@ -261,7 +261,8 @@ class _Loader(DataLoader):
         if cache.generations[0].local:
             ahead.start()
         others = multiprocessing.active_children()
-        batches = super().__iter__()
+        with withheld():
+            batches = super().__iter__()
         workers = [p for p in multiprocessing.active_children() if p not in others]
         try:
             for batch in batches:
@@ -342,6 +343,8 @@ def training_loader(
 def _start_worker(_: int) -> None:
     # The cores belong to the training process.
     torch.set_num_threads(1)
+    # A terminal, or a scheduler, tells the whole group to stop; the step in hand still needs data.
+    heed_parent_alone()
     # torch looks whether its worker's parent lives, but that is the fork server, which lives as
     # long as its children: a worker of a killed run would wait for ever.
     Thread(target=end_with_parent, daemon=True).start()

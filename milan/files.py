@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,25 @@ def make_writable(folder: Path) -> None:
     """Make a folder and try to write in it, before the work. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
+
+
+def take_lock(folder: Path) -> Any:
+    """The lock of a folder, until it is closed or this process ends: the kernel frees it (flock).
+
+    Raises BlockingIOError, its text the holder, if another process has it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - held, not read
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -72,16 +72,10 @@ class Journal:
 
     def keep(self) -> None:
         """Let all that was said be on the disk: what a checkpoint goes with."""
+        os.fsync(self.file.fileno())
         write_curves(self.run, self.lines)
         for reporter in self.reporters:
             reporter.flush()
-
-    def last(self) -> dict[str, Any]:
-        """What the log says in the end of loss and judgement; empty if it never spoke."""
-        found: dict[str, Any] = {}
-        for line in self.lines:
-            found |= {key: line[key] for key in ("loss", *_JUDGED) if key in line}
-        return found
 
     def close(self) -> None:
         """The last curves, and good-bye."""
@@ -89,6 +83,14 @@ class Journal:
         self.file.close()
         for reporter in self.reporters:
             reporter.close()
+
+
+def last_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the log says in the end of loss and judgement; empty if it never spoke."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        found |= {key: line[key] for key in ("loss", *_JUDGED) if key in line}
+    return found
 
 
 def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:

@@ -96,7 +96,7 @@ class Judge:
             figures["val_loss"] = loss_sum / count
         if comparable:
             figures["val_cosine"] = cosine_sum / count
-        if features[ASKED]:
+        if features[ASKED] and features[KNOWN]:
             known, asked = (
                 [self.ranks.gather(torch.cat(parts[kind])) for parts in (features, labels)]
                 for kind in (KNOWN, ASKED)

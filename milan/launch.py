@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from milan.errors import MilanError, TrainError
-from milan.signals import Stop, end_with_parent, told
+from milan.signals import Stop, deliver, end_with_parent, told, withheld
 from milan.watch import Passing, Silent, Watch, tell
 
 _GRACE = 5.0  # seconds in which ranks may say what they died of
@@ -32,61 +33,73 @@ def launch(
     *,
     ranks: int,
     restarts: int,
-    again: dict[str, Any],
+    again: Callable[[], dict[str, Any]],
     watch: Watch,
 ) -> Any:
-    """Call `work(**arguments, watch=…)` in `ranks` processes; returns what rank 0's call does.
+    """Call `work(**arguments, stop=…, watch=…)` in `ranks` processes; returns what rank 0's does.
 
     Each finds in its environment who it is (milan.ranks). If one dies, all are started again, at
-    most `restarts` times and with the arguments `again`: they go on from the last checkpoint. A
+    most `restarts` times and with the arguments `again()`: they go on from the last checkpoint. A
     MilanError of one is raised here, and so is, as TrainError, one death too many. `work` and its
     arguments are pickled.
     """
 
+    stop = Stop()
+
     def live(given: dict[str, Any]) -> tuple[str | None, Any]:
         with tempfile.TemporaryDirectory(prefix="milan-ranks-") as folder:
-            died = _once(work, given, ranks, Path(folder), watch)
+            died = _once(work, given, ranks, Path(folder), stop, watch)
             errors = [_read(path) for path in sorted(Path(folder).glob("error.*"))]
             if errors:
                 raise errors[0]
+            for path in sorted(Path(folder).glob("traceback.*")) if died else []:
+                sys.stderr.write(path.read_text())  # nobody else explains it
             return died, None if died else _read(Path(folder) / "result")
 
-    return persistently(live, arguments, again=again, restarts=restarts, ranks=ranks, watch=watch)
+    return persistently(
+        live, arguments, again=again, restarts=restarts, ranks=ranks, stop=stop, watch=watch
+    )
 
 
 def persistently(
     live: Callable[[dict[str, Any]], tuple[str | None, Any]],
     arguments: dict[str, Any],
     *,
-    again: dict[str, Any],
+    again: Callable[[], dict[str, Any]],
     restarts: int,
     ranks: int,
+    stop: Stop,
     watch: Watch,
 ) -> Any:
     """What `live(arguments)`, a life of all ranks, results in: (how one died or None, a result).
 
-    After a death they live again, with the arguments `again`, at most `restarts` times. Raises
-    TrainError for one death too many.
+    After a death they live again, with the arguments `again()`, at most `restarts` times, and not
+    if they were asked to `stop`. Raises TrainError for one death too many.
     """
     died, result = live(arguments)
     for attempt in range(1, restarts + 1):
-        if died is None:
+        if died is None or stop.by:
             break
         watch.note(
             f"{died}; all start again from the last checkpoint ({attempt} of {restarts} times)"
         )
-        died, result = live(arguments | again)
+        died, result = live(arguments | again())
     if died is None:
         return result
     raise TrainError(
-        f"{died}, after {restarts} restarts",
+        f"{died}, " + (f"asked to stop by {stop.by}" if stop.by else f"after {restarts} restarts"),
         expected=f"{ranks} ranks that live",
         fix="the same line goes on from the last checkpoint",
     )
 
 
 def _once(
-    work: Callable[..., Any], arguments: dict[str, Any], ranks: int, folder: Path, watch: Watch
+    work: Callable[..., Any],
+    arguments: dict[str, Any],
+    ranks: int,
+    folder: Path,
+    stop: Stop,
+    watch: Watch,
 ) -> str | None:
     """One life of all ranks; how the first of them died, or None."""
     context, port = multiprocessing.get_context("spawn"), _free_port()
@@ -98,9 +111,15 @@ def _once(
         )
         for rank in range(ranks)
     ]
-    with told(lambda number: _pass_on(processes, number)):
-        for process in processes:
-            process.start()
+
+    def ask(number: int) -> None:
+        _pass_on(processes, number)
+        stop.ask(number)
+
+    with told(ask):
+        with withheld():  # until a rank can finish a step when it is told to stop
+            for process in processes:
+                process.start()
         speaks.close()
         alive: dict[Any, int] = {p.sentinel: rank for rank, p in enumerate(processes)}
         died, listening = None, [heard]
@@ -158,15 +177,25 @@ def _rank(
     Thread(target=end_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    try:
-        result = work(**arguments, watch=Passing(speaks.send) if speaks else Silent())
-    except MilanError as error:
-        _write(folder / f"error.{rank}", error)
-        sys.exit(1)
+    stop = Stop()
+    with told(stop.ask):
+        deliver()
+        try:
+            watch = Passing(speaks.send) if speaks else Silent()
+            result = work(**arguments, stop=stop, watch=watch)
+        except MilanError as error:
+            _write(folder / f"error.{rank}", error)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception:  # when one rank has failed, the others do too, each in its own way
+            (folder / f"traceback.{rank}").write_text(traceback.format_exc())
+            sys.exit(1)
     if rank == 0:
         _write(folder / "result", result)
 

@@ -20,20 +20,27 @@ from milan.task import loss_function
 
 
 def peak_bytes(
-    student: Student, config: PretrainConfig, targets: TargetCache, device: torch.device
+    student: Student,
+    config: PretrainConfig,
+    targets: TargetCache,
+    device: torch.device,
+    *,
+    ranks: int = 1,
 ) -> int:
     """Bytes of tensors that a step of pretraining holds at its peak on `device`.
 
     Weights, gradients, AdamW's two moments, a micro-batch and what its way forwards and back
     keeps: the step itself is run on tensors that have shapes and no memory, so its cost does not
-    depend on the batch. `config` is resolved. Not counted: what the process, the device's context
-    and kernels take, and what an allocator leaves unused.
+    depend on the batch. `config` is resolved. Of `ranks` under fsdp each keeps its share of weights
+    and moments; gradients are whole, as they are while they accumulate. Not counted: what the
+    process, the device's context and kernels take, and what an allocator leaves unused.
     """
     assert config.micro_batch is not None
     weights = list(student.parameters())
     held = sum(_size(p) for p in weights)
     trained = sum(_size(p) for p in weights if p.requires_grad)
     counter = _Live()
+    targets.codec.to(device)  # what it keeps for later calls has to have memory
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
         batch = _batch(config.micro_batch, student, targets, device)
         faked: dict[str, torch.Tensor] = {
@@ -53,7 +60,8 @@ def peak_bytes(
         with autocast(device, config.precision):
             loss = objective(batch)
         loss.backward()
-    return held + 2 * trained + counter.peak
+    shared = ranks if config.parallel == "fsdp" else 1
+    return (held + 2 * trained) // shared + counter.peak
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,52 +15,46 @@ import torch
 
 from milan import changed, checkpoint, runs
 from milan.cache import TargetCache
-from milan.config import deviations, recipe_of
+from milan.config import check_names, deviations, recipe_of
+from milan.course import Course
 from milan.data import CachedDataset, training_loader
 from milan.device import MEAN, STD, pick_device
 from milan.errors import ConfigError
 from milan.faults import explained
 from milan.files import write_json
 from milan.format import Index
-from milan.journal import Journal, kept_lines, write_curves
+from milan.journal import Journal, kept_lines, last_of, write_curves
 from milan.judge import check_labels
 from milan.kernels import choose_kernels
 from milan.launch import launch
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
-from milan.ranks import Ranks, joined, spread
+from milan.ranks import ALONE, Ranks, joined, spread
 from milan.reporters import chosen, reporters_of
 from milan.settings import PretrainConfig, bytes_of, choice
-from milan.signals import Stop
+from milan.signals import Stop, told
 from milan.task import Task, optimiser_of, student_of
-from milan.train import Course, fit
+from milan.train import fit
 from milan.watch import Silent, Watch
 
 _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
 _MICRO = 256  # images a device takes at once, as published for ViT-B
 
 
-def resolved(config: PretrainConfig, device: torch.device, ranks: int = 1) -> PretrainConfig:
+def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> PretrainConfig:
     """The same with every default that depends on other fields filled in."""
     milan = config.objective == "milan"
     precision = config.precision
     if precision == "auto":
         half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
         precision = half if device.type == "cuda" else "fp32"
-    share = config.batch_size // ranks
-    if config.batch_size % ranks:
+    share = config.batch_size // ranks.size
+    if config.batch_size % ranks.size:
         raise ConfigError(
-            f"batch size {config.batch_size} over {ranks} ranks",
+            f"batch size {config.batch_size} over {ranks.size} ranks",
             expected="as many images for every rank",
-            fix=f"--batch-size {(share + 1) * ranks}",
+            fix=f"--batch-size {(share + 1) * ranks.size}",
         )
-    micro = config.micro_batch
-    if micro is None:
-        micro = next(m for m in range(min(_MICRO, share), 0, -1) if share % m == 0)
-    if share % micro:
-        raise ConfigError(
-            f"batch size {config.batch_size} over {ranks} ranks with micro-batches of {micro}",
-            expected="a whole number of micro-batches",
-        )
+    most = min(config.micro_batch or _MICRO, share)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return replace(
         config,
@@ -67,9 +62,9 @@ def resolved(config: PretrainConfig, device: torch.device, ranks: int = 1) -> Pr
         masking=config.masking or ("semantic" if milan else "random"),
         warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.lr or _BASE_LR * config.batch_size / 256,
-        micro_batch=micro,
+        micro_batch=next(m for m in range(most, 0, -1) if share % m == 0),
         precision=precision,
-        num_workers=max(1, min(8, (cores or 1) - 1))
+        num_workers=max(1, min(8, (cores or 1) // ranks.here - 1))
         if config.num_workers is None
         else config.num_workers,
     )
@@ -90,38 +85,41 @@ def pretrain(
     `cache` and `settings` are the command's arguments (PretrainConfig's fields). `resume="auto"`
     goes on from the newest checkpoint of the same settings, `"never"` starts anew; `overwrite`
     replaces a run of other settings instead of refusing. Asked to `stop`, or by SIGINT, SIGTERM or
-    SIGUSR1, it finishes its step and writes a checkpoint. With several GPUs it starts a process for
-    each (in a script, call it below `if __name__ == "__main__"`). Returns the figures of
-    metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop. Raises MilanError.
+    SIGUSR1, it finishes its step and writes a checkpoint; a second SIGINT interrupts. With several
+    GPUs it starts a process for each (in a script, call it below `if __name__ == "__main__"`).
+    Returns the figures of metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop
+    before its end. Raises MilanError.
     """
     if isinstance(cache, PretrainConfig):
         config = cache
     else:
         named = settings.get("recipe")
         recipe = recipe_of(PretrainConfig, named, "pretrain") if named else {}
+        check_names(PretrainConfig, settings)
         config = PretrainConfig(cache=cache, **recipe | settings)
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
-    told = Ranks.of_environment()
-    count = 1 if told else devices_of(config, device)
+    known = Ranks.of_environment()
+    count = 1 if known else devices_of(config, device)
     if count > 1:
-        resolved(config, device, count)  # what does not fit is said before anything starts
+        # What does not fit is said before anything starts.
+        open_stream(resolved(config, device, Ranks(size=count)))
         arguments = {"cache": config, "resume": resume, "overwrite": overwrite}
         return launch(
             pretrain,
             arguments | {"stop_after": stop_after},
             ranks=count,
             restarts=config.max_restarts,
-            # A run that was replaced once goes on after a restart.
-            again={"resume": "auto", "overwrite": False},
+            again=runs.again(Path(config.out)),
             watch=watch or Silent(),
         )
-    with joined(told, device) as (ranks, own):
+    stop = stop or Stop()
+    with told(stop.ask), joined(known, device) as (ranks, own), ExitStack() as held:
         watch = watch if watch and ranks.first else Silent()
-        return _train(config, ranks, own, resume, overwrite, stop_after, stop or Stop(), watch)
+        return _train(config, ranks, own, held, resume, overwrite, stop_after, stop, watch)
 
 
 def devices_of(config: PretrainConfig, device: torch.device) -> int:
@@ -138,27 +136,35 @@ def _train(
     config: PretrainConfig,
     ranks: Ranks,
     device: torch.device,
+    held: ExitStack,
     resume: str,
     overwrite: bool,
     stop_after: int | None,
     stop: Stop,
     watch: Watch,
 ) -> dict[str, Any]:
-    """One rank's part of a run."""
+    """One rank's part of a run; what it has `held` is let go of at its end."""
     published = deviations(
         config,
         recipe=recipe_of(PretrainConfig, config.recipe, "pretrain"),
         leave=("cache", "out", "data_root", "local", "cache_limit", "recipe"),
     )
-    config = resolved(config, device, ranks.size)
+    config = resolved(config, device, ranks)
     run = Path(config.out)
     step = ranks.once(
         lambda: runs.resumable(run, config, resume=resume, overwrite=overwrite, watch=watch)
     )
+
+    def claim() -> None:
+        ranks.once(lambda: held.enter_context(runs.claimed(run, watch=watch)))
+
     stream: Stream
     if step is None:
-        stream, targets = open_stream(config)
+        # A store may grow at this moment: all ranks see what the first one saw.
+        pinned = ranks.once(lambda: TargetCache(config.cache, layer=config.layer).pinned)
+        stream, targets = open_stream(config, pinned)
     else:
+        claim()
         stream, targets = _resumed_stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
@@ -173,13 +179,14 @@ def _train(
         watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
     if step is None:
+        claim()
         ranks.once(lambda: runs.begin(run, config, targets, published))
     else:
-        ranks.once(lambda: runs.writable(run))
         watch.note(f"resuming: {run} at step {step}")
     stream = changed.take_out(
-        run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, watch=watch
-    )
+        run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, stop=stop,
+        watch=watch,
+    )  # fmt: skip
     choose_kernels(student, device, config.precision)
     network = spread(student, ranks, config.parallel)
     optimiser = optimiser_of(student, config, device)
@@ -191,7 +198,7 @@ def _train(
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
     watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
-    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out))
+    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out, ranks.size))
     task = Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
@@ -231,10 +238,15 @@ def _train(
             stop=stop,
             stop_after=stop_after,
         )
-        weights = checkpoint.whole_weights(student.encoder)
-        figures = ranks.once(
-            lambda: _finish(run, config, figures, journal, targets, weights, course, watch)
-        )
+        weights = checkpoint.whole_weights(student.encoder, ranks)
+        if figures["step"]:
+            ranks.once(lambda: _finish(run, config, figures, targets, weights, course))
+        if journal:
+            journal.close()
+    if (step or 0) == course.steps:
+        watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
+    if figures["step"]:
+        figures |= ranks.once(lambda: json.loads((run / runs.METRICS).read_text()))
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
@@ -257,9 +269,12 @@ def course_of(config: PretrainConfig, stream: Stream, ranks: int) -> Course:
     )
 
 
-def open_stream(config: PretrainConfig) -> tuple[Order, TargetCache]:
-    """Which images come when in a run that begins now, and the store it reads."""
-    cache = TargetCache(config.cache, layer=config.layer)
+def open_stream(config: PretrainConfig, pinned: int | None = None) -> tuple[Order, TargetCache]:
+    """Which images come when in a run that begins now, and the store it reads.
+
+    `pinned`: only the first so many of the store's generations.
+    """
+    cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
     return _order(cache, config), cache
 
 
@@ -280,7 +295,7 @@ def _resumed_stream(
     """The stream of a run that goes on, and the newest part of the store that it sees."""
 
     def parts() -> tuple[Stretches, TargetCache]:
-        found = runs.stretches(run, config)
+        found = runs.stretches(ranks.once(lambda: runs.about(run)["stretches"]), config)
         return Stretches(tuple((at, _order(cache, config)) for at, cache in found)), found[-1][1]
 
     stream, cache = parts()
@@ -295,13 +310,11 @@ def _finish(
     run: Path,
     config: PretrainConfig,
     figures: dict[str, Any],
-    journal: Journal | None,
     targets: TargetCache,
     weights: dict[str, torch.Tensor],
     course: Course,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Leave the encoder and the figures of a call."""
+) -> None:
+    """Leave the encoder, and the figures of the call that trained last."""
     encoder = {
         "model": config.model,
         "model_args": config.model_args,
@@ -315,15 +328,14 @@ def _finish(
         "milan": version("milan-pretrain"),
     }
     checkpoint.save_encoder(run / checkpoint.ENCODER, weights, encoder)
-    if journal is None:
-        watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
-        write_curves(run, kept_lines(run, course.steps))
-        if (run / runs.METRICS).exists():  # the figures of the call that trained
-            return json.loads((run / runs.METRICS).read_text())
-    else:
-        figures = figures | journal.last()
-    write_json(run / runs.METRICS, figures)
-    return figures
+    lines = kept_lines(run, figures["step"])
+    write_curves(run, lines)
+    path = run / runs.METRICS
+    if "images_per_second" not in figures and path.exists():  # nothing was left to do
+        before = json.loads(path.read_text())
+        figures = before if before["step"] == figures["step"] else figures
+    kept = {name: value for name, value in figures.items() if name != "stopped_by"}
+    write_json(path, kept | last_of(lines))
 
 
 def _product(*factors: int | None) -> str:
@@ -350,9 +362,12 @@ def shuffle_told(order: Order) -> str:
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
 
 
-def held_told(order: Order, share: float) -> str:
+def held_told(order: Order, share: float, ranks: int = 1) -> str:
     """By how many images a run is judged, in words."""
     held, rows = len(order.held), len(order.held) + len(order.good)
+    if held and held % ranks:  # each rank takes as many as the others
+        judged = held // ranks * ranks
+        return f"held out: {held:,} of {rows:,} images, {judged:,} of them judged by {ranks} ranks"
     if held or not share:
         return f"held out: {held:,} of {rows:,} images"
     return f"held out: none, for {share:.1%} of {rows:,} images is fewer than 8: --held-out"

@@ -32,19 +32,26 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
-    """Its number on its machine: which GPU it has."""
+    """Its number on its machine: which of the GPUs it sees it has."""
+    here: int = 1
+    """How many of them are on its machine and share its cores."""
 
     @classmethod
     def of_environment(cls) -> Ranks | None:
         """Who torchrun, srun or a launcher of ours says this is; None if nobody says."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
-            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+            given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            defaults = (0, 1, 0, 1)
+            return cls(*(int(env.get(k, d)) for k, d in zip(given, defaults, strict=True)))
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone, not by sbatch
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+            which = int(env["SLURM_JOB_ID"]) + 1009 * int(env.get("SLURM_STEP_ID", 0))
+            env.setdefault("MASTER_PORT", str(20_000 + which % 20_000))
             size = int(env["SLURM_STEP_NUM_TASKS"])
-            return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]))
+            # Slurm may show each task the GPU that is its own alone (--gpus-per-task).
+            local = int(env["SLURM_LOCALID"]) if torch.cuda.device_count() > 1 else 0
+            return cls(int(env["SLURM_PROCID"]), size, local)
         return None
 
     @property
@@ -76,6 +83,14 @@ class Ranks:
         dist.all_gather(parts, tensor.cpu().contiguous())
         return torch.cat(parts)
 
+    def told(self, word: T | None) -> list[tuple[int, T]]:
+        """(rank, word) of each rank that has one, in order; all ranks ask together."""
+        words: list[T | None] = [word]
+        if self.size > 1:
+            words = [None] * self.size
+            dist.all_gather_object(words, word)
+        return [(rank, word) for rank, word in enumerate(words) if word is not None]
+
     def once(self, act: Callable[[], T]) -> T:
         """What `act` returns on rank 0, which alone calls it; its MilanError is raised on all."""
         if self.size == 1:
@@ -92,6 +107,9 @@ class Ranks:
         return told[0]
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined(ranks: Ranks | None, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """Inside, this process is one of its ranks; gives them and this one's device.
@@ -99,7 +117,7 @@ def joined(ranks: Ranks | None, device: torch.device) -> Iterator[tuple[Ranks, t
     Raises ConfigError if this machine has no GPU for it.
     """
     if ranks is None or ranks.size == 1:
-        yield Ranks(), device
+        yield ALONE, device
         return
     if device.type == "cuda":
         if ranks.local >= torch.cuda.device_count():
@@ -128,7 +146,8 @@ def spread(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
     if ranks.size == 1:
         return student
     if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(student)
+        # Gradients lie in the buffers they are summed in: one copy of them, not two.
+        return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from milan.data import CachedDataset, training_loader
 from milan.device import autocast, pick_device
+from milan.faults import explained
 from milan.kernels import choose_kernels
 from milan.memory import peak_bytes
 from milan.order import StepSampler
@@ -33,8 +35,9 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
     watch = watch or Silent()
     device = pick_device(config.device)
     known = Ranks.of_environment()
-    size = known.size if known else devices_of(config, device) * config.num_nodes
-    config = resolved(config, device, size)
+    here = devices_of(config, device)
+    ranks = known or Ranks(size=here * config.num_nodes, here=here)
+    size, config = ranks.size, resolved(config, device, ranks)
     stream, targets = open_stream(config)
     course = course_of(config, stream, size)
     student = student_of(config, targets).to(device)
@@ -67,17 +70,19 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    peak = peak_bytes(student, config, targets, device, ranks=size)
+    watch.note(f"memory: {peak / 1e9:,.2f} GB of tensors on each rank at the peak")
     watch.begin("rehearse", _ROUNDS + 1, "rounds")
     rounds = []
-    for done in range(_ROUNDS + 1):
-        rounds.append((seconds("gradient"), seconds("update")))
-        optimiser.zero_grad(set_to_none=True)
-        watch.advance(done + 1)
+    with explained(Path(config.out), micro):
+        for done in range(_ROUNDS + 1):
+            rounds.append((seconds("gradient"), seconds("update")))
+            optimiser.zero_grad(set_to_none=True)
+            watch.advance(done + 1)
     watch.end()
     image = statistics.median(gradient for gradient, _ in rounds[1:]) / micro
     update = statistics.median(update for _, update in rounds[1:])
     step = image * config.batch_size / size + update
-    peak = peak_bytes(student, config, targets, device)
     saved = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in student.parameters())
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return [

@@ -21,6 +21,7 @@ from milan.files import write_json
 from milan.journal import Reporter
 
 _PROJECT = "milan"
+_LATER = 60.0  # seconds after which a server that did not answer is asked again
 
 
 class TensorBoard:
@@ -105,13 +106,16 @@ class MLflow:
 
     def __init__(self, run: Path, start: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # By default it tries for minutes, in which the run would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import entities, exceptions, tracking
 
         self._metric, self._fault = entities.Metric, exceptions.MlflowException
         beside = run.parent.resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        about, self.waiting = runs.about(run), list[dict[str, Any]]()
+        about, self.waiting, self.later = runs.about(run), list[dict[str, Any]](), 0.0
         try:
             self.client = tracking.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
             found = self.client.get_experiment_by_name(name)
@@ -138,8 +142,13 @@ class MLflow:
         self.has = max(steps, default=0)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Every figure of a line, at its step; what a server does not take waits for the next."""
+        """Every figure of a line, at its step; what a server does not take waits for a minute."""
         self.waiting.append(line)
+        self._offer()
+
+    def _offer(self) -> None:
+        if time.monotonic() < self.later:
+            return
         try:
             while self.waiting:
                 at = self.waiting[0]["step"]
@@ -149,20 +158,24 @@ class MLflow:
                 self.client.log_batch(self.id, metrics=metrics)
                 self.waiting.pop(0)
         except self._fault:
-            return
+            self.later = time.monotonic() + _LATER
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]; one that a server does not take is in TensorBoard alone."""
+        if time.monotonic() < self.later:
+            return
         try:
             self.client.log_image(self.id, pixels, artifact_file=f"{name}-{step:08d}.png")
-        except self._fault:
-            return
+        except Exception:  # of whatever keeps a server's pictures: no reason to end a run
+            self.later = time.monotonic() + _LATER
 
     def flush(self) -> None:
         """It has it already."""
 
     def close(self) -> None:
-        """Say that this process is done."""
+        """Say what is left, and that this process is done."""
+        self.later = 0.0
+        self._offer()
         try:
             self.client.set_terminated(self.id)
         except self._fault:

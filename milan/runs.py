@@ -13,7 +13,10 @@ import json
 import platform
 import shutil
 import sys
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +25,14 @@ from typing import Any
 from milan import changed, checkpoint
 from milan.cache import TargetCache
 from milan.errors import CacheError, TrainError
-from milan.files import make_writable, write_json
+from milan.files import make_writable, take_lock, write_json
 from milan.journal import CURVES, LOG, SHEET
 from milan.settings import PretrainConfig
 from milan.watch import Watch
 
 ABOUT = "run.json"
 METRICS = "metrics.json"
+_ENDING = 10.0  # seconds in which a life of the ranks that was ended may still hold the lock
 
 # What may change between a run and its resumption, because it changes no step.
 _FREE = (
@@ -61,7 +65,12 @@ def resumable(
         )
     if not (saved and there and resume == "auto"):
         return None
-    differing = _differing(run, config)
+    try:
+        differing = _differing(run, config)
+    except TrainError:
+        if not overwrite:
+            raise
+        return None
     if differing and not overwrite:
         raise TrainError(
             f"{run} holds a run of other settings ({', '.join(differing)})",
@@ -82,8 +91,7 @@ def writable(run: Path) -> None:
 
 
 def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: dict) -> None:
-    """Make the folder that of a new run; what a run left there before goes."""
-    writable(run)
+    """Make the folder, which is claimed, that of a new run; what a run left there before goes."""
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
     for name in (LOG, CURVES, METRICS, f"{SHEET}.png", checkpoint.ENCODER, changed.CSV):
         (run / name).unlink(missing_ok=True)
@@ -96,30 +104,83 @@ def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: di
         "fingerprint": targets.spec.fingerprint(),
         "targets": _shown(targets),
         "stretches": [_stretch(0, targets)],
-        "versions": {n: version(n) for n in ("torch", "timm", "tensorstore", "numpy")},
+        "versions": {n: version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")},
         "command": sys.argv,
         "platform": platform.platform(),
     }
     write_json(run / ABOUT, facts)
 
 
+@contextmanager
+def claimed(run: Path, *, watch: Watch) -> Iterator[None]:
+    """Make a run's folder and lock it: one call at a time trains there.
+
+    Raises TrainError: it cannot be written, or another call keeps it. An earlier life of the same
+    run, which is ending, is given a moment to end.
+    """
+    writable(run)
+    lock, until = None, time.monotonic() + _ENDING
+    while lock is None:
+        try:
+            lock = take_lock(run)
+        except BlockingIOError as holder:
+            if time.monotonic() > until:
+                raise TrainError(
+                    f"{run} is in use by {holder}",
+                    expected="one training at a time in a folder",
+                    fix="wait for it, or --out another folder",
+                ) from None
+            time.sleep(0.2)
+        except OSError as error:
+            watch.note(f"not locked: {run} ({error.strerror}); start nothing else there")
+            break
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+def again(run: Path) -> Callable[[], dict[str, Any]]:
+    """What a call of pretrain is told when its ranks live again, as a function of what is there.
+
+    Once their run has begun, that it goes on: it was replaced already if it was to be.
+    """
+    before = _id(run)
+    return lambda: {} if _id(run) == before else {"resume": "auto", "overwrite": False}
+
+
+def _id(run: Path) -> str | None:
+    try:
+        return about(run).get("id")
+    except (OSError, TrainError):
+        return None
+
+
 def about(run: Path) -> dict[str, Any]:
-    """What run.json says."""
-    return json.loads((run / ABOUT).read_text())
+    """What run.json says. Raises TrainError if it is damaged."""
+    try:
+        return dict(json.loads((run / ABOUT).read_text()))
+    except (TypeError, ValueError):
+        raise TrainError(
+            f"{run / ABOUT} is damaged",
+            expected="the JSON that the run was begun with",
+            fix="a copy of it, or --overwrite (or --resume never) to start anew",
+        ) from None
 
 
-def stretches(run: Path, config: PretrainConfig) -> list[tuple[int, TargetCache]]:
+def stretches(parts: list[dict[str, Any]], config: PretrainConfig) -> list[tuple[int, TargetCache]]:
     """(first epoch, the store as it was when the run got there), oldest first.
 
-    A store may have grown since: a run goes on with what it knows. Raises CacheError if a part of
-    it is not what it was.
+    `parts` as run.json has them. A store may have grown since: a run goes on with what it knows.
+    Raises CacheError if a part of it is not what it was.
     """
     found = []
-    for part in about(run)["stretches"]:
+    for part in parts:
         cache = TargetCache(config.cache, layer=config.layer, pinned=part["generations"])
         if cache.digest != part["cache"]:
             raise CacheError(
-                f"{config.cache} is not the store that {run} was trained on "
+                f"{config.cache} is not the store that {config.out} was trained on "
                 f"(cache: {part['cache'][:12]} != {cache.digest[:12]})",
                 fix="the store it began with, or --out another folder",
             )
@@ -161,8 +222,8 @@ def _differing(run: Path, config: PretrainConfig) -> list[str]:
     """'field: the run's != the one now' for each that differs."""
     read = about(run)
     if "stretches" not in read:
-        made = read.get("versions", {}).get("milan", "an earlier version")
-        return [f"milan: {made} != {version('milan-pretrain')}, whose runs are kept otherwise"]
+        ours = f"{version('milan-pretrain')}, whose runs are kept otherwise"
+        return [f"milan: an earlier version != {ours}"]
     first = read["stretches"][0]
     try:
         cache = TargetCache(config.cache, layer=config.layer, pinned=first["generations"])

@@ -52,7 +52,7 @@ class PretrainConfig:
     batch_size: int = 4096
     """Images a step, over everything."""
     micro_batch: int | None = None
-    """Images at once, the rest accumulates; default: at most 256."""
+    """Images at once on a device, at most; the rest accumulates. Default: 256."""
     lr: float | None = None
     """Peak rate; default: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
     min_lr: float = 0.0
@@ -126,6 +126,8 @@ class PretrainConfig:
         choice("on_growth", self.on_growth, ON_GROWTH)
         choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         choice("parallel", self.parallel, PARALLEL)
+        if "://" in self.out:
+            raise ConfigError(f"out {self.out}", expected="a folder: runs are kept on a disk")
         for name in (
             "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows",
             "devices", "num_nodes", "probe_every", "probe_images", "picture_every",

@@ -5,38 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from milan import checkpoint, draws
+from milan.course import Course
 from milan.device import autocast
 from milan.errors import TrainError
 from milan.journal import Journal
-from milan.order import Stream
 from milan.ranks import Ranks, summed, whole
-from milan.signals import Stop, told
+from milan.signals import Stop
 from milan.watch import Watch
 
-_STOP, _SAVE = 1, 2
+_STOP, _SAVE, _LOST = 1, 2, 4
 _SKIPPED_AT_MOST = 10  # steps in a row without a finite loss: the run is lost, not unlucky
-
-
-def learning_rate(
-    epoch: float, *, peak: float, warmup: float, epochs: float, end: float = 0.0
-) -> float:
-    """The rate at a fractional epoch: linear from 0 to `peak`, then half a cosine to `end`.
-
-    As published (MAE and MILAN, util/lr_sched.py).
-    """
-    if epoch < warmup:
-        return peak * epoch / warmup
-    share = (epoch - warmup) / (epochs - warmup)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -53,53 +39,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": decay, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a run goes: its length, its rates, how often it saves and speaks."""
-
-    stream: Stream
-    """Which images come when."""
-    epochs: int
-    accumulate: int
-    """Micro-batches of a step, on each rank."""
-    lr: float
-    warmup_epochs: float
-    min_lr: float
-    precision: str
-    save_every: int
-    """Steps between checkpoints."""
-    save_minutes: float
-    """Minutes between checkpoints, whatever the steps."""
-    keep: int
-    """Checkpoints kept."""
-    log_every: int
-    """Steps between lines of the log."""
-    on_nonfinite: str = "stop"
-    """What a loss that is not finite does: stop the run, or skip its step."""
-    clip_grad: float | None = None
-    """The largest norm of a step's gradients; None: any."""
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.stream.first_step(self.epochs)
-
-    def epoch(self, step: int) -> float:
-        """Where in the run a step is, in epochs."""
-        epoch, within = self.stream.at(step)
-        return epoch + within / self.stream.of_epoch(epoch).steps
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        return learning_rate(
-            self.epoch(step),
-            peak=self.lr,
-            warmup=self.warmup_epochs,
-            epochs=self.epochs,
-            end=self.min_lr,
-        )
 
 
 class Task(Protocol):
@@ -143,60 +82,58 @@ def fit(
     `batches_from(step)` gives this rank's micro-batches from a step on, and after the last step of
     an epoch those of `task.judge`. Every draw is addressed, so a resumed run is the uninterrupted
     one. Asked to `stop`, or after `stop_after` steps of this call, it ends with a checkpoint.
-    Returns figures of this call; rates leave out the start of the loader. Raises TrainError on a
-    loss that is not finite.
+    Returns figures of this call; rates leave out the start of the loader, and are missing if no
+    step was taken. Raises TrainError on a loss that is not finite.
     """
-    loop = _Loop(task, optimiser, course, run, ranks, device, watch, journal)
-    start = loop.resume(resumed)
+    loop = _Loop(task, optimiser, course, run, ranks, device, watch, stop, journal)
+    start = done = loop.resume(resumed)
     last = course.steps if stop_after is None else min(course.steps, start + stop_after)
-    if start >= last:  # nothing is left to do
-        return {"step": start, "steps": course.steps, "finished": True, "seconds": 0.0}
+    asked = loop.asked() if start < last else 0
+    if start >= last or asked & _STOP:
+        return loop.end(start, {"seconds": 0.0})
     watch.begin("train", course.steps, "steps", done=start)
-    loop.feed = feed = _Feed(batches_from(start))
+    loop.feed = feed = _Feed(batches_from(start), loop.beat)
     loop.mark = (time.perf_counter(), 0.0, start)
     task.network.train()
-    asked = done = 0
-    with told(stop.ask):
-        for step in range(start, last):
-            loop.step(step)
-            done = step + 1
-            asked = loop.asked(stop)
-            epoch_over = course.stream.at(done)[1] == 0
-            speaking = epoch_over or done == last or done % course.log_every == 0
-            saving = asked or done == last or done % course.save_every == 0
-            if speaking or saving:
-                loop.settle()
-            if epoch_over:
-                loop.judge(course.stream.at(step)[0])
-            if speaking:
-                loop.speak(done)
-            else:
-                watch.advance(done)
-            if saving:
-                loop.save(done)
-            if asked & _STOP:
-                break
+    for step in range(start, last):
+        loop.step(step)
+        loop.done = done = step + 1
+        asked = loop.asked()
+        epoch_over = course.stream.at(done)[1] == 0
+        speaking = epoch_over or done == last or done % course.log_every == 0
+        saving = asked or done == last or done % course.save_every == 0
+        if speaking or saving:
+            loop.settle()
+        if epoch_over:
+            loop.judge(course.stream.at(step)[0])
+        if speaking:
+            loop.speak(done)
+        else:
+            watch.advance(done)
+        if saving:
+            loop.save(done)
+        if asked & _STOP:
+            break
     watch.end()
-    if journal:
-        journal.close()
     seconds = time.perf_counter() - feed.began
     trained = max(seconds - feed.startup - loop.judging, 1e-9)
-    return {
-        "step": done,
-        "steps": course.steps,
-        "finished": done == course.steps,
-        "seconds": round(seconds, 2),
-        "startup_seconds": round(feed.startup, 2),
-        "images_per_second": round((done - start) * course.stream.batch_size / trained, 2),
-        "wait_share": round(feed.waited / trained, 4),
-    } | ({"stopped_by": stop.by or "another rank"} if asked & _STOP else {})
+    images = (done - start) * course.stream.batch_size
+    return loop.end(
+        done,
+        {
+            "seconds": round(seconds, 2),
+            "startup_seconds": round(feed.startup, 2),
+            "images_per_second": round(images / trained, 2),
+            "wait_share": round(feed.waited / trained, 4),
+        },
+    )
 
 
 class _Feed:
-    """Batches as they come, and how long they were waited for."""
+    """Batches as they come, and how long they were waited for; `beat` is called at each."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.began = time.perf_counter()
+    def __init__(self, batches: Iterable[Any], beat: Callable[[], None]) -> None:
+        self.began, self.beat = time.perf_counter(), beat
         self.waited = 0.0
         self._batches = iter(batches)
         # The first batch waits for the loader's processes to start; that is not waiting for data.
@@ -207,12 +144,24 @@ class _Feed:
         return self
 
     def __next__(self) -> Any:
+        self.beat()
         if self._first:
             return self._first.pop()
         asked = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - asked
         return batch
+
+
+class _Taken(NamedTuple):
+    """A step as it was taken."""
+
+    step: int
+    loss: torch.Tensor
+    """[micro-batches], each one's share of the step's loss."""
+    norm: torch.Tensor
+    """Of the gradients, before they were clipped."""
+    batches: list[Any]
 
 
 class _Loop:
@@ -231,18 +180,23 @@ class _Loop:
         ranks: Ranks,
         device: torch.device,
         watch: Watch,
+        stop: Stop,
         journal: Journal | None,
     ) -> None:
         self.task, self.optimiser, self.course, self.run = task, optimiser, course, run
-        self.ranks, self.device, self.watch, self.journal = ranks, device, watch, journal
+        self.ranks, self.device = ranks, device
+        self.watch, self.stop, self.journal = watch, stop, journal
+        self.stopping, self.done = "", 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
         self.saved = time.monotonic()
         self.judging = 0.0
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
         self.norm = torch.zeros(())
         """Of the last step's gradients, before they were clipped."""
-        self.unproven: tuple[int, torch.Tensor, torch.Tensor, list[Any]] | None = None
-        """A step whose loss and gradient's norm were not looked at yet, and its batches."""
+        self.unproven: _Taken | None = None
+        """A step whose loss and gradient's norm were not looked at yet."""
+        self.lost: _Taken | None = None
+        """A step whose loss or gradient is not finite, as this rank sees it."""
         self.judgement = ""
         """What was found last, for people."""
         self.figures: dict[str, float] = {}
@@ -256,14 +210,22 @@ class _Loop:
         self.loss_sum, self.counted = state["losses"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        self.done = step
         return step
+
+    def beat(self) -> None:
+        """Between two batches: whoever watches sees that the run is alive, and was heard."""
+        if self.stop.by and not self.stopping:
+            self.stopping = self.stop.by
+            self.watch.note(f"{self.stopping}: finishing the step, then a checkpoint")
+        self.watch.advance(self.done)
 
     def step(self, step: int) -> None:
         """One update of the weights."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.course.rate(step)
         self.optimiser.zero_grad(set_to_none=True)
-        loss, batches = torch.zeros((), device=self.device), []
+        losses, batches = [], []
         for micro in range(self.course.accumulate):
             batch = next(self.feed)
             # A student may drop paths: that too is drawn by address, or a resumed run would differ.
@@ -275,11 +237,12 @@ class _Loop:
                 with autocast(self.device, self.course.precision):
                     part = self.task.loss(batch) / self.course.accumulate
                 self.scaler.scale(part).backward()
-            loss += part.detach()
+            losses.append(part.detach())
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
         self.norm = gradient_norm(self.task.student)
-        if self.course.on_nonfinite == "skip" and self._skips(step, loss, batches):
+        taken = _Taken(step, torch.stack(losses), self.norm, batches)
+        if self.course.on_nonfinite == "skip" and self._skips(taken):
             self.scaler.update()
             return
         if self.course.clip_grad is not None:
@@ -288,58 +251,87 @@ class _Loop:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         # On a GPU this step runs while the loss of the one before is waited for.
-        self.settle()
-        self.unproven = step, loss, self.norm, batches
+        self._look()
+        self.unproven = taken
 
     def settle(self) -> None:
-        """Look at the loss of the last step. Raises TrainError if it is not finite."""
-        if self.unproven is None:
+        """Look at the last step's loss. Raises TrainError on all ranks if one's is not finite."""
+        self._look()
+        if self.ranks.agree(_LOST if self.lost else 0):
+            raise self._error(self.lost)
+
+    def _look(self) -> None:
+        """See whether the last step was well; on this rank alone."""
+        taken, self.unproven = self.unproven, None
+        if taken is None:
             return
-        step, loss, norm, batches = self.unproven
-        self.unproven = None
-        wrong = self._not_finite(loss, norm)
-        if wrong:
-            raise self._lost(step, wrong, batches)
-        self.loss_sum, self.counted = self.loss_sum + loss.item(), self.counted + 1
+        if self._wrong(taken):
+            self.lost = self.lost or taken
+        else:
+            self.loss_sum, self.counted = self.loss_sum + taken.loss.sum().item(), self.counted + 1
 
-    def _not_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, float]:
-        """What of a step is not finite, by name; empty if all is well."""
-        found = {"loss": loss.item()}
-        if not self.scaler.is_enabled():  # which sees to gradients that overflow
-            found["gradient's norm"] = norm.item()
-        return {name: value for name, value in found.items() if not math.isfinite(value)}
+    def _wrong(self, taken: _Taken) -> str:
+        """What of a step is not finite, in words; empty if all is well."""
+        if not math.isfinite(loss := taken.loss.sum().item()):
+            return f"loss of step {taken.step} is {loss}"
+        # A gradient scaler sees to gradients that overflow.
+        if not self.scaler.is_enabled() and not math.isfinite(norm := taken.norm.item()):
+            return f"gradient's norm of step {taken.step} is {norm}"
+        return ""
 
-    def _skips(self, step: int, loss: torch.Tensor, batches: list[Any]) -> bool:
+    def _skips(self, taken: _Taken) -> bool:
         """Whether any rank's loss or gradient is not finite, so that no rank may use it."""
-        wrong = self._not_finite(loss, self.norm)
-        if not self.ranks.agree(int(bool(wrong))):
+        lost = taken if self._wrong(taken) else None
+        if not self.ranks.agree(_LOST if lost else 0):
             self.skipped = 0
             return False
         self.skipped += 1
-        error = self._lost(step, wrong or {"loss of another rank": math.nan}, batches)
+        error = self._error(lost)
         if self.skipped == _SKIPPED_AT_MOST:
             raise error
         self.watch.note(f"skipped: {error.found}")
         return True
 
-    def _lost(self, step: int, wrong: dict[str, float], batches: list[Any]) -> TrainError:
-        (what, value), *_ = wrong.items()
+    def _error(self, lost: _Taken | None) -> TrainError:
+        """What is wrong with a step, and with whose images; all ranks ask together."""
+        mine = None
+        if lost:
+            bad = (~lost.loss.isfinite()).tolist()
+            found = [b for b, wrong in zip(lost.batches, bad, strict=True) if wrong or not any(bad)]
+            rows = [f"{row}.{view}" for batch in found for row, view in self.task.rows(batch)]
+            mine = self._wrong(lost), rows
+        told = self.ranks.told(mine)
+        # One rank's loss is every rank's gradient: name the images of that one.
+        rank, (what, rows) = min(told, key=lambda t: not t[1][0].startswith("loss"))
         saved = checkpoint.steps(self.run)
         where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
-        rows = [f"{row}.{view}" for batch in batches for row, view in self.task.rows(batch)]
         shown = ", ".join(rows[:32]) + (", …" if len(rows) > 32 else "")
-        whose = "the batch" if self.ranks.size == 1 else f"rank {self.ranks.rank}'s share"
+        whose = "the batch" if self.ranks.size == 1 else f"rank {rank}'s share"
         return TrainError(
-            f"the {what} of step {step} is {value}; {where}; rows and views of {whose}: {shown}",
+            f"the {what}; {where}; rows and views of {whose}: {shown}",
             expected="a finite loss and gradient",
             fix="a smaller --lr, --precision bf16 or fp32, or --on-nonfinite skip",
         )
 
-    def asked(self, stop: Stop) -> int:
-        """What any rank asks for after this step: _STOP, _SAVE; 0 is nothing."""
+    def end(self, done: int, figures: dict[str, Any]) -> dict[str, Any]:
+        """What a call did, with how the run stands."""
+        steps = self.course.steps
+        found = {"step": done, "steps": steps, "finished": done == steps} | figures
+        return found | ({"stopped_by": self.stopping} if self.stopping and done < steps else {})
+
+    def asked(self) -> int:
+        """What any rank asks for after this step: _STOP, _SAVE; 0 is nothing.
+
+        Raises TrainError on all ranks if a step before was lost on one.
+        """
         late = time.monotonic() - self.saved > 60 * self.course.save_minutes
-        flags = (_STOP if stop.by else 0) | (_SAVE if late and self.ranks.first else 0)
-        return self.ranks.agree(flags)
+        flags = (_STOP if self.stop.by else 0) | (_SAVE if late and self.ranks.first else 0)
+        asked = self.ranks.agree(flags | (_LOST if self.lost else 0))
+        if asked & _LOST:
+            raise self._error(self.lost)
+        if asked & _STOP:
+            self.stopping = self.stop.by or "another rank"
+        return asked
 
     def judge(self, epoch: int) -> None:
         """See how far the run is after an epoch."""
@@ -384,6 +376,8 @@ class _Loop:
     def save(self, done: int) -> None:
         """Write a checkpoint; the sums of an unfinished line are in it."""
         (total,) = self.ranks.sums([self.loss_sum / self.ranks.size])
+        if self.journal:  # a run that goes on from here counts on it
+            self.journal.keep()
         checkpoint.save(
             self.run,
             step=done,
@@ -394,8 +388,6 @@ class _Loop:
             ranks=self.ranks,
         )
         self.saved = time.monotonic()
-        if self.journal:
-            self.journal.keep()
 
 
 def gradient_norm(student: nn.Module) -> torch.Tensor:

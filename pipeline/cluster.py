@@ -28,7 +28,7 @@ import numpy as np
 from milan.errors import MilanError
 from milan.launch import persistently
 from milan.places import Place
-from milan.signals import told
+from milan.signals import Stop, told
 from milan.watch import Watch, tell
 
 # Said before ray is imported: milan sends nothing anywhere.
@@ -83,22 +83,24 @@ def run_ranks(
     *,
     nodes: int,
     per_node: int | None,
-    gpu: bool,
+    gpu: bool | None,
     address: str | None,
     restarts: int,
-    again: dict[str, Any],
+    again: Callable[[], dict[str, Any]],
     watch: Watch,
 ) -> Any:
     """What rank 0's `run(environment)` returns, of `rank` (module, class) on `nodes` machines.
 
     Each machine gets `per_node` ranks (default: one a GPU of the smallest that has any), each with
-    its GPU. A rank has `hear() -> list` of what its watcher was told and `ask(signal)`. If one
-    dies, all are started again with the arguments `again` added, at most `restarts` times. Raises
-    MilanError: that of a rank, a cluster that is too small, one death too many.
+    its GPU if `gpu`; None: if the cluster has any. A rank has `hear() -> list` of what its watcher
+    was told and `ask(signal)`. If one dies, all are started again with the arguments `again()`
+    added, at most `restarts` times. Raises MilanError: that of a rank, a cluster that is too small,
+    one death too many.
     """
     ours = _connect(address)
     try:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpu = any(r.get("GPU") for r in alive) if gpu is None else gpu
         counts = sorted(int(r.get("GPU" if gpu else "CPU", 0)) for r in alive)[::-1]
         usable = [count for count in counts if count >= (per_node or 1)]
         if len(usable) < nodes:
@@ -109,15 +111,17 @@ def run_ranks(
             )
         each = per_node or (usable[nodes - 1] if gpu else 1)
 
+        stop = Stop()
+
         def live(given: dict[str, Any]) -> tuple[str | None, Any]:
             ranks = _Ranks(rank, given, nodes, each, gpu)
             try:
-                return ranks.run(watch)
+                return ranks.run(stop, watch)
             finally:
                 ranks.end()
 
         return persistently(
-            live, init, again=again, restarts=restarts, ranks=nodes * each, watch=watch
+            live, init, again=again, restarts=restarts, ranks=nodes * each, stop=stop, watch=watch
         )
     finally:
         if ours:
@@ -150,7 +154,7 @@ class _Ranks:
             for number in range(nodes * each)
         ]  # fmt: skip
 
-    def run(self, watch: Watch) -> tuple[str | None, Any]:
+    def run(self, stop: Stop, watch: Watch) -> tuple[str | None, Any]:
         """(how a rank died, None), or (None, what rank 0 returned)."""
         first, size = self.actors[0], len(self.actors)
         try:
@@ -164,7 +168,13 @@ class _Ranks:
             for rank, actor in enumerate(self.actors)
         }
         died, result, until = None, None, float("inf")
-        with told(self._ask):
+
+        def ask(number: int) -> None:
+            for actor in self.actors:
+                actor.call.remote("ask", number)
+            stop.ask(number)
+
+        with told(ask):
             while tasks and time.monotonic() < until:
                 ready, _ = ray.wait(list(tasks), timeout=0.5)
                 self._hear(watch)
@@ -181,10 +191,6 @@ class _Ranks:
                         raise pickle.loads(value)
                     result = value if rank == 0 else result
         return died, result
-
-    def _ask(self, number: int) -> None:
-        for actor in self.actors:
-            actor.call.remote("ask", number)
 
     def _hear(self, watch: Watch) -> None:
         try:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from milan.errors import CacheError
-from milan.files import sync_folder
+from milan.files import sync_folder, take_lock
 from milan.format import GENERATION, GENERATIONS, LOG
 
 STAGING = ".staging"
@@ -39,6 +37,12 @@ class Disk:
         try:
             store.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(store)
+        except BlockingIOError as holder:
+            raise CacheError(
+                f"{store} is in use by {holder}",
+                expected="one extraction at a time into a store",
+                fix="wait for it, or stop it and run this line again",
+            ) from None
         except OSError as error:
             raise CacheError(
                 f"{store} cannot be written: {error.strerror}", fix="--out a folder of your own"
@@ -164,25 +168,3 @@ def told_if_full(doing: str) -> Iterator[None]:
             f"no space left while {doing}",
             fix="free some space and run the same line again: nothing is lost",
         ) from None
-
-
-def take_lock(path: Path) -> Any:
-    """The lock of the store at `path`, held as long as this process lives (flock).
-
-    The kernel frees it. Raises CacheError, naming the holder, if another process has it.
-    """
-    file = open(path / ".lock", "a+")  # noqa: SIM115 - held, not read
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise CacheError(
-            f"{path} is in use by {holder}", expected="one extraction at a time into a store",
-            fix="wait for it, or stop it and run this line again",
-        ) from None  # fmt: skip
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file

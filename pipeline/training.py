@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milan.device import pick_device
+from milan import runs
 from milan.errors import ConfigError
 from milan.places import place
 from milan.settings import PretrainConfig
@@ -24,8 +24,8 @@ def pretrain_on_cluster(
 ) -> dict[str, Any]:
     """`milan.pretrain` with a rank on each device of `config.num_nodes` machines.
 
-    The store, the images and the run's folder are on a disk that all machines share, under the
-    same paths, or in a bucket. Returns what milan.pretrain does. Raises MilanError.
+    The run's folder is on a disk that all machines share, under the same path; so are the store and
+    the images, or they are in a bucket. Returns what milan.pretrain does. Raises MilanError.
     """
     config.check()
     if not config.address:
@@ -48,10 +48,11 @@ def pretrain_on_cluster(
         {"cache": alone, "resume": resume, "overwrite": overwrite, "stop_after": stop_after},
         nodes=config.num_nodes,
         per_node=config.devices,
-        gpu=config.device in ("auto", "cuda") and pick_device(config.device).type == "cuda",
+        # Of the machines of the cluster: the one that this is called on need not have any.
+        gpu=None if config.device == "auto" else config.device.startswith("cuda"),
         address=config.address,
         restarts=config.max_restarts,
-        again={"resume": "auto", "overwrite": False},
+        again=runs.again(Path(config.out)),
         watch=watch or Silent(),
     )
 

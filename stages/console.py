@@ -90,12 +90,12 @@ class ConsoleWatch:
         rate = (done - self._first) / max(1e-9, now - self._started)
         left = _clock((self._total - done) / rate if rate > 0 else float("inf"))
         if self._bar:
-            text = f"{rate:,.1f} {self._unit}/s"
+            text = _rate(rate, self._unit)
             self._bar.figures = self._figures
             self._bar.update(self._task, completed=done, rate=text, left=f"{left} left")
         elif now - self._spoke >= _PLAIN_EVERY:
             self._spoke = now
-            told = [f"{self._what}: {done:,}/{self._total:,} {self._unit}", f"{rate:,.1f}/s"]
+            told = [f"{self._what}: {done:,}/{self._total:,}", _rate(rate, self._unit)]
             told += [f"{left} left", *([self._figures] if self._figures else [])]
             out.print(", ".join(told), markup=False)
             sys.stdout.flush()
@@ -107,9 +107,16 @@ class ConsoleWatch:
         count = self._done - self._first
         out.print(
             f"{self._what}: {count:,} {self._unit} in {_clock(seconds)}, "
-            f"{count / max(seconds, 1e-9):,.1f} {self._unit}/s",
+            + _rate(count / max(seconds, 1e-9), self._unit),
             markup=False,
         )
+
+
+def _rate(rate: float, unit: str) -> str:
+    """How much a second; of slow work, how many seconds for one."""
+    if 0 < rate < 0.1:
+        return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
+    return f"{rate:,.1f} {unit}/s"
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,10 @@ _JUDGED = {
     "cosine, held out": "val_cosine",
     "k-NN top-1 %": "knn_top1",
 }
+_RATES = (
+    ("images/s", "images_per_second", "{:,.1f}"),
+    ("waiting for data", "wait_share", "{:.1%}"),
+)
 
 
 @settings_command(
@@ -75,15 +79,15 @@ def pretrain(
         ("run", figures["run"]),
         ("step", f"{figures['step']:,} of {figures['steps']:,}"),
         *((name, f"{figures[key]:.4f}") for name, key in _JUDGED.items() if key in figures),
-        ("images/s", f"{figures['images_per_second']:,.1f}"),
-        ("waiting for data", f"{figures['wait_share']:.1%}"),
+        *((name, show.format(figures[key])) for name, key, show in _RATES if key in figures),
         ("encoder", figures["run"] + "/encoder.safetensors"),
     ]
-    console.table("Pretrained", ("what", ""), rows)
+    if figures["step"]:
+        console.table("Pretrained", ("what", ""), rows)
     if "stopped_by" in figures:
+        left = f"at step {figures['step']}, checkpoint written" if figures["step"] else "at once"
         console.err.print(
-            f"milan: stopped by {figures['stopped_by']} at step {figures['step']}, checkpoint "
-            "written; the same line goes on",
+            f"milan: stopped by {figures['stopped_by']} {left}; the same line goes on",
             markup=False,
         )
         raise typer.Exit(REQUEUE)

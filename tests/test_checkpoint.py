@@ -139,7 +139,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 
 def test_the_newest_is_loaded(tmp_path: Path, trained: Trained) -> None:
     """By number, not by name or time of writing."""
-    for step in (100_000_000, 20, 9):
+    for step in (9, 20, 100_000_000):
         save(tmp_path, step, trained)
         train(*trained, range(step, step + 1))
     assert checkpoint.steps(tmp_path) == [9, 20, 100_000_000]
@@ -185,6 +185,17 @@ def test_going_on_after_a_torn_one(tmp_path: Path, trained: Trained) -> None:
     assert state is not None
     assert state["step"] == 5
     assert bits(model, optimiser) == bits(*trained)
+
+
+def test_a_torn_one_is_none_of_those_kept(tmp_path: Path, trained: Trained) -> None:
+    """A run that went on before it removes it, and keeps as many whole ones as it is told."""
+    save(tmp_path, 10, trained)
+    torn = save(tmp_path, 20, trained)
+    os.truncate(torn / "model.safetensors", 10)
+    save(tmp_path, 13, trained, keep=1)
+    assert checkpoint.steps(tmp_path) == [13]
+    save(tmp_path, 16, trained, keep=2)
+    assert checkpoint.steps(tmp_path) == [13, 16]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, trained: Trained) -> None:

@@ -188,6 +188,21 @@ def test_keys_of_other_sections_are_theirs(params: Any) -> None:
     assert read_section(params(""), "pretrain") == {}
 
 
+def test_a_misspelt_section_is_not_passed_over(params: Any) -> None:
+    """Its settings would be those of nobody, and the run one of the defaults."""
+    file = params("pretrian: {epochs: 3}")
+    with pytest.raises(ConfigError, match="a section 'pretrian' and none 'pretrain'") as error:
+        pretraining(params=file)
+    assert error.value.fix == "rename it to pretrain"
+
+
+def test_unknown_arguments_in_python() -> None:
+    """As on the command line: the nearest is named."""
+    with pytest.raises(ConfigError, match="unknown argument 'epoch'") as error:
+        milan.pretrain("targets.zarr", epoch=3)
+    assert "epochs" in error.value.fix
+
+
 @pytest.mark.parametrize(
     "text",
     ["pretrain: 3", "- pretrain", "pretrain: [epochs]", "pretrain: {epochs", "a: b: c", "1"],

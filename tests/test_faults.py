@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -26,6 +27,11 @@ from test_ranks import _line as command_line
 import milan
 from milan import checkpoint, task
 from milan.errors import CacheError, ConfigError, DataError, MilanError, TrainError
+from milan.launch import launch
+from milan.order import StepSampler
+from milan.pretraining import open_stream, resolved
+from milan.settings import PretrainConfig
+from milan.watch import Watch
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "micro_batch": 2, "log_every": 1, "save_every": 2}
@@ -132,6 +138,53 @@ def test_skipping_in_half_precision(
     spoilt(monkeypatch, {6, 7})
     run = {**SMALL, "out": str(tmp_path), "on_nonfinite": "skip", "precision": "fp16"}
     assert milan.pretrain(str(store), **run)["finished"]
+
+
+def spoilt_rank(cache: str, calls: set[int], **settings: Any) -> dict[str, Any]:
+    """A rank's pretraining; rank 1 meets losses that are not finite."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            spoilt(patch, calls)
+        return milan.pretrain(cache, **settings)
+
+
+def two_ranks(store: Path, calls: set[int], watch: Watch, **settings: Any) -> dict[str, Any]:
+    arguments = {"cache": str(store), "calls": calls, **settings}
+    return launch(spoilt_rank, arguments, ranks=2, restarts=0, again=dict, watch=watch)
+
+
+def rows_of(store: Path, run: dict[str, Any], step: int, rank: int) -> str:
+    """The rows and views that a rank of two is given at a step."""
+    order, _ = open_stream(resolved(PretrainConfig(cache=str(store), **run), torch.device("cpu")))
+    sampler = StepSampler(order, start=step, stop=step + 1, micro=4, rank=rank, ranks=2)
+    ((_, rows, views),) = sampler
+    return ", ".join(f"{row}.{view}" for row, view in zip(rows, views, strict=True))
+
+
+def test_a_rank_whose_loss_is_not_finite(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank takes the step; the images that are named are those of the rank whose loss it was."""
+    run = {**SMALL, "num_workers": 0, "log_every": 1, "on_nonfinite": "skip"}
+    notes = Notes()
+    two_ranks(store, {6, 7}, notes, out=str(tmp_path / "two"), **run)
+    told = [line for line in notes.lines if line.startswith("skipped: ")]
+    assert len(told) == 2
+    for step, line in zip((5, 6), told, strict=True):
+        share = rows_of(store, run, step, 1)
+        assert f"the loss of step {step} is inf" in line
+        assert line.endswith(f"rows and views of rank 1's share: {share}")
+    spoilt(monkeypatch, {6, 7})
+    milan.pretrain(str(store), out=str(tmp_path / "one"), **run)
+    ours, theirs = log_of(tmp_path / "two"), log_of(tmp_path / "one")
+    assert [line["step"] for line in ours if "loss" not in line] == [6, 7]
+    losses = [[line.get("loss", 0) for line in lines] for lines in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+    notes = Notes()
+    with pytest.raises(TrainError, match=r"loss of step 5 is inf; .* of rank 1's share") as stopped:
+        two_ranks(store, {6}, notes, out=str(tmp_path / "s"), **run | {"on_nonfinite": "stop"})
+    assert stopped.value.found.endswith(rows_of(store, run, 5, 1))
 
 
 def test_a_gradient_that_is_not_finite_stops(

@@ -50,6 +50,25 @@ def test_a_gradient_stays_where_it_is(old: int, new: int) -> None:
     assert (got - expected)[0, 1:, :2][inner].abs().max() < bound
 
 
+@pytest.mark.parametrize(("teacher", "student"), [(14, 16), (32, 16), (16, 14), (16, 32)])
+def test_a_gradient_image_seen_in_patches_of_two_sizes(teacher: int, student: int) -> None:
+    """What the teacher's patches saw, resampled, is what the student's patches see, in place."""
+    x = torch.linspace(0, 1, 224)
+    image = torch.stack([x.expand(224, 224), x[:, None].expand(224, 224), x.square() + x[:, None]])
+
+    def seen(patch: int) -> torch.Tensor:
+        tokens = F.avg_pool2d(image[None], patch).flatten(2).transpose(1, 2)
+        return torch.cat([tokens[:, :1], tokens], dim=1)
+
+    new = 224 // student
+    got = resampled_features(seen(teacher), new * new)[:, 1:].view(new, new, 3)
+    apart = (got - seen(student)[:, 1:].view(new, new, 3)).abs()
+    # At the edges there is nothing beyond to interpolate with.
+    edge = -(-teacher // student)
+    assert apart[edge:-edge, edge:-edge].max() < 0.25 * max(teacher, student) / 224
+    assert apart.max() < max(teacher, student) / 224
+
+
 @pytest.mark.parametrize(("old", "new"), PAIRS)
 def test_features_are_torchs_bilinear(old: int, new: int) -> None:
     """The same filter as torch's, half-pixel centres, antialiased where the grid gets coarser."""

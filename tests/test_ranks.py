@@ -13,14 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, run_here
+from conftest import STUDENT, run_here, tree
 from safetensors.torch import load_file
 from test_pretrain import SMALL, Notes, log_of, weights
+from torch.distributed import HashStore
 
 import milan
+from milan import runs
+from milan.data import training_loader
 from milan.errors import ConfigError, MilanError, TrainError
-from milan.order import JUDGED, Order, StepSampler
-from milan.ranks import Ranks, first_host
+from milan.masking import importance_mask
+from milan.order import JUDGED, Order, StepSampler, order_of
+from milan.pretraining import devices_of
+from milan.ranks import Ranks, first_host, spread, summed
+from milan.settings import PretrainConfig
+from milan.signals import Stop
+from milan.watch import Silent
 
 TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
@@ -160,6 +168,151 @@ def test_what_does_not_fit_is_said_before(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_asked_to_stop_before_the_first_step(store: Path, tmp_path: Path) -> None:
+    """While ranks are still starting: none of them is started again, and nothing is in the way of
+    the same line."""
+    out = tmp_path / "run"
+    line = _line(store, out, "--devices", 2)
+    process, until = _start(line), time.monotonic() + 60
+    while len(_children(process.pid)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM" in said
+    assert "start again" not in said
+    done = run_here(*line[1:-1], 1, "--max-steps", 1)
+    assert done.code == 0, done.err
+
+
+def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches loader workers too: they go on until the step in hand has its batches."""
+    out = tmp_path / "run"
+    more = ("--num-workers", 2, "--set", "micro_batch=1")
+    line = _line(store, out)
+    process = _start([*line, *map(str, more)], start_new_session=True)
+    _wait_for(process, out, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "SIGINT: finishing the step, then a checkpoint" in said
+    assert "stopped by SIGINT at step" in said
+    milan.pretrain(str(store), **TWO | {"devices": 1, "micro_batch": 1, "out": str(out)})
+    close(out, alone)
+
+
+def test_ctrl_c_twice_does_not_wait() -> None:
+    """One press may arrive twice at once, from the terminal and passed on."""
+    stop = Stop()
+    stop.ask(signal.SIGINT)
+    stop.ask(signal.SIGINT)
+    stop._at -= 5
+    stop.ask(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGINT)
+    assert stop.by == "SIGINT"
+
+
+def test_one_training_at_a_time(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call into the same folder is told who trains there, and changes nothing."""
+    run = {**TWO, "devices": 1, "out": str(tmp_path), "stop_after": 2}
+    milan.pretrain(str(store), **run)
+    before = tree(tmp_path)
+    monkeypatch.setattr(runs, "_ENDING", 0.3)
+    with (
+        runs.claimed(tmp_path, watch=Silent()),
+        pytest.raises(TrainError, match=f"in use by pid {os.getpid()}") as error,
+    ):
+        milan.pretrain(str(store), **run)
+    assert "wait for it" in error.value.fix
+    assert tree(tmp_path) == before
+    assert milan.pretrain(str(store), **run)["step"] == 4
+
+
+def test_what_ranks_are_told_when_they_live_again(tmp_path: Path) -> None:
+    """To go on, once their run has begun; before, what they were told the first time."""
+    again = runs.again(tmp_path)
+    assert again() == {}
+    (tmp_path / "run.json").write_text('{"id": "a"}')
+    assert again() == {"resume": "auto", "overwrite": False}
+    assert runs.again(tmp_path)() == {}
+
+
+def test_gradients_are_summed_once_a_step() -> None:
+    """Of four micro-batches the last one alone speaks to the other ranks."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        sums = 0
+
+        def count(_, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations
+            nonlocal sums
+            sums += 1
+            done: Any = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        network = spread(torch.nn.Linear(3, 2), Ranks(size=2), "ddp")
+        network.register_comm_hook(None, count)  # type: ignore[operator]
+        for micro in range(4):
+            with summed(network, micro == 3):
+                network(torch.ones(5, 3)).sum().backward()
+        assert sums == 1
+        assert network.module.bias.grad.tolist() == [20, 20]  # type: ignore[union-attr]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_every_visible_gpu_has_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--devices restricts it; one that is named is one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    gpu = torch.device("cuda")
+    assert devices_of(PretrainConfig(), gpu) == 4
+    assert devices_of(PretrainConfig(devices=2), gpu) == 2
+    assert devices_of(PretrainConfig(), torch.device("cuda", 1)) == 1
+    assert devices_of(PretrainConfig(), torch.device("cpu")) == 1
+    with pytest.raises(ConfigError, match="devices 8") as error:
+        devices_of(PretrainConfig(devices=8), gpu)
+    assert "at most the 4 GPUs" in error.value.expected
+
+
+@pytest.mark.parametrize(("gpus", "local"), [(1, 0), (4, 3)])
+def test_the_gpu_of_a_task_of_slurms(
+    gpus: int, local: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task may see its own alone (--gpus-per-task), or all of the machine."""
+    told = {"STEP_NUM_TASKS": 8, "PROCID": 7, "LOCALID": 3, "STEP_NODELIST": "a", "JOB_ID": 1}
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # would be set for good
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert Ranks.of_environment() == Ranks(7, 8, local)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_masks_do_not_depend_on_ranks(ranks: int, store: Path) -> None:
+    """Each view of a step is hidden in the same places, whoever is given it."""
+
+    def hidden(size: int) -> dict[tuple[int, int], list[int]]:
+        dataset, found = milan.open_cache(store), {}
+        order = order_of(dataset.cache, seed=3, batch_size=8)
+        for rank in range(size):
+            sampler = StepSampler(order, start=2, stop=5, micro=8 // size, rank=rank, ranks=size)
+            for batch in training_loader(dataset, sampler, features=False, num_workers=0):
+                mask = importance_mask(batch.attention, batch.noise, visible=4)
+                at = zip(batch.rows.tolist(), batch.views.tolist(), strict=True)
+                found |= dict(zip(at, mask.masked.tolist(), strict=True))
+        return found
+
+    assert len(hidden(1)) == 24
+    assert hidden(ranks) == hidden(1)
+
+
 @pytest.mark.soak
 def test_torchrun(store: Path, alone: Path, tmp_path: Path) -> None:
     """Under torchrun the command is one rank of those that it started."""
@@ -250,9 +403,9 @@ def _line(store: Path, out: Path, *more: object) -> list[str]:
     return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
 
 
-def _start(line: list[str]) -> subprocess.Popen:
+def _start(line: list[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen(
-        line, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
 
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from milan.checkpoint import load_published, our_name
+from milan.course import learning_rate
 from milan.masking import Mask, importance_mask
 from milan.model import encode
 from milan.objectives import feature_regression
-from milan.train import learning_rate
 from pipeline.teacher import TeacherSpec, load_teacher
 
 GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or Path(__file__).parent / "golden")

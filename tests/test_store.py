@@ -28,12 +28,12 @@ import pipeline.worker
 from milan.cache import TargetCache
 from milan.codecs import Codec, codec_of
 from milan.errors import CacheError, ConfigError
+from milan.files import take_lock
 from milan.format import GENERATION, CacheSpec, record_name
 from milan.manifest import Manifest, build_manifest
 from milan.views import ViewSpec
 from milan.watch import Silent
 from pipeline.extract import extract_targets
-from pipeline.files import take_lock
 from pipeline.plan import plan
 from pipeline.settings import ExtractConfig
 from pipeline.store import Store, Writer, group_attributes, stage_shard
