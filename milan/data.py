@@ -275,6 +275,7 @@ class _Loader(DataLoader):
             raise
         finally:
             ahead.stopped.set()
+            del batches  # ends the workers now, not when an error's traceback is forgotten
 
 
 def _raise_if_died(workers: list[Any]) -> None:

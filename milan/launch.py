@@ -52,8 +52,9 @@ def launch(
             errors = [_read(path) for path in sorted(Path(folder).glob("error.*"))]
             if errors:
                 raise errors[0]
-            for path in sorted(Path(folder).glob("traceback.*")) if died else []:
-                sys.stderr.write(path.read_text())  # nobody else explains it
+            if died and "exit code" in died:  # and nobody has explained it
+                for path in sorted(Path(folder).glob("traceback.*")):
+                    watch.note(f"rank {path.suffix[1:]}: {path.read_text()}")
             return died, None if died else _read(Path(folder) / "result")
 
     return persistently(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -95,27 +96,28 @@ def fit(
     loop.feed = feed = _Feed(batches_from(start), loop.beat)
     loop.mark = (time.perf_counter(), 0.0, start)
     task.network.train()
-    for step in range(start, last):
-        loop.step(step)
-        loop.done = done = step + 1
-        asked = loop.asked()
-        epoch_over = course.stream.at(done)[1] == 0
-        speaking = epoch_over or done == last or done % course.log_every == 0
-        saving = asked or done == last or done % course.save_every == 0
-        if speaking or saving:
-            loop.settle()
-        if epoch_over:
-            loop.judge(course.stream.at(step)[0])
-        if speaking:
-            loop.speak(done)
-        else:
-            watch.advance(done)
-        if saving:
-            loop.save(done)
-        if asked & _STOP:
-            break
-    watch.end()
-    seconds = time.perf_counter() - feed.began
+    with closing(feed):
+        for step in range(start, last):
+            loop.step(step)
+            loop.done = done = step + 1
+            asked = loop.asked()
+            epoch_over = course.stream.at(done)[1] == 0
+            speaking = epoch_over or done == last or done % course.log_every == 0
+            saving = asked or done == last or done % course.save_every == 0
+            if speaking or saving:
+                loop.settle()
+            if epoch_over:
+                loop.judge(course.stream.at(step)[0])
+            if speaking:
+                loop.speak(done)
+            else:
+                watch.advance(done)
+            if saving:
+                loop.save(done)
+            if asked & _STOP:
+                break
+        watch.end()
+        seconds = time.perf_counter() - feed.began
     trained = max(seconds - feed.startup - loop.judging, 1e-9)
     images = (done - start) * course.stream.batch_size
     return loop.end(
@@ -151,6 +153,11 @@ class _Feed:
         batch = next(self._batches)
         self.waited += time.perf_counter() - asked
         return batch
+
+    def close(self) -> None:
+        """Let the loader end its processes."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
 
 class _Taken(NamedTuple):

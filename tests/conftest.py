@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from milan import places
 from milan.cache import TargetCache
 from pipeline.extract import extract_targets
 
@@ -144,6 +145,14 @@ def tree(root: Path) -> dict[str, bytes]:
         if path.is_file()
         and not path.relative_to(root).as_posix().startswith((".staging", ".lock", "extract.log"))
     }
+
+
+def forget() -> None:
+    """Drop connections to buckets and what they know, as in a new process."""
+    import fsspec
+
+    places._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 class Ran(NamedTuple):

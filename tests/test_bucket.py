@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STUDENT, make_photos, run_here, tree
+from conftest import STUDENT, forget, make_photos, run_here, tree
 from test_cluster import until
 
 import milan
@@ -83,6 +83,7 @@ def s3(port: int) -> Iterator[Proxy]:
         proxy = Proxy(port)
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         boto3.client("s3").create_bucket(Bucket="models")
+        forget()  # another module's server
         # A fork server of an earlier test would hand its own environment to our workers.
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         yield proxy

@@ -299,8 +299,8 @@ def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
         "index.json", "zarr.json", "generations", "extract.log.jsonl"
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "runs/pretrain").iterdir()) == [
-        "checkpoints", "curves.csv", "encoder.safetensors", "linear_probe.json", "log.jsonl",
-        "metrics.json", "run.json", "sheet.png", "tensorboard",
+        ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "linear_probe.json",
+        "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
     ]  # fmt: skip
     steps = [p.name for p in (folder / "runs/pretrain/checkpoints").iterdir()]
     assert steps == ["step-00000006"]

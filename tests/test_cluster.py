@@ -165,6 +165,7 @@ def local(data: Path, out: Path, teacher_files: dict[str, str], **more: Any) -> 
 # --- one machine ----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_ray_in_a_folder_with_packages_of_our_names(
     photos: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -333,6 +334,7 @@ def cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.mark.soak
 def test_joining_a_cluster(
     cluster: str, photos: Path, start: Callable[..., Command], teacher_files: dict[str, str],
     tmp_path: Path,

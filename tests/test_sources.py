@@ -25,12 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_here, tree
+from conftest import forget, run_here, tree
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
-from milan import places
 from milan.cache import TargetCache
 from milan.data import find_root, open_cache, training_loader
 from milan.errors import DataError, ImageFault
@@ -146,12 +145,6 @@ def sets(tmp_path_factory: pytest.TempPathFactory, photos: Path, server: Server)
         )
     server.put("sets", files_of(root))
     return root
-
-
-def forget() -> None:
-    """Drop connections and what they know, as in a new process."""
-    places._filesystem.cache_clear()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def check_bytes(manifest: Manifest, root: str, expected: list[bytes]) -> None:
