@@ -25,7 +25,7 @@ test: install lint types
 	python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile
 
 soak: install
-	python -m pytest -m soak
+	python -m pytest -m soak --numprocesses 2 --dist loadfile
 
 lint: install
 	ruff check . && ruff format --check .

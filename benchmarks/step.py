@@ -1,11 +1,12 @@
 """A training step from the cache, against itself with the teacher online and the published step.
 
-    python -m benchmarks.step [--batch 16] [--rounds 7] [--precision fp32 bf16]
+    python -m benchmarks.step [--batch 64] [--micro 16] [--rounds 7] [--precision fp32 bf16]
 
 ViT-B student and published decoder on both sides, random weights: only speed is measured. The
 published step (`benchmarks/published.py`) is given normalised images; ours starts from what a
 loader worker hands over and is made of pretraining's own parts. `online` is ours behind a forward
 pass of our own teacher, as extraction runs it. All sides compute the gradient's norm; none loads.
+Ours accumulates micro-batches of `--micro` images, the published step takes the batch at once.
 """
 
 from __future__ import annotations
@@ -35,16 +36,28 @@ PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
 
 
 def ours(
-    precision: str, size: int, tower: str, patch: int, device: torch.device
+    precision: str,
+    size: int,
+    tower: str,
+    patch: int,
+    device: torch.device,
+    *,
+    micro: int | None = None,
 ) -> Callable[[], None]:
     """The step of `milan pretrain`, on one batch of random targets."""
     about = TOWERS[tower]
     patches, channels = (224 // about["patch"]) ** 2, about["joint"]
     config = resolved(
-        PretrainConfig(batch_size=size, precision=precision, model_args={"patch_size": patch}),
+        PretrainConfig(
+            batch_size=size,
+            micro_batch=micro,
+            precision=precision,
+            model_args={"patch_size": patch},
+        ),
         device,
     )
-    features = torch.randn(size, 1 + patches, channels)
+    at_once = config.micro_batch or size
+    features = torch.randn(at_once, 1 + patches, channels)
     codec = CODECS["int8"].fitted(features.flatten(0, 1))
     codes, scale = codec.encode(features)
     targets: Any = SimpleNamespace(
@@ -57,20 +70,21 @@ def ours(
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
     batch = Batch(
-        torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8),
-        torch.randn(size, patches).softmax(dim=1),
-        torch.rand(size, student.patches).clamp(1e-6, 1 - 1e-6),
-        torch.arange(size),
-        torch.zeros(size, dtype=torch.int64),
+        torch.randint(0, 256, (at_once, 224, 224, 3), dtype=torch.uint8),
+        torch.randn(at_once, patches).softmax(dim=1),
+        torch.rand(at_once, student.patches).clamp(1e-6, 1 - 1e-6),
+        torch.arange(at_once),
+        torch.zeros(at_once, dtype=torch.int64),
         torch.from_numpy(codes),
         None if scale is None else torch.from_numpy(scale),
     )
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            loss = objective(batch)
-        loss.backward()
+        for _ in range(size // at_once):
+            with autocast(device, precision):
+                loss = objective(batch) * (at_once / size)
+            loss.backward()
         norm = gradient_norm(student)
         optimiser.step()
         loss.item(), norm.item()
@@ -110,7 +124,8 @@ def published(
 def main() -> None:
     """Measure and print."""
     flags = parser(__doc__.splitlines()[0])
-    flags.add_argument("--batch", type=int, default=16)
+    flags.add_argument("--batch", type=int, default=64)
+    flags.add_argument("--micro", type=int, default=16)
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="of PAIRS")
     flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of what")
@@ -125,7 +140,7 @@ def main() -> None:
     for precision in args.precision:
         for tower, patch in (PAIRS[i] for i in args.pairs):
             given = (precision, args.batch, tower, patch, device)
-            cached = ours(*given)
+            cached = ours(*given, micro=args.micro)
             seconds = interleaved(
                 {
                     "published": published(*given),
@@ -142,8 +157,10 @@ def main() -> None:
             row = f"| {tower} | {patch} | {precision} | {medians} | {gains} |"
             lines.append(row)
             print(row, flush=True)
-    command = f"python -m benchmarks.step --batch {args.batch} --rounds {args.rounds}"
-    command += f" --clock {args.clock} --precision {' '.join(args.precision)}"
+    command = f"python -m benchmarks.step --batch {args.batch} --micro {args.micro}"
+    command += (
+        f" --rounds {args.rounds} --clock {args.clock} --precision {' '.join(args.precision)}"
+    )
     command += f" --pairs {' '.join(map(str, args.pairs))}"
     report("step", command, lines, keep=args.keep)
 
