@@ -160,8 +160,11 @@ def _id(run: Path) -> str | None:
 def about(run: Path) -> dict[str, Any]:
     """What run.json says. Raises TrainError if it is damaged."""
     try:
-        return dict(json.loads((run / ABOUT).read_text()))
-    except (TypeError, ValueError):
+        found = json.loads((run / ABOUT).read_text())
+        if not isinstance(found, dict):
+            raise ValueError
+        return found
+    except ValueError:
         raise TrainError(
             f"{run / ABOUT} is damaged",
             expected="the JSON that the run was begun with",

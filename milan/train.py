@@ -193,7 +193,10 @@ class _Loop:
         self.task, self.optimiser, self.course, self.run = task, optimiser, course, run
         self.ranks, self.device = ranks, device
         self.watch, self.stop, self.journal = watch, stop, journal
-        self.stopping, self.done = "", 0
+        self.stopping = ""
+        """Who asked to stop; empty if nobody did."""
+        self.done = 0
+        """Steps taken, of the whole run."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
         self.saved = time.monotonic()
         self.judging = 0.0

@@ -208,6 +208,50 @@ def test_overwrite_restarts_only_other_settings(store: Path, tmp_path: Path) -> 
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_asked_to_stop_in_the_last_step(store: Path, tmp_path: Path) -> None:
+    """It is finished, and says so ever after: a scheduler that requeues on 75 would for ever."""
+
+    class Late(Notes):
+        def advance(self, done: int, figures: str = "") -> None:
+            if done == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = {**SMALL, "out": str(tmp_path)}
+    figures = milan.pretrain(str(store), watch=Late(), **run)
+    assert (figures["step"], figures["finished"]) == (21, True)
+    assert "stopped_by" not in figures
+    figures = milan.pretrain(str(store), stop_after=1, **run)
+    assert figures["finished"]
+    assert "stopped_by" not in figures
+
+
+def test_figures_come_from_the_log_again(whole: Path, store: Path, tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its last file, or after one of those was lost."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "encoder.safetensors").unlink()
+    told = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(told | {"step": 9, "loss": 3.0}))
+    figures = milan.pretrain(str(store), **{**SMALL, "out": str(run)})
+    assert (figures["step"], figures["finished"]) == (21, True)
+    assert figures["loss"] == told["loss"]
+    assert json.loads((run / "metrics.json").read_text())["loss"] == told["loss"]
+    assert weights(run) == weights(whole)
+
+
+@pytest.mark.parametrize("text", ["", '{"id": "a', "[]", "3"])
+def test_a_damaged_run_json(text: str, whole: Path, store: Path, tmp_path: Path) -> None:
+    """One line; --overwrite replaces the run."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "run.json").write_text(text)
+    again = {**SMALL, "out": str(run), "stop_after": 1}
+    with pytest.raises(TrainError, match=r"run\.json is damaged") as error:
+        milan.pretrain(str(store), **again)
+    assert "--overwrite" in error.value.fix
+    assert milan.pretrain(str(store), overwrite=True, **again)["step"] == 1
+
+
 def test_a_run_of_an_earlier_version(whole: Path, store: Path, tmp_path: Path) -> None:
     """Its folder is refused in one line, and --overwrite replaces it."""
     run = tmp_path / "run"
