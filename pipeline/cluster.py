@@ -230,7 +230,7 @@ def _connect(address: str | None) -> bool:
         if target:
             _knock(target)
         ray.init(
-            address=target,
+            address=target or "local",  # not a cluster that happens to run on this machine
             log_to_driver=False,
             logging_level=logging.ERROR,
             **({} if target else local),
