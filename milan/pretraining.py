@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan import changed, checkpoint, runs
+from milan import changed, checkpoint, reporters, runs
 from milan.cache import TargetCache
 from milan.config import check_names, deviations, recipe_of
 from milan.course import Course
@@ -29,7 +29,6 @@ from milan.kernels import choose_kernels
 from milan.launch import launch
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import ALONE, Ranks, joined, spread
-from milan.reporters import chosen, reporters_of
 from milan.settings import PretrainConfig, bytes_of, choice
 from milan.signals import Stop, told
 from milan.task import Task, optimiser_of, student_of
@@ -168,7 +167,7 @@ def _train(
         stream, targets = _resumed_stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
-    chosen(config.report_to)
+    ranks.once(lambda: reporters.check(config.report_to))
     if config.probe_every:
         check_labels(dataset, stream.of_epoch(0))
     _tell(config, targets, published, watch)
@@ -222,7 +221,7 @@ def _train(
 
     journal = None
     if ranks.first and (step or 0) < course.steps:
-        journal = Journal(run, step or 0, reporters_of(config.report_to, run, step or 0))
+        journal = Journal(run, step or 0, reporters.opened(config.report_to, run, step or 0))
     with explained(run, config.micro_batch):
         figures = fit(
             task,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,10 @@ class TensorBoard:
         self.has = start if folder.exists() else 0
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
+    @classmethod
+    def check(cls) -> None:
+        """It is here, always."""
+
     def add(self, line: dict[str, Any]) -> None:
         """Every figure of a line as a scalar."""
         for key, value in line.items():
@@ -58,13 +64,8 @@ class WeightsAndBiases:
     """A run of Weights & Biases under the run's own id; WANDB_MODE=offline keeps it here."""
 
     def __init__(self, run: Path, start: int) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        # Not a word of its own on the terminal, above all no question after a key.
-        os.environ["WANDB_SILENT"] = "true"
-        import wandb
-
         about = runs.about(run)
-        try:
+        with self._answering() as wandb:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
                 id=about["id"],
@@ -74,16 +75,34 @@ class WeightsAndBiases:
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )
+        self._image = wandb.Image
+        before = _known_as(run, "wandb", about["id"])
+        # Online the server says what it has; offline every call leaves a part of its own.
+        self.has = max(start if before else 0, self.run.starting_step - 1)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ConfigError: no credentials, or a server that does not take them."""
+        with cls._answering() as wandb:
+            wandb.login()  # offline it asks nobody
+
+    @staticmethod
+    @contextmanager
+    def _answering() -> Iterator[ModuleType]:
+        """The package; what it raises inside as ConfigError."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Not a word of its own on the terminal, above all no question after a key.
+        os.environ["WANDB_SILENT"] = "true"
+        import wandb
+
+        try:
+            yield wandb
         except wandb.errors.Error as error:
             raise ConfigError(
                 f"report_to wandb: {str(error).splitlines()[0]}",
                 expected="credentials: WANDB_API_KEY, or those of `wandb login`",
                 fix="WANDB_MODE=offline keeps everything here, for `wandb sync`",
             ) from None
-        self._image = wandb.Image
-        before = _known_as(run, "wandb", about["id"])
-        # Online the server says what it has; offline every call leaves a part of its own.
-        self.has = max(start if before else 0, self.run.starting_step - 1)
 
     def add(self, line: dict[str, Any]) -> None:
         """Every figure of a line, at its step."""
@@ -105,19 +124,13 @@ class MLflow:
     """A run of MLflow: where MLFLOW_TRACKING_URI says, else `mlflow.db` beside the run's folder."""
 
     def __init__(self, run: Path, start: int) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # By default it tries for minutes, in which the run would wait.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from mlflow import entities, exceptions, tracking
-
-        self._metric, self._fault = entities.Metric, exceptions.MlflowException
-        beside = run.parent.resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        beside = run.parent.resolve()
         about, self.waiting, self.later = runs.about(run), list[dict[str, Any]](), 0.0
-        try:
-            self.client = tracking.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
+        with self._answering() as mlflow:
+            self._metric, self._fault = mlflow.entities.Metric, mlflow.exceptions.MlflowException
+            self.client = mlflow.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
             found = self.client.get_experiment_by_name(name)
             place = None if uri else (beside / "mlartifacts").as_uri()
             experiment = (
@@ -129,17 +142,37 @@ class MLflow:
                     experiment, run_name=run.name, tags={"milan.id": about["id"]}
                 )
                 self.id = _known_as(run, "mlflow", made.info.run_id) or made.info.run_id
-                params = [entities.Param(k, str(v)) for k, v in about["config"].items()]
+                params = [mlflow.entities.Param(k, str(v)) for k, v in about["config"].items()]
                 self.client.log_batch(self.id, params=params)
             self.client.update_run(self.id, status="RUNNING")
             steps = [metric.step for metric in self.client.get_metric_history(self.id, "epoch")]
-        except (self._fault, ImportError) as error:
+        self.has = max(steps, default=0)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ConfigError: a server that does not answer."""
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            with cls._answering() as mlflow:
+                mlflow.MlflowClient(uri).get_experiment_by_name(_PROJECT)
+
+    @staticmethod
+    @contextmanager
+    def _answering() -> Iterator[ModuleType]:
+        """The package; what it raises inside as ConfigError."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # By default it tries for minutes, in which the run would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        import mlflow
+
+        try:
+            yield mlflow
+        except (mlflow.exceptions.MlflowException, ImportError) as error:
             raise ConfigError(
                 f"report_to mlflow: {str(error).splitlines()[0]}",
                 expected="a tracking server or a database",
                 fix="MLFLOW_TRACKING_URI=http://… or sqlite:///…",
             ) from None
-        self.has = max(steps, default=0)
 
     def add(self, line: dict[str, Any]) -> None:
         """Every figure of a line, at its step; what a server does not take waits for a minute."""
@@ -182,20 +215,20 @@ class MLflow:
             return
 
 
-REPORTERS: dict[str, Callable[[Path, int], Reporter]] = {
+REPORTERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
 }
 
 
-def chosen(names: str) -> list[str]:
-    """The reporters of a list such as `tensorboard,wandb`; `none` is none.
+def check(names: str) -> None:
+    """See that the reporters of a list such as `tensorboard,wandb` answer; makes nothing.
 
-    Raises ConfigError for a name that is unknown, or whose package is not here.
+    Raises ConfigError for a name that is unknown, one whose package is not here, or one that
+    refuses or does not answer.
     """
-    found = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-    for name in found:
+    for name in _chosen(names):
         if name not in REPORTERS:
             raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
         if find_spec(name) is None:
@@ -203,12 +236,16 @@ def chosen(names: str) -> list[str]:
                 f"report_to {name}: its package is not here",
                 fix=f"pip install 'milan-pretrain[{name}]'",
             )
-    return found
+        REPORTERS[name].check()
 
 
-def reporters_of(names: str, run: Path, start: int) -> list[Reporter]:
+def opened(names: str, run: Path, start: int) -> list[Reporter]:
     """The reporters of a run that begins, or goes on, with step `start`. Raises ConfigError."""
-    return [REPORTERS[name](run, start) for name in chosen(names)]
+    return [REPORTERS[name](run, start) for name in _chosen(names)]
+
+
+def _chosen(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
 
 
 def _known_as(run: Path, where: str, name: str) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos
+from conftest import make_photos, tree
 from PIL import Image
 from safetensors.torch import load_file
 from test_pretrain import SMALL, Notes, log_of, weights
@@ -554,13 +554,19 @@ def test_wandb_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_wandb_asks_nothing(store: Path, tmp_path: Path) -> None:
-    """Without credentials, and on a terminal: one error that names the way out, no question."""
+    """Without credentials, and on a terminal: one error that names the way out, no question.
+
+    Nothing is lost either: the run that was to be replaced is what it was.
+    """
     pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    milan.pretrain(str(store), out=str(run), stop_after=1, **SMALL)
+    before = tree(run)
     left = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "500"}
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        command_line(store, tmp_path / "run", "--report-to", "wandb"),
+        command_line(store, run, "--report-to", "wandb", "--overwrite", "--seed", 1),
         stdin=theirs, stdout=theirs, stderr=theirs, env=left | home,
     )  # fmt: skip
     os.close(theirs)
@@ -576,6 +582,22 @@ def test_wandb_asks_nothing(store: Path, tmp_path: Path) -> None:
     (line,) = [x for x in said.decode().splitlines() if x.startswith("milan: report_to wandb")]
     assert "WANDB_API_KEY" in line
     assert "try: WANDB_MODE=offline" in line
+    assert tree(run) == before
+
+
+def test_a_server_that_never_answers(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the run that was to be replaced is."""
+    pytest.importorskip("mlflow")
+    run = tmp_path / "run"
+    milan.pretrain(str(store), out=str(run), stop_after=1, **SMALL)
+    before = tree(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    another = {**SMALL, "seed": 1, "out": str(run), "report_to": "mlflow"}
+    with pytest.raises(ConfigError, match="report_to mlflow"):
+        milan.pretrain(str(store), overwrite=True, **another)
+    assert tree(run) == before
 
 
 def test_reporters_that_are_not_here(
