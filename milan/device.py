@@ -44,8 +44,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B, S, S, 3] to float32 [B, 3, S, S], (x / 255 - mean) / std, on the same device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device)
+    channels = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
+    # Not made on the device: that would wait for all that it has still to do.
+    scale, shift = torch.tensor(channels).T.to(pixels.device, non_blocking=True)
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
 
 

@@ -161,14 +161,41 @@ class _Feed:
 
 
 class _Taken(NamedTuple):
-    """A step as it was taken."""
+    """A step as it was taken, and what came of it: known once the device is done with it."""
 
     step: int
-    loss: torch.Tensor
-    """[micro-batches], each one's share of the step's loss."""
-    norm: torch.Tensor
-    """Of the gradients, before they were clipped."""
     batches: list[Any]
+    figures: torch.Tensor
+    """[micro-batches + 1] on the CPU: shares of the step's loss, and the gradients' norm."""
+    ready: torch.cuda.Event | None
+    """When `figures` are there; None: they are."""
+
+    @classmethod
+    def from_device(
+        cls, step: int, batches: list[Any], losses: list[torch.Tensor], norm: torch.Tensor
+    ) -> _Taken:
+        """Copy the figures of a step, whose device is not waited for."""
+        cuda = norm.device.type == "cuda"
+        figures = torch.stack([*losses, norm]).to("cpu", non_blocking=cuda)
+        ready = torch.cuda.Event() if cuda else None
+        if ready:
+            ready.record()
+        return cls(step, batches, figures, ready)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """[micro-batches], each one's share of the step's loss."""
+        return self._known()[:-1]
+
+    @property
+    def norm(self) -> float:
+        """Of the gradients, before they were clipped."""
+        return self._known()[-1].item()
+
+    def _known(self) -> torch.Tensor:
+        if self.ready:
+            self.ready.synchronize()
+        return self.figures
 
 
 class _Loop:
@@ -251,7 +278,7 @@ class _Loop:
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
         self.norm = gradient_norm(self.task.student)
-        taken = _Taken(step, torch.stack(losses), self.norm, batches)
+        taken = _Taken.from_device(step, batches, losses, self.norm)
         if self.course.on_nonfinite == "skip" and self._skips(taken):
             self.scaler.update()
             return
@@ -260,7 +287,7 @@ class _Loop:
             clip_grads_with_norm_(parameters, self.course.clip_grad, self.norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        # On a GPU this step runs while the loss of the one before is waited for.
+        # On a GPU this step is queued already when the loss of the one before is looked at.
         self._look()
         self.unproven = taken
 
@@ -285,7 +312,7 @@ class _Loop:
         if not math.isfinite(loss := taken.loss.sum().item()):
             return f"loss of step {taken.step} is {loss}"
         # A gradient scaler sees to gradients that overflow.
-        if not self.scaler.is_enabled() and not math.isfinite(norm := taken.norm.item()):
+        if not self.scaler.is_enabled() and not math.isfinite(norm := taken.norm):
             return f"gradient's norm of step {taken.step} is {norm}"
         return ""
 

@@ -37,7 +37,7 @@ def test_prediction_is_near_the_truth(settings: dict) -> None:
         f"({predicted / measured:.2f}), with malloc's default {default / 1e6:.0f} MB "
         f"({predicted / default:.2f})"
     )
-    assert 0.95 < predicted / measured < 1.2
+    assert 0.9 < predicted / measured < 1.2
     assert default > 0.95 * predicted
 
 

@@ -38,6 +38,14 @@ def test_ranks_share_a_step(store: Path) -> None:
         figures(store, devices=3)
 
 
+def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
+    """Told of a student with other patches, which can be trained afterwards."""
+    grid = {**SMALL, "model_args": STUDENT["model_args"] | {"patch_size": 4}}
+    told = dict(rehearse(milan.PretrainConfig(str(store), **grid)))
+    assert told["hours"]
+    assert milan.pretrain(str(store), out=str(tmp_path), stop_after=1, **grid)["step"] == 1
+
+
 def test_the_command_writes_nothing(store: Path, tmp_path: Path) -> None:
     """--dry-run prints a table and leaves no folder; the store is what it was."""
     before = tree(store)
