@@ -8,6 +8,7 @@ is written out; the optimiser is AdamW as torch's constructor gives it. Only spe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def prompt_block(
 
 
 class Published:
-    """One step: teacher, masks, student, loss, optimiser. `step(images [B, 3, 224, 224])`."""
+    """One step: teacher, masks, student, loss, optimiser."""
 
     def __init__(self, tower: str, *, patch: int, device: torch.device) -> None:
         self.teacher = Tower(**TOWERS[tower]).to(device).eval().requires_grad_(False)
@@ -130,23 +131,28 @@ class Published:
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
         return decoder.pred(decoder.norm(torch.cat([prompts[:, :1], tokens], dim=1)))
 
-    def step(self, images: torch.Tensor, context: Any) -> float:
-        """Train on a batch, forward passes under `context`; returns the loss."""
-        with context:
-            with torch.no_grad():
-                features, attention = self.teacher(images)
-                if attention.shape[1] != self.student.patches:  # no published way: ours
-                    features = resampled_features(features, self.student.patches)
-                    attention = resampled_attention(attention, self.student.patches)
-            drawn = torch.multinomial(attention.float(), attention.shape[1])
-            visible = drawn.shape[1] // 4
-            prediction = self.predict(images, drawn[:, :visible], drawn[:, visible:])
-            p, f = (F.normalize(x, dim=-1) for x in (prediction, features))
-            loss = (2 - 2 * (p * f).sum(dim=-1)).mean()
+    def step(self, batches: Sequence[torch.Tensor], context: Any) -> None:
+        """Train on micro-batches of one size, forward passes under `context`."""
         self.optimiser.zero_grad()
-        loss.backward()
+        for images in batches:
+            with context:
+                loss = self.loss(images) / len(batches)
+            loss.backward()
         # As it was computed when this was published, for the log.
         norms = [p.grad.norm(2) for p in self.student.parameters() if p.grad is not None]
         torch.stack(norms).norm(2).item()
         self.optimiser.step()
-        return loss.item()
+        loss.item()
+
+    def loss(self, images: torch.Tensor) -> torch.Tensor:
+        """The objective of images [B, 3, 224, 224], the teacher's part included."""
+        with torch.no_grad():
+            features, attention = self.teacher(images)
+            if attention.shape[1] != self.student.patches:  # no published way: ours
+                features = resampled_features(features, self.student.patches)
+                attention = resampled_attention(attention, self.student.patches)
+        drawn = torch.multinomial(attention.float(), attention.shape[1])
+        visible = drawn.shape[1] // 4
+        prediction = self.predict(images, drawn[:, :visible], drawn[:, visible:])
+        p, f = (F.normalize(x, dim=-1) for x in (prediction, features))
+        return (2 - 2 * (p * f).sum(dim=-1)).mean()

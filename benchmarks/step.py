@@ -1,12 +1,13 @@
 """A training step from the cache, against itself with the teacher online and the published step.
 
-    python -m benchmarks.step [--batch 64] [--micro 16] [--rounds 7] [--precision fp32 bf16]
+    python -m benchmarks.step [--batch 64] [--micro N] [--rounds 7] [--precision fp32 bf16]
 
 ViT-B student and published decoder on both sides, random weights: only speed is measured. The
 published step (`benchmarks/published.py`) is given normalised images; ours starts from what a
 loader worker hands over and is made of pretraining's own parts. `online` is ours behind a forward
 pass of our own teacher, as extraction runs it. All sides compute the gradient's norm; none loads.
-Ours accumulates micro-batches of `--micro` images, the published step takes the batch at once.
+Ours takes the micro-batches that pretraining would, or those of `--micro`; the published step takes
+the batch at once, as published, or in micro-batches of `--published-micro`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from milan.codecs import CODECS
 from milan.data import Batch
 from milan.device import MEAN, STD, autocast, normalise
 from milan.kernels import choose_kernels
-from milan.pretraining import resolved
+from milan.pretraining import in_micro_batches, resolved
 from milan.settings import PretrainConfig
 from milan.task import loss_function, optimiser_of, student_of
 from milan.train import gradient_norm
@@ -56,19 +57,19 @@ def ours(
         ),
         device,
     )
-    at_once = config.micro_batch or size
-    features = torch.randn(at_once, 1 + patches, channels)
-    codec = CODECS["int8"].fitted(features.flatten(0, 1))
-    codes, scale = codec.encode(features)
+    codec = CODECS["int8"].fitted(torch.randn(16 * (1 + patches), channels))
     targets: Any = SimpleNamespace(
         codec=codec,
         spec=SimpleNamespace(channels=channels, tokens=1 + patches),
         view_spec=SimpleNamespace(size=224),
     )
     student = student_of(config, targets).to(device).train()
+    config = in_micro_batches(config, student, device)
+    at_once = config.micro_batch or size
     choose_kernels(student, device, precision)
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
+    codes, scale = codec.encode(torch.randn(at_once, 1 + patches, channels))
     batch = Batch(
         torch.randint(0, 256, (at_once, 224, 224, 3), dtype=torch.uint8),
         torch.randn(at_once, patches).softmax(dim=1),
@@ -108,7 +109,13 @@ def online(
 
 
 def published(
-    precision: str, size: int, tower: str, patch: int, device: torch.device
+    precision: str,
+    size: int,
+    tower: str,
+    patch: int,
+    device: torch.device,
+    *,
+    micro: int | None = None,
 ) -> Callable[[], None]:
     """The published step on one batch."""
     reference = Published(tower, patch=patch, device=device)
@@ -116,7 +123,7 @@ def published(
     images = normalise(pixels, MEAN, STD)
 
     def step() -> None:
-        reference.step(images, autocast(device, precision))
+        reference.step(images.split(micro or size), autocast(device, precision))
 
     return step
 
@@ -125,7 +132,8 @@ def main() -> None:
     """Measure and print."""
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--batch", type=int, default=64)
-    flags.add_argument("--micro", type=int, default=16)
+    flags.add_argument("--micro", type=int, help="by default as pretraining takes them")
+    flags.add_argument("--published-micro", type=int, help="by default the batch at once")
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="of PAIRS")
     flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of what")
@@ -143,7 +151,7 @@ def main() -> None:
             cached = ours(*given, micro=args.micro)
             seconds = interleaved(
                 {
-                    "published": published(*given),
+                    "published": published(*given, micro=args.published_micro),
                     "online": online(cached, precision, args.batch, tower, device),
                     "cached": cached,
                 },
@@ -157,7 +165,9 @@ def main() -> None:
             row = f"| {tower} | {patch} | {precision} | {medians} | {gains} |"
             lines.append(row)
             print(row, flush=True)
-    command = f"python -m benchmarks.step --batch {args.batch} --micro {args.micro}"
+    command = f"python -m benchmarks.step --batch {args.batch}"
+    command += f" --micro {args.micro}" if args.micro else ""
+    command += f" --published-micro {args.published_micro}" if args.published_micro else ""
     command += (
         f" --rounds {args.rounds} --clock {args.clock} --precision {' '.join(args.precision)}"
     )

@@ -145,6 +145,27 @@ def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
     values[key] = _coerce(hints[key], value, key, where)
 
 
+def of_call(
+    kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str = ""
+) -> Config:
+    """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
+
+    A recipe among them is read from `section`. Raises ConfigError for a config and settings, and
+    for an unknown setting.
+    """
+    if isinstance(first, kind):
+        if settings:
+            raise ConfigError(
+                f"{', '.join(settings)} beside a {kind.__name__}",
+                expected="a config, or settings",
+                fix=f"dataclasses.replace(config, {next(iter(settings))}=...)",
+            )
+        return first
+    check_names(kind, settings)
+    recipe = recipe_of(kind, settings["recipe"], section) if settings.get("recipe") else {}
+    return kind(**{field: first} | recipe | settings)
+
+
 def check_names(kind: type, keys: Iterable[str], where: str = "") -> None:
     """Raises ConfigError, naming the nearest, if one of `keys` is no field of a command."""
     names = [f.name for f in dataclasses.fields(kind)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -80,6 +81,8 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
         why = f"is a {type(vit).__name__}"
     elif hasattr(vit, "dist_token"):
         why = "has a distillation token"
+    elif not isinstance(vit.patch_embed, PatchEmbed):
+        why = f"embeds its patches by a {type(vit.patch_embed).__name__}"
     elif vit.attn_pool is not None:
         why, fix = "pools by an attention that pretraining does not train", _UNPOOLED
     elif vit.patch_embed.grid_size[0] != vit.patch_embed.grid_size[1]:

@@ -15,7 +15,7 @@ import torch
 
 from milan import changed, checkpoint, reporters, runs
 from milan.cache import TargetCache
-from milan.config import check_names, deviations, recipe_of
+from milan.config import deviations, of_call, recipe_of
 from milan.course import Course
 from milan.data import CachedDataset, training_loader
 from milan.device import MEAN, STD, pick_device
@@ -27,6 +27,7 @@ from milan.journal import Journal, kept_lines, last_of, write_curves
 from milan.judge import check_labels
 from milan.kernels import choose_kernels
 from milan.launch import launch
+from milan.model import Student
 from milan.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.ranks import ALONE, Ranks, joined, spread
 from milan.settings import PretrainConfig, bytes_of, choice
@@ -37,10 +38,11 @@ from milan.watch import Silent, Watch
 
 _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
 _MICRO = 256  # images a device takes at once, as published for ViT-B
+_CACHED = 32 * 2**20  # bytes: about the last-level cache of a CPU
 
 
 def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> PretrainConfig:
-    """The same with every default that depends on other fields filled in."""
+    """The same with every default that depends on other fields filled in, but for micro_batch."""
     milan = config.objective == "milan"
     precision = config.precision
     if precision == "auto":
@@ -53,7 +55,6 @@ def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
             expected="as many images for every rank",
             fix=f"--batch-size {(share + 1) * ranks.size}",
         )
-    most = min(config.micro_batch or _MICRO, share)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return replace(
         config,
@@ -61,11 +62,48 @@ def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         masking=config.masking or ("semantic" if milan else "random"),
         warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.lr or _BASE_LR * config.batch_size / 256,
-        micro_batch=next(m for m in range(most, 0, -1) if share % m == 0),
         precision=precision,
         num_workers=max(1, min(8, (cores or 1) // ranks.here - 1))
         if config.num_workers is None
         else config.num_workers,
+    )
+
+
+def in_micro_batches(
+    config: PretrainConfig,
+    student: Student,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    watch: Watch | None = None,
+) -> PretrainConfig:
+    """The same, resolved, with the largest `micro_batch` that divides a rank's share of a step.
+
+    At most as many images as were asked for. By default 256; on a CPU no more than keep the widest
+    thing that a block makes of them in its cache (docs/performance.md).
+    """
+    share = config.batch_size // ranks.size
+    most = config.micro_batch or _MICRO
+    if device.type == "cpu" and not config.micro_batch:
+        most = max(1, min(most, _CACHED // _widest(student, config.mask_ratio)))
+    most = min(most, share)
+    fits = next(m for m in range(most, 0, -1) if share % m == 0)
+    if watch and 2 * fits <= most:
+        better = max(1, round(share / most)) * most * ranks.size
+        watch.note(
+            f"micro-batches of {fits} images, for the {share} of a rank divide by none nearer to "
+            f"{most}: --batch-size {better} is faster"
+        )
+    return replace(config, micro_batch=fits)
+
+
+def _widest(student: Student, mask_ratio: float) -> int:
+    """Bytes of the widest thing that a layer makes of an image: a hidden one of an MLP, mostly."""
+    seen = (student.encoder, 1 - mask_ratio), (student.decoder, 1.0)
+    return max(
+        round(4 * share * student.patches * layer.out_features)
+        for part, share in seen
+        for layer in part.modules()
+        if isinstance(layer, torch.nn.Linear)
     )
 
 
@@ -89,13 +127,7 @@ def pretrain(
     Returns the figures of metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop
     before its end. Raises MilanError.
     """
-    if isinstance(cache, PretrainConfig):
-        config = cache
-    else:
-        named = settings.get("recipe")
-        recipe = recipe_of(PretrainConfig, named, "pretrain") if named else {}
-        check_names(PretrainConfig, settings)
-        config = PretrainConfig(cache=cache, **recipe | settings)
+    config = of_call(PretrainConfig, "cache", cache, settings, "pretrain")
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:
@@ -169,7 +201,7 @@ def _train(
     dataset = CachedDataset(targets, data_root=config.data_root)
     ranks.once(lambda: reporters.check(config.report_to))
     if config.probe_every:
-        check_labels(dataset, stream.of_epoch(0))
+        check_labels(dataset, stream.of_epoch(config.epochs))
     _tell(config, targets, published, watch)
     if config.local and config.cache_limit:
         limit = bytes_of(config.cache_limit)
@@ -177,6 +209,7 @@ def _train(
         targets.use_local(Path(config.local), limit)
         watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
+    config = in_micro_batches(config, student, device, ranks, watch)
     if step is None:
         claim()
         ranks.once(lambda: runs.begin(run, config, targets, published))

@@ -15,13 +15,12 @@ from milan.faults import explained
 from milan.kernels import choose_kernels
 from milan.memory import peak_bytes
 from milan.order import StepSampler
-from milan.pretraining import course_of, devices_of, open_stream, resolved
+from milan.pretraining import course_of, devices_of, in_micro_batches, open_stream, resolved
 from milan.ranks import Ranks
 from milan.settings import PretrainConfig
 from milan.task import loss_function, optimiser_of, student_of
 from milan.watch import Silent, Watch
 
-_AT_ONCE_ON_CPU = 16  # more images do not change a CPU's rate, but the time that this takes
 _ROUNDS = 3
 
 
@@ -39,15 +38,14 @@ def rehearse(config: PretrainConfig, *, watch: Watch | None = None) -> list[tupl
     ranks = known or Ranks(size=here * config.num_nodes, here=here)
     size, config = ranks.size, resolved(config, device, ranks)
     stream, targets = open_stream(config)
-    course = course_of(config, stream, size)
     student = student_of(config, targets).to(device)
+    config = in_micro_batches(config, student, device, ranks, watch)
+    course = course_of(config, stream, size)
     choose_kernels(student, device, config.precision)
     optimiser = optimiser_of(student, config, device)
     objective = loss_function(student, config, targets, device)
 
     micro = config.micro_batch or 1
-    while device.type == "cpu" and micro > _AT_ONCE_ON_CPU and micro % 2 == 0:
-        micro //= 2
     sampler = StepSampler(replace(stream, batch_size=micro), start=0, stop=1, micro=micro)
     loader = training_loader(
         CachedDataset(targets, data_root=config.data_root),

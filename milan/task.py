@@ -28,13 +28,18 @@ from milan.train import decay_groups
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
     """The student for views and targets of the store. Raises ConfigError."""
-    milan = config.objective == "milan"
-    patch = config.model_args.get("patch_size") or _patch_of(config.model)
+    milan, size = config.objective == "milan", targets.view_spec.size
+    if config.model_args.get("img_size", size) != size:
+        raise ConfigError(
+            f"model argument img_size={config.model_args['img_size']}",
+            expected=f"{size}, as the views of the store are",
+        )
+    patch = config.model_args.get("patch_size") or _patch_of(config, targets)
     if not isinstance(patch, int):
         raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
     student = build_student(
         config.model,
-        img_size=targets.view_spec.size,
+        img_size=size,
         target_width=targets.spec.channels if milan else 3 * patch * patch,
         decoder_kind=config.decoder_kind or "prompt",
         model_args=config.model_args,
@@ -46,8 +51,10 @@ def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
     return student
 
 
-def _patch_of(model: str) -> int:
-    return build_encoder(model, img_size=224, args={"depth": 1}).patch_embed.patch_size[0]
+def _patch_of(config: PretrainConfig, targets: TargetCache) -> int:
+    args = {**config.model_args, "depth": 1}
+    shallow = build_encoder(config.model, img_size=targets.view_spec.size, args=args)
+    return shallow.patch_embed.patch_size[0]
 
 
 def optimiser_of(

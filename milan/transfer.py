@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from milan import draws
 from milan.checkpoint import load_encoder, read_about
+from milan.config import of_call
 from milan.device import MEAN, STD, normalise, pick_device
 from milan.encoder import create_vit, encode, summary
 from milan.errors import ConfigError, DataError, ImageFault, nearest
@@ -104,11 +105,7 @@ def linear_probe(
     standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on a tenth of
     the training images. Returns top1, top5 (percent), counts, and the strength. Raises MilanError.
     """
-    config = (
-        checkpoint
-        if isinstance(checkpoint, ProbeConfig)
-        else ProbeConfig(checkpoint=checkpoint, **settings)
-    )
+    config = of_call(ProbeConfig, "checkpoint", checkpoint, settings)
     watch = watch or Silent()
     config.check()
     device = pick_device(config.device)

@@ -20,6 +20,7 @@ import numpy as np
 
 from milan.cache import TargetCache
 from milan.codecs import Codec, codec_of
+from milan.config import of_call
 from milan.errors import CacheError, ConfigError, DataError
 from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.generation import open_array
@@ -60,7 +61,7 @@ def extract_targets(
     Above ASK_ABOVE bytes `agree` is shown the costs and decides, unless the settings say `yes`.
     Raises MilanError.
     """
-    config = data if isinstance(data, ExtractConfig) else ExtractConfig(data=data, **settings)
+    config = of_call(ExtractConfig, "data", data, settings)
     watch = watch or Silent()
     work = plan(config, watch)
     out = writable(config.out)

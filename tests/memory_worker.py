@@ -16,7 +16,7 @@ from milan.data import Batch
 from milan.device import autocast
 from milan.kernels import choose_kernels
 from milan.memory import peak_bytes
-from milan.pretraining import resolved
+from milan.pretraining import in_micro_batches, resolved
 from milan.settings import PretrainConfig
 from milan.task import loss_function, optimiser_of, student_of
 
@@ -72,7 +72,10 @@ def main() -> None:
         **json.loads(sys.argv[1]),
     }
     config = resolved(PretrainConfig(**settings), CPU)
-    predicted = peak_bytes(student_for(config), config, TARGETS, CPU)
+    student = student_for(config)
+    config = in_micro_batches(config, student, CPU)
+    predicted = peak_bytes(student, config, TARGETS, CPU)
+    del student
     take(config)  # libraries take what they take at the first step; it is not the student's
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,15 @@ def test_patches_that_do_not_tile_the_view(cache: TargetCache) -> None:
         student_of(config_of(5), cache)
     with pytest.raises(ConfigError, match="visible"):
         student_of(config_of(16, mask_ratio=0.9), cache)
+
+
+def test_what_a_student_is_asked_about_its_patches(cache: TargetCache) -> None:
+    """With the model's other arguments: they may be what makes a student of it."""
+    siglip = {**STUDENT["model_args"], "global_pool": "avg"}
+    del siglip["patch_size"]
+    config = PretrainConfig("", model="vit_base_patch16_siglip_224", model_args=siglip)
+    assert student_of(replace(config, objective="pixels"), cache).patches == 4
+    with pytest.raises(ConfigError, match="global_pool=avg"):
+        student_of(replace(config, model_args={"depth": 1}), cache)
+    with pytest.raises(ConfigError, match="img_size=224; expected: 32"):
+        student_of(replace(config, model_args=siglip | {"img_size": 224}), cache)

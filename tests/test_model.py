@@ -421,6 +421,7 @@ def test_seeds() -> None:
         ("vit_base_patch16_rope_224", {"depth": 1}, 224, "is a Eva"),
         ("vit_base_patch16_siglip_224", {"depth": 1}, 224, "try: --set model.global_pool=avg"),
         ("deit_base_distilled_patch16_224", {"depth": 1}, 224, "distillation token"),
+        ("vit_base_r50_s16_224", {"depth": 1}, 224, "embeds its patches by a HybridEmbed"),
         (VIT, SMALL | {"embed_dimm": 3}, 32, "try: embed_dim"),
         (VIT, SMALL | {"num_heads": 3}, 32, "cannot be built"),
         (VIT, SMALL | {"embed_dim": 30}, 32, "multiple of 4"),

@@ -28,9 +28,10 @@ from milan import PretrainConfig, task
 from milan.cache import TargetCache
 from milan.course import Course, learning_rate
 from milan.errors import TrainError
-from milan.model import DECODER, Decoder
+from milan.model import DECODER, Decoder, build_student
 from milan.order import Order
-from milan.pretraining import resolved
+from milan.pretraining import in_micro_batches, resolved
+from milan.ranks import Ranks
 from milan.train import decay_groups
 from pipeline.extract import extract_targets
 
@@ -572,6 +573,31 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert resolved(PretrainConfig(batch_size=512), torch.device("cpu")).lr == pytest.approx(3e-4)
     pixels = resolved(PretrainConfig(objective="pixels"), torch.device("cpu"))
     assert (pixels.decoder_kind, pixels.masking) == ("mae", "random")
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "ranks", "micro", "said"),
+    [
+        ("cuda", {"batch_size": 4096}, 1, 256, ""),
+        ("cuda", {"batch_size": 4096, "micro_batch": 100}, 2, 64, ""),
+        ("cuda", {"batch_size": 514}, 2, 1, "none nearer to 256: --batch-size 512"),
+        ("cpu", {"batch_size": 4096}, 1, 16, ""),  # 20 would stay in the cache
+        ("cpu", {"batch_size": 8}, 1, 8, ""),
+        ("cpu", {"batch_size": 4096, "micro_batch": 256}, 1, 256, ""),
+        ("cpu", {"batch_size": 64, "decoder": {"embed_dim": 32}}, 1, 32, ""),
+    ],
+)
+def test_micro_batches(device: str, given: dict, ranks: int, micro: int, said: str) -> None:
+    """As published on a GPU; what a CPU's cache holds of ViT-B; told if few images divide."""
+    some, where, notes = Ranks(size=ranks), torch.device(device), Notes()
+    config = PretrainConfig(num_workers=0, precision="fp32", **given)
+    student = build_student(
+        config.model, img_size=224, target_width=512, decoder=config.decoder,
+        model_args={"depth": 1},
+    )  # fmt: skip
+    config = in_micro_batches(resolved(config, where, some), student, where, some, notes)
+    assert config.micro_batch == micro
+    assert said in "".join(notes.lines) if said else not notes.lines
 
 
 def test_the_rate_of_every_step() -> None:

@@ -87,10 +87,14 @@ def test_functions_take_the_commands_arguments(store: Path, tmp_path: Path) -> N
     assert {"data", "out", "views", "teacher", "max_bad"} <= {f.name for f in fields(ExtractConfig)}
     with pytest.raises(ConfigError, match="unknown argument 'epoch'"):
         milan.pretrain(str(store), out=str(tmp_path / "run"), epoch=3)
-    with pytest.raises(TypeError, match="view"):
+    with pytest.raises(ConfigError, match="unknown argument 'view'"):
         pipeline.extract.extract_targets("photos", view=3)
-    with pytest.raises(TypeError, match="check"):
+    with pytest.raises(ConfigError, match="unknown argument 'check'"):
         milan.linear_probe("random", check=3)
+    config = milan.PretrainConfig(str(store), out=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="epochs, lr beside a PretrainConfig") as error:
+        milan.pretrain(config, epochs=3, lr=1e-3)
+    assert error.value.fix == "dataclasses.replace(config, epochs=...)"
     assert not list(tmp_path.iterdir())
 
 
