@@ -18,7 +18,7 @@ from milan.cache import TargetCache
 from milan.errors import CacheError, DataError, ImageFault, MilanError, TrainError
 from milan.images import content_digest, decode
 from milan.masking import mask_noise
-from milan.order import DRAWN, Address, StepSampler
+from milan.order import DRAWN, REPEATED, Address, StepSampler
 from milan.places import Place, place
 from milan.signals import end_with_parent, heed_parent_alone, withheld
 from milan.sources import ImageSource
@@ -232,7 +232,7 @@ class _Batches(Dataset):
     def _load(self, address: Address) -> Batch:
         epoch, rows, views = address
         cache = self.dataset.cache
-        targets = cache.read(rows, views, features=self.features and epoch <= DRAWN)
+        targets = cache.read(rows, views, features=self.features and epoch & ~REPEATED <= DRAWN)
         epochs = np.full(len(rows), epoch)
         noise = mask_noise(self.seed, epochs, rows, views, self.patches)
         return Batch(

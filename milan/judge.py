@@ -17,13 +17,14 @@ from milan.data import Batch, CachedDataset
 from milan.device import autocast
 from milan.errors import ConfigError
 from milan.journal import SHEET
-from milan.order import ASKED, DRAWN, JUDGED, KNOWN, Address, Order, Stream
+from milan.order import ASKED, DRAWN, JUDGED, KNOWN, REPEATED, Address, Order, Stream
 from milan.ranks import Ranks
 from milan.settings import PretrainConfig
 from milan.sheet import Shown, run_sheet
 
 _SHOWN = 4  # images of a sheet
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
+_REPEATED = -1  # in place of a label
 _AT_ONCE = 1024  # features whose neighbours are looked for together: 22 k classes take 90 MB
 
 
@@ -59,7 +60,7 @@ class Judge:
             found.append((JUDGED, held, np.zeros_like(held)))
         if epoch % self.config.picture_every == 0 or epoch + 1 == self.config.epochs:
             rows = held if len(held) else order.good[~np.isin(order.good, order.replaced)]
-            drawn = rows[: _SHOWN * self.ranks.size]  # rank 0 draws its share of them
+            drawn = np.tile(rows[:_SHOWN], self.ranks.size)  # rank 0 draws what it has
             found.append((DRAWN, drawn, np.zeros_like(drawn)))
         if self.config.probe_every and (epoch + 1) % self.config.probe_every == 0:
             mix = draws.permutation(order.seed, draws.SAMPLE, (2,), len(order.good))
@@ -78,19 +79,21 @@ class Judge:
         shown: list[Shown] = []
         with torch.no_grad(), autocast(self.device, self.config.precision):
             for kind, rows, _ in mine:
-                batch = next(batches)
+                batch, counted = next(batches), 0 if kind & REPEATED else len(rows)
+                kind &= ~REPEATED
                 if kind == JUDGED:
                     loss, cosine = self.measure(batch)
-                    sums[0] += len(rows) * float(loss)
-                    sums[2] += len(rows)
+                    sums[0] += counted * float(loss)
+                    sums[2] += counted
                     if cosine is not None:
                         comparable = True
-                        sums[1] += len(rows) * float(cosine)
+                        sums[1] += counted * float(cosine)
                 elif kind == DRAWN:
                     shown.append(self.show(batch))
                 else:
                     features[kind].append(self.represent(batch).float())
-                    labels[kind].append(torch.from_numpy(self.dataset.labels[rows]))
+                    names = self.dataset.labels[rows] if counted else np.full_like(rows, _REPEATED)
+                    labels[kind].append(torch.from_numpy(names))
         loss_sum, cosine_sum, count = self.ranks.sums(sums)
         figures: dict[str, float] = {}
         if count:
@@ -98,11 +101,12 @@ class Judge:
         if comparable:
             figures["val_cosine"] = cosine_sum / count
         if features[ASKED] and features[KNOWN]:
-            known, asked = (
-                [self.ranks.gather(torch.cat(parts[kind])) for parts in (features, labels)]
-                for kind in (KNOWN, ASKED)
-            )
-            figures["knn_top1"] = nearest_neighbours(*known, *asked)
+            found = []
+            for kind in (KNOWN, ASKED):
+                named = self.ranks.gather(torch.cat(labels[kind]))
+                seen = self.ranks.gather(torch.cat(features[kind]))
+                found += [seen[named != _REPEATED], named[named != _REPEATED]]
+            figures["knn_top1"] = nearest_neighbours(*found)
         pictures = {SHEET: run_sheet(Shown.joined(shown))} if shown and self.ranks.first else {}
         return figures, pictures
 

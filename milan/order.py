@@ -189,7 +189,7 @@ def held_rows(cache: TargetCache, good: np.ndarray, *, seed: int, share: float) 
     """A `share` of the `good` rows by seed, ascending; int64.
 
     Drawn from each stretch of rows that was added at once, so that a row keeps its role when the
-    store grows; whole eights, so that few ranks or many judge by the same rows.
+    store grows; whole eights, so that up to 8 ranks need repeat none.
     """
     found = [_NONE]
     for g in cache.generations:
@@ -220,6 +220,8 @@ JUDGED, DRAWN, KNOWN, ASKED = range(1 << 32, (1 << 32) + 4)
 """In place of an epoch: rows that a run is judged by, and that are shown, always masked alike; rows
 whose pixels alone are read, to compare what the student makes of those whose label is known with
 those asked for."""
+REPEATED = 1 << 33
+"""Added to one of these: what another rank has too, read so that all ranks take as many batches."""
 
 
 class StepSampler(Sampler):
@@ -272,10 +274,14 @@ class StepSampler(Sampler):
         """This rank's batches after an epoch: as many as every other rank's, none of them empty."""
         found = []
         for kind, rows, views in self.aside(epoch) if self.aside else []:
-            share = len(rows) // self.ranks
-            mine = slice(self.rank * share, (self.rank + 1) * share)
-            parts = max(1, -(-share // self.micro)) if share else 0
-            if parts:
+            share, left = divmod(len(rows), self.ranks)
+            if share:
+                mine = slice(self.rank * share, (self.rank + 1) * share)
+                parts = -(-share // self.micro)
                 pieces = np.array_split(rows[mine], parts), np.array_split(views[mine], parts)
                 found += [(kind, r, v) for r, v in zip(*pieces, strict=True)]
+            if left:
+                own = self.rank < left
+                last = slice(at := share * self.ranks + (self.rank if own else 0), at + 1)
+                found.append((kind if own else kind | REPEATED, rows[last], views[last]))
         return found

@@ -230,7 +230,7 @@ def _train(
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
     watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
-    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out, ranks.size))
+    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out))
     task = Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
@@ -394,12 +394,9 @@ def shuffle_told(order: Order) -> str:
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
 
 
-def held_told(order: Order, share: float, ranks: int = 1) -> str:
+def held_told(order: Order, share: float) -> str:
     """By how many images a run is judged, in words."""
     held, rows = len(order.held), len(order.held) + len(order.good)
-    if held and held % ranks:  # each rank takes as many as the others
-        judged = held // ranks * ranks
-        return f"held out: {held:,} of {rows:,} images, {judged:,} of them judged by {ranks} ranks"
     if held or not share:
         return f"held out: {held:,} of {rows:,} images"
     return f"held out: none, for {share:.1%} of {rows:,} images is fewer than 8: --held-out"

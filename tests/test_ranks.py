@@ -23,7 +23,7 @@ from milan import runs
 from milan.data import training_loader
 from milan.errors import ConfigError, MilanError, TrainError
 from milan.masking import importance_mask
-from milan.order import JUDGED, Order, StepSampler, order_of
+from milan.order import JUDGED, REPEATED, Order, StepSampler, order_of
 from milan.pretraining import devices_of
 from milan.ranks import Ranks, first_host, spread, summed
 from milan.settings import PretrainConfig
@@ -367,24 +367,29 @@ def test_no_variables_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranks.of_environment() == Ranks(3, 8, 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 3, 64])
 def test_what_comes_after_an_epoch(ranks: int) -> None:
     """As many batches for each rank, none empty, and all rows of them together once."""
-    order = Order(np.arange(64), np.zeros(64, np.int64), 64, 1, 0, 8, 64, held=np.arange(64, 104))
-    seen = []
+    batch, micro = {3: (6, 2), 64: (64, 1)}.get(ranks, (8, 2))
+    order = Order(
+        np.arange(64), np.zeros(64, np.int64), 64, 1, 0, batch, 64, held=np.arange(64, 104)
+    )
+    seen, asides = [], set()
     for rank in range(ranks):
         sampler = StepSampler(
-            order, start=3, stop=17, micro=2, rank=rank, ranks=ranks,
+            order, start=0, stop=2 * order.steps, micro=micro, rank=rank, ranks=ranks,
             aside=lambda epoch: [(JUDGED, order.held, np.zeros_like(order.held))],
         )  # fmt: skip
-        batches = list(sampler)
-        assert len(batches) == len(sampler) == 14 * 8 // ranks // 2 + 2 * len(sampler.aside_of(0))
+        batches, aside = list(sampler), len(sampler.aside_of(0))
+        each = order.steps * batch // ranks // micro
+        assert len(batches) == len(sampler) == 2 * (each + aside)
         assert all(len(rows) for _, rows, _ in batches)
-        kinds = [epoch for epoch, _, _ in batches]
-        first = 5 * 8 // ranks // 2
-        aside = len(sampler.aside_of(0))
-        assert kinds[first : first + aside] == [JUDGED] * aside
-        seen += [row for kind, rows, _ in sampler.aside_of(0) for row in rows.tolist()]
+        kinds = [kind & ~REPEATED for kind, _, _ in batches]
+        assert kinds[each : each + aside] == [JUDGED] * aside
+        asides.add(aside)
+        for kind, rows, _ in sampler.aside_of(0):
+            seen += [] if kind & REPEATED else rows.tolist()
+    assert len(asides) == 1
     assert sorted(seen) == order.held.tolist()
 
 

@@ -208,17 +208,34 @@ def test_resumed_it_is_judged_alike(
     assert (tmp_path / "sheet.png").read_bytes() == (watched / "sheet.png").read_bytes()
 
 
-def test_two_ranks_judge_as_one(watched: Path, store: Path, tmp_path: Path) -> None:
-    """Each has half of the rows; their figures are those of all."""
-    run = {**WATCHED, "out": str(tmp_path), "epochs": 8, "devices": 2, "micro_batch": 2}
-    milan.pretrain(str(store), stop_after=6, **run)
-    ours, theirs = log_of(tmp_path), log_of(watched)
-    for line, expected in zip(ours, theirs, strict=False):
+FSDP = {
+    "parallel": "fsdp", "checkpoint_activations": True, "clip_grad": 0.5, "on_nonfinite": "skip",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({"micro_batch": 1}, id="ddp", marks=pytest.mark.soak),
+        pytest.param(FSDP, id="fsdp"),
+    ],
+)
+def test_three_ranks_judge_as_one(more: dict[str, Any], store: Path, tmp_path: Path) -> None:
+    """Eight held-out rows over three ranks, of which one repeats a row: the figures of one."""
+    run = {**WATCHED, "epochs": 8, "batch_size": 6, "clip_grad": more.get("clip_grad")}
+    alone, ranks = tmp_path / "alone", tmp_path / "ranks"
+    milan.pretrain(str(store), stop_after=6, out=str(alone), **run)
+    milan.pretrain(str(store), stop_after=6, out=str(ranks), devices=3, **run | more)
+    ours, theirs = log_of(ranks), log_of(alone)
+    assert len(ours) == len(theirs) > 2
+    for line, expected in zip(ours, theirs, strict=True):
         assert line["step"] == expected["step"]
-        for name in ("val_loss", "val_cosine", "grad_norm"):
+        for name in ("loss", "val_loss", "val_cosine", "grad_norm"):
             assert line.get(name) == pytest.approx(expected.get(name), rel=1e-4), name
         assert line.get("knn_top1") == expected.get("knn_top1")
     assert "knn_top1" in ours[-1]
+    pictures = (np.asarray(Image.open(run / "sheet.png"), float) for run in (ranks, alone))
+    assert np.abs(np.subtract(*pictures)).mean() < 1
 
 
 # --- the k-NN probe -------------------------------------------------------------------------------
