@@ -53,7 +53,8 @@ def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         raise ConfigError(
             f"batch size {config.batch_size} over {ranks.size} ranks",
             expected="as many images for every rank",
-            fix=f"--batch-size {(share + 1) * ranks.size}",
+            fix=f"--batch-size {(share + 1) * ranks.size}"
+            + ("" if share else f", or at most {config.batch_size} ranks (--devices)"),
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return replace(

@@ -186,8 +186,8 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[07-09,12]` gives gpu07."""
-    name = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    """The first of Slurm's list of nodes: `gpu[07-09,12]-ib` gives gpu07-ib."""
+    name = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
     if name is None:
         raise ConfigError(f"SLURM_STEP_NODELIST={nodes}", expected="names of nodes")
-    return name[1] + (name[2] or "")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", name[0])

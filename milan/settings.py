@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,11 +138,11 @@ class PretrainConfig:
                 raise ConfigError(f"{name} {value}", expected="at least 1")
         for name in ("lr", "clip_grad", "save_minutes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} {value}", expected="greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} {value}", expected="a number greater than 0")
         for name in ("num_workers", "weight_decay", "min_lr", "max_restarts"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} {value}", expected="at least 0")
         if (self.local is None) != (self.cache_limit is None):
             raise ConfigError("one of local and cache_limit", expected="both, or neither")

@@ -134,6 +134,7 @@ class _Ranks:
     def __init__(
         self, rank: tuple[str, str], init: dict[str, Any], nodes: int, each: int, gpu: bool
     ) -> None:
+        self.each = each
         bundle = {"CPU": float(each)} | ({"GPU": float(each)} if gpu else {})
         self.group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
         if not self.group.wait(_PLACED):
@@ -163,8 +164,9 @@ class _Ranks:
             return f"rank 0 did not start ({_last_line(error)})", None
         meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # Ray shows each process its own GPU alone: it is number 0 there.
+        meeting |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(self.each)}
         tasks = {
-            actor.call.remote("run", meeting | {"RANK": str(rank), "LOCAL_RANK": "0"}): rank
+            actor.call.remote("run", meeting | {"RANK": str(rank)}): rank
             for rank, actor in enumerate(self.actors)
         }
         died, result, until = None, None, float("inf")
@@ -239,7 +241,7 @@ def _connect(address: str | None) -> bool:
         where = f"the Ray cluster at {target}" if target else "Ray on this machine"
         raise MilanError(
             f"{where} cannot be reached: {str(error).splitlines()[0]}",
-            fix="--executor local does the same work in one process",
+            fix="without Ray: --executor local for extraction, torchrun for pretraining",
         ) from None
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ def pretrain_on_cluster(
     the images, or they are in a bucket. Returns what milan.pretrain does. Raises MilanError.
     """
     config.check()
-    if not config.address:
+    if not (config.address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
             f"num_nodes {config.num_nodes} without a cluster",
-            expected="--address of a Ray cluster; torchrun and srun start ranks themselves",
+            expected="a Ray cluster's --address or $RAY_ADDRESS; torchrun and srun need neither",
         )
     alone = replace(
         config,

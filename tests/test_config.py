@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,7 @@ def test_settings_share_no_state() -> None:
     [
         {"objective": "clip"}, {"masking": "none"}, {"precision": "fp64"}, {"epochs": 0},
         {"batch_size": 0}, {"micro_batch": 0}, {"lr": 0.0}, {"lr": -1.0}, {"keep": 0},
+        {"lr": math.inf}, {"clip_grad": math.nan}, {"weight_decay": math.inf},
         {"shuffle": "none"}, {"window_rows": 0}, {"on_changed": "skip"},
         {"warmup_epochs": -1.0}, {"epochs": 10, "warmup_epochs": 10.0},
     ],

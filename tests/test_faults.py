@@ -137,7 +137,14 @@ def test_skipping_in_half_precision(
     """With a gradient scaler, which wants to be told."""
     spoilt(monkeypatch, {6, 7})
     run = {**SMALL, "out": str(tmp_path), "on_nonfinite": "skip", "precision": "fp16"}
-    assert milan.pretrain(str(store), **run)["finished"]
+    notes = Notes()
+    assert milan.pretrain(str(store), watch=notes, **run)["finished"]
+    assert sum(line.startswith("skipped: ") for line in notes.lines) == 2
+    newest = max((tmp_path / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    assert state["scaler"]["scale"] <= 65536 / 4  # halved twice
+    kept = load_file(newest / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def spoilt_rank(cache: str, calls: set[int], **settings: Any) -> dict[str, Any]:
@@ -451,6 +458,7 @@ def test_more_than_there_is(store: Path, tmp_path: Path) -> None:
     run = {**SMALL, "out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match="batch size 20 with 16 usable images"):
         milan.pretrain(str(store), **{**run, "batch_size": 20, "held_out": 0.34})
-    with pytest.raises(ConfigError, match="batch size 8 over 32 ranks"):
+    with pytest.raises(ConfigError, match="batch size 8 over 32 ranks") as error:
         milan.pretrain(str(store), **{**run, "devices": 32})
+    assert error.value.fix == "--batch-size 32, or at most 8 ranks (--devices)"
     assert not (tmp_path / "run").exists()

@@ -348,7 +348,14 @@ def test_speaking_as_slurm_has_it() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a1,a2", "a1"), ("n[3,5],m1", "n3")],
+    [
+        ("gpu07", "gpu07"),
+        ("gpu[07-09,12]", "gpu07"),
+        ("a1,a2", "a1"),
+        ("n[3,5],m1", "n3"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("node[01-02]-ib,x", "node01-ib"),
+    ],
 )
 def test_the_first_of_slurms_nodes(nodes: str, first: str) -> None:
     """Lists as scontrol writes them."""
