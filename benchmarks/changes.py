@@ -3,13 +3,15 @@
     python -m benchmarks.changes [--batch 16] [--precision fp32] [--only NAME ...]
 
 Our step (`benchmarks.step`, ViT-B/16 student and teacher) against itself with one thing done the
-other way, in interleaved rounds. A gain above 1 says that our way is the faster one.
+other way, in interleaved rounds. A gain above 1 says that our way is the faster one. Micro-batches
+are one at a batch of 16: `--batch 64 --only micro`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -62,6 +64,10 @@ class _Zeroing(torch.optim.AdamW):
         super().zero_grad(set_to_none=False)
 
 
+def _at_once(config: Any, *_: Any) -> Any:
+    return replace(config, micro_batch=config.batch_size)
+
+
 _PAYS = kernels.onednn_pays()
 OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "attention": (
@@ -82,6 +88,7 @@ OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
         f"products by {'MKL' if _PAYS else 'oneDNN'}",
         lambda: patch.object(kernels, "onednn_pays", lambda: not _PAYS and has_onednn()),
     ),
+    "micro": ("the batch at once", lambda: patch("benchmarks.step.in_micro_batches", _at_once)),
     "compiled": ("torch.compile", lambda: patch(_STUDENT, _compiled)),
 }
 """Name: (what is done the other way, a context in which a step is built and run so)."""
