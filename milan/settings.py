@@ -79,7 +79,7 @@ class PretrainConfig:
     probe_images: int = 10_000
     """Images that a k-NN probe knows the labels of."""
     picture_every: int = 10
-    """Epochs between pictures of masks and features; the last epoch has one besides."""
+    """Epochs between pictures of masks and features; the first and the last have one too."""
     report_to: str = "tensorboard"
     """Some of tensorboard, wandb, mlflow, with commas between; or none."""
     precision: str = "auto"
@@ -103,7 +103,7 @@ class PretrainConfig:
     max_restarts: int = 3
     """How often all ranks start again from the last checkpoint because one died."""
     num_workers: int | None = None
-    """Loader processes of each rank; default: the cores but one, at most 8."""
+    """Loader processes of each rank; default: its share of the cores but one, at most 8."""
     local: str | None = None
     """A folder on a fast disk: whole shards are copied there ahead of reading."""
     cache_limit: str | None = None

@@ -20,7 +20,7 @@ class ExtractConfig:
     teacher: str = "ViT-B-16-quickgelu"
     """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, or a model config (JSON)."""
     pretrained: str | None = None
-    """Weights: a tag, a file, or none (random, flagged)."""
+    """A tag, a file, or none (random, flagged); the default teacher and timm: have their own."""
     teacher_norm: str | None = None
     """imagenet (as published; default of the default teacher) or own."""
     img_size: int | None = None

@@ -33,15 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("plan")(plan.plan)
-app.command("extract-targets")(extract_targets.extract_targets)
-app.command("pretrain")(pretrain.pretrain)
-app.command("linear-probe")(transfer.linear_probe)
-app.command("inspect")(artifacts.inspect)
-app.command("verify")(artifacts.verify)
-app.command("repair")(artifacts.repair)
-app.command("visualise")(artifacts.visualise)
-app.command("report")(artifacts.report)
+for _name, _command, _help in (
+    ("plan", plan.plan, "Say what an extraction will take."),
+    ("extract-targets", extract_targets.extract_targets, "Run the teacher once; write a store."),
+    ("pretrain", pretrain.pretrain, "Train a student from a store."),
+    ("linear-probe", transfer.linear_probe, "Measure an encoder on labelled images."),
+    ("inspect", artifacts.inspect, "Say what a store holds."),
+    ("verify", artifacts.verify, "Check a store."),
+    ("repair", artifacts.repair, "Make the damaged shards of a store again."),
+    ("visualise", artifacts.visualise, "Draw images, views, attention, masks, features."),
+    ("report", artifacts.report, "Put a pipeline's figures and pictures together."),
+):
+    app.command(_name, short_help=_help)(_command)
 
 
 @app.callback(invoke_without_command=True)

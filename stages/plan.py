@@ -34,7 +34,8 @@ def plan(
 ) -> None:
     """Say what an extraction takes: bytes, files, hours, bandwidth, and when it has paid.
 
-    Takes the flags of extract-targets, measures for some seconds, and writes nothing that stays.
+    Takes the flags that say what a new store holds, as extract-targets does; measures for some
+    seconds, and writes nothing that stays.
     """
     from milan.config import resolve
     from pipeline.costs import price

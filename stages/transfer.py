@@ -31,7 +31,7 @@ def linear_probe(
     pretrained: _Teacher = None,
     teacher_norm: _Teacher = None,
 ) -> None:
-    """Fit a linear classifier on frozen features (class token, mean of patches); measure it."""
+    """Fit a linear classifier on frozen features: mean of patches, and a class token if any."""
     from milan.config import resolve
     from milan.errors import ConfigError
     from milan.files import make_writable, write_json

@@ -233,6 +233,20 @@ def test_an_address_of_nothing(
     assert not (tmp_path / STORE).exists()
 
 
+def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that happens to run on this machine, which Ray by itself would join."""
+    import ray
+
+    from pipeline.cluster import _connect
+
+    joined: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: joined.append(given["address"]))
+    assert _connect(None)
+    assert joined == ["local"]
+
+
 # --- several nodes --------------------------------------------------------------------------------
 
 
