@@ -38,7 +38,7 @@ from milan.places import Place, Url, read_file, size_of
 from milan.staging import File, Local
 
 _HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
-_TRIES = 3  # a local copy may be evicted between looking for it and reading it
+_TRIES = 8  # a local copy may be evicted by another run between looking for it and reading it
 
 
 class _Proof(NamedTuple):
