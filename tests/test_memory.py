@@ -20,7 +20,7 @@ STEP = Path(__file__).parent / "memory_worker.py"
         pytest.param({"batch_size": 64, "micro_batch": 32}, marks=pytest.mark.soak),
         pytest.param({"batch_size": 64}, marks=pytest.mark.soak),
         pytest.param({"batch_size": 64, "precision": "bf16"}, marks=pytest.mark.soak),
-        pytest.param({"batch_size": 64, "checkpoint_activations": True}, marks=pytest.mark.soak),
+        pytest.param({"batch_size": 128, "checkpoint_activations": True}, marks=pytest.mark.soak),
     ],
     ids=["accumulated", "fp32", "bf16", "recomputed"],
 )
@@ -30,14 +30,14 @@ def test_prediction_is_near_the_truth(settings: dict) -> None:
     By default it does not: malloc keeps what is freed below its threshold, so as not to ask again.
     That is told beside it; it depends on the order of sizes, not on the step's memory.
     """
-    predicted, measured = _taken(settings, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    predicted, measured = _taken(settings, {"MALLOC_MMAP_THRESHOLD_": "16384"})
     _, default = _taken(settings, {})
     print(
         f"{settings}: predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB "
         f"({predicted / measured:.2f}), with malloc's default {default / 1e6:.0f} MB "
         f"({predicted / default:.2f})"
     )
-    assert 0.9 < predicted / measured < 1.2
+    assert 0.95 < predicted / measured < 1.2
     assert default > 0.95 * predicted
 
 
