@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import parser, report
-from milan.cache import TargetCache
-from milan.format import CacheSpec, canonical, record_name
-from milan.manifest import Manifest, build_manifest
-from milan.views import ViewSpec
-from pipeline.sizes import made_up_record
-from pipeline.store import Store, Writer, group_attributes
+from milan.images.manifest import Manifest, build_manifest
+from milan.images.views import ViewSpec
+from milan.store.cache import TargetCache
+from milan.store.format import CacheSpec, canonical, record_name
+from pipeline.estimate.size import made_up_record
+from pipeline.writing.store import Store, Writer, group_attributes
 
 
 def paper(shards: int, rows: int, manifest: str) -> CacheSpec:

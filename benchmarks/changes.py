@@ -19,9 +19,10 @@ import torch
 
 from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.step import ours
-from milan import encoder, kernels, model
-from milan.kernels import choose_kernels, has_onednn
-from milan.train import decay_groups
+from milan.models import encoder, kernels
+from milan.models import student as model
+from milan.models.kernels import choose_kernels, has_onednn
+from milan.training.loop import decay_groups
 
 _STUDENT = "benchmarks.step.choose_kernels"  # is called with the student of a step
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from benchmarks.measure import parser, report
-from milan.codecs import CODECS, Int8
-from milan.images import decode
-from milan.manifest import build_manifest
-from milan.sources import ImageSource
-from milan.views import ViewSpec, render, view_of
-from pipeline.teacher import TeacherSpec, load_teacher
+from milan.images.decode import decode
+from milan.images.manifest import build_manifest
+from milan.images.source import ImageSource
+from milan.images.views import ViewSpec, render, view_of
+from milan.store.codecs import CODECS, Int8
+from pipeline.teachers.load import TeacherSpec, load_teacher
 
 _DATA = Path(__file__).resolve().parent.parent / "demo" / "data" / "test.parquet"
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import interleaved, parser, photos, ratio, report
-from milan.images import decode
-from milan.manifest import Manifest, build_manifest, data_root
-from milan.sources import ImageSource
-from milan.views import ViewSpec, render, view_of
+from milan.images.decode import decode
+from milan.images.manifest import Manifest, build_manifest, data_root
+from milan.images.source import ImageSource
+from milan.images.views import ViewSpec, render, view_of
 from pipeline.extract import extract_targets
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
 _BATCH = 16
 

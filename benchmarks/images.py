@@ -26,11 +26,11 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.measure import interleaved, parser, photos, ratio, report
 from benchmarks.synthetic import make_store
-from milan.data import CachedDataset, open_cache
-from milan.device import MEAN, STD
-from milan.images import decode
-from milan.manifest import build_manifest
-from milan.views import View, checksum, render
+from milan.core.device import MEAN, STD
+from milan.data.dataset import CachedDataset, open_cache
+from milan.images.decode import decode
+from milan.images.manifest import build_manifest
+from milan.images.views import View, checksum, render
 
 
 def theirs(folder: Path, *, floats: bool) -> ImageFolder:

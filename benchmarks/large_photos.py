@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import parser, photos, ratio, report
-from milan.data import open_cache, training_loader
-from milan.order import StepSampler, order_of
-from milan.watch import Silent
-from pipeline.decoding import measure_decoding
+from milan.core.progress import Silent
+from milan.data.dataset import open_cache, training_loader
+from milan.data.order import StepSampler, order_of
+from pipeline.config import ExtractConfig
+from pipeline.estimate.decoding import measure_decoding
 from pipeline.extract import extract_targets
-from pipeline.plan import plan
-from pipeline.settings import ExtractConfig
+from pipeline.extraction.plan import plan
 
 WIDTH, HEIGHT = 4000, 3000
 WAYS = ("none", "jpeg:95", "webp")

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import parser, photos, report
-from milan.watch import Silent
-from pipeline.calibrate import calibrate
-from pipeline.costs import seconds_of
+from milan.core.progress import Silent
+from pipeline.config import ExtractConfig
+from pipeline.estimate.cost import seconds_of
+from pipeline.estimate.size import size_of_store
+from pipeline.estimate.throughput import calibrate
 from pipeline.extract import extract_targets
-from pipeline.plan import plan, share
-from pipeline.settings import ExtractConfig
-from pipeline.sizes import size_of_store
+from pipeline.extraction.plan import plan, share
 
 
 def main() -> None:

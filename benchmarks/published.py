@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from milan.grids import resampled_attention, resampled_features
-from milan.model import build_student
-from milan.train import decay_groups
+from milan.models.student import build_student
+from milan.objectives.resample import resampled_attention, resampled_features
+from milan.training.loop import decay_groups
 
 
 class QuickGELU(nn.Module):

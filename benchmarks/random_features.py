@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import parser, report
-from milan import checkpoint
-from milan.config import read_section
-from milan.device import MEAN, STD
-from milan.model import build_student
-from milan.transfer import linear_probe
+from milan.core.config_resolver import read_section
+from milan.core.device import MEAN, STD
+from milan.evaluation.linear_probe import linear_probe
+from milan.models.student import build_student
+from milan.training import checkpoint
 
 
 def main() -> None:

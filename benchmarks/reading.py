@@ -27,11 +27,11 @@ import zarr
 
 from benchmarks.measure import interleaved, parser, photos, ratio, report
 from benchmarks.synthetic import make_store
-from milan.cache import TargetCache, Targets
-from milan.data import open_cache, training_loader
-from milan.generation import open_array
-from milan.manifest import SCHEMA, Manifest, build_manifest
-from milan.order import StepSampler, order_of
+from milan.data.dataset import open_cache, training_loader
+from milan.data.order import StepSampler, order_of
+from milan.images.manifest import SCHEMA, Manifest, build_manifest
+from milan.store.cache import TargetCache, Targets
+from milan.store.generation import open_array
 
 _ARRAYS = ("features", "scale", "attention")
 _BATCH = 64
@@ -120,7 +120,7 @@ def peak(store: Path, reading: bool) -> float:
     """Peak resident MB of a process that opens a store, and reads from it or does not."""
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
-        "from milan.cache import TargetCache; from milan.order import *\n"
+        "from milan.store.cache import TargetCache; from milan.data.order import *\n"
         "cache = TargetCache(sys.argv[1]); cache.manifest\n"
         "if sys.argv[2] == 'True':\n"
         "    order = order_of(cache, seed=0, batch_size=64)\n"

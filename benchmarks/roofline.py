@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import interleaved, parser, report
 from benchmarks.published import TOWERS, Tower
 from benchmarks.step import ours
-from milan.device import PRECISIONS
-from milan.masking import random_mask
-from milan.model import build_student
+from milan.core.device import PRECISIONS
+from milan.models.masking import random_mask
+from milan.models.student import build_student
 
 KINDS = {
     "products": ("mm", "bmm", "addmm", "linear_pointwise", "mkldnn_linear", "convolution"),

@@ -22,15 +22,15 @@ import torch
 
 from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.published import TOWERS, Published
-from milan.codecs import CODECS
-from milan.data import Batch
-from milan.device import MEAN, STD, autocast, normalise
-from milan.kernels import choose_kernels
-from milan.pretraining import in_micro_batches, resolved
-from milan.settings import PretrainConfig
-from milan.task import loss_function, optimiser_of, student_of
-from milan.train import gradient_norm
-from pipeline.teacher import TeacherSpec, load_teacher
+from milan.config import PretrainConfig
+from milan.core.device import MEAN, STD, autocast, normalise
+from milan.data.dataset import Batch
+from milan.models.kernels import choose_kernels
+from milan.store.codecs import CODECS
+from milan.training.build import loss_function, optimiser_of, student_of
+from milan.training.loop import gradient_norm
+from milan.training.pretrain import in_micro_batches, resolved
+from pipeline.teachers.load import TeacherSpec, load_teacher
 
 PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
 """Teacher, and the student's patch size."""

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan.codecs import codec_of
-from milan.format import GENERATION, CacheSpec, canonical
-from milan.images import content_digest, decode
-from milan.manifest import Manifest
-from milan.sources import ImageSource
-from milan.views import ViewSpec, checksum, render, view_of
-from pipeline.store import Store, group_attributes, stage_shard
-from pipeline.worker import _row_sums
+from milan.images.decode import content_digest, decode
+from milan.images.manifest import Manifest
+from milan.images.source import ImageSource
+from milan.images.views import ViewSpec, checksum, render, view_of
+from milan.store.codecs import codec_of
+from milan.store.format import GENERATION, CacheSpec, canonical
+from pipeline.extraction.worker import _row_sums
+from pipeline.writing.store import Store, group_attributes, stage_shard
 
 
 def make_store(

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import parser, photos, report
-from milan.pretraining import pretrain
+from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 
 

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 from milan.version import __version__
 
 if TYPE_CHECKING:
-    from milan.cache import TargetCache
-    from milan.checkpoint import load_encoder, load_published
-    from milan.data import CachedDataset, open_cache
+    from milan.config import PretrainConfig, ProbeConfig
+    from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
-    from milan.pretraining import pretrain
-    from milan.settings import PretrainConfig, ProbeConfig
-    from milan.transfer import linear_probe
+    from milan.evaluation.linear_probe import linear_probe
+    from milan.store.cache import TargetCache
+    from milan.training.checkpoint import load_encoder, load_published
+    from milan.training.pretrain import pretrain
 
 _HOME = {
-    "CachedDataset": "milan.data",
+    "CachedDataset": "milan.data.dataset",
     "MilanError": "milan.errors",
-    "PretrainConfig": "milan.settings",
-    "ProbeConfig": "milan.settings",
-    "TargetCache": "milan.cache",
-    "linear_probe": "milan.transfer",
-    "load_encoder": "milan.checkpoint",
-    "load_published": "milan.checkpoint",
-    "open_cache": "milan.data",
-    "pretrain": "milan.pretraining",
+    "PretrainConfig": "milan.config",
+    "ProbeConfig": "milan.config",
+    "TargetCache": "milan.store.cache",
+    "linear_probe": "milan.evaluation.linear_probe",
+    "load_encoder": "milan.training.checkpoint",
+    "load_published": "milan.training.checkpoint",
+    "open_cache": "milan.data.dataset",
+    "pretrain": "milan.training.pretrain",
 }
 
 __all__ = [

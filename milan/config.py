@@ -1,225 +1,223 @@
-"""Settings: default < recipe < parameter file < --set < flag; an unknown key stops the run.
-
-Each command has one frozen dataclass, beside its function. No file is read unless named.
-"""
+"""What the commands of learning can be told. No heavy imports: flags and help are made of it."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from milan.errors import ConfigError, nearest
+from milan.errors import ConfigError
 
-Config = TypeVar("Config")
-
-# `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
-_NESTED = {"model": "model_args"}
-
-
-def resolve(
-    kind: type[Config],
-    *,
-    section: str,
-    params: str | None = None,
-    sets: list[str] | None = None,
-    flags: dict[str, Any] | None = None,
-) -> Config:
-    """The settings of a command: an instance of the dataclass `kind`.
-
-    `params` names a YAML file, of which only `section` is read; `sets` are `key=value` or
-    `model.key=value`; `flags` that are None were not given. Raises ConfigError, which names the
-    nearest valid key.
-    """
-    values: dict[str, Any] = {}
-    if params:
-        for key, value in read_section(params, section).items():
-            _put(kind, values, str(key), value, f"{params}, section {section}")
-    for item in sets or []:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}", expected="key=value, such as epochs=100")
-        _put(kind, values, key.strip(), _parse(text), "--set")
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _put(kind, values, key, value, "the command line")
-    if "recipe" in values:
-        values = recipe_of(kind, values["recipe"], section) | values
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        names = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ConfigError(f"{names} not given", expected=f"a value for {names}")
-    return kind(**values)
+OBJECTIVES = ("milan", "pixels")
+MASKINGS = ("semantic", "random")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SHUFFLES = ("window", "global")
+ON_CHANGED = ("error", "drop")
+ON_GROWTH = ("keep", "move")
+ON_NONFINITE = ("stop", "skip")
+PARALLEL = ("ddp", "fsdp")
 
 
-def recipe_of(kind: type, name: str, section: str) -> dict[str, Any]:
-    """What a recipe of milan/recipes/ says of a command: field -> value. Raises ConfigError."""
-    folder = resources.files("milan") / "recipes"
-    known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
-    if name not in known:
-        raise ConfigError(
-            f"unknown recipe {name!r}",
-            expected="one of " + ", ".join(known),
-            fix=nearest(name, known),
-        )
-    values: dict[str, Any] = {}
-    with resources.as_file(folder / f"{name}.yaml") as path:
-        for key, value in read_section(str(path), section).items():
-            _put(kind, values, key, value, f"recipe {name}")
-    return values
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What `milan pretrain` does; defaults are the published ViT-B/16 recipe (MILAN, table 8)."""
 
+    cache: str = "targets.zarr"
+    """A finished store: a path or a URL."""
+    layer: str | None = None
+    """Which targets, of a store that holds several (`milan inspect` names them)."""
+    out: str = "runs/pretrain"
+    """The run's folder."""
+    data_root: str | None = None
+    """Where the images lie, if not where the store says."""
+    recipe: str = "vit_base"
+    """A published recipe, from which all else deviates: vit_base, vit_large."""
+    model: str = "vit_base_patch16_224"
+    """A ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """embed_dim 512, depth 8, num_heads 16, mlp_ratio 4: --set decoder.depth=2."""
+    objective: str = "milan"
+    """milan (the teacher's features), or pixels (MAE, the baseline)."""
+    decoder_kind: str | None = None
+    """prompt or mae; default: prompt for milan, mae for pixels."""
+    masking: str | None = None
+    """semantic or random; default: semantic for milan, random for pixels."""
+    mask_ratio: float = 0.75
+    """Share of patches hidden from the student."""
+    epochs: int = 400
+    """Passes over the images."""
+    warmup_epochs: float | None = None
+    """Linear warm-up; default: a tenth of the epochs (40 of 400)."""
+    batch_size: int = 4096
+    """Images a step, over everything."""
+    micro_batch: int | None = None
+    """Images at once on a device, at most; the rest accumulates. Default: 256."""
+    lr: float | None = None
+    """Peak rate; default: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
+    min_lr: float = 0.0
+    """Rate at the end."""
+    weight_decay: float = 0.05
+    """AdamW's; none for biases and norms."""
+    beta2: float = 0.95
+    """AdamW's second moment; the first is 0.9."""
+    seed: int = 0
+    """Of weights, order and masks."""
+    shuffle: str = "window"
+    """window (whole shards, and rows within window_rows of them), or global (all rows)."""
+    window_rows: int = 131_072
+    """Rows that a window shuffles together; a store that fits one is shuffled globally."""
+    on_changed: str = "error"
+    """Images that changed since extraction: error, or drop (all are looked at before the run)."""
+    on_growth: str = "keep"
+    """A store that grew since the run began: keep to what it was, or move on at the next epoch."""
+    held_out: float = 0.01
+    """Share of rows never trained on, by which the run is judged after every epoch; by seed."""
+    probe_every: int | None = None
+    """Epochs between k-NN probes: held-out images against others, by the store's labels."""
+    probe_images: int = 10_000
+    """Images that a k-NN probe knows the labels of."""
+    picture_every: int = 10
+    """Epochs between pictures of masks and features; the first and the last have one too."""
+    report_to: str = "tensorboard"
+    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
+    precision: str = "auto"
+    """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    checkpoint_activations: bool = False
+    """Keep what goes into a block only, and compute the rest again: less memory, more time."""
+    clip_grad: float | None = None
+    """Largest norm of a step's gradients; default: any, as published."""
+    on_nonfinite: str = "stop"
+    """A loss that is not finite: stop, or skip its step (ten in a row stop)."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    devices: int | None = None
+    """Processes on each machine; default: one for every visible GPU, one on a CPU."""
+    num_nodes: int = 1
+    """Machines of a Ray cluster, with --address; torchrun and srun are found by themselves."""
+    address: str | None = None
+    """The Ray cluster that starts the ranks."""
+    parallel: str = "ddp"
+    """Several ranks hold the weights each (ddp), or a share of them each (fsdp)."""
+    max_restarts: int = 3
+    """How often all ranks start again from the last checkpoint because one died."""
+    num_workers: int | None = None
+    """Loader processes of each rank; default: its share of the cores but one, at most 8."""
+    local: str | None = None
+    """A folder on a fast disk: whole shards are copied there ahead of reading."""
+    cache_limit: str | None = None
+    """Most that --local may hold, such as 200GB; at least one window."""
+    save_every: int | None = None
+    """Steps between checkpoints; default: about an epoch's, at least 50."""
+    save_minutes: float = 15.0
+    """Minutes between checkpoints, whatever the steps."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines of the log."""
 
-def read_section(params: str, section: str) -> dict[str, Any]:
-    """One section of a YAML parameter file; empty if the file has no such section.
-
-    Raises ConfigError if it is no YAML, or has a section that is almost called so.
-    """
-    import yaml
-
-    path = Path(params)
-    if not path.is_file():
-        raise ConfigError(f"no parameter file at {params}", fix="--params params.yaml")
-    try:
-        read = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
-    if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
-        raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
-    near = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
-    if section not in read and near:
-        raise ConfigError(
-            f"{params} has a section {near[0]!r} and none {section!r}",
-            expected=f"the settings of this command under {section}",
-            fix=f"rename it to {section}",
-        )
-    return read.get(section) or {}
-
-
-def deviations(
-    config: Any, *, recipe: dict[str, Any] | None = None, leave: tuple[str, ...] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """field -> (value, expected) where a config differs from its defaults, or a recipe's values."""
-    found, published = {}, recipe or {}
-    for f in dataclasses.fields(config):
-        default = published.get(f.name, f.default)
-        if f.default_factory is not dataclasses.MISSING:
-            default = published.get(f.name) or f.default_factory()
-        value = getattr(config, f.name)
-        if f.name not in leave and default is not dataclasses.MISSING and value != default:
-            found[f.name] = (value, default)
-    return found
-
-
-def _parse(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
-    hints = typing.get_type_hints(kind)
-    head, dot, rest = key.partition(".")
-    if dot:
-        head = _NESTED.get(head, head)
-        if _is_dict(hints.get(head)):
-            values[head] = {**values.get(head, {}), rest: _number(value)}
-            return
-    check_names(kind, [key], f"parameter {key!r} in {where}")
-    values[key] = _coerce(hints[key], value, key, where)
-
-
-def of_call(
-    kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str = ""
-) -> Config:
-    """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
-
-    A recipe among them is read from `section`. Raises ConfigError for a config and settings, and
-    for an unknown setting.
-    """
-    if isinstance(first, kind):
-        if settings:
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        choice("objective", self.objective, OBJECTIVES)
+        choice("masking", self.masking, (*MASKINGS, None))
+        choice("precision", self.precision, PRECISIONS)
+        choice("shuffle", self.shuffle, SHUFFLES)
+        choice("on_changed", self.on_changed, ON_CHANGED)
+        choice("on_growth", self.on_growth, ON_GROWTH)
+        choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        choice("parallel", self.parallel, PARALLEL)
+        if "://" in self.out:
+            raise ConfigError(f"out {self.out}", expected="a folder: runs are kept on a disk")
+        for name in (
+            "epochs", "batch_size", "micro_batch", "keep", "log_every", "save_every", "window_rows",
+            "devices", "num_nodes", "probe_every", "probe_images", "picture_every",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}", expected="at least 1")
+        for name in ("lr", "clip_grad", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} {value}", expected="a number greater than 0")
+        for name in ("num_workers", "weight_decay", "min_lr", "max_restarts"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} {value}", expected="at least 0")
+        if (self.local is None) != (self.cache_limit is None):
+            raise ConfigError("one of local and cache_limit", expected="both, or neither")
+        if self.cache_limit is not None:
+            bytes_of(self.cache_limit)
+        if not 0 <= self.held_out <= 0.5:
+            raise ConfigError(f"held_out {self.held_out}", expected="a share from 0 to 0.5")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(f"beta2 {self.beta2}", expected="at least 0, less than 1")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(
-                f"{', '.join(settings)} beside a {kind.__name__}",
-                expected="a config, or settings",
-                fix=f"dataclasses.replace(config, {next(iter(settings))}=...)",
-            )
-        return first
-    check_names(kind, settings)
-    recipe = recipe_of(kind, settings["recipe"], section) if settings.get("recipe") else {}
-    return kind(**{field: first} | recipe | settings)
-
-
-def check_names(kind: type, keys: Iterable[str], where: str = "") -> None:
-    """Raises ConfigError, naming the nearest, if one of `keys` is no field of a command."""
-    names = [f.name for f in dataclasses.fields(kind)]
-    for key in keys:
-        if key not in names:
-            raise ConfigError(
-                f"unknown {where or f'argument {key!r}'}",
-                expected="one of " + ", ".join(sorted(names)),
-                fix=nearest(key, names),
+                f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
+                expected="less than the epochs",
             )
 
 
-def _is_dict(hint: Any) -> bool:
-    return hint is dict or typing.get_origin(hint) is dict
-
-
-def _number(value: Any) -> Any:
-    """A model's argument has no type to go by: text that is a number becomes one (1e-3)."""
+def bytes_of(size: str) -> int:
+    """A size such as 20GB, 512 MiB or 1e9 in bytes. Raises ConfigError."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = size.strip().upper()
+    unit = next(u for u in sorted(units, key=len, reverse=True) if text.endswith(u))
     try:
-        return float(value) if isinstance(value, str) else value
+        count = float(text.removesuffix(unit)) * units[unit]
+        if not 1 <= count < 2**63:
+            raise ValueError
     except ValueError:
-        return value
+        raise ConfigError(f"a size of {size!r}", expected="such as 20GB or 512MiB") from None
+    return int(count)
 
 
-def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as the field's type; YAML reads 1e-3 as text and 1 as an int."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(a for a in inner if a is not type(None))
-        origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if origin is tuple:
-            return tuple(_coerce(i, v, key, where) for i, v in zip(inner, value, strict=True))
-        if _is_dict(hint):
-            if not isinstance(value, dict):
-                raise TypeError
-            return {name: _number(inner) for name, inner in value.items()}
-        if hint is bool:
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
-        if hint is int:
-            if isinstance(value, bool) or int(float(value)) != float(value):
-                raise TypeError
-            return value if isinstance(value, int) else int(float(value))
-        if hint is float:
-            if isinstance(value, bool) or math.isnan(float(value)):
-                raise TypeError
-            return float(value)
-        if value is None or isinstance(value, bool | list | dict):
-            raise TypeError
-        return str(value)
-    except (OverflowError, TypeError, ValueError):
-        name = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"{key} = {value!r} in {where}", expected=f"of type {name}") from None
+def choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        names = ", ".join(str(a) for a in allowed if a is not None)
+        raise ConfigError(f"{name} {value!r}", expected=f"one of {names}")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What `milan linear-probe` does."""
+
+    checkpoint: str = "runs/pretrain"
+    """A run's folder, random (as timm initialises it), timm:NAME, or teacher."""
+    data: str = "imagenet"
+    """Labelled images to fit on."""
+    val_data: str | None = None
+    """Labelled images to measure on; default: a fifth of --data, by seed."""
+    data_root: str | None = None
+    """Where data names are looked up."""
+    out: str | None = None
+    """Where the metrics go (JSON); default: linear_probe.json in the run's folder."""
+    like: str | None = None
+    """With random: a run whose encoder's shape is taken."""
+    model: str = "vit_base_patch16_224"
+    """With random and no --like: a ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    crop_share: float = 0.875
+    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    batch_size: int = 256
+    """Images at once."""
+    num_workers: int | None = None
+    """Decoding threads; default: the cores, at most 16."""
+    limit: int | None = None
+    """Only so many images of each set."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    seed: int = 0
+    """Of random weights and of the splits."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        for name in ("batch_size", "limit", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}", expected="at least 1")
+        if not 0 < self.crop_share <= 1:
+            raise ConfigError(f"crop_share {self.crop_share}", expected="above 0, at most 1")

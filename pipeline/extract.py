@@ -18,25 +18,25 @@ from typing import Any
 
 import numpy as np
 
-from milan.cache import TargetCache
-from milan.codecs import Codec, codec_of
-from milan.config import of_call
+from milan.core.config_resolver import of_call
+from milan.core.paths import Place, Url, folders_in
+from milan.core.progress import Silent, Watch
 from milan.errors import CacheError, ConfigError, DataError
-from milan.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
-from milan.generation import open_array
-from milan.manifest import Manifest, data_root
-from milan.places import Place, Url, folders_in
-from milan.sources import ImageSource
-from milan.watch import Silent, Watch
-from pipeline.costs import Tables, amount, measured_cost
-from pipeline.files import told_if_full
-from pipeline.growth import Part
-from pipeline.plan import Plan, Workers, plan, share, teacher_spec
-from pipeline.prepare import check_canaries, demand, prepare
-from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.store import Store, Writer, group_attributes, writable
-from pipeline.teacher import Teacher
-from pipeline.worker import Extractor
+from milan.images.manifest import Manifest, data_root
+from milan.images.source import ImageSource
+from milan.store.cache import TargetCache
+from milan.store.codecs import Codec, codec_of
+from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
+from milan.store.generation import open_array
+from pipeline.config import ExtractConfig, allowed_bad
+from pipeline.estimate.cost import Tables, amount, measured_cost
+from pipeline.extraction.fidelity import check_canaries, demand, prepare
+from pipeline.extraction.growth import Part
+from pipeline.extraction.plan import Plan, Workers, plan, share, teacher_spec
+from pipeline.extraction.worker import Extractor
+from pipeline.teachers.load import Teacher
+from pipeline.writing.disk import told_if_full
+from pipeline.writing.store import Store, Writer, group_attributes, writable
 
 ASK_ABOVE = 100e9
 """Bytes to be written above which extraction asks first."""
@@ -57,7 +57,7 @@ def extract_targets(
     `data` and `settings` are the command's arguments (ExtractConfig's fields). Going on where a
     killed run stopped is the same call again; so is growing a store, with more views or images.
     Returns a summary: path, images, views, bad (a count by reason), bytes_per_view, fidelity,
-    seconds, images_per_second; of a `dry_run`, which leaves nothing, `costs` (pipeline.costs).
+    seconds, images_per_second; of a `dry_run`, which leaves nothing, `costs`.
     Above ASK_ABOVE bytes `agree` is shown the costs and decides, unless the settings say `yes`.
     Raises MilanError.
     """
@@ -244,10 +244,10 @@ def run_part(
         finally:
             torch.set_num_threads(before)  # the caller's own
     else:
-        from pipeline.cluster import map_blocks
+        from pipeline.cluster.pool import map_blocks
 
         lost = map_blocks(
-            ("pipeline.worker", "Extractor"),
+            ("pipeline.extraction.worker", "Extractor"),
             init | {"teacher": teacher_spec(config)},
             todo,
             folder_of=folder_of,

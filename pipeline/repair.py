@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from milan.core.paths import Place, place
+from milan.core.progress import Silent, Watch
 from milan.errors import CacheError, DataError
-from milan.format import Entry
-from milan.generation import Generation
-from milan.places import Place, place
-from milan.watch import Silent, Watch
+from milan.store.format import Entry
+from milan.store.generation import Generation
+from pipeline.config import ExtractConfig
 from pipeline.extract import codec_at, run_part
-from pipeline.growth import Part
-from pipeline.plan import Plan, share
-from pipeline.prepare import check_canaries
-from pipeline.settings import ExtractConfig
-from pipeline.store import Store, Writer, writable
-from pipeline.teacher import TeacherSpec, load_teacher
+from pipeline.extraction.fidelity import check_canaries
+from pipeline.extraction.growth import Part
+from pipeline.extraction.plan import Plan, share
+from pipeline.teachers.load import TeacherSpec, load_teacher
 from pipeline.verify import Verdict, verify
+from pipeline.writing.store import Store, Writer, writable
 
 
 def repair(

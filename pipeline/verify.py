@@ -16,10 +16,14 @@ import google_crc32c
 import numpy as np
 import torch
 
-from milan.cache import TargetCache
-from milan.data import CachedDataset
+from milan.core.paths import Place, folders_in, pieces_of, place, read_file
+from milan.core.progress import Silent, Watch
+from milan.data.dataset import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
-from milan.format import (
+from milan.images.views import checksum, unpack
+from milan.store.cache import TargetCache
+from milan.store.compat import lacking
+from milan.store.format import (
     CONTENT,
     GENERATIONS,
     INDEX,
@@ -30,13 +34,9 @@ from milan.format import (
     canonical,
     record_name,
 )
-from milan.generation import Generation
-from milan.lacking import lacking
-from milan.places import Place, folders_in, pieces_of, place, read_file
-from milan.texts import read_texts
-from milan.views import checksum, unpack
-from milan.watch import Silent, Watch
-from pipeline.teacher import TeacherSpec, load_teacher
+from milan.store.generation import Generation
+from milan.store.texts import read_texts
+from pipeline.teachers.load import TeacherSpec, load_teacher
 
 GOOD, CORRUPT, INCOMPLETE, FOREIGN = 0, 3, 4, 5
 _BATCH = 64  # rows decoded at once
@@ -59,7 +59,7 @@ class Verdict:
     mendable: bool = True
     """Whether shards are all that is damaged."""
     lacking: list[str] = field(default_factory=list)
-    """What this version would have written and the store has not; no fault (milan.lacking)."""
+    """What this version would have written and the store has not; no fault (milan.store.compat)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How much was looked at."""
 

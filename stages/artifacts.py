@@ -17,7 +17,7 @@ def visualise(
     ] = None,
 ) -> None:
     """Draw a sheet: image with its views as boxes, a view, attention, a mask, features."""
-    from milan.visualise import contact_sheet
+    from milan.reporting.contact_sheet import contact_sheet
     from stages import console
 
     path = contact_sheet(cache, out=out, images=images, seed=seed, data_root=data_root)
@@ -28,7 +28,7 @@ def report(
     params: Annotated[str, typer.Option(help="The pipeline's parameter file.", show_default=False)],
 ) -> None:
     """Put a pipeline's figures together: tables (report.txt), metrics.json, and pictures."""
-    from milan.report import build_report
+    from milan.reporting.report import build_report
     from stages import console
 
     found = build_report(params, watch=console.ConsoleWatch())
@@ -52,7 +52,7 @@ Device = Annotated[str, typer.Option(help="auto, cuda, cpu, ...")]
 
 def inspect(cache: Cache) -> None:
     """Say what a store is: teacher, data, views, how complete, how faithful, how large."""
-    from milan.describe import describe
+    from milan.store.describe import describe
     from stages import console
 
     console.tables(describe(cache))
@@ -107,7 +107,7 @@ def repair(
 
 
 def _teacher(name: str | None, pretrained: str | None) -> Any:
-    from pipeline.teacher import TeacherSpec
+    from pipeline.teachers.load import TeacherSpec
 
     return TeacherSpec(name, pretrained) if name else None
 

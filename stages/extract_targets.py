@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from stages.options import settings_command
 
 FLAGS = (
@@ -32,7 +32,7 @@ def extract_targets(
 
     Killed at any moment, the same line goes on where it stopped.
     """
-    from milan.config import resolve
+    from milan.core.config_resolver import resolve
     from pipeline.extract import extract_targets as run
     from stages import console
 

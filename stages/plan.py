@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from stages.extract_targets import FLAGS
 from stages.options import settings_command
 
@@ -37,8 +37,8 @@ def plan(
     Takes the flags that say what a new store holds, as extract-targets does; measures for some
     seconds, and writes nothing that stays.
     """
-    from milan.config import resolve
-    from pipeline.costs import price
+    from milan.core.config_resolver import resolve
+    from pipeline.estimate.cost import price
     from stages import console
 
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from milan.settings import PretrainConfig
-from milan.signals import REQUEUE
+from milan.config import PretrainConfig
+from milan.core.signals import REQUEUE
 from stages.options import settings_command
 
 _JUDGED = {
@@ -55,12 +55,12 @@ def pretrain(
 
     Leaves encoder.safetensors, which timm loads. Killed at any moment, the same line goes on.
     """
-    from milan.config import resolve
+    from milan.core.config_resolver import resolve
     from stages import console
 
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
     if dry_run:
-        from milan.rehearsal import rehearse
+        from milan.training.estimate import rehearse
 
         with console.ConsoleWatch() as watch:
             rows = rehearse(config, watch=watch)
@@ -68,9 +68,9 @@ def pretrain(
         return
     run: Callable[..., dict[str, Any]]
     if config.num_nodes > 1 or config.address:
-        from pipeline.training import pretrain_on_cluster as run
+        from pipeline.cluster.pretrain import pretrain_on_cluster as run
     else:
-        from milan.pretraining import pretrain as run
+        from milan.training.pretrain import pretrain as run
     with console.ConsoleWatch() as watch:
         figures = run(config, resume=resume, overwrite=overwrite, stop_after=max_steps, watch=watch)
     if figures["rank"]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milan.settings import ProbeConfig
+from milan.config import ProbeConfig
 from stages.options import settings_command
 
 _Teacher = Annotated[
@@ -32,10 +32,10 @@ def linear_probe(
     teacher_norm: _Teacher = None,
 ) -> None:
     """Fit a linear classifier on frozen features: mean of patches, and a class token if any."""
-    from milan.config import resolve
+    from milan.core.atomic import make_writable, write_json
+    from milan.core.config_resolver import resolve
     from milan.errors import ConfigError
-    from milan.files import make_writable, write_json
-    from milan.transfer import linear_probe as run
+    from milan.evaluation.linear_probe import linear_probe as run
     from stages import console
 
     config = resolve(ProbeConfig, section="linear_probe", params=params, sets=sets, flags=flags)
@@ -46,7 +46,7 @@ def linear_probe(
             raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
     frozen = None
     if config.checkpoint == "teacher":
-        from pipeline.frozen import frozen_teacher
+        from pipeline.teachers.frozen import frozen_teacher
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
     with console.ConsoleWatch() as watch:

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from milan import places
-from milan.cache import TargetCache
+from milan.core import paths
+from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +151,7 @@ def forget() -> None:
     """Drop connections to buckets and what they know, as in a new process."""
     import fsspec
 
-    places._filesystem.cache_clear()
+    paths._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

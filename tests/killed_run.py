@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-import milan.pretraining
+import milan.training.pretrain
 
 
 def drive(store: str, out: str, settings: dict[str, Any]) -> None:
     """`milan.pretrain`, on one thread."""
     torch.set_num_threads(1)
-    milan.pretraining.pretrain(store, out=out, **settings)
+    milan.training.pretrain.pretrain(store, out=out, **settings)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from milan.codecs import CODECS
-from milan.data import Batch
-from milan.device import autocast
-from milan.kernels import choose_kernels
-from milan.memory import peak_bytes
-from milan.pretraining import in_micro_batches, resolved
-from milan.settings import PretrainConfig
-from milan.task import loss_function, optimiser_of, student_of
+from milan.config import PretrainConfig
+from milan.core.device import autocast
+from milan.data.dataset import Batch
+from milan.models.kernels import choose_kernels
+from milan.store.codecs import CODECS
+from milan.training.build import loss_function, optimiser_of, student_of
+from milan.training.memory import peak_bytes
+from milan.training.pretrain import in_micro_batches, resolved
 
 CPU = torch.device("cpu")
 SIZE, PATCHES, CHANNELS = 96, 144, 64

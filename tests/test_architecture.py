@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import milan
-from milan.settings import PretrainConfig, ProbeConfig
-from pipeline.settings import ExtractConfig
+from milan.config import PretrainConfig, ProbeConfig
+from pipeline.config import ExtractConfig
 from stages.options import field_docs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +32,10 @@ FORBIDDEN = {
 }
 # library -> the files that may import it
 ONLY = {
-    "open_clip": {"pipeline/teacher.py"},
-    "ray": {"pipeline/cluster.py"},
-    "zarr": {"pipeline/store.py"},
-    "tensorstore": {"milan/generation.py"},
+    "open_clip": {"pipeline/teachers/load.py"},
+    "ray": {"pipeline/cluster/pool.py"},
+    "zarr": {"pipeline/writing/store.py"},
+    "tensorstore": {"milan/store/generation.py"},
 }
 
 
@@ -159,7 +159,7 @@ except SystemExit as end:
     "code",
     [
         "import milan, stages.cli",
-        "import milan.settings, pipeline.settings, milan.config",
+        "import milan.config, pipeline.config, milan.core.config_resolver",
         RUN.format(arguments=["--help"]),
         RUN.format(arguments=["extract-targets", "--help"]),
         RUN.format(arguments=["pretrain", "--help"]),
@@ -174,7 +174,7 @@ def test_help_is_light(code: str) -> None:
 
 def test_lightness_is_seen() -> None:
     """The check above can fail: a module that needs pyarrow shows."""
-    assert "pyarrow" in loaded_by("import milan.manifest")
+    assert "pyarrow" in loaded_by("import milan.images.manifest")
 
 
 @pytest.mark.parametrize("config", [ExtractConfig, PretrainConfig, ProbeConfig])

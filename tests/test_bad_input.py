@@ -525,7 +525,7 @@ def test_a_full_disk_in_training(
     train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up while a checkpoint is written: one line, the one before stays whole."""
-    from milan import checkpoint
+    from milan.training import checkpoint
 
     assert train("--max-steps", 2).code == 0
     before = tree(tmp_path / "run/checkpoints")

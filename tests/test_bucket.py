@@ -27,19 +27,19 @@ from conftest import STUDENT, forget, make_photos, run_here, tree
 from test_cluster import until
 
 import milan
-import pipeline.lease
-import pipeline.objects
-from milan.cache import TargetCache
-from milan.data import open_cache
+import pipeline.writing.lease
+import pipeline.writing.s3
+from milan.core.paths import Url, files_below, place, read_file, read_files
+from milan.core.progress import Silent
+from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError, DataError
-from milan.format import INDEX
-from milan.places import Url, files_below, place, read_file, read_files
-from milan.watch import Silent
-from pipeline.bucket import Bucket, deliver
+from milan.store.cache import TargetCache
+from milan.store.format import INDEX
 from pipeline.extract import extract_targets
-from pipeline.lease import Lease
-from pipeline.objects import delete, get, put
 from pipeline.verify import verify
+from pipeline.writing.bucket import Bucket, deliver
+from pipeline.writing.lease import Lease
+from pipeline.writing.s3 import delete, get, put
 
 pytest.importorskip("moto", reason="pip install milan-pretrain[test]: buckets are not tested")
 pytest.importorskip("s3fs", reason="pip install milan-pretrain[test]: buckets are not tested")
@@ -349,7 +349,7 @@ def test_an_expired_lock_is_taken_over(
     s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its time, by the server's clock; a renewed one is not. Its owner gives up before."""
-    monkeypatch.setattr(pipeline.lease, "SECONDS", 5.0)
+    monkeypatch.setattr(pipeline.writing.lease, "SECONDS", 5.0)
     first = Lease(Url(url), "first")
     until(lambda: first.renewals > 0)
     first.check()
@@ -378,14 +378,14 @@ def test_a_renewal_counts_from_when_it_was_first_sent(
     s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It arrives, the answer is lost, and sending it again fails for a while."""
-    monkeypatch.setattr(pipeline.lease, "SECONDS", 8.0)
+    monkeypatch.setattr(pipeline.writing.lease, "SECONDS", 8.0)
     lease = Lease(Url(url), "run")
     before, arrived = lease.until, list[float]()
 
     def lost_once(request: Request) -> str | None:
         if request.method != "PUT":
             return None
-        arrived.append(pipeline.lease._now())
+        arrived.append(pipeline.writing.lease._now())
         return {1: "lost", 2: "503", 3: "503"}.get(len(arrived))
 
     s3.fault = lost_once
@@ -418,7 +418,7 @@ def test_a_lost_lock_ends_the_run(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No record and no index is put after it; the thief's lock stays."""
-    monkeypatch.setattr(pipeline.lease, "SECONDS", 6.0)
+    monkeypatch.setattr(pipeline.writing.lease, "SECONDS", 6.0)
     with pytest.raises(CacheError, match=r"the lock of .* was taken over by a thief"):
         extract_targets(str(photos), out=url, watch=Thief(url), **settings)
     assert len([n for n in remote_tree(url) if "/records/" in n]) == 2
@@ -463,7 +463,7 @@ def drive(data: str, out: str, settings: dict[str, Any], last_step: int, scratch
     tempfile.tempdir = scratch  # what it leaves there
     steps = 0
     for name in ("put", "delete"):
-        real = getattr(pipeline.objects, name)
+        real = getattr(pipeline.writing.s3, name)
 
         def step(*arguments: Any, real: Callable = real, **more: Any) -> Any:
             nonlocal steps
@@ -472,7 +472,7 @@ def drive(data: str, out: str, settings: dict[str, Any], last_step: int, scratch
             steps += not arguments[0].text.endswith(".lock")
             return real(*arguments, **more)
 
-        setattr(pipeline.bucket, name, step)
+        setattr(pipeline.writing.bucket, name, step)
     extract_targets(data, out=out, **settings)
 
 

@@ -12,17 +12,17 @@ import torch
 from conftest import STUDENT, TEACHER
 from safetensors.torch import save_file
 
-from milan.data import Batch, CachedDataset, open_cache, training_loader
-from milan.device import MEAN, STD, normalise
-from milan.masking import visible_count
-from milan.objectives import feature_regression
-from milan.order import StepSampler, order_of
-from milan.pretraining import resolved
-from milan.settings import PretrainConfig
-from milan.task import loss_function, predict, student_of
-from milan.train import decay_groups
+from milan.config import PretrainConfig
+from milan.core.device import MEAN, STD, normalise
+from milan.data.dataset import Batch, CachedDataset, open_cache, training_loader
+from milan.data.order import StepSampler, order_of
+from milan.models.masking import visible_count
+from milan.objectives.features import feature_regression
+from milan.training.build import loss_function, predict, student_of
+from milan.training.loop import decay_groups
+from milan.training.pretrain import resolved
 from pipeline.extract import extract_targets
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
 STEPS, BATCH, VIEWS = 20, 8, 3
 LOSS = 1e-5

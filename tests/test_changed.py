@@ -13,13 +13,13 @@ import pytest
 from conftest import STUDENT
 
 import milan
-from milan import changed, task
-from milan.cache import TargetCache
-from milan.changed import changed_images
-from milan.data import open_cache
+from milan.core.progress import Silent
+from milan.core.signals import Stop
+from milan.data.changed_images import CSV, changed_images
+from milan.data.dataset import open_cache
 from milan.errors import ConfigError, DataError
-from milan.signals import Stop
-from milan.watch import Silent
+from milan.store.cache import TargetCache
+from milan.training import build as task
 
 RUN: dict[str, Any] = {
     **STUDENT, "epochs": 4, "batch_size": 8, "num_workers": 0, "lr": 1e-3, "save_every": 2,
@@ -157,7 +157,7 @@ def test_a_fresh_run_forgets(
     assert rows_listed(tmp_path / "run")
     figures = milan.pretrain(str(store), data_root=str(photos), resume="never", stop_after=1, **run)
     assert figures["steps"] == 12
-    assert not (tmp_path / "run" / changed.CSV).exists()
+    assert not (tmp_path / "run" / CSV).exists()
     assert "dropped" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
 

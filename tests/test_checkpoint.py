@@ -14,21 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from milan import checkpoint
-from milan.checkpoint import (
+from milan.core.atomic import write_json
+from milan.core.device import MEAN, STD
+from milan.core.distributed import Ranks
+from milan.errors import CacheError, ConfigError, TrainError
+from milan.models.masking import random_mask
+from milan.models.student import Student, build_student
+from milan.training import checkpoint
+from milan.training.checkpoint import (
     load_encoder,
     load_published,
     read_about,
     save_encoder,
     whole_weights,
 )
-from milan.device import MEAN, STD
-from milan.errors import CacheError, ConfigError, TrainError
-from milan.files import write_json
-from milan.masking import random_mask
-from milan.model import Student, build_student
-from milan.ranks import Ranks
-from milan.train import decay_groups
+from milan.training.loop import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -1,4 +1,4 @@
-"""Tests of pipeline/cluster.py with real Ray: same bytes as in one process, whatever is killed."""
+"""Tests of pipeline/cluster/pool.py with real Ray: the same bytes, whatever is killed."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch
     """Not even one that happens to run on this machine, which Ray by itself would join."""
     import ray
 
-    from pipeline.cluster import _connect
+    from pipeline.cluster.pool import _connect
 
     joined: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -292,7 +292,7 @@ def test_pretraining_on_two_nodes(
     from test_pretrain import SMALL, Notes, log_of
 
     import milan
-    from pipeline.training import pretrain_on_cluster
+    from pipeline.cluster.pretrain import pretrain_on_cluster
 
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     settings: dict[str, Any] = {**SMALL, "log_every": 1, "save_every": 3, "epochs": 20}
@@ -341,7 +341,7 @@ def cluster() -> Iterator[str]:
     """A cluster that was there before, and stays: its address."""
     import ray
 
-    from pipeline.cluster import _connect
+    from pipeline.cluster.pool import _connect
 
     assert _connect(None)
     yield ray.get_runtime_context().gcs_address
@@ -384,7 +384,7 @@ def test_what_a_worker_refuses_ends_the_run(
 
 def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
     """A worker that dies each time: three attempts, then the block is named with a reason."""
-    from pipeline.cluster import map_blocks
+    from pipeline.cluster.pool import map_blocks
 
     failures: list[tuple[int, int]] = []
     lost = map_blocks(
@@ -409,12 +409,12 @@ def test_one_slow_worker_does_not_hold_the_tail(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block hangs on one worker: an idle one makes it, once, and the run ends."""
-    import pipeline.cluster
+    import pipeline.cluster.pool
 
-    monkeypatch.setattr(pipeline.cluster, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.cluster.pool, "_PATIENCE_SECONDS", 1.0)
     done: list[tuple[int, str]] = []
     began = time.monotonic()
-    lost = pipeline.cluster.map_blocks(
+    lost = pipeline.cluster.pool.map_blocks(
         ("tests.paper_worker", "Paper"),
         {"folder": str(tmp_path), "slow": 2, "seconds": 300},
         np.ones((8, 2), bool),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from milan.codecs import CODECS, Codec, codec_of
 from milan.errors import CacheError, ConfigError
+from milan.store.codecs import CODECS, Codec, codec_of
 
 
 def there_and_back(codec: Codec, features: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import milan
-from milan.config import deviations, read_section, recipe_of, resolve
+from milan.config import PretrainConfig, ProbeConfig
+from milan.core.config_resolver import deviations, read_section, recipe_of, resolve
 from milan.errors import ConfigError, nearest
-from milan.settings import PretrainConfig, ProbeConfig
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 
 
 @pytest.fixture

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from milan import data, generation
-from milan.cache import TargetCache
-from milan.data import Batch, CachedDataset, find_root, open_cache, training_loader
+from milan.data.dataset import Batch, CachedDataset, find_root, open_cache, training_loader
+from milan.data.dataset import dataset as data
+from milan.data.order import StepSampler, order_of
 from milan.errors import CacheError, DataError
-from milan.generation import Generation
-from milan.images import decode
-from milan.masking import mask_noise
-from milan.order import StepSampler, order_of
-from milan.views import View, render, view_of
+from milan.images.decode import decode
+from milan.images.views import View, render, view_of
+from milan.models.masking import mask_noise
+from milan.store import generation
+from milan.store.cache import TargetCache
+from milan.store.generation import Generation
 
 # --- items ----------------------------------------------------------------------------------------
 

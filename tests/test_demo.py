@@ -18,9 +18,9 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 
-from milan.images import decode
-from milan.manifest import build_manifest
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
+from milan.images.decode import decode
+from milan.images.manifest import build_manifest
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
 DEMO = ROOT / "demo"
 CONFIG, WEIGHTS = DEMO / "teacher/config.json", DEMO / "teacher/model.safetensors"

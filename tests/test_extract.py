@@ -18,20 +18,20 @@ from conftest import make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from milan.cache import TargetCache
-from milan.codecs import codec_of
-from milan.data import open_cache
+from milan.core.progress import Silent
+from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError, DataError, TeacherError
-from milan.format import GENERATION, record_name
-from milan.images import content_digest
-from milan.manifest import build_manifest
-from milan.views import View, checksum, render, view_of
-from milan.watch import Silent
+from milan.images.decode import content_digest
+from milan.images.manifest import build_manifest
+from milan.images.views import View, checksum, render, view_of
+from milan.store.cache import TargetCache
+from milan.store.codecs import codec_of
+from milan.store.format import GENERATION, record_name
+from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
-from pipeline.plan import plan
-from pipeline.settings import ExtractConfig, allowed_bad
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from pipeline.worker import Extractor
+from pipeline.extraction.plan import plan
+from pipeline.extraction.worker import Extractor
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
 
 class Heard(Silent):

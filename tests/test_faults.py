@@ -25,13 +25,14 @@ from test_pretrain import SMALL, Notes, log_of, weights
 from test_ranks import _line as command_line
 
 import milan
-from milan import checkpoint, task
+from milan.config import PretrainConfig
+from milan.core.launch import launch
+from milan.core.progress import Watch
+from milan.data.order import StepSampler
 from milan.errors import CacheError, ConfigError, DataError, MilanError, TrainError
-from milan.launch import launch
-from milan.order import StepSampler
-from milan.pretraining import open_stream, resolved
-from milan.settings import PretrainConfig
-from milan.watch import Watch
+from milan.training import build as task
+from milan.training import checkpoint
+from milan.training.pretrain import open_stream, resolved
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "micro_batch": 2, "log_every": 1, "save_every": 2}

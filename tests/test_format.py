@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from milan.cache import TargetCache
-from milan.format import CacheSpec
-from milan.views import ViewSpec
+from milan.images.views import ViewSpec
+from milan.store.cache import TargetCache
+from milan.store.format import CacheSpec
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify
 

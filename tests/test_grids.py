@@ -11,15 +11,15 @@ from conftest import STUDENT
 from torch.nn import functional as F
 
 import milan
-from milan.cache import TargetCache
-from milan.data import CachedDataset, training_loader
+from milan.config import PretrainConfig
+from milan.data.dataset import CachedDataset, training_loader
+from milan.data.order import StepSampler, order_of
 from milan.errors import ConfigError
-from milan.grids import resampled_attention, resampled_features
-from milan.masking import mask_noise
-from milan.order import StepSampler, order_of
-from milan.pretraining import resolved
-from milan.settings import PretrainConfig
-from milan.task import loss_function, student_of
+from milan.models.masking import mask_noise
+from milan.objectives.resample import resampled_attention, resampled_features
+from milan.store.cache import TargetCache
+from milan.training.build import loss_function, student_of
+from milan.training.pretrain import resolved
 
 PAIRS = [(16, 14), (7, 14), (14, 16), (16, 4), (4, 6), (5, 5), (1, 3)]
 """Patches along an edge, the teacher's and the student's."""

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, STUDENT, make_photos, tree
 
-from milan.cache import TargetCache
-from milan.data import open_cache
+from milan.data.dataset import open_cache
+from milan.data.order import order_of
 from milan.errors import CacheError, ConfigError, TrainError
-from milan.order import order_of
-from milan.pretraining import pretrain
+from milan.store.cache import TargetCache
+from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify
 
@@ -173,7 +173,7 @@ def test_an_extension_that_was_stopped_goes_on(
     grow: Callable[..., dict], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old store stays readable meanwhile; the end is that of an undisturbed run."""
-    from pipeline.worker import Extractor
+    from pipeline.extraction.worker import Extractor
 
     store = tmp_path / "t.zarr"
     grow()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from milan.errors import ImageFault
-from milan.images import MAX_PIXELS, content_digest, decode
+from milan.images.decode import MAX_PIXELS, content_digest, decode
 
 
 def picture(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:
@@ -358,7 +358,7 @@ def test_bombs_are_too_large(bomb: str) -> None:
 def test_bombs_when_warnings_are_errors() -> None:
     """Pillow only warns up to twice its limit; where that is an error it is still a fault."""
     code = (
-        "import sys; from milan.images import decode; from milan.errors import ImageFault\n"
+        "import sys; from milan.images.decode import decode; from milan.errors import ImageFault\n"
         "try:\n    decode(sys.stdin.buffer.read())\n"
         "except ImageFault as fault:\n    print(fault.reason)\n"
     )

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from milan import kernels
-from milan.kernels import OneDNNLinear, choose_kernels
-from milan.masking import Mask, random_mask
-from milan.model import Student, build_student
+from milan.models import kernels
+from milan.models.kernels import OneDNNLinear, choose_kernels
+from milan.models.masking import Mask, random_mask
+from milan.models.student import Student, build_student
 
 CPU = torch.device("cpu")
 

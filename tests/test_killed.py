@@ -21,8 +21,8 @@ from test_faults import same_as
 from test_pretrain import SMALL, Notes, log_of
 
 import milan
-from milan import checkpoint
 from milan.errors import TrainError
+from milan.training import checkpoint
 from pipeline.extract import extract_targets
 
 KILLED: dict[str, Any] = {
@@ -32,7 +32,7 @@ KILLED: dict[str, Any] = {
 """20 steps, judged after every second; every other checkpoint is in the middle of a log's line."""
 # Processes by fork of one that has imported everything; its hash seed is another than here.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["milan.pretraining"])
+FORK.set_forkserver_preload(["milan.training.pretrain"])
 
 
 def begin(store: Path, out: Path, settings: dict[str, Any]) -> Any:

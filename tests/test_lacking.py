@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, make_photos, run_here
 
-from milan.cache import TargetCache
-from milan.data import open_cache
+from milan.data.dataset import open_cache
 from milan.errors import CacheError
-from milan.format import CONTENT, GENERATION, canonical
-from milan.lacking import lacking
+from milan.store.cache import TargetCache
+from milan.store.compat import lacking
+from milan.store.format import CONTENT, GENERATION, canonical
 from pipeline.extract import extract_targets
 from pipeline.verify import CORRUPT, FOREIGN, GOOD, verify
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from milan import manifest as module
-from milan import places
+from milan.core import paths
 from milan.errors import DataError, ImageFault
-from milan.manifest import SCHEMA, Manifest, build_manifest, data_root, resolve_data
-from milan.sources import ImageSource
+from milan.images.manifest import SCHEMA, Manifest, build_manifest, data_root, resolve_data
+from milan.images.source import ImageSource
 
 
 def put(root: Path, *names: str) -> Path:
@@ -178,7 +178,7 @@ def test_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.Monke
     for turn in turns:
         turned = Os()
         turned.scandir = lambda path, turn=turn: Listing(path, turn)  # type: ignore[attr-defined]
-        monkeypatch.setattr(places, "os", turned)
+        monkeypatch.setattr(paths, "os", turned)
         assert build_manifest(tmp_path / "data", seed=3).to_parquet() == expected.to_parquet()
     assert os.scandir is real
 
@@ -187,7 +187,7 @@ def test_order_is_not_pythons(tmp_path: Path) -> None:
     """Another process with another hash seed gives the same rows, byte for byte."""
     put(tmp_path, *[f"{c}/{i}.jpg" for c in "abcdef" for i in range(5)])
     code = (
-        "import sys; from pathlib import Path; from milan.manifest import build_manifest\n"
+        "import sys; from pathlib import Path; from milan.images.manifest import build_manifest\n"
         "sys.stdout.buffer.write(build_manifest(Path(sys.argv[1]), seed=1).to_parquet())"
     )
     expected = build_manifest(tmp_path, seed=1).to_parquet()
@@ -528,7 +528,7 @@ def test_bytes_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", [1, 1 << 20])
 def test_bytes_of_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Of several files and row groups, with many groups held or one at a time."""
-    from milan import sources
+    from milan.images.decode import source as sources
 
     monkeypatch.setattr(sources, "_HELD_BYTES", held)
     expected = {}

@@ -12,12 +12,11 @@ import timm
 import torch
 from torch import nn
 
-from milan.checkpoint import load_encoder, save_encoder, whole_weights
-from milan.device import MEAN, STD
-from milan.encoder import _embedded
+from milan.core.device import MEAN, STD
 from milan.errors import ConfigError
-from milan.masking import Mask, random_mask
-from milan.model import (
+from milan.models.encoder import _embedded
+from milan.models.masking import Mask, random_mask
+from milan.models.student import (
     Decoder,
     Student,
     build_encoder,
@@ -25,7 +24,8 @@ from milan.model import (
     encode,
     sincos_positions,
 )
-from milan.train import decay_groups
+from milan.training.checkpoint import load_encoder, save_encoder, whole_weights
+from milan.training.loop import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -13,10 +13,10 @@ from conftest import make_photos
 from test_pretrain import SMALL, Notes, log_of, weights
 
 import milan
-from milan import task
-from milan.cache import TargetCache
+from milan.data.order import Stretches, held_rows, order_of
 from milan.errors import CacheError
-from milan.order import Stretches, held_rows, order_of
+from milan.store.cache import TargetCache
+from milan.training import build as task
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "epochs": 5, "batch_size": 6, "log_every": 1}

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milan.cache import TargetCache
+from milan.data.order import Order, StepSampler, order_of, shuffle_quality
 from milan.errors import ConfigError
-from milan.order import Order, StepSampler, order_of, shuffle_quality
+from milan.store.cache import TargetCache
 
 GOOD = np.array([0, 1, 2, 4, 5, 6, 7, 9, 10, 11])  # rows 3 and 8 of 12 are bad
 

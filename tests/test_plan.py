@@ -10,11 +10,11 @@ import pytest
 from conftest import make_photos
 from PIL import Image
 
+from milan.core.progress import Silent
 from milan.errors import ConfigError
-from milan.format import GENERATION, Index
-from milan.watch import Silent
-from pipeline.calibrate import Rates
-from pipeline.costs import (
+from milan.store.format import GENERATION, Index
+from pipeline.config import ExtractConfig
+from pipeline.estimate.cost import (
     amount,
     cost_of,
     duration,
@@ -23,11 +23,11 @@ from pipeline.costs import (
     seconds_of,
     within,
 )
-from pipeline.decoding import Decoding, measure_decoding
+from pipeline.estimate.decoding import Decoding, measure_decoding
+from pipeline.estimate.size import size_of_store
+from pipeline.estimate.throughput import Rates
 from pipeline.extract import extract_targets
-from pipeline.plan import Plan, plan
-from pipeline.settings import ExtractConfig
-from pipeline.sizes import size_of_store
+from pipeline.extraction.plan import Plan, plan
 
 RATES = Rates(image=0.5, forward=0.1, write=50e6, told="made up")
 
@@ -198,9 +198,9 @@ def test_the_plan_and_the_budget_act_on_it(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured decides what `milan plan --budget` proposes."""
-    monkeypatch.setattr("pipeline.costs.calibrate", lambda *_: RATES)
+    monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: RATES)
     for found, kept in ((SLOW, " --store-views jpeg:95"), (FAST, "")):
-        monkeypatch.setattr("pipeline.costs.measure_decoding", lambda _, found=found: found)
+        monkeypatch.setattr("pipeline.estimate.cost.measure_decoding", lambda _, found=found: found)
         tables = price(config, budget="2MB")
         (proposed,) = [row for what, row in tables["Within 2 MB"] if what == "proposed"]
         assert proposed == "--views 16 --codec int8" + kept
@@ -218,7 +218,7 @@ def test_given_rates_measure_nothing(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--images-per-second replaces the measurement."""
-    monkeypatch.setattr("pipeline.costs.calibrate", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: pytest.fail("measured"))
     tables = price(config, images_per_second=2.0, write_mb_per_second=10)
     rows = dict(tables["Extraction"])
     assert (rows["rates"], rows["time"]) == ("given", "12.0 s")

@@ -24,15 +24,16 @@ from conftest import STUDENT, Ran, make_photos, run_here, tree
 from safetensors.torch import load_file
 
 import milan
-from milan import PretrainConfig, task
-from milan.cache import TargetCache
-from milan.course import Course, learning_rate
+from milan import PretrainConfig
+from milan.core.distributed import Ranks
+from milan.data.order import Order
 from milan.errors import TrainError
-from milan.model import DECODER, Decoder, build_student
-from milan.order import Order
-from milan.pretraining import in_micro_batches, resolved
-from milan.ranks import Ranks
-from milan.train import decay_groups
+from milan.models.student import DECODER, Decoder, build_student
+from milan.store.cache import TargetCache
+from milan.training import build as task
+from milan.training.loop import decay_groups
+from milan.training.optim import Course, learning_rate
+from milan.training.pretrain import in_micro_batches, resolved
 from pipeline.extract import extract_targets
 
 SMALL: dict[str, Any] = {

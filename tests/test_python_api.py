@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 import milan
 import pipeline.extract
-from milan.cache import TargetCache
 from milan.errors import ConfigError
-from milan.images import decode
-from milan.model import encode
-from milan.views import View, render
-from pipeline.settings import ExtractConfig
+from milan.images.decode import decode
+from milan.images.views import View, render
+from milan.models.student import encode
+from milan.store.cache import TargetCache
+from pipeline.config import ExtractConfig
 
 SMALL: dict[str, Any] = {**STUDENT, "batch_size": 8, "num_workers": 0}
 

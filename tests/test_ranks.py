@@ -19,21 +19,21 @@ from test_pretrain import SMALL, Notes, log_of, weights
 from torch.distributed import HashStore
 
 import milan
-from milan import runs
-from milan.data import training_loader
+from milan.config import PretrainConfig
+from milan.core.distributed import Ranks, first_host, spread, summed
+from milan.core.progress import Silent
+from milan.core.signals import Stop
+from milan.data.dataset import training_loader
+from milan.data.order import JUDGED, REPEATED, Order, StepSampler, order_of
 from milan.errors import ConfigError, MilanError, TrainError
-from milan.masking import importance_mask
-from milan.order import JUDGED, REPEATED, Order, StepSampler, order_of
-from milan.pretraining import devices_of
-from milan.ranks import Ranks, first_host, spread, summed
-from milan.settings import PretrainConfig
-from milan.signals import Stop
-from milan.watch import Silent
+from milan.models.masking import importance_mask
+from milan.training import run as runs
+from milan.training.pretrain import devices_of
 
 TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
 import sys, torch
-from milan.ranks import Ranks, joined
+from milan.core.distributed import Ranks, joined
 from milan.errors import ConfigError
 with joined(Ranks.of_environment(), torch.device("cpu")) as (ranks, device):
     assert ranks.agree(1 << ranks.rank) == 3

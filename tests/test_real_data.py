@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import milan
-from milan.cache import TargetCache
+from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
 LIMITS = {"int8": 103_000, "float16": 203_000}

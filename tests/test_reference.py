@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from milan.checkpoint import load_published, our_name
-from milan.course import learning_rate
-from milan.masking import Mask, importance_mask
-from milan.model import encode
-from milan.objectives import feature_regression
-from pipeline.teacher import TeacherSpec, load_teacher
+from milan.models.masking import Mask, importance_mask
+from milan.models.student import encode
+from milan.objectives.features import feature_regression
+from milan.training.checkpoint import load_published, our_name
+from milan.training.optim import learning_rate
+from pipeline.teachers.load import TeacherSpec, load_teacher
 
 GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or Path(__file__).parent / "golden")
 

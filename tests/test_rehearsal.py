@@ -11,7 +11,7 @@ from test_pretrain import SMALL
 
 import milan
 from milan.errors import ConfigError
-from milan.rehearsal import rehearse
+from milan.training.estimate import rehearse
 
 
 def figures(store: Path, **changes: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from conftest import make_photos, tree
 from test_cluster import STORE, Command, left_behind, local, until
 
-from milan.format import GENERATION
+from milan.store.format import GENERATION
 
 pytestmark = [
     pytest.mark.soak,

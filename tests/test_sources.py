@@ -30,13 +30,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
-from milan.cache import TargetCache
-from milan.data import find_root, open_cache, training_loader
+from milan.core.paths import Url, place
+from milan.data.dataset import find_root, open_cache, training_loader
+from milan.data.order import StepSampler, order_of
 from milan.errors import DataError, ImageFault
-from milan.manifest import Manifest, build_manifest, data_root, resolve_data
-from milan.order import StepSampler, order_of
-from milan.places import Url, place
-from milan.sources import ImageSource
+from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.images.source import ImageSource
+from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
 

@@ -18,13 +18,13 @@ import pytest
 from conftest import STUDENT
 
 import milan
-from milan.cache import TargetCache
-from milan.data import _windows, open_cache, training_loader
+from milan.config import bytes_of
+from milan.data.dataset import _windows, open_cache, training_loader
+from milan.data.order import StepSampler, order_of
 from milan.errors import CacheError, ConfigError
-from milan.generation import Generation
-from milan.order import StepSampler, order_of
-from milan.settings import bytes_of
-from milan.staging import Ahead, Local
+from milan.store.cache import TargetCache
+from milan.store.generation import Generation
+from milan.store.local_cache import Ahead, Local
 
 ROWS, VIEWS = np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24)
 """Everything of the store: 3 blocks x 2 views."""

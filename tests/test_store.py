@@ -1,4 +1,4 @@
-"""Tests of pipeline/store.py and milan/cache.py: a store is whole and proven, or refused."""
+"""Tests of the store, written and read: a store is whole and proven, or refused."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ import torch
 import zarr
 from conftest import tree
 
-import pipeline.files
-import pipeline.store
-import pipeline.worker
-from milan.cache import TargetCache
-from milan.codecs import Codec, codec_of
+import pipeline.extraction.worker
+import pipeline.writing.disk
+import pipeline.writing.store
+from milan.core.atomic import take_lock
+from milan.core.progress import Silent
 from milan.errors import CacheError, ConfigError
-from milan.files import take_lock
-from milan.format import GENERATION, CacheSpec, record_name
-from milan.manifest import Manifest, build_manifest
-from milan.views import ViewSpec
-from milan.watch import Silent
+from milan.images.manifest import Manifest, build_manifest
+from milan.images.views import ViewSpec
+from milan.store.cache import TargetCache
+from milan.store.codecs import Codec, codec_of
+from milan.store.format import GENERATION, CacheSpec, record_name
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract_targets
-from pipeline.plan import plan
-from pipeline.settings import ExtractConfig
-from pipeline.store import Store, Writer, group_attributes, stage_shard
-from pipeline.worker import _row_sums
+from pipeline.extraction.plan import plan
+from pipeline.extraction.worker import _row_sums
+from pipeline.writing.store import Store, Writer, group_attributes, stage_shard
 
 ROWS, VIEWS, TOKENS, CHANNELS, SHARD = 10, 2, 5, 4, 4
 """The made-up stores: 10 rows in 3 blocks, the last of 2 rows, so 6 shards."""
@@ -755,7 +755,7 @@ def test_a_disk_that_fills_up_loses_nothing(
 ) -> None:  # fmt: skip
     """No space in the middle: one clear line; after some is freed the same line completes."""
     settings = settings_for(tmp_path / "t.zarr", teacher_files)
-    module = pipeline.worker if where == "staging" else pipeline.files
+    module = pipeline.extraction.worker if where == "staging" else pipeline.writing.disk
     name = "stage_shard" if where == "staging" else "write_whole"
     real, calls = getattr(module, name), 0
 

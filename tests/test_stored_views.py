@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import STUDENT, make_photos, tree
 
-from milan.cache import TargetCache
-from milan.data import open_cache
+from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError
-from milan.pretraining import pretrain
-from milan.views import pack, unpack
+from milan.images.views import pack, unpack
+from milan.store.cache import TargetCache
+from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
-from pipeline.teacher import TeacherSpec, load_teacher
+from pipeline.teachers.load import TeacherSpec, load_teacher
 from pipeline.verify import CORRUPT, GOOD, verify
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from milan.errors import DataError, ImageFault
-from milan.manifest import SCHEMA, Manifest, build_manifest, resolve_data
-from milan.sources import ImageSource
+from milan.images.manifest import SCHEMA, Manifest, build_manifest, resolve_data
+from milan.images.source import ImageSource
 
 
 def write(path: Path, members: list[tuple[str, bytes]], **options: int) -> Path:

@@ -1,4 +1,4 @@
-"""Tests of pipeline/teacher.py: what the teacher says, which teacher it is, and what it refuses."""
+"""Tests of teachers: what the teacher says, which teacher it is, and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from conftest import TEACHER
 from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import load_file, save_file
 
-from milan.device import MEAN, STD, normalise
+from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TeacherError
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from pipeline.towers import class_attention
-from pipeline.weights import weights_digest
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.towers import class_attention
+from pipeline.teachers.weights import weights_digest
 
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 

@@ -19,18 +19,18 @@ import torch
 from conftest import ROOT, run_here, tree
 from safetensors.torch import load_file, save_file
 
-from milan.cache import TargetCache
+from milan.core.progress import Silent
 from milan.errors import CacheError, DataError, TeacherError
-from milan.format import GENERATION
-from milan.manifest import SCHEMA, Manifest
-from milan.watch import Silent
+from milan.images.manifest import SCHEMA, Manifest
+from milan.store.cache import TargetCache
+from milan.store.format import GENERATION
+from pipeline.config import ExtractConfig
+from pipeline.estimate.size import size_of_store
 from pipeline.extract import extract_targets
-from pipeline.plan import plan
+from pipeline.extraction.plan import plan
 from pipeline.repair import repair
-from pipeline.settings import ExtractConfig
-from pipeline.sizes import size_of_store
-from pipeline.teacher import TeacherSpec, load_teacher
-from pipeline.texts import TEMPLATES, TextTower
+from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.text_tower import TEMPLATES, TextTower
 from pipeline.verify import CORRUPT, GOOD, verify
 
 DEMO = ROOT / "demo" / "teacher"
@@ -169,7 +169,7 @@ def test_captions_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> N
     nulls = dict.fromkeys(SCHEMA.names, [None] * len(texts))
     manifest = Manifest(pa.table({**nulls, "caption": texts}, schema=SCHEMA))
     expected = np.array([True, False, False, True, False, False, True] * 3)
-    monkeypatch.setattr("milan.manifest._PIECE", 4)
+    monkeypatch.setattr("milan.images.manifest._PIECE", 4)
     np.testing.assert_array_equal(manifest.captioned(), expected)
     np.testing.assert_array_equal(manifest.captioned(slice(3, 12)), expected[3:12])
     assert manifest.captions(2, 7) == [None, "b c", None, None, "d"]

@@ -1,4 +1,4 @@
-"""Tests of pipeline/towers.py and timm_vit.py: every kind of teacher beside open_clip's own ViT.
+"""Tests of towers: every kind of teacher beside open_clip's own ViT.
 
 The models are real ones of timm made small, with random weights: shapes and equalities are tested
 here, not what published weights say.
@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch.nn import functional as F
 
-import pipeline.timm_vit
-from milan.data import open_cache
+import pipeline.teachers.timm_vit
+from milan.core.progress import Silent
+from milan.data.dataset import open_cache
 from milan.errors import TeacherError
-from milan.watch import Silent
 from pipeline.extract import extract_targets
-from pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from pipeline.towers import TimmTower
-from pipeline.weights import read_weights, weights_digest
+from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.towers import TimmTower
+from pipeline.teachers.weights import read_weights, weights_digest
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -440,7 +440,7 @@ def test_timms_published_weights(monkeypatch: pytest.MonkeyPatch, name: str, rea
         asked.append(repository)
         return {k: v.half() for k, v in model.state_dict().items()}
 
-    monkeypatch.setattr(pipeline.timm_vit, "load_state_dict_from_hf", hub)
+    monkeypatch.setattr(pipeline.teachers.timm_vit, "load_state_dict_from_hf", hub)
     teacher = load_teacher(TeacherSpec(name), device="cpu")
     real = real or timm.get_pretrained_cfg("vit_tiny_patch16_224").tag
     assert asked == [f"timm/vit_tiny_patch16_224.{real}"]

@@ -15,10 +15,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 import milan
-from milan.device import MEAN, STD, normalise
+from milan.config import ProbeConfig
+from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError
-from milan.settings import ProbeConfig
-from milan.transfer import Frozen, fit_logistic, frozen_encoder, linear_probe
+from milan.evaluation.linear_probe import Frozen, fit_logistic, frozen_encoder, linear_probe
 
 # --- the classifier -------------------------------------------------------------------------------
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from conftest import make_photos, run_here, tree
 
-from milan.cache import TargetCache
 from milan.errors import CacheError
-from milan.format import GENERATION
+from milan.store.cache import TargetCache
+from milan.store.format import GENERATION
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
-from pipeline.teacher import TeacherSpec
+from pipeline.teachers.load import TeacherSpec
 from pipeline.verify import CORRUPT, FOREIGN, GOOD, INCOMPLETE, verify
 
 
@@ -222,7 +222,7 @@ def test_an_audit_sees_targets_of_other_rows(
     photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that mixes rows up writes valid checksums of wrong targets: only the audit sees."""
-    from pipeline.teacher import Teacher
+    from pipeline.teachers.load import Teacher
 
     plain = Teacher.targets
 

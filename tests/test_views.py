@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from milan.errors import ConfigError
-from milan.views import View, ViewSpec, centre_view, checksum, render, view_of
+from milan.images.views import View, ViewSpec, centre_view, checksum, render, view_of
 
 # (seed, row, view, height, width) -> (top, left, height, width, flip); never to be changed: stores
 # and runs were made with these.
@@ -67,7 +67,7 @@ def test_views_need_no_state() -> None:
     assert backwards[::-1] == first
     assert len(set(first)) == 4
     code = (
-        "from milan.views import ViewSpec, view_of\n"
+        "from milan.images.views import ViewSpec, view_of\n"
         "print([view_of(ViewSpec(seed=7), 5, view=v, height=300, width=200).numbers()"
         " for v in range(4)])"
     )

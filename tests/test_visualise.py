@@ -14,13 +14,13 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import milan
-from milan import visualise
-from milan.cache import TargetCache
-from milan.masking import importance_mask, mask_noise
-from milan.report import build_report
-from milan.sheet import Colours
-from milan.views import View
-from milan.visualise import contact_sheet
+from milan.images.views import View
+from milan.models.masking import importance_mask, mask_noise
+from milan.reporting import contact_sheet as visualise
+from milan.reporting.contact_sheet import contact_sheet
+from milan.reporting.panels import Colours
+from milan.reporting.report import build_report
+from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
 TITLES = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]

@@ -28,17 +28,20 @@ from test_ranks import _line as command_line
 from torch.nn import functional as F
 
 import milan
-from milan import PretrainConfig, checkpoint, reporters, task
-from milan.cache import TargetCache
-from milan.data import CachedDataset
-from milan.device import MEAN, STD, denormalise, normalise
+from milan import PretrainConfig
+from milan.core.device import MEAN, STD, denormalise, normalise
+from milan.data.dataset import CachedDataset
+from milan.data.order import JUDGED, held_rows, order_of
 from milan.errors import ConfigError
-from milan.judge import nearest_neighbours
-from milan.masking import importance_mask, mask_noise
-from milan.objectives import painted, patchify, pixel_regression
-from milan.order import JUDGED, held_rows, order_of
-from milan.sheet import Shown, run_sheet
-from milan.task import student_of
+from milan.models.masking import importance_mask, mask_noise
+from milan.objectives.features import painted, patchify, pixel_regression
+from milan.reporting import trackers
+from milan.reporting.panels import Shown, run_sheet
+from milan.store.cache import TargetCache
+from milan.training import build as task
+from milan.training import checkpoint
+from milan.training.build import student_of
+from milan.training.validation import nearest_neighbours
 from pipeline.extract import extract_targets
 
 WATCHED: dict[str, Any] = {
@@ -515,7 +518,7 @@ def test_a_server_that_is_away(
         return log_batch(self, *arguments, **more)
 
     monkeypatch.setattr(tracking.MlflowClient, "log_batch", flaky)
-    monkeypatch.setattr(reporters, "_LATER", later)
+    monkeypatch.setattr(trackers, "_LATER", later)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/own.db")
     monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts of a database that says nothing else
     milan.pretrain(str(store), out=str(tmp_path / "run"), report_to="mlflow", **WATCHED)
@@ -624,7 +627,7 @@ def test_reporters_that_are_not_here(
     run = {**WATCHED, "out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match="report_to 'visdom'"):
         milan.pretrain(str(store), report_to="tensorboard,visdom", **run)
-    monkeypatch.setattr("milan.reporters.find_spec", lambda _: None)
+    monkeypatch.setattr("milan.reporting.trackers.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="its package is not here") as error:
         milan.pretrain(str(store), report_to="mlflow", **run)
     assert error.value.fix == "pip install 'milan-pretrain[mlflow]'"

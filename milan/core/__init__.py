@@ -1,0 +1,1 @@
+"""What every room stands on: randomness, paths, files, devices, processes."""

@@ -1,0 +1,225 @@
+"""Settings: default < recipe < parameter file < --set < flag; an unknown key stops the run.
+
+Each command has one frozen dataclass, beside its function. No file is read unless named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from milan.errors import ConfigError, nearest
+
+Config = TypeVar("Config")
+
+# `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
+_NESTED = {"model": "model_args"}
+
+
+def resolve(
+    kind: type[Config],
+    *,
+    section: str,
+    params: str | None = None,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Config:
+    """The settings of a command: an instance of the dataclass `kind`.
+
+    `params` names a YAML file, of which only `section` is read; `sets` are `key=value` or
+    `model.key=value`; `flags` that are None were not given. Raises ConfigError, which names the
+    nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    if params:
+        for key, value in read_section(params, section).items():
+            _put(kind, values, str(key), value, f"{params}, section {section}")
+    for item in sets or []:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}", expected="key=value, such as epochs=100")
+        _put(kind, values, key.strip(), _parse(text), "--set")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(kind, values, key, value, "the command line")
+    if "recipe" in values:
+        values = recipe_of(kind, values["recipe"], section) | values
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        names = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"{names} not given", expected=f"a value for {names}")
+    return kind(**values)
+
+
+def recipe_of(kind: type, name: str, section: str) -> dict[str, Any]:
+    """What a recipe of milan/recipes/ says of a command: field -> value. Raises ConfigError."""
+    folder = resources.files("milan") / "recipes"
+    known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+    if name not in known:
+        raise ConfigError(
+            f"unknown recipe {name!r}",
+            expected="one of " + ", ".join(known),
+            fix=nearest(name, known),
+        )
+    values: dict[str, Any] = {}
+    with resources.as_file(folder / f"{name}.yaml") as path:
+        for key, value in read_section(str(path), section).items():
+            _put(kind, values, key, value, f"recipe {name}")
+    return values
+
+
+def read_section(params: str, section: str) -> dict[str, Any]:
+    """One section of a YAML parameter file; empty if the file has no such section.
+
+    Raises ConfigError if it is no YAML, or has a section that is almost called so.
+    """
+    import yaml
+
+    path = Path(params)
+    if not path.is_file():
+        raise ConfigError(f"no parameter file at {params}", fix="--params params.yaml")
+    try:
+        read = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
+    if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
+        raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
+    near = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
+    if section not in read and near:
+        raise ConfigError(
+            f"{params} has a section {near[0]!r} and none {section!r}",
+            expected=f"the settings of this command under {section}",
+            fix=f"rename it to {section}",
+        )
+    return read.get(section) or {}
+
+
+def deviations(
+    config: Any, *, recipe: dict[str, Any] | None = None, leave: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """field -> (value, expected) where a config differs from its defaults, or a recipe's values."""
+    found, published = {}, recipe or {}
+    for f in dataclasses.fields(config):
+        default = published.get(f.name, f.default)
+        if f.default_factory is not dataclasses.MISSING:
+            default = published.get(f.name) or f.default_factory()
+        value = getattr(config, f.name)
+        if f.name not in leave and default is not dataclasses.MISSING and value != default:
+            found[f.name] = (value, default)
+    return found
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
+    hints = typing.get_type_hints(kind)
+    head, dot, rest = key.partition(".")
+    if dot:
+        head = _NESTED.get(head, head)
+        if _is_dict(hints.get(head)):
+            values[head] = {**values.get(head, {}), rest: _number(value)}
+            return
+    check_names(kind, [key], f"parameter {key!r} in {where}")
+    values[key] = _coerce(hints[key], value, key, where)
+
+
+def of_call(
+    kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str = ""
+) -> Config:
+    """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
+
+    A recipe among them is read from `section`. Raises ConfigError for a config and settings, and
+    for an unknown setting.
+    """
+    if isinstance(first, kind):
+        if settings:
+            raise ConfigError(
+                f"{', '.join(settings)} beside a {kind.__name__}",
+                expected="a config, or settings",
+                fix=f"dataclasses.replace(config, {next(iter(settings))}=...)",
+            )
+        return first
+    check_names(kind, settings)
+    recipe = recipe_of(kind, settings["recipe"], section) if settings.get("recipe") else {}
+    return kind(**{field: first} | recipe | settings)
+
+
+def check_names(kind: type, keys: Iterable[str], where: str = "") -> None:
+    """Raises ConfigError, naming the nearest, if one of `keys` is no field of a command."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in keys:
+        if key not in names:
+            raise ConfigError(
+                f"unknown {where or f'argument {key!r}'}",
+                expected="one of " + ", ".join(sorted(names)),
+                fix=nearest(key, names),
+            )
+
+
+def _is_dict(hint: Any) -> bool:
+    return hint is dict or typing.get_origin(hint) is dict
+
+
+def _number(value: Any) -> Any:
+    """A model's argument has no type to go by: text that is a number becomes one (1e-3)."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as the field's type; YAML reads 1e-3 as text and 1 as an int."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(a for a in inner if a is not type(None))
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is tuple:
+            return tuple(_coerce(i, v, key, where) for i, v in zip(inner, value, strict=True))
+        if _is_dict(hint):
+            if not isinstance(value, dict):
+                raise TypeError
+            return {name: _number(inner) for name, inner in value.items()}
+        if hint is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if hint is int:
+            if isinstance(value, bool) or int(float(value)) != float(value):
+                raise TypeError
+            return value if isinstance(value, int) else int(float(value))
+        if hint is float:
+            if isinstance(value, bool) or math.isnan(float(value)):
+                raise TypeError
+            return float(value)
+        if value is None or isinstance(value, bool | list | dict):
+            raise TypeError
+        return str(value)
+    except (OverflowError, TypeError, ValueError):
+        name = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{key} = {value!r} in {where}", expected=f"of type {name}") from None

@@ -1,0 +1,1 @@
+"""The store and its images as batches for training."""

@@ -1,0 +1,1 @@
+"""Images: found, listed, decoded, cut into views."""

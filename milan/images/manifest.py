@@ -1,0 +1,209 @@
+"""The manifest: which images there are, in which order; a row an image, frozen before the first.
+
+Made from a listing alone, never from the pixels: three million files are not read before the first
+batch. Rows are permuted by a seed, so that a shard is not one class. A row number is an image's
+identity everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from milan.core import rng
+from milan.core.paths import Place, folders_in, place, told
+from milan.errors import DataError
+from milan.images.decode import EXTENSIONS
+from milan.images.listing import SCHEMA, Listing, data_root, list_images
+
+__all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
+
+# Parquet row groups are shuffled in windows of about this many bytes: a reader holds one window.
+_WINDOW_BYTES = 256 << 20
+_PIECE = 1 << 18  # rows of captions looked at at once
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An ordered table of images. `table` has SCHEMA's columns; row i is image i."""
+
+    table: pa.Table
+    classes: list[str] | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
+    """What gave no row: extension, or what it is -> count. Told, never dropped in silence."""
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def key(self, row: int) -> str:
+        """The unique name of the image in `row`."""
+        return self.table["key"][row].as_py()
+
+    def digest(self) -> str:
+        """SHA-256 over keys in their order; the root folder is not in it."""
+        sha = hashlib.sha256()
+        for key in self.table["key"].to_pylist():
+            sha.update(key.encode() + b"\n")
+        return sha.hexdigest()
+
+    def labels(self) -> np.ndarray:
+        """[rows] int64; -1 where there is none."""
+        column = self.table["label"].combine_chunks().fill_null(-1)
+        return column.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def captions(self, first: int, last: int) -> list[str | None]:
+        """The captions of rows [first, last); None where there is none, or only blanks."""
+        rows = slice(first, last)
+        texts = self.table["caption"].slice(first, last - first).to_pylist()
+        there = self.captioned(rows)
+        return [text if has else None for text, has in zip(texts, there, strict=True)]
+
+    def captioned(self, rows: slice = slice(None)) -> np.ndarray:
+        """Which of `rows` have a caption, [B] bool; piece by piece, for trimming copies them."""
+        first, last, _ = rows.indices(len(self))
+        there = np.zeros(max(0, last - first), bool)
+        for at in range(first, last, _PIECE):
+            column = self.table["caption"].slice(at, min(_PIECE, last - at))
+            filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
+            there[at - first : at - first + len(filled)] = filled
+        return there
+
+    def head(self, limit: int) -> Manifest:
+        """The first `limit` rows of the same order."""
+        return Manifest(self.table.slice(0, limit), self.classes, self.ignored)
+
+    def to_parquet(self) -> bytes:
+        """The file that a store keeps; a pure function of the rows and class names."""
+        meta = {"milan_classes": json.dumps(self.classes)} if self.classes else None
+        sink = io.BytesIO()
+        pq.write_table(
+            self.table.replace_schema_metadata(meta),
+            sink,
+            compression="zstd",
+            write_page_checksum=True,
+        )
+        return sink.getvalue()
+
+    @classmethod
+    def join(cls, parts: list[Manifest]) -> Manifest:
+        """Parts of one order, one after the other; class names of the last that has any."""
+        names = [part.classes for part in parts if part.classes]
+        table = pa.concat_tables([p.table.replace_schema_metadata(None) for p in parts])
+        return cls(table, names[-1] if names else None)
+
+    def take(self, rows: np.ndarray) -> Manifest:
+        """These rows, in this order."""
+        return Manifest(self.table.take(pa.array(rows)), self.classes, self.ignored)
+
+    @classmethod
+    def read(cls, path: Path | pa.NativeFile) -> Manifest:
+        """The manifest of a store."""
+        table = pq.read_table(path, page_checksum_verification=True)
+        if table.schema.names == [name for name in SCHEMA.names if name != "offset"]:
+            # Written before there were tars: nothing in it lies at an offset.
+            column = SCHEMA.field("offset")
+            nulls = pa.nulls(len(table), column.type)
+            table = table.add_column(SCHEMA.names.index("offset"), column, nulls)
+        if not table.schema.equals(SCHEMA, check_metadata=False):
+            raise DataError(f"{path} is not a manifest", expected=f"columns {SCHEMA.names}")
+        meta = (table.schema.metadata or {}).get(b"milan_classes")
+        return cls(table, json.loads(meta) if meta else None)
+
+
+def resolve_data(name: str, root: str | None = None) -> Place:
+    """The folder, file or URL that `--data name` means.
+
+    An existing path or URL wins; else a name means a folder below the data root: `root`, else
+    $MILAN_DATA, else ./data, each a path or a URL; of that its part `train`, where there is one. Of
+    a place that is cut into train, val, ... and nothing else the part `train` is meant too.
+    Raises DataError listing every place looked at.
+    """
+    places = [place(name)]
+    with told(places[0]):
+        if places[0].exists():
+            return _training_part(places[0])
+    if isinstance(places[0], Path) and not places[0].is_absolute():
+        base = place(root or os.environ.get("MILAN_DATA") or "data")
+        places += [base / name / "train", base / name]
+    for where in places[1:]:
+        with told(where):
+            if where.exists():
+                return where
+    raise DataError(
+        f"no data found for --data {name}; looked at: " + ", ".join(str(p) for p in places),
+        expected="a folder of images, Parquet files or tars, or one such file",
+        fix="give a path, or name the folder that holds it with --data-root or $MILAN_DATA"
+        if isinstance(places[0], Path)
+        else "look at the names of the bucket and the folder",
+    )
+
+
+def _training_part(where: Place) -> Place:
+    """`where`, or its folder `train` where it is cut into splits: those are no classes."""
+    train = where / "train"
+    if not (where.is_dir() and train.is_dir()):
+        return where
+    folders = folders_in(where)
+    splits = {"train", "val", "valid", "validation", "test"}
+    return train if {name for name in folders if not name.startswith(".")} <= splits else where
+
+
+def build_manifest(source: Place, *, seed: int, limit: int | None = None) -> Manifest:
+    """List `source` and freeze the order of its images.
+
+    `source`: a tree of class folders, a folder of images, a Parquet file or a folder of them in the
+    Hugging Face image schema, a WebDataset tar or a folder of them. `limit` keeps the first rows of
+    the same permutation. Raises DataError if there are no images, a key twice, a name that is not
+    UTF-8, or something that cannot be read.
+    """
+    listing = list_images(source)
+    manifest = Manifest(_permute(listing, seed), listing.classes, listing.ignored)
+    if not len(manifest):
+        names = ", ".join(f"{n} {ext}" for ext, n in manifest.ignored.items()) or "nothing"
+        raise DataError(
+            f"no images in {source} (it holds {names})",
+            expected="files ending in " + " ".join(EXTENSIONS) + ", Parquet files, or tars of them",
+        )
+    keys = manifest.table["key"].to_pylist()
+    if len(set(keys)) < len(keys):
+        twice = [key for key, n in Counter(keys).items() if n > 1]
+        raise DataError(
+            f"{len(twice)} keys stand for several images, the first is {twice[0]!r}",
+            expected="a name of its own for every image: unique paths, or null, in Parquet",
+        )
+    if limit is not None:
+        if limit < 1:
+            raise DataError(f"--limit {limit}", expected="at least 1 image")
+        manifest = manifest.head(limit)
+    return manifest
+
+
+def _permute(listing: Listing, seed: int) -> pa.Table:
+    """The rows of a listing in the order that is frozen."""
+    if listing.group_bytes is None:
+        rows = pa.concat_tables(listing.tables)
+        order = rng.permutation(seed, rng.MANIFEST, (0,), len(rows))
+        return rows.take(pa.array(order)).combine_chunks()
+    # Groups are permuted, then rows within windows of groups: well mixed, yet a shard touches few
+    # groups, so that a reader need not decode a whole file for one image.
+    order = rng.permutation(seed, rng.MANIFEST, (1,), len(listing.tables))
+    tables, window, held = [SCHEMA.empty_table()], [], 0
+    for position, g in enumerate(order):
+        window.append(listing.tables[g])
+        held += listing.group_bytes[g]
+        if held >= _WINDOW_BYTES or position == len(order) - 1:
+            rows = pa.concat_tables(window)
+            inner = rng.permutation(seed, rng.MANIFEST, (2, len(tables)), len(rows))
+            tables.append(rows.take(pa.array(inner)))
+            window, held = [], 0
+    return pa.concat_tables(tables).combine_chunks()

@@ -1,0 +1,92 @@
+"""Bytes of an image by its row: a file, a row of a Parquet row group, or a stretch of a tar."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pyarrow as pa
+
+from milan.core.paths import Place, place, read_below
+from milan.errors import ImageFault
+from milan.images.listing import parquet_below
+from milan.images.manifest import Manifest
+
+_HELD_BYTES = 512 << 20  # two of the manifest's shuffle windows
+
+
+class ImageSource:
+    """Reads the images of a manifest below `root`, a path or URL; from several threads if need be.
+
+    Sent to another process it opens its files and connections there anew.
+    """
+
+    def __init__(self, manifest: Manifest, root: str | Place) -> None:
+        self.root = place(root)
+        columns = manifest.table
+        self._paths = columns["path"].combine_chunks()
+        self._groups = columns["group"].combine_chunks()
+        self._indices = columns["index"].combine_chunks()
+        self._offsets = columns["offset"].combine_chunks()
+        self._sizes = columns["bytes"].combine_chunks()
+        self._held: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_held": OrderedDict(), "_lock": Lock()})
+
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of the image in `row`.
+
+        Raises ImageFault, missing or unreadable; DataError if a remote store is gone as a whole,
+        for then nothing is known of the image.
+        """
+        path = self._paths[row].as_py()
+        try:
+            if self._groups[row].is_valid:
+                return self._of_group(path, self._groups[row].as_py(), self._indices[row].as_py())
+            size = self._sizes[row].as_py()
+            if self._offsets[row].is_valid:
+                return self._of_tar(path, self._offsets[row].as_py(), size)
+            return read_below(self.root, path, size=size)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ImageFault("missing", path) from None
+        except (OSError, pa.ArrowInvalid, IndexError, KeyError) as error:
+            if not isinstance(self.root, Path):
+                self.root.exists()  # raises DataError unless the store answers
+            kind = type(error.__cause__ or error).__name__
+            raise ImageFault("unreadable", f"{path}: {kind}") from None
+
+    def _of_tar(self, path: str, offset: int, size: int) -> bytes:
+        data = read_below(self.root, path, offset=offset, size=size)
+        if len(data) < size:
+            raise ImageFault("unreadable", f"{path} ends within the image at byte {offset}")
+        return data
+
+    def _of_group(self, path: str, group: int, index: int) -> bytes:
+        data = self._group(path, group)[index].as_py()
+        if data is None:
+            raise ImageFault(
+                "missing", f"{path}, group {group}, row {index}: image.bytes is null; "
+                "image.path alone is not followed"
+            )  # fmt: skip
+        return data
+
+    def _group(self, path: str, group: int) -> pa.Array:
+        """The `bytes` column of a row group; the latest ones are held, up to _HELD_BYTES."""
+        with self._lock:
+            if (path, group) in self._held:
+                self._held.move_to_end((path, group))
+                return self._held[path, group]
+            with parquet_below(self.root, path) as reader:
+                table = reader.read_row_group(group, columns=["image.bytes"])
+            column = table["image"].combine_chunks().field("bytes")
+            self._held[path, group] = column
+            while len(self._held) > 1 and sum(c.nbytes for c in self._held.values()) > _HELD_BYTES:
+                self._held.popitem(last=False)
+            return column

@@ -1,0 +1,160 @@
+"""WebDataset tars: which images one holds, by its headers; each is then one read at an offset.
+
+A sample is what members of one name up to the first dot belong to (`0001.jpg`, `0001.cls`): the
+rule of WebDataset. Every image of a sample is a row of its own. The label is that of `.cls`, else
+`cls` or `label` of `.json`; the caption that of `.txt`, else `caption` of `.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from milan.errors import DataError
+from milan.images.decode import EXTENSIONS
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+"""Names of tars that are compressed as a whole."""
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+_TOLD = (".cls", ".txt", ".json")
+_SMALL = 1 << 20  # bytes of a label or caption member that is read while listing
+
+
+@dataclass
+class Tar:
+    """What a tar holds; lists run in its own order, an entry an image."""
+
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """Of the image's first byte in the file."""
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """What gave no row: other members by extension, samples without an image, unreadable labels."""
+
+
+def packed(path: str) -> DataError:
+    """Why a compressed tar is no source."""
+    return DataError(
+        f"{path} is a compressed tar: an image in it cannot be read without all before it",
+        expected="plain .tar files (JPEGs do not get smaller)",
+        fix="gunzip it, or its like; then the same line",
+    )
+
+
+def read_tar(file: BinaryIO, path: str) -> Tar:
+    """The images of the tar `file`, called `path` in errors. Reads headers and small members only.
+
+    Raises DataError for a tar that is compressed, cut short or damaged, and OSError.
+    """
+    tar = Tar()
+    facts: dict[str, dict[str, Any]] = {}  # sample -> what .cls, .txt and .json say
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+            while (member := archive.next()) is not None:
+                _take(tar, facts, member, file, path)
+                # Or a tar of a million images would hold a gigabyte of them.
+                archive.members.clear()  # type: ignore[attr-defined]
+            _check_end(file, archive.offset)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        file.seek(0)
+        if file.read(6).startswith(_MAGIC):
+            raise packed(path) from None
+        raise DataError(
+            f"{path} is no tar, or cut short or damaged: {error}",
+            expected="a whole tar",
+            fix="fetch or write it again",
+        ) from None
+    pictured = {_split(name)[0] for name in tar.names}
+    tar.ignored["samples without an image"] += len(facts.keys() - pictured)
+    for name in tar.names:
+        said = facts[_split(name)[0]]
+        tar.labels.append(said.get(".cls", said.get("label")))
+        tar.captions.append(said.get(".txt", said.get("caption")))
+    tar.ignored = +tar.ignored
+    return tar
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Sample and extension: at the first dot of the last part of the path."""
+    folder, slash, last = name.rpartition("/")
+    first, dot, rest = last.partition(".")
+    return folder + slash + first, dot + rest
+
+
+def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: str) -> None:
+    name = member.name.removeprefix("./")
+    if member.isdir() or any(part.startswith(".") for part in name.split("/")):
+        return  # a hidden file, as in folders
+    sample, extension = _split(name)
+    if not member.isreg() or member.issparse():
+        tar.ignored["links and special files"] += 1
+        return
+    if not extension:
+        tar.ignored["without extension"] += 1
+        return
+    said = facts.setdefault(sample, {})
+    if name.lower().endswith(EXTENSIONS):
+        tar.names.append(name)
+        tar.offsets.append(member.offset_data)
+        tar.sizes.append(member.size)
+    elif (kind := extension.lower()) in _TOLD:
+        data = b""
+        if member.size <= _SMALL:
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+        try:
+            if member.size > _SMALL or len(data) < member.size:
+                raise ValueError("too long, or cut short")
+            said.update(_facts(kind, data))
+        except (ValueError, RecursionError):
+            tar.ignored[f"unreadable {kind}"] += 1
+    else:
+        tar.ignored["." + name.rpartition(".")[2].lower()] += 1
+
+
+def _facts(kind: str, data: bytes) -> dict[str, Any]:
+    """What a member tells of its sample. Raises ValueError if it cannot be understood.
+
+    JSON is free: of it only a class number and a text are taken, under the names we know.
+    """
+    text = data.decode()
+    if kind == ".txt":
+        return {kind: text.strip()}
+    if kind == ".cls":
+        return {kind: _class_number(int(text))}
+    said = json.loads(text)
+    if not isinstance(said, dict):
+        return {}
+    facts: dict[str, Any] = {}
+    if isinstance(said.get("caption"), str):
+        facts["caption"] = said["caption"]
+    for name in ("label", "cls"):
+        if type(said.get(name)) is int:
+            facts["label"] = _class_number(said[name])
+    return facts
+
+
+def _class_number(number: int) -> int:
+    if not -1 <= number < 2**31:  # -1: unknown, as in Hugging Face's sets
+        raise ValueError(f"class {number}")
+    return number
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Raise ValueError unless the tar ends at `offset` as a tar does: by zeros, to the file's end.
+
+    tarfile takes any block that is no header for the end. A tar cut between two members, damaged
+    in the middle, or joined to another would lose the rest in silence.
+    """
+    file.seek(offset)
+    if len(rest := file.read(512)) < 512:
+        raise ValueError(f"it ends at byte {offset} without an end mark")
+    while rest:
+        if rest.count(0) < len(rest):
+            raise ValueError(f"there is more behind its end at byte {offset}")
+        rest = file.read(1 << 20)

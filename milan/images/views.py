@@ -1,0 +1,154 @@
+"""Which rectangle of which image, flipped or not: the law teacher and student share.
+
+A view is data: five integers in source pixels, drawn at the address (seed, row, view), stored in
+the cache, replayed by the one `render` below. The law is RandomResizedCrop's (Szegedy et al. 2015;
+torchvision), with the paper's numbers: area 0.2-1, ratio 3/4-4/3, bicubic, flip 0.5.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+
+import google_crc32c
+import numpy as np
+from PIL import Image
+
+from milan.core import rng
+from milan.errors import ConfigError
+
+_TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The law of views. Every field is part of a store's fingerprint."""
+
+    size: int = 224
+    """Edge of a rendered view in pixels."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Least and greatest share of the image's area in a crop (MILAN, PRETRAIN.sh)."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest width / height of a crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # As plain floats, so that a spec read back from JSON equals the one written.
+        object.__setattr__(self, "scale", tuple(float(s) for s in self.scale))
+        object.__setattr__(self, "ratio", tuple(float(r) for r in self.ratio))
+        object.__setattr__(self, "hflip", float(self.hflip))
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"--scale {self.scale}", expected="0 < least <= greatest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ConfigError(f"--ratio {self.ratio}", expected="0 < least <= greatest")
+        if not 0 <= self.hflip <= 1:
+            raise ConfigError(f"--hflip {self.hflip}", expected="a probability, 0 to 1")
+        if self.size < 1:
+            raise ConfigError(f"view size {self.size}", expected="at least 1 pixel")
+
+    def law(self) -> dict:
+        """The law as JSON: what a fingerprint records, the rendering rules included."""
+        return {**asdict(self), "interpolation": "bicubic", "renderer": "pillow-crop-resize-1"}
+
+    @classmethod
+    def from_law(cls, law: dict) -> ViewSpec:
+        """The spec of a stored law."""
+        return cls(**{key: law[key] for key in ("size", "scale", "ratio", "hflip", "seed")})
+
+
+@dataclass(frozen=True)
+class View:
+    """A crop in source pixels after EXIF orientation, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """The five integers a store keeps."""
+        return (self.top, self.left, self.height, self.width, int(self.flip))
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> View:
+        """The view of five stored integers."""
+        top, left, height, width, flip = (int(n) for n in numbers)
+        return cls(top, left, height, width, bool(flip))
+
+
+def view_of(spec: ViewSpec, row: int, *, view: int, height: int, width: int) -> View:
+    """View `view` of the image in `row`, which is `height` x `width` pixels after orientation.
+
+    A pure function: of (spec, row, view, size) and of nothing else. Follows torchvision's
+    RandomResizedCrop.get_params draw for draw, except that the numbers come by address.
+    """
+    u = rng.uniforms(spec.seed, rng.VIEW, (row, view), 1 + 4 * _TRIES)
+    flip = bool(u[0] < spec.hflip)
+    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    for area_u, ratio_u, top_u, left_u in u[1:].reshape(_TRIES, 4).tolist():
+        area = height * width * (spec.scale[0] + area_u * (spec.scale[1] - spec.scale[0]))
+        ratio = math.exp(low + ratio_u * (high - low))
+        crop_width = round(math.sqrt(area * ratio))
+        crop_height = round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(top_u * (height - crop_height + 1))
+            left = int(left_u * (width - crop_width + 1))
+            return View(top, left, crop_height, crop_width, flip)
+    crop_height, crop_width = height, width
+    if width / height < spec.ratio[0]:
+        crop_height = max(1, round(width / spec.ratio[0]))
+    elif width / height > spec.ratio[1]:
+        crop_width = max(1, round(height * spec.ratio[1]))
+    return View(
+        (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip
+    )
+
+
+def render(image: Image.Image, view: View, *, size: int) -> np.ndarray:
+    """The pixels of a view: cropped, resized (bicubic, antialiased), mirrored; uint8 [S, S, 3].
+
+    Crop first, then resize, as RandomResizedCrop does: Pillow's `box` argument would let the
+    filter look past the crop's edge, at pixels that the view does not contain.
+    """
+    crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    if view.flip:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def pack(pixels: np.ndarray, how: str) -> bytes:
+    """Rendered pixels [S, S, 3] uint8 as a picture: `jpeg:95` (lossy), or `webp` (lossless).
+
+    What the teacher is then shown is the picture unpacked again, so that a replay is exact.
+    """
+    kind, _, quality = how.partition(":")
+    sink = io.BytesIO()
+    if kind == "jpeg":
+        Image.fromarray(pixels).save(sink, "JPEG", quality=int(quality))
+    else:
+        Image.fromarray(pixels).save(sink, "WEBP", lossless=True, method=1)
+    return sink.getvalue()
+
+
+def unpack(data: bytes) -> np.ndarray:
+    """The pixels [S, S, 3] uint8 of a stored view. Raises ValueError if it is no picture."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"a stored view cannot be decoded: {error}") from None
+
+
+def checksum(pixels: np.ndarray) -> int:
+    """crc32c of rendered pixels: the proof that a replay shows what the teacher saw."""
+    return google_crc32c.value(pixels.tobytes())
+
+
+def centre_view(height: int, width: int, *, crop_share: float = 0.875) -> View:
+    """The evaluation view: a central square of `crop_share` of the shorter edge (224 of 256)."""
+    edge = max(1, round(min(height, width) * crop_share))
+    return View((height - edge) // 2, (width - edge) // 2, edge, edge, False)

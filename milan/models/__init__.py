@@ -1,0 +1,1 @@
+"""The student: encoder, decoder, masks, and the layouts it is saved in."""

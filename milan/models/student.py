@@ -1,0 +1,231 @@
+"""The student: a ViT encoder over visible patches, and a decoder that predicts every token.
+
+B views, N patches = V visible + M masked, T = 1 + N tokens with the class token first (T = N
+where the encoder has none), E encoder width, D decoder width, C target width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+from milan.errors import ConfigError, nearest
+from milan.models.encoder import build_encoder, encode, sincos_positions, summary, through
+from milan.models.masking import Mask
+
+DECODERS: Final = ("prompt", "mae")
+DECODER: Final = {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}
+"""The published decoder, the same for every size of encoder (MILAN, models_milan.py)."""
+_EPS: Final = 1e-6
+
+
+class PromptAttention(nn.Module):
+    """Masked tokens ask; visible tokens (the prompts) and masked tokens answer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.fused_attn = True  # timm's name, so that one setting serves both
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Prompts [B, 1 + V, D] and normed masked tokens [B, M, D] to [B, M, D]."""
+        b, m, d = x.shape
+        q = self.q(x).view(b, m, self.heads, -1).transpose(1, 2)
+        kv = self.kv(torch.cat([prompts, x], dim=1))
+        k, v = kv.view(b, kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(b, m, d))
+
+
+class PromptBlock(nn.Module):
+    """A pre-norm block that updates masked tokens only. Prompts stay raw: no norm touches them."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
+        self.attn = PromptAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[B, 1 + V, D], [B, M, D] to [B, M, D]."""
+        x = x + self.attn(prompts, self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def _mae_block(width: int, heads: int, mlp_ratio: float) -> nn.Module:
+    norm: Any = partial(nn.LayerNorm, eps=_EPS)
+    return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+
+
+class Decoder(nn.Module):
+    """Predicts all T tokens from the encoded visible ones.
+
+    kind `prompt` (MILAN, section 3.2): visible tokens are fixed prompts, only masked tokens are
+    updated. kind `mae`: every token is updated by plain self-attention (MAE). Without
+    `class_token` there is none among the tokens, and none is predicted.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        encoder_width: int,
+        grid: int,
+        target_width: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        class_token: bool = True,
+    ) -> None:
+        super().__init__()
+        if kind not in DECODERS:
+            raise ConfigError(f"decoder {kind!r}", expected=" or ".join(DECODERS))
+        if embed_dim % num_heads:
+            raise ConfigError(
+                f"decoder width {embed_dim} with {num_heads} heads",
+                expected="a width that the heads divide",
+                fix="--set decoder.num_heads=…",
+            )
+        self.kind, self.class_token = kind, class_token
+        self.embed = nn.Linear(encoder_width, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
+        block = PromptBlock if kind == "prompt" else _mae_block
+        blocks = [block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, eps=_EPS)
+        self.pred = nn.Linear(embed_dim, target_width)
+
+    def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
+        """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first."""
+        z = self.embed(latent)
+        b, _, d = z.shape
+        # Tokens are kept as [class, visible | masked]; attention does not care for their order,
+        # so they go back to raster order once, at the end.
+        order = mask.visible + 1
+        if self.class_token:
+            order = torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
+        position = self.pos_embed.to(z.dtype).expand(b, -1, -1)
+        prompts = z + position.gather(1, order[..., None].expand(-1, -1, d))
+        masked = self.mask_token.to(z.dtype) + position.gather(
+            1, mask.masked[..., None].expand(-1, -1, d) + 1
+        )
+        if self.kind == "prompt":
+            for block in self.blocks:
+                masked = through(block, prompts, masked, recompute=recompute)
+            tokens = torch.cat([prompts, masked], dim=1)
+        else:
+            tokens = torch.cat([prompts, masked], dim=1)
+            for block in self.blocks:
+                tokens = through(block, tokens, recompute=recompute)
+        raster = torch.cat([order, mask.masked + 1], dim=1).argsort(dim=1)
+        prediction = self.pred(self.norm(tokens))
+        return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))
+
+
+class Student(nn.Module):
+    """Encoder and decoder; only the encoder is exported.
+
+    `recompute` (activation checkpointing): the same numbers from less memory, in more time.
+    """
+
+    def __init__(self, encoder: Any, decoder: Decoder, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.recompute = encoder, decoder, recompute
+
+    @property
+    def patches(self) -> int:
+        """N."""
+        return self.encoder.patch_embed.num_patches
+
+    def forward(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Normalised images [B, 3, S, S] to predictions [B, T, C]."""
+        latent = encode(self.encoder, images, mask.visible, recompute=self.recompute)
+        prefix, registers = self.encoder.num_prefix_tokens, self.encoder.num_reg_tokens
+        if registers:  # they are no part of the picture: nothing is predicted from them
+            latent = torch.cat([latent[:, : prefix - registers], latent[:, prefix:]], dim=1)
+        return self.decoder(latent, mask, recompute=self.recompute)
+
+    def represent(self, images: torch.Tensor) -> torch.Tensor:
+        """What a probe sees of whole images [B, 3, S, S] (milan.models.encoder.summary)."""
+        return summary(self.encoder, encode(self.encoder, images))
+
+
+def build_student(
+    name: str,
+    *,
+    img_size: int,
+    target_width: int,
+    decoder_kind: str = "prompt",
+    model_args: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+    seed: int = 0,
+    recompute: bool = False,
+) -> Student:
+    """A student with the published initial weights, the same for the same seed.
+
+    `model_args` and `decoder` override the arguments of the encoder (timm's) and of DECODER.
+    """
+    for key in decoder or {}:
+        if key not in DECODER:
+            raise ConfigError(
+                f"unknown decoder argument {key!r}",
+                expected="one of " + ", ".join(DECODER),
+                fix=nearest(key, DECODER),
+            )
+    for key, value in (decoder or {}).items():
+        kind = (int, float) if key == "mlp_ratio" else int
+        if not isinstance(value, kind) or value <= 0:
+            raise ConfigError(f"decoder argument {key} = {value!r}", expected="a number above 0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = build_encoder(name, img_size=img_size, args=model_args)
+        grid = vit.patch_embed.grid_size[0]
+        head = Decoder(
+            decoder_kind,
+            encoder_width=vit.embed_dim,
+            grid=grid,
+            target_width=target_width,
+            class_token=vit.has_class_token,
+            **{**DECODER, **(decoder or {})},
+        )
+        student = Student(vit, head, recompute=recompute)
+        initialise(student)
+    return student
+
+
+def initialise(student: Student) -> None:
+    """MAE's initial weights, which MILAN keeps (models_milan.py, initialize_weights).
+
+    Linear layers Xavier-uniform with zero bias, norms 1 and 0, tokens N(0, 0.02), the patch
+    embedding Xavier-uniform as a matrix, its bias as torch makes it. Positions are not touched.
+    """
+    for module in student.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    projection = student.encoder.patch_embed.proj
+    projection.reset_parameters()
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    encoder = student.encoder
+    for token in (encoder.cls_token, encoder.reg_token, student.decoder.mask_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)

@@ -1,0 +1,1 @@
+"""What people see of a run: log, trackers, pictures, report."""

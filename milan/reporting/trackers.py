@@ -1,0 +1,256 @@
+"""Those a run is reported to: TensorBoard's files, Weights & Biases, MLflow.
+
+Each is imported only if asked for. One run is one run in each of them, however often it resumes:
+what it already has is not said again, and what it missed is said from the log.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from milan.core.atomic import write_json
+from milan.errors import ConfigError
+from milan.reporting.log import Reporter
+from milan.training import run as runs
+
+_PROJECT = "milan"
+_LATER = 60.0  # seconds after which a server that did not answer is asked again
+
+
+class TensorBoard:
+    """Scalars and pictures below the run's folder."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run / "tensorboard"
+        self.has = start if folder.exists() else 0
+        self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    @classmethod
+    def check(cls) -> None:
+        """It is here, always."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line as a scalar."""
+        for key, value in line.items():
+            if key != "step":
+                self.board.add_scalar(f"train/{key}", value, line["step"])
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what came so far."""
+        self.board.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases under the run's own id; WANDB_MODE=offline keeps it here."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        about = runs.about(run)
+        with self._answering() as wandb:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", _PROJECT),
+                id=about["id"],
+                name=run.name,
+                dir=str(run),
+                config=about["config"],
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        self._image = wandb.Image
+        before = _known_as(run, "wandb", about["id"])
+        # Online the server says what it has; offline every call leaves a part of its own.
+        self.has = max(start if before else 0, self.run.starting_step - 1)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ConfigError: no credentials, or a server that does not take them."""
+        with cls._answering() as wandb:
+            wandb.login()  # offline it asks nobody
+
+    @staticmethod
+    @contextmanager
+    def _answering() -> Iterator[ModuleType]:
+        """The package; what it raises inside as ConfigError."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Not a word of its own on the terminal, above all no question after a key.
+        os.environ["WANDB_SILENT"] = "true"
+        import wandb
+
+        try:
+            yield wandb
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"report_to wandb: {str(error).splitlines()[0]}",
+                expected="credentials: WANDB_API_KEY, or those of `wandb login`",
+                fix="WANDB_MODE=offline keeps everything here, for `wandb sync`",
+            ) from None
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line, at its step."""
+        self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.run.log({name: self._image(pixels)}, step=step)
+
+    def flush(self) -> None:
+        """Its own process has it already."""
+
+    def close(self) -> None:
+        """Send, or write, what is left."""
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow: where MLFLOW_TRACKING_URI says, else `mlflow.db` beside the run's folder."""
+
+    def __init__(self, run: Path, start: int) -> None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        beside = run.parent.resolve()
+        about, self.waiting, self.later = runs.about(run), list[dict[str, Any]](), 0.0
+        with self._answering() as mlflow:
+            self._metric, self._fault = mlflow.entities.Metric, mlflow.exceptions.MlflowException
+            self.client = mlflow.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
+            found = self.client.get_experiment_by_name(name)
+            place = None if uri else (beside / "mlartifacts").as_uri()
+            experiment = (
+                found.experiment_id if found else self.client.create_experiment(name, place)
+            )
+            self.id = about.get("reported", {}).get("mlflow")
+            if self.id is None:
+                made = self.client.create_run(
+                    experiment, run_name=run.name, tags={"milan.id": about["id"]}
+                )
+                self.id = _known_as(run, "mlflow", made.info.run_id) or made.info.run_id
+                params = [mlflow.entities.Param(k, str(v)) for k, v in about["config"].items()]
+                self.client.log_batch(self.id, params=params)
+            self.client.update_run(self.id, status="RUNNING")
+            steps = [metric.step for metric in self.client.get_metric_history(self.id, "epoch")]
+        self.has = max(steps, default=0)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ConfigError: a server that does not answer."""
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            with cls._answering() as mlflow:
+                mlflow.MlflowClient(uri).get_experiment_by_name(_PROJECT)
+
+    @staticmethod
+    @contextmanager
+    def _answering() -> Iterator[ModuleType]:
+        """The package; what it raises inside as ConfigError."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # By default it tries for minutes, in which the run would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        import mlflow
+
+        try:
+            yield mlflow
+        except (mlflow.exceptions.MlflowException, ImportError) as error:
+            raise ConfigError(
+                f"report_to mlflow: {str(error).splitlines()[0]}",
+                expected="a tracking server or a database",
+                fix="MLFLOW_TRACKING_URI=http://… or sqlite:///…",
+            ) from None
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Every figure of a line, at its step; what a server does not take waits for a minute."""
+        self.waiting.append(line)
+        self._offer()
+
+    def _offer(self) -> None:
+        if time.monotonic() < self.later:
+            return
+        try:
+            while self.waiting:
+                at = self.waiting[0]["step"]
+                figures = {k: v for k, v in self.waiting[0].items() if k != "step"}
+                now = round(1000 * time.time())
+                metrics = [self._metric(k, float(v), now, at) for k, v in figures.items()]
+                self.client.log_batch(self.id, metrics=metrics)
+                self.waiting.pop(0)
+        except self._fault:
+            self.later = time.monotonic() + _LATER
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]; one that a server does not take is in TensorBoard alone."""
+        if time.monotonic() < self.later:
+            return
+        try:
+            self.client.log_image(self.id, pixels, artifact_file=f"{name}-{step:08d}.png")
+        except Exception:  # of whatever keeps a server's pictures: no reason to end a run
+            self.later = time.monotonic() + _LATER
+
+    def flush(self) -> None:
+        """It has it already."""
+
+    def close(self) -> None:
+        """Say what is left, and that this process is done."""
+        self.later = 0.0
+        self._offer()
+        try:
+            self.client.set_terminated(self.id)
+        except self._fault:
+            return
+
+
+REPORTERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def check(names: str) -> None:
+    """See that the reporters of a list such as `tensorboard,wandb` answer; makes nothing.
+
+    Raises ConfigError for a name that is unknown, one whose package is not here, or one that
+    refuses or does not answer.
+    """
+    for name in _chosen(names):
+        if name not in REPORTERS:
+            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"report_to {name}: its package is not here",
+                fix=f"pip install 'milan-pretrain[{name}]'",
+            )
+        REPORTERS[name].check()
+
+
+def opened(names: str, run: Path, start: int) -> list[Reporter]:
+    """The reporters of a run that begins, or goes on, with step `start`. Raises ConfigError."""
+    return [REPORTERS[name](run, start) for name in _chosen(names)]
+
+
+def _chosen(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+
+
+def _known_as(run: Path, where: str, name: str) -> str | None:
+    """Keep in run.json what a run is called elsewhere; returns what it was called before."""
+    about = runs.about(run)
+    known = about.get("reported", {})
+    write_json(run / runs.ABOUT, about | {"reported": known | {where: name}})
+    return known.get(where)

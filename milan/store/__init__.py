@@ -1,0 +1,1 @@
+"""The target store: its format, and reading it."""

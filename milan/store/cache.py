@@ -1,0 +1,270 @@
+"""Reading a target cache: what the teacher said of any (row, view), proven on the way.
+
+Opening reads the index and the attributes of each generation, whatever the store's size; what is
+read is checked by milan.store.generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from milan.core.paths import Place, place, sizes_below
+from milan.errors import CacheError, DataError, nearest
+from milan.images.manifest import Manifest
+from milan.images.views import ViewSpec
+from milan.store.codecs import Codec, codec_of
+from milan.store.format import Index, canonical
+from milan.store.generation import Generation
+from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
+
+
+@dataclass
+class Targets:
+    """What the teacher said of B views, still encoded; numpy arrays."""
+
+    attention: np.ndarray
+    """[B, N] float32, > 0."""
+    codes: np.ndarray | None = None
+    """[B, T, width] in the codec's dtype; None if not asked for."""
+    scale: np.ndarray | None = field(default=None)
+    """[B, T] float32, for codecs that scale."""
+
+
+class TargetCache:
+    """A finished store, opened for reading; safe to send to another process, not to fork.
+
+    Of a store that holds the targets of several teachers or codecs, one `layer` is read. `pinned`
+    opens it as it was with so many generations: what a run started with, it goes on with. Arrays
+    open in the process that first reads.
+    """
+
+    def __init__(
+        self, path: str | Place, *, layer: str | None = None, pinned: int | None = None
+    ) -> None:
+        self.path = place(path)
+        entries = Index.read(self.path).generations
+        if pinned is not None and pinned > len(entries):
+            raise CacheError(
+                f"{self.path} has {len(entries)} generations",
+                expected=f"the {pinned} that it had",
+                fix="restore the store, or start anew with another --out",
+            )
+        self.pinned = pinned or len(entries)
+        """How many generations of the store are seen."""
+        self.layers = list(dict.fromkeys(entry.layer for entry in entries[: self.pinned]))
+        self.layer = layer or self.layers[0]
+        if self.layer not in self.layers:
+            raise CacheError(
+                f"{self.path} has no targets called {self.layer!r}",
+                expected="one of " + ", ".join(self.layers),
+                fix=nearest(self.layer, self.layers),
+            )
+        chosen = [entry for entry in entries[: self.pinned] if entry.layer == self.layer]
+        self.generations = [Generation(self.path, entry) for entry in chosen]
+        self.spec = self.generations[0].spec
+        self.attributes = self.generations[0].attributes
+        self.root = self.generations[0].root
+        self.rows = max(g.entry.rows[1] for g in self.generations)
+        """Rows of the manifest, the bad ones included."""
+        self.views = max(g.entry.views[1] for g in self.generations)
+        """K, stored views of each image."""
+        self._check_tiling()
+        self.digest = hashlib.sha256(canonical([entry.digest for entry in chosen])).hexdigest()
+        """SHA-256 over the generations' digests: the content's identity, which runs refer to."""
+        self.view_spec = ViewSpec.from_law(self.spec.view_law)
+        self.codec: Codec = codec_of(self.spec.codec).restored(self._tables())
+
+    def __getstate__(self) -> dict:
+        # The manifest is read again where it is needed.
+        return {k: v for k, v in self.__dict__.items() if k != "manifest"}
+
+    @property
+    def grid(self) -> int:
+        """Patches along an edge of the teacher's grid."""
+        return round((self.spec.tokens - 1) ** 0.5)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The images of the store, in row order."""
+        return Manifest.join([g.manifest() for g in self.generations if g.spec.first_view == 0])
+
+    @cached_property
+    def bad(self) -> dict[int, str]:
+        """Rows without targets, with the reason."""
+        found = {row: why for g in self.generations for row, why in g.bad()}
+        return dict(sorted(found.items()))
+
+    def good_rows(self) -> np.ndarray:
+        """Rows that have targets, ascending, int64. Raises DataError if there is none."""
+        good = np.ones(self.rows, bool)
+        good[list(self.bad)] = False
+        if not good.any():
+            raise DataError(f"{self.path} has targets of no image: all {self.rows} are bad")
+        return np.flatnonzero(good)
+
+    def shards_of(self, rows: np.ndarray) -> np.ndarray:
+        """Which shard of a view holds each row, numbered through the store; int64."""
+        shards, before = np.zeros(len(rows), np.int64), 0
+        for g in self.generations:
+            if g.spec.first_view == 0:
+                inside = g.holds_rows(rows)
+                shards[inside] = before + (rows[inside] - g.spec.first_row) // g.spec.shard_size
+                before += g.spec.blocks
+        return shards
+
+    def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Targets:
+        """Targets of (rows[i], views[i]), each an int array [B]. Raises CacheError by shard."""
+        names = ["attention"] + (["features"] if features else [])
+        names += ["scale"] if features and self.codec.scaled else []
+        got = self._read(names, rows, views)
+        if not (got["attention"] > 0).all():
+            worst = int(np.argmin((got["attention"] > 0).all(axis=1)))
+            raise CacheError(
+                f"{self.path}: row {rows[worst]}, view {views[worst]} has attention that is not > 0"
+            )
+        return Targets(got["attention"], got.get("features"), got.get("scale"))
+
+    def crops(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B, 5] int32: top, left, height, width, flip of each stored view."""
+        return self._read(["crop"], rows, views)["crop"]
+
+    def packed(self, row: int, view: int) -> bytes:
+        """The stored picture of a view (spec.stored_views), as images.views.unpack takes it."""
+        return self._holder(row, view).packed(row, view)
+
+    def checksum(self, row: int, view: int) -> int:
+        """crc32c of the pixels that the teacher saw."""
+        return self._holder(row, view).checksum(row, view)
+
+    def content_digest(self, row: int, view: int) -> str:
+        """The checksum of the image's bytes (milan.images.decode.content_digest) at extraction."""
+        return self._holder(row, view).content_digest(row, view)
+
+    @property
+    def captioned(self) -> np.ndarray:
+        """Rows that have a text, ascending, int64; none in a store made without --texts."""
+        there = self.manifest.captioned() if self.spec.texts else np.zeros(0, bool)
+        return np.flatnonzero(there)
+
+    def texts(self, rows: np.ndarray) -> Texts:
+        """What the text tower said of the captions of `rows`, an int array [B].
+
+        Raises CacheError: a row without a caption, a store without texts, damage.
+        """
+        if not self.spec.texts:
+            raise CacheError(
+                f"{self.path} holds no texts",
+                fix="milan extract-targets --texts --out another.zarr",
+            )
+        rows = np.asarray(rows)
+        length = self.spec.texts["context"]
+        found = Texts(
+            np.empty((len(rows), self.spec.channels), np.float32),
+            np.empty((len(rows), length), np.int32),
+        )
+        left = np.ones(len(rows), bool)
+        for generation in self.generations:
+            at = np.flatnonzero(generation.holds_rows(rows) & (generation.spec.first_view == 0))
+            if len(at):
+                part, left[at] = read_texts(generation, rows[at]), False
+                found.features[at], found.ids[at] = part.features, part.ids
+        if left.any():
+            raise IndexError(f"{self.path} has no row {rows[left][0]}")
+        return found
+
+    @cached_property
+    def prototypes(self) -> Prototypes | None:
+        """What the text tower said of the classes, as those who came last name them."""
+        rows = [g for g in self.generations if g.spec.first_view == 0]
+        found = (read_prototypes(generation) for generation in reversed(rows))
+        return next((prototypes for prototypes in found if prototypes), None)
+
+    def use_local(self, folder: Path, limit: int) -> None:
+        """Read copies of whole shards below `folder`, at most `limit` bytes."""
+        for generation in self.generations:
+            generation.use_local(folder, limit)
+
+    def shards_at(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[Generation, int, int]]:
+        """(generation, block, view) of every shard that holds some of (rows[i], views[i])."""
+        found = []
+        for g in self.generations:
+            at = g.holds(rows, views)
+            found += [(g, *shard) for shard in g.shards_of(rows[at], views[at])]
+        return found
+
+    def check_files(self) -> None:
+        """Raises CacheError if a file of any shard is missing or of the wrong size."""
+        missing: list[str] = []
+        wrong: list[str] = []
+        for generation in self.generations:
+            found = sizes_below(generation.root)
+            for name, size in generation.files():
+                there = found(name)
+                if there != size:
+                    (missing if there is None else wrong).append(f"{generation.entry.path}/{name}")
+        if missing or wrong:
+            raise CacheError(
+                f"{self.path} is damaged: {len(missing)} files missing and {len(wrong)} of the "
+                f"wrong size, the first is {(missing + wrong)[0]}",
+                fix=f"milan repair {self.path}",
+            )
+
+    def _read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        rows, views = np.asarray(rows), np.asarray(views)
+        if len(self.generations) == 1:
+            return self.generations[0].read(names, rows, views)
+        out: dict[str, np.ndarray] = {}
+        left = np.ones(len(rows), bool)
+        for generation in self.generations:
+            at = np.flatnonzero(left & generation.holds(rows, views))
+            if len(at):
+                left[at] = False
+                for name, values in generation.read(names, rows[at], views[at]).items():
+                    whole = out.setdefault(
+                        name, np.empty((len(rows), *values.shape[1:]), values.dtype)
+                    )
+                    whole[at] = values
+        if left.any():
+            raise IndexError(f"{self.path} has no row {rows[left][0]}, view {views[left][0]}")
+        return out
+
+    def _holder(self, row: int, view: int) -> Generation:
+        at = np.array([row]), np.array([view])
+        return next(g for g in self.generations if g.holds(*at)[0])
+
+    def _tables(self) -> dict[str, np.ndarray]:
+        """What the codec learnt, each file proven by the index."""
+        first = self.generations[0]
+        files = [name for name in first.entry.files if name.startswith("codec/")]
+        for name in files:
+            first.proven(name)
+        names = sorted({name.split("/")[1] for name in files if name.count("/") > 1})
+        return {name: np.asarray(first.array(f"codec/{name}").read().result()) for name in names}
+
+    def _check_tiling(self) -> None:
+        """Every (row, view) in exactly one generation."""
+        area = sum(g.spec.rows * g.spec.views for g in self.generations)
+        law = self.spec.layer()
+        for i, g in enumerate(self.generations):
+            if g.spec.layer() != law:
+                raise CacheError(f"{self.path}: {g.entry.path} is of another teacher or codec")
+            for other in self.generations[:i]:
+                if _overlap(g.entry.rows, other.entry.rows) * _overlap(
+                    g.entry.views, other.entry.views
+                ):
+                    raise CacheError(f"{self.path}: {g.entry.path} and {other.entry.path} overlap")
+        if area != self.rows * self.views:
+            raise CacheError(
+                f"{self.path} holds {area:,} targets of {self.layer}",
+                expected=f"{self.rows:,} rows x {self.views} views",
+                fix="run the same extract-targets line again: it goes on where it stopped",
+            )
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))

@@ -1,0 +1,103 @@
+"""What a store is, in words and numbers: for `milan inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from milan.core.paths import Place, place, size_of
+from milan.errors import CacheError
+from milan.store.cache import TargetCache
+from milan.store.compat import lacking
+from milan.store.format import Index
+
+
+def describe(path: str | Place) -> dict[str, list[tuple[str, Any]]]:
+    """Tables by title, rows of (what, value). Raises CacheError if the store cannot be opened."""
+    index = Index.read(place(path))
+    layers = dict.fromkeys(entry.layer for entry in index.generations)
+    tables = {}
+    for layer in layers:
+        cache = TargetCache(path, layer=layer)
+        tables[layer] = [*_what(cache), *_size(cache)]
+        faithful = _faithful(cache)
+        if faithful:
+            tables[f"{layer}: fidelity to the teacher"] = faithful
+    tables["generations"] = [
+        (
+            entry.path,
+            f"{entry.layer}, rows {entry.rows[0]:,} to {entry.rows[1]:,}, views {entry.views[0]} "
+            f"to {entry.views[1]}, {entry.shards:,} shards, {entry.bad} bad, {entry.digest[:12]}",
+        )
+        for entry in index.generations
+    ]
+    missing = lacking(place(path))
+    if missing:
+        tables["not in it"] = list(missing)
+    return tables
+
+
+def _what(cache: TargetCache) -> list[tuple[str, Any]]:
+    about, spec = cache.attributes["about"], cache.spec
+    law = cache.view_spec
+    weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
+    return [
+        ("teacher", f"{about['name']} ({weights}), {spec.teacher['precision']}"),
+        ("licence of the weights", about["licence"]),
+        ("normalisation", about["normalisation"]),
+        ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
+        *_texts(cache),
+        ("data", _data(cache)),
+        ("images", f"{cache.rows:,}, {len(cache.bad):,} of them without targets"),
+        ("views of each", cache.views),
+        (
+            "view",
+            f"{law.size} px, area {law.scale[0]:g} to {law.scale[1]:g}, width / height "
+            f"{law.ratio[0]:.3g} to {law.ratio[1]:.3g}, mirrored {law.hflip:.0%}, seed {law.seed}",
+        ),
+        ("identity", cache.digest),
+    ]
+
+
+def _data(cache: TargetCache) -> str:
+    try:
+        return cache.generations[0].origin["data"]
+    except CacheError:
+        return "not known"
+
+
+def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
+    if not cache.spec.texts:
+        return []
+    prototypes = cache.prototypes
+    told = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
+    if prototypes:
+        classes, templates = prototypes.ids.shape[:2]
+        told += f", {classes:,} classes in {templates} templates"
+    return [("texts", told)]
+
+
+def _size(cache: TargetCache) -> list[tuple[str, Any]]:
+    shards = sum(g.entry.bytes for g in cache.generations)
+    small = sum(size_of(g.root / name) or 0 for g in cache.generations for name in g.entry.files)
+    count = sum(g.entry.shards for g in cache.generations)
+    return [
+        ("bytes a view", f"{cache.spec.view_bytes():,}"),
+        ("shards", f"{count:,}, {shards / 1e6:,.1f} MB"),
+        ("manifest, tables, canaries", f"{small / 1e6:,.2f} MB"),
+    ]
+
+
+def _faithful(cache: TargetCache) -> list[tuple[str, Any]]:
+    report = cache.generations[0].fidelity
+    if not report:
+        return []
+    rows: list[tuple[str, Any]] = [("measured on", f"{report['images']} images held back")]
+    for kind, spread in report["cosine"].items():
+        told = f"mean {spread['mean']:.6f}, 1st percentile {spread['p01']:.6f}"
+        rows.append((f"cosine, {kind} tokens", f"{told}, worst {spread['worst']:.6f}"))
+    return [
+        *rows,
+        ("loss floor 2 (1 - cos)", f"{report['loss_floor']:.2e}"),
+        ("attention, rank agreement", f"{report['attention_rank']:.6f}"),
+        ("masks, visible patches shared", f"{report['mask_overlap']:.2%}"),
+    ]

@@ -1,0 +1,371 @@
+"""What a store is: its spec and identity, its arrays, its records and its index.
+
+    targets.zarr/index.json          written last: present means complete; the one file replaced
+    targets.zarr/generations/000/    a complete Zarr v3 group with its own rows and views
+        zarr.json                    attributes: spec, fingerprint, about the teacher
+        origin.json                  where and with which libraries it was made; not proven
+        features/ [scale/] attention/ crop/
+        pixels/                      rendered views, if they are stored
+        [text/ text_ids/ prototypes/] captions and class prompts, where rows begin, if asked for
+        codec/ canary/ fidelity.json made before the first shard: the codec's tables, proofs
+        manifest.parquet             a row an image
+        records/00042.01.json        proves shard (block 42, view 1): rows, files, digests, reasons
+        shards.parquet               a row a shard: digest of its record, sizes of its files
+
+Growth adds a generation and replaces the index; nothing else that is committed ever changes. Blocks
+and views in names, records and arrays count from 0 inside their generation; the spec says where in
+the whole it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from milan.core.paths import Place, names_in, read_file
+from milan.errors import CacheError
+from milan.store.codecs import codec_of
+
+FORMAT = "milan-targets"
+VERSION = 1
+INDEX = "index.json"
+GENERATIONS = "generations"
+GENERATION = "generations/000"
+"""The first generation of a store."""
+MANIFEST = "manifest.parquet"
+SHARDS = "shards.parquet"
+FIDELITY = "fidelity.json"
+ORIGIN = "origin.json"
+PIXELS = "pixels"
+"""The folder of stored views."""
+TEXT, TEXT_IDS = "text", "text_ids"
+"""The arrays of captions: what the text tower says of each, and its token ids."""
+PROTOTYPES = "prototypes"
+"""The group of what it says of each class: `features`, `ids`."""
+CONTENT = ("codec/", f"{PROTOTYPES}/")
+"""Which of a generation's small files are part of its content, as its records are."""
+LOG = "extract.log.jsonl"
+"""Times, hosts, attempts: what varies between runs, outside what is proven."""
+LOGS = "extract.log"
+"""The same in an object store, where nothing is appended to: an object a run."""
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling that digests are taken of: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def record_name(block: int, view: int) -> str:
+    """File name of the record of a shard, below `records/`."""
+    return f"{block:05d}.{view:02d}.json"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array: `chunk` is the unit of reading, `shard` (if any) a file of chunks."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...] | None
+    dtype: str
+    fill: float
+    dimensions: tuple[str, ...]
+
+    @property
+    def of_views(self) -> bool:
+        """Whether it has a row for each view of an image; else one for each image."""
+        return self.dimensions[1] == "view"
+
+    def file(self, block: int, view: int) -> str:
+        """Path of the file that holds (block, view), below the array (default key encoding).
+
+        Arrays without views lie with the block's first view, which is 0 in their path as well.
+        """
+        return "/".join(["c", str(block), str(view)] + ["0"] * (len(self.shape) - 2))
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that determines a generation's content; its digest is the fingerprint.
+
+    Not in it, because they change no byte: batch size, workers, order of work, times, hosts.
+    """
+
+    manifest: str
+    """Digest of keys and order of this generation's rows (Manifest.digest)."""
+    rows: int
+    views: int
+    tokens: int
+    """T = 1 + N: the class token, then the patches in raster order."""
+    channels: int
+    """C, the joint width of the teacher."""
+    codec: str
+    shard_size: int
+    view_law: dict
+    teacher: dict
+    """Weights digest, architecture, normalisation, image size, precision."""
+    first_row: int = 0
+    """Of the whole store: the rows of earlier generations come before."""
+    first_view: int = 0
+    stored_views: str = "none"
+    """Whether rendered views lie beside their targets, and how: none, jpeg:95, webp."""
+    texts: dict | None = None
+    """The identity of the teacher's text tower (TextTower.identity), if its texts are stored."""
+    version: int = VERSION
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of every field."""
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+    def differences(self, other: CacheSpec) -> list[str]:
+        """'field: mine != other's' for each leaf that differs, nested names joined by dots."""
+        fields, others = asdict(self), asdict(other)
+        told = []
+        for key in fields:
+            if (fields[key] is None) != (others[key] is None):  # its leaves would say no more
+                told.append(
+                    f"{key}: " + ("without != with" if fields[key] is None else "with != without")
+                )
+                fields[key] = others[key] = None
+        mine, theirs = _leaves(fields), _leaves(others)
+        return told + [
+            f"{key}: {_short(mine.get(key))} != {_short(theirs.get(key))}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def layer(self) -> bytes:
+        """What generations that hold parts of the same targets share: all but rows and views."""
+        fields = asdict(self)
+        ranged = ("manifest", "rows", "views", "first_row", "first_view")
+        return canonical({key: value for key, value in fields.items() if key not in ranged})
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `shard_size` rows there are; each has one shard a view."""
+        return -(-self.rows // self.shard_size)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return self.blocks * self.views
+
+    def block_rows(self, block: int) -> tuple[int, int]:
+        """First row and one past the last row of a block, counted inside the generation."""
+        return block * self.shard_size, min(self.rows, (block + 1) * self.shard_size)
+
+    def files(self, block: int, view: int) -> dict[str, str]:
+        """The files of a shard by what they hold: each array, and `pixels` if views are stored.
+
+        Texts are of rows: they lie in the shard of a block's first view.
+        """
+        names = {
+            name: f"{name}/{array.file(block, view)}"
+            for name, array in self.arrays().items()
+            if array.of_views or view == 0
+        }
+        if self.stored_views != "none":
+            names[PIXELS] = f"{PIXELS}/c/{block}/{view}"
+        return dict(sorted(names.items()))
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of a generation by name."""
+        codec = codec_of(self.codec)
+        n, k, t, s = self.rows, self.views, self.tokens, self.shard_size
+        c = codec.width(self.channels)
+        nan = float("nan")
+        arrays = {
+            "features": ArraySpec(
+                (n, k, t, c),
+                (1, 1, t, c),
+                (s, 1, t, c),
+                codec.dtype,
+                codec.fill,
+                ("row", "view", "token", "code" if codec.coded else "channel"),
+            ),
+            "attention": ArraySpec(
+                (n, k, t - 1),
+                (1, 1, t - 1),
+                (s, 1, t - 1),
+                "float32",
+                nan,
+                ("row", "view", "patch"),
+            ),
+            "crop": ArraySpec((n, k, 5), (s, 1, 5), None, "int32", -1, ("row", "view", "number")),
+        }
+        if codec.scaled:
+            arrays["scale"] = ArraySpec(
+                (n, k, t), (1, 1, t), (s, 1, t), "float32", nan, ("row", "view", "token")
+            )
+        if self.texts and self.first_view == 0:
+            width, length = self.channels, self.texts["context"]
+            arrays[TEXT] = ArraySpec(
+                (n, width), (1, width), (s, width), "float32", nan, ("row", "channel")
+            )
+            arrays[TEXT_IDS] = ArraySpec(
+                (n, length), (1, length), (s, length), "int32", -1, ("row", "text_token")
+            )
+        return arrays
+
+    def view_arrays(self) -> dict[str, ArraySpec]:
+        """Those of the arrays that hold views: all but the texts."""
+        return {name: array for name, array in self.arrays().items() if array.of_views}
+
+    def view_bytes(self) -> int:
+        """Bytes of one stored view, shard indexes and checksums included."""
+        total = 0
+        for array in self.view_arrays().values():
+            per_row = int(np.prod(array.shape[2:])) * np.dtype(array.dtype).itemsize
+            total += per_row + (4 + 16 if array.shard else 0)
+        return total
+
+    def shard_bytes(self, rows: int, *, view: int) -> int:
+        """Bytes of the files of one shard of `rows` good images, each with a caption if any is.
+
+        The index of a shard file has a place for each of `shard_size` rows, whatever `rows` is.
+        """
+        total = 0
+        for array in (self.arrays() if view == 0 else self.view_arrays()).values():
+            row = int(np.prod(array.shape[1 + array.of_views :])) * np.dtype(array.dtype).itemsize
+            index = 16 * self.shard_size + 4
+            total += rows * (row + 4) + index if array.shard else self.shard_size * row + 4
+        return total
+
+    def total_bytes(self) -> int:
+        """Bytes of all shards if no image is bad: what a run writes, records and manifest apart.
+
+        Stored views are estimated: about 5 bits a pixel as JPEG, 16 as WebP.
+        """
+        bits = {"none": 0.0, "webp": 16.0}.get(self.stored_views, 5.0)
+        pictures = int(self.view_law["size"] ** 2 * bits / 8) * self.rows
+        last = self.rows - (self.blocks - 1) * self.shard_size
+        return sum(
+            (self.blocks - 1) * self.shard_bytes(self.shard_size, view=view)
+            + self.shard_bytes(last, view=view)
+            + pictures
+            for view in range(self.views if self.rows else 0)
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A committed generation, as the index lists it."""
+
+    path: str
+    layer: str
+    """Whose targets it holds parts of: teacher and codec, such as `ViT-B-16-quickgelu/int8`."""
+    fingerprint: str
+    digest: str
+    """SHA-256 over the fingerprint, the codec's tables and all records: the content's identity."""
+    rows: tuple[int, int]
+    """First row and one past the last, in the whole store."""
+    views: tuple[int, int]
+    shards: int
+    bytes: int
+    """Of all shards."""
+    bad: int
+    """Images without targets."""
+    files: dict[str, str]
+    """SHA-256 of every file beside shards and records, by path inside the generation."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The generations of a store, oldest first."""
+
+    generations: tuple[Entry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The content of index.json."""
+        entries = [asdict(entry) for entry in self.generations]
+        return canonical({"format": FORMAT, "version": VERSION, "generations": entries})
+
+    @classmethod
+    def read(cls, store: Place) -> Index:
+        """The index of a finished store. Raises CacheError if it is absent, foreign or damaged."""
+        if not store.exists():
+            raise CacheError(
+                f"no store at {store}", fix=f"milan extract-targets --data … --out {store}"
+            )
+        if not (store / INDEX).exists():
+            raise _unfinished(store)
+        index = read_json(store / INDEX)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
+        _check_version(store, index.get("version"))
+        try:
+            entries = [
+                Entry(**{**e, "rows": tuple(e["rows"]), "views": tuple(e["views"])})
+                for e in index["generations"]
+            ]
+            if not entries:
+                raise ValueError("no generation")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"{store / INDEX} is damaged: {error}") from None
+        return cls(tuple(entries))
+
+
+def _check_version(where: Any, version: Any) -> None:
+    if version != VERSION:
+        raise CacheError(
+            f"{where} has format version {version}",
+            expected=f"version {VERSION}",
+            fix="pip install --upgrade milan-pretrain",
+        )
+
+
+def _unfinished(store: Place) -> CacheError:
+    first = store / GENERATION
+    if not (first / "zarr.json").exists():
+        return CacheError(f"{store} is not a target cache: it has no {INDEX}")
+    spec, _ = read_group(first)
+    done = sum(name.endswith(".json") for name in names_in(first / "records"))
+    return CacheError(
+        f"{store} is incomplete: {done} of {spec.shards} shards, no {INDEX}",
+        fix="run the same extract-targets line again: it goes on where it stopped",
+    )
+
+
+def read_json(path: Place) -> Any:
+    """The JSON in a file of a store. Raises CacheError if it does not parse."""
+    try:
+        return json.loads(read_file(path))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
+
+
+def read_group(generation: Place) -> tuple[CacheSpec, dict]:
+    """Spec and other attributes of a generation's group."""
+    attributes = read_json(generation / "zarr.json").get("attributes", {})
+    if attributes.get("format") != FORMAT:
+        raise CacheError(f"{generation} is a Zarr group of another kind", expected=FORMAT)
+    _check_version(generation, attributes.get("version"))
+    try:
+        spec = CacheSpec(**attributes["spec"])
+        stated = attributes["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{generation / 'zarr.json'} is damaged: {error}") from None
+    # Of the spec as it is written, so that a later version's new fields do not change it.
+    if hashlib.sha256(canonical(attributes["spec"])).hexdigest() != stated:
+        raise CacheError(
+            f"{generation / 'zarr.json'} is damaged: its spec has not the fingerprint it states"
+        )
+    return spec, attributes
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            found |= _leaves(inner, f"{prefix}{key}.")
+        return found
+    return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:16] + "…" + text[-8:]

@@ -1,0 +1,394 @@
+"""One committed group of a store: its records, its arrays, and the proof of what they say.
+
+A shard is checked when it is first touched (its record's digest, its files' sizes), every chunk by
+its crc32c, every row by the crc32c that its record keeps: a value that was damaged, shifted or
+swapped is never returned. The only module that uses tensorstore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from milan.core.paths import Place, Url, read_file, size_of
+from milan.errors import CacheError
+from milan.images.manifest import Manifest
+from milan.store.format import (
+    FIDELITY,
+    MANIFEST,
+    ORIGIN,
+    PIXELS,
+    SHARDS,
+    Entry,
+    read_group,
+    read_json,
+    record_name,
+)
+from milan.store.local_cache import File, Local
+
+_HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
+_TRIES = 8  # a local copy may be evicted by another run between looking for it and reading it
+
+
+class _Proof(NamedTuple):
+    """What reading needs of a record, 72 KB a shard of 1,024 rows; as parsed JSON it is 370 KB."""
+
+    first: int
+    """First row, inside the generation."""
+    crc32c: dict[str, np.ndarray]
+    """By array, [rows] int64; -1 where there is no target."""
+    pixels: np.ndarray
+    """[rows] int64"""
+    digests: np.ndarray
+    """[rows] S32: the content checksums; empty for an image that could not be read."""
+    files: tuple[File, ...]
+    ends: np.ndarray
+    """[rows] int64: where the stored picture of each row ends in the shard's file of them."""
+
+
+def _numbers(values: list[int | None]) -> np.ndarray:
+    return np.array([-1 if value is None else value for value in values], np.int64)
+
+
+_reader: dict[str, int] = {}
+"""The process that uses tensorstore, by `pid`: used again after a fork, it aborts the child."""
+
+
+class Generation:
+    """One committed group of a store; rows and views count through the whole store."""
+
+    def __init__(self, store: Place, entry: Entry) -> None:
+        self.entry = entry
+        self.root: Place = store / entry.path
+        self.spec, self.attributes = read_group(self.root)
+        if self.attributes["fingerprint"] != entry.fingerprint:
+            raise CacheError(f"{store}: index and {entry.path} are of different stores")
+        self._open: dict[str, Any] = {}
+        self._proofs: OrderedDict[tuple[int, int], _Proof] = OrderedDict()
+        self.local: Local | None = None
+        """Where its shards are copied to and read from; None: they are read where they are."""
+
+    def __getstate__(self) -> dict:
+        # Handles and tables stay behind.
+        state = {k: v for k, v in self.__dict__.items() if k != "shards"}
+        return state | {"_open": {}, "_proofs": OrderedDict()}
+
+    def holds_rows(self, rows: np.ndarray) -> np.ndarray:
+        """[B] bool"""
+        return (rows >= self.entry.rows[0]) & (rows < self.entry.rows[1])
+
+    def holds(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B] bool"""
+        first, last = self.entry.views
+        return self.holds_rows(rows) & (views >= first) & (views < last)
+
+    def proven(self, name: str) -> bytes:
+        """A file beside the shards, whose digest agrees with the index."""
+        path = self.root / name
+        try:
+            data = read_file(path)
+        except OSError as error:
+            raise CacheError(f"{path} is gone: {error.strerror or error}") from None
+        if hashlib.sha256(data).hexdigest() != self.entry.files.get(name):
+            raise CacheError(f"{path} is damaged or of another store", expected="its digest")
+        return data
+
+    @property
+    def origin(self) -> dict:
+        """Where and how it was made: data, data_root, data_root_from_store, teacher, versions."""
+        return read_json(self.root / ORIGIN)
+
+    @property
+    def fidelity(self) -> dict:
+        """How near its codec is to the teacher's own output (pipeline.extraction.fidelity)."""
+        return read_json(self.root / FIDELITY) if FIDELITY in self.entry.files else {}
+
+    def manifest(self) -> Manifest:
+        """The images of this generation's rows."""
+        manifest = Manifest.read(pa.BufferReader(self.proven(MANIFEST)))
+        if manifest.digest() != self.spec.manifest:
+            raise CacheError(f"{self.root / MANIFEST} is damaged or of another store")
+        return manifest
+
+    @cached_property
+    def shards(self) -> pa.Table:
+        """A row a shard, ordered by block and view: `record` (SHA-256), `sizes`, `bad`."""
+        return pq.read_table(pa.BufferReader(self.proven(SHARDS)))
+
+    def bad(self) -> Iterator[tuple[int, str]]:
+        """(row, reason) of the images without targets."""
+        if not self.entry.bad:
+            return
+        holders = np.flatnonzero(np.asarray(self.shards["bad"]))
+        for shard in holders[holders % self.spec.views == 0].tolist():
+            record = self.record(shard // self.spec.views, 0)
+            for row, why in record["bad"].items():
+                yield self.spec.first_row + int(row), why
+
+    def sizes(self) -> np.ndarray:
+        """[shards, arrays by name] int64: bytes of each file; -1 where there is none."""
+        sizes = self.shards["sizes"].combine_chunks().flatten().to_numpy()
+        return sizes.reshape(self.spec.shards, -1)
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """(path inside the generation, bytes) of every shard file."""
+        names = list(self.spec.files(0, 0))
+        for shard, sizes in enumerate(self.sizes().tolist()):
+            paths = self.spec.files(*divmod(shard, self.spec.views))
+            held = ((name, size) for name, size in zip(names, sizes, strict=True) if size >= 0)
+            yield from ((paths[name], size) for name, size in held)
+
+    def record(self, block: int, view: int) -> dict:
+        """The commit record of a shard (numbers inside the generation), proven by the index.
+
+        On the way its files are checked: this is the first touch of a shard. Raises CacheError.
+        """
+        name = record_name(block, view)
+        expected = self.shards["record"][block * self.spec.views + view].as_py()
+        try:
+            data = read_file(self.root / "records" / name)
+        except OSError as error:
+            raise CacheError(
+                f"record {name} of {self.root} is gone: {error.strerror or error}"
+            ) from None
+        if hashlib.sha256(data).digest() != expected:
+            raise CacheError(f"record {name} of {self.root} is damaged", expected="its digest")
+        record = json.loads(data)
+        for file in record["files"]:
+            try:
+                size = size_of(self.root / file["path"])
+            except OSError:
+                size = None
+            if size != file["bytes"]:
+                raise CacheError(
+                    f"{self.root / file['path']} is damaged: "
+                    + ("it is gone" if size is None else f"{size:,} bytes"),
+                    expected=f"{file['bytes']:,} bytes",
+                    fix=f"milan repair {self.root.parent.parent}",
+                )
+        return record
+
+    def proof(self, block: int, view: int) -> _Proof:
+        """What reading needs of a shard's record; those of the latest shards are held."""
+        if (block, view) not in self._proofs:
+            record = self.record(block, view)
+            self._proofs[block, view] = _Proof(
+                record["rows"][0],
+                {name: _numbers(sums) for name, sums in record["crc32c"].items()},
+                _numbers(record["pixels"]),
+                np.array([digest or "" for digest in record["digests"]], "S32"),
+                tuple(File(f["path"], f["bytes"], f["sha256"]) for f in record["files"]),
+                _numbers(record.get("ends", [])),
+            )
+            if len(self._proofs) > _HELD_PROOFS:
+                self._proofs.popitem(last=False)
+        self._proofs.move_to_end((block, view))
+        return self._proofs[block, view]
+
+    def checksum(self, row: int, view: int) -> int:
+        """crc32c of the pixels that the teacher saw."""
+        proof, at = self._proof_of(row, view)
+        return int(proof.pixels[at])
+
+    def content_digest(self, row: int, view: int) -> str:
+        """The checksum of the image's bytes at extraction; empty if they could not be read."""
+        proof, at = self._proof_of(row, view)
+        return proof.digests[at].decode()
+
+    def _proof_of(self, row: int, view: int) -> tuple[_Proof, int]:
+        local = row - self.spec.first_row
+        proof = self.proof(local // self.spec.shard_size, view - self.spec.first_view)
+        return proof, local - proof.first
+
+    def use_local(self, folder: Path, limit: int) -> None:
+        """Read from copies below `folder`, which hold at most `limit` bytes."""
+        local = Local(self.root, folder, self.entry.digest, limit)
+        local.prepare(self.spec.view_arrays(), self.proven)
+        self.local = local
+
+    def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
+        """Have a shard (numbers inside the generation) on the local disk, see Local.fetch."""
+        if self.local is None or self.local.has(block, view):
+            return True
+        return self.local.fetch(block, view, self.proof(block, view).files, kept=kept)
+
+    def shards_of(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int]]:
+        """(block, view) of each shard that holds some of (rows[i], views[i]), inside it."""
+        blocks = (rows - self.spec.first_row) // self.spec.shard_size
+        pairs = np.stack([blocks, views - self.spec.first_view], axis=1)
+        return [(block, view) for block, view in np.unique(pairs, axis=0).tolist()]
+
+    def packed(self, row: int, view: int) -> bytes:
+        """The stored picture of a view, as images.views.unpack takes it. Raises CacheError."""
+        proof, at = self._proof_of(row, view)
+        local, v = row - self.spec.first_row, view - self.spec.first_view
+        block = local // self.spec.shard_size
+        path = self.spec.files(block, v)[PIXELS]
+        if not len(proof.ends):
+            raise self._damaged(PIXELS, local, v, "its record does not say where pictures end")
+        start, end = int(proof.ends[at - 1]) if at else 0, int(proof.ends[at])
+        why = ""
+        for _ in range(_TRIES if self.local else 1):
+            self.fetch(block, v)
+            try:
+                where = (self.local or self).root / path
+                return read_file(where, first=start, size=end - start)
+            except OSError as error:
+                why = str(error)
+        raise self._damaged(PIXELS, local, v, why)
+
+    def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of each named array, compared with the checksums of their records."""
+        local, view = rows - self.spec.first_row, views - self.spec.first_view
+        shards = self.shards_of(rows, views)
+        proofs = {shard: self.proof(*shard) for shard in shards}
+        got = self._values(names, local, view, shards)
+        blocks = local // self.spec.shard_size
+        for i, (row, v, block) in enumerate(
+            zip(local.tolist(), view.tolist(), blocks.tolist(), strict=True)
+        ):
+            proof = proofs[block, v]
+            for name in names:
+                if google_crc32c.value(got[name][i]) != proof.crc32c[name][row - proof.first]:
+                    raise self._damaged(
+                        name, row, v, "it is intact, but of another row, view or run"
+                    )
+        return got
+
+    def _values(
+        self, names: list[str], local: np.ndarray, views: np.ndarray, shards: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
+        for _ in range(_TRIES if self.local else 1):
+            for shard in shards if self.local else ():
+                self.fetch(*shard)
+            futures = {name: self.array(name)[local, views].read() for name in names}
+            try:
+                return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
+            except (ValueError, RuntimeError, OSError):
+                # A pool remembers also what was missing.
+                self._open.clear()
+                _context.cache_clear()
+        if isinstance(self.root, Url):
+            read_file(self.root / "zarr.json")  # raises DataError unless the store answers
+        if self.local and not all(self.local.has(*shard) for shard in shards):
+            raise CacheError(
+                f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
+                expected=f"room for a window in the limit of {self.local.limit:,} bytes",
+                fix="a larger --cache-limit",
+            )
+        raise self._blame(names, local, views)
+
+    def array(self, name: str) -> Any:
+        """The tensorstore of an array, opened in this process. Raises CacheError after a fork."""
+        if _reader.setdefault("pid", os.getpid()) != os.getpid():
+            raise CacheError(
+                f"{self.root}: a cache was read before this process was forked",
+                expected="loader workers started by forkserver or spawn",
+                fix='DataLoader(..., multiprocessing_context="forkserver")',
+            )
+        if name not in self._open:
+            copied = self.local if name in self.spec.view_arrays() else None
+            self._open[name] = open_array((copied.root if copied else self.root) / name)
+        return self._open[name]
+
+    def _blame(self, names: list[str], local: np.ndarray, views: np.ndarray) -> CacheError:
+        """Something in a batch cannot be read: which row it is."""
+        for row, view in zip(local.tolist(), views.tolist(), strict=True):
+            for name in names:
+                try:
+                    self.array(name)[row, view].read().result()
+                except (ValueError, RuntimeError, OSError) as error:
+                    return self._damaged(name, row, view, str(error))
+        return CacheError(f"{self.root}: a batch could not be read, though each row of it can")
+
+    def _damaged(self, name: str, local: int, view: int, why: str) -> CacheError:
+        shard = record_name(local // self.spec.shard_size, view)[:-5]
+        return CacheError(
+            f"{self.root}: {name} of row {local + self.spec.first_row}, view "
+            f"{view + self.spec.first_view} (shard {shard}) cannot be used: {why}",
+            expected="what its record says",
+            fix=(f"delete {self.local.root}, or " if self.local else "")
+            + f"milan repair {self.root.parent.parent}",
+        )
+
+
+def open_array(path: Place) -> Any:
+    """A Zarr array as a tensorstore. Raises CacheError if its metadata cannot be used."""
+    import tensorstore
+
+    try:
+        return tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": _kvstore(path),
+                # A chunk that is not there is an error, never a fill value.
+                "fill_missing_data_reads": False,
+                # A store does not change while it is open, but what was read before may be of
+                # another store that was in this place.
+                "recheck_cached_metadata": "open",
+                "recheck_cached_data": "open",
+            },
+            read=True,
+            open=True,
+            context=_context(),
+        ).result()
+    except (ValueError, OSError) as error:
+        if isinstance(path, Url):
+            read_file(path / "zarr.json")  # raises DataError unless the store answers
+        raise CacheError(
+            f"array {path} cannot be opened: {error}", expected="what the store's spec says"
+        ) from None
+
+
+def _kvstore(path: Place) -> dict[str, Any]:
+    """How tensorstore reaches a folder. Raises CacheError for a URL that it cannot read."""
+    if isinstance(path, Path):
+        return {"driver": "file", "path": str(path.resolve()) + "/"}
+    fs, name = path.at()
+    bucket, _, key = name.partition("/")
+    kind = path.text.partition(":")[0]
+    if kind in ("gs", "gcs"):
+        return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
+    if kind not in ("s3", "s3a"):
+        raise CacheError(f"a store at {path}", expected="a path, or a URL of s3:// or gs://")
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
+    fs.connect()
+    # As botocore resolved it from the environment or a profile: tensorstore reads neither.
+    server = fs.s3.meta
+    if not server.endpoint_url.endswith(".amazonaws.com"):
+        spec |= {"endpoint": server.endpoint_url, "aws_region": server.region_name or "us-east-1"}
+    if fs.anon:
+        spec["aws_credentials"] = {"type": "anonymous"}
+    elif "AWS_ACCESS_KEY_ID" in os.environ:  # the default looks for files first, and complains
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+@cache
+def _context() -> Any:
+    """What all arrays of a process share: one small pool.
+
+    It is there for the shard indexes, 16 KB each, 6 MB for the three arrays of a window of shards;
+    chunks pass through it, and none is read twice in an epoch.
+    """
+    import tensorstore
+
+    return tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 32 << 20},
+            "data_copy_concurrency": {"limit": 2},
+            # Half a minute in all. The default, 32 attempts, waits a quarter of an hour.
+            "s3_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"},
+        }
+    )

@@ -1,0 +1,1 @@
+"""Pretraining: the loop, its schedule, validation and checkpoints."""

@@ -1,0 +1,1 @@
+"""What an extraction costs, before it is run."""

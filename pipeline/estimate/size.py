@@ -1,0 +1,152 @@
+"""What a store takes on its disk: bytes, files and folders, before any of them is there.
+
+Exact but for images that turn out to be bad, captions that are not there, and the digits of some
+numbers: small parts are made and weighed, the rest is the spec's arithmetic.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milan.images.manifest import Manifest
+from milan.store.format import (
+    FIDELITY,
+    MANIFEST,
+    PROTOTYPES,
+    SHARDS,
+    CacheSpec,
+    Entry,
+    Index,
+    canonical,
+)
+from pipeline.estimate.throughput import stand_in
+from pipeline.extraction.fidelity import CANARIES
+from pipeline.extraction.plan import Plan
+from pipeline.writing.shard_table import Tally
+from pipeline.writing.store import create_arrays, group_attributes
+
+_SAMPLE = 100_000  # rows of a manifest, shards of a table: from there on it is proportion
+_REPORT, _LOG_LINE, _LOCK = 300, 145, 20  # bytes of fidelity.json, of a line of the log, of .lock
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes and files of a store, or of a part of it."""
+
+    shards: int
+    """Bytes of the arrays' files."""
+    records: int
+    manifest: int
+    other: int
+    """Tables of codec and shards, canaries, descriptions, index, log."""
+    files: int
+    folders: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything in the store's folder."""
+        return self.shards + self.records + self.manifest + self.other
+
+    def __add__(self, more: Sizes) -> Sizes:
+        pairs = zip(asdict(self).values(), asdict(more).values(), strict=True)
+        return Sizes(*(a + b for a, b in pairs))
+
+
+def sizes_of(spec: CacheSpec, manifest: Manifest, attributes: dict, *, first: bool) -> Sizes:
+    """What a generation of `spec` takes, its share of the index and the log included.
+
+    `first` of its layer: it has the codec's tables and the canaries.
+    """
+    last = spec.blocks - 1
+    records = 0
+    for view, views in ((0, 1), (spec.views - 1, spec.views - 1)):
+        full, rest = (len(canonical(made_up_record(spec, b, view))) for b in (0, last))
+        records += views * (full * last + rest)
+    some = manifest.head(_SAMPLE)
+    listed = round(len(some.to_parquet()) * len(manifest) / max(1, len(some)))
+    other, files, folders = _fixed(spec, attributes, first, len(manifest.classes or []))
+    # A view of a shard has a folder of its own in each array, that of the features one more.
+    arrays, of_views = spec.arrays(), len(spec.view_arrays())
+    deep = sum(len(array.shape) - 2 for array in arrays.values())
+    return Sizes(
+        shards=spec.total_bytes(),
+        records=records,
+        manifest=listed,
+        other=other + _table_bytes(spec) + _LOG_LINE * (spec.blocks + 2),
+        files=files + spec.shards * (of_views + 1) + spec.blocks * (len(arrays) - of_views),
+        folders=folders + spec.shards * deep + (spec.blocks + 1) * len(arrays),
+    )
+
+
+def made_up_record(spec: CacheSpec, block: int, view: int) -> dict[str, Any]:
+    """A record like that of a shard of good photographs, of the same size but for some digits."""
+    start, stop = spec.block_rows(block)
+    count, noise = stop - start, np.random.default_rng((block, view))
+    arrays = spec.arrays() if view == 0 else spec.view_arrays()
+    pixels, *sums = (noise.integers(0, 1 << 32, count).tolist() for _ in range(1 + len(arrays)))
+    files = [
+        {"path": path, "bytes": 100_000_000, "sha256": noise.bytes(32).hex()}
+        for path in spec.files(block, view).values()
+    ]
+    return {
+        "block": block, "view": view, "rows": [start, stop], "files": files, "bad": {},
+        "digests": [noise.bytes(16).hex() for _ in range(count)],
+        "heights": [375] * count, "widths": [500] * count, "pixels": pixels,
+        "crc32c": dict(zip(arrays, sums, strict=True)),
+    }  # fmt: skip
+
+
+def _table_bytes(spec: CacheSpec) -> int:
+    shards = max(1, min(spec.shards, _SAMPLE))
+    tally = Tally(replace(spec, rows=shards, shard_size=1, views=1))
+    tally.records[:] = np.random.default_rng(0).integers(0, 256, tally.records.shape, np.uint8)
+    return round(len(tally.parquet()) * max(1, spec.shards / shards))
+
+
+def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tuple[int, int, int]:
+    """(bytes, files, folders) that a generation has whatever its rows, its index entry included."""
+    tables: dict[str, np.ndarray] = {}
+    if first:
+        size, few = spec.view_law["size"], min(CANARIES, spec.rows)
+        tables = {
+            f"codec/{name}": table
+            for name, table in stand_in(spec.codec, spec.channels).tables.items()
+        }
+        tables["canary/pixels"] = np.zeros((few, size, size, 3), np.uint8)
+        tables["canary/features"] = np.zeros((few, spec.tokens, spec.channels), np.float32)
+        tables["canary/attention"] = np.zeros((few, spec.tokens - 1), np.float32)
+    if spec.texts and classes and spec.first_view == 0:
+        sentences = (classes, len(spec.texts["templates"]), spec.texts["context"])
+        tables[f"{PROTOTYPES}/features"] = np.zeros((classes, spec.channels), np.float32)
+        tables[f"{PROTOTYPES}/ids"] = np.zeros(sentences, np.int32)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        create_arrays(root, spec, attributes, tables)
+        found = [path for path in root.rglob("*") if path.is_file()]
+        folders = 2 + sum(path.is_dir() for path in root.rglob("*"))  # itself and its records
+        total = sum(path.stat().st_size for path in found)
+        names = [path.relative_to(root).as_posix() for path in found]
+    names += [FIDELITY, MANIFEST, SHARDS]
+    entry = Entry(
+        "generations/000", f"{attributes['about']['name']}/{spec.codec}", "0" * 64, "0" * 64,
+        (0, spec.rows), (0, spec.views), spec.shards, spec.total_bytes(), 0,
+        dict.fromkeys(names, "0" * 64),
+    )  # fmt: skip
+    return total + len(Index((entry,)).to_bytes()) + _REPORT, len(names) + 1, folders
+
+
+def size_of_store(work: Plan) -> Sizes:
+    """What the layer of a plan takes when it is whole, the store's own few files included."""
+    groups = canonical({"attributes": {}, "node_type": "group", "zarr_format": 3})
+    total = Sizes(0, 0, 0, 2 * (len(groups) + 12) + _LOCK, 5, 1)
+    for part in work.parts:
+        attributes = group_attributes(part.spec, work.teacher.about)
+        first = part is work.parts[0]
+        total += sizes_of(part.spec, part.manifest, attributes, first=first)
+        total += Sizes(0, 0, 0, len(canonical(work.origin())), 0, 0)
+    return total

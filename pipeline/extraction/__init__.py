@@ -1,0 +1,1 @@
+"""Extraction: what is to be made, and making it."""

@@ -1,0 +1,111 @@
+"""The teacher's text tower: captions and class names become vectors in the space of the images.
+
+Shapes: B texts, L token ids each (the tower's context), C the joint width, P classes, M templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from milan.errors import TeacherError
+from milan.store.format import PROTOTYPES
+from pipeline.teachers.weights import weights_digest
+
+TEMPLATES: Final = (
+    "{}",
+    "a picture of one {}.",
+    "here we see a {}.",
+    "a {} in its usual place.",
+    "a {}, seen from close by.",
+    "a {} far off, small in the frame.",
+    "a blurred or dim picture of a {}.",
+)
+"""What a class name is put into; a few short sentences, as OpenAI's way of naming classes asks."""
+
+# By its answers a tokenizer is known: letters of several scripts, digits, marks, length.
+_PROBES: Final = (
+    *TEMPLATES,
+    "Ångström naïve 東京 Привет 🙂 x=3.14!? it's",
+    "on and on " * 99,
+)
+_BATCH = 256  # texts a forward pass
+
+
+class TextTower:
+    """The text half of a CLIP; always in single precision, for it runs once a text.
+
+    `model` has `encode_text`; `tokenizer` turns sentences into ids [B, L], cut to L with the last
+    id kept as end of text. Raises TeacherError for a tokenizer of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Callable[[list[str]], torch.Tensor],
+        config: dict,
+    ) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        ids = self.tokenise(_PROBES)
+        words = next(
+            module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+        )
+        if ids.max() >= words:
+            raise TeacherError(
+                f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower {words:,}",
+                expected="a text tower of its tokenizer's vocabulary",
+                fix="without --texts, or mend text_cfg",
+            )
+        self.identity = {
+            "weights": weights_digest(model, without=("visual.", "logit_")),
+            "architecture": config["text_cfg"] | {"quick_gelu": config.get("quick_gelu", False)},
+            "tokenizer": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+            "context": ids.shape[1],
+            "templates": list(TEMPLATES),
+        }
+        """What determines its outputs."""
+
+    def tokenise(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids [B, L] int32."""
+        return self.tokenizer(list(texts)).numpy().astype(np.int32)
+
+    @torch.inference_mode()
+    def features(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of length 1 of token ids [B, L]: [B, C] float32."""
+        device = next(self.model.parameters()).device
+        parts = [
+            self.model.encode_text(torch.from_numpy(part).long().to(device), normalize=True)
+            for part in np.array_split(ids, -(-len(ids) // _BATCH))
+        ]
+        return torch.cat(parts).float().cpu().numpy()
+
+    def prototypes(self, classes: list[str]) -> dict[str, np.ndarray]:
+        """Tables of a store: `features` [P, C], `ids` [P, M, L] of classes by their names.
+
+        A class is the mean of its sentences' vectors, made of length 1 again (arXiv 2103.00020,
+        section 3.1.4). Underlines in names are read as spaces.
+        """
+        names = [name.replace("_", " ") for name in classes]
+        sentences = [template.format(name) for name in names for template in TEMPLATES]
+        ids = self.tokenise(sentences)
+        each = self.features(ids).reshape(len(names), len(TEMPLATES), -1)
+        mean = each.mean(axis=1)
+        return {
+            f"{PROTOTYPES}/features": mean / np.linalg.norm(mean, axis=1, keepdims=True),
+            f"{PROTOTYPES}/ids": ids.reshape(len(names), len(TEMPLATES), -1),
+        }
+
+
+def no_texts(what: str) -> TeacherError:
+    """The error where `what` brings no text tower."""
+    return TeacherError(
+        f"{what} has no text tower",
+        expected="a CLIP, with the weights of both towers, for --texts",
+        fix="without --texts",
+    )

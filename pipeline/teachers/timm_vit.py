@@ -1,0 +1,171 @@
+"""A ViT of timm by its name: built, its weights found and loaded whole, resized.
+
+`timm:NAME` or `timm:NAME.TAG`. The classifier is left out: C is the ViT's width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import timm
+import torch
+from timm.models import (
+    PretrainedCfg,
+    get_pretrained_cfg,
+    load_state_dict_from_hf,
+    model_entrypoint,
+)
+from torch import nn
+
+from milan.errors import TeacherError, nearest
+from pipeline.teachers.towers import Loaded, TimmTower, check_vit, patch_of, refuse
+from pipeline.teachers.weights import (
+    do_not_fit,
+    not_here,
+    read_weights,
+    stated_licence,
+    weight_file,
+)
+
+# Modules of timm whose models may have tokens. Others are refused before they are built: some have
+# billions of weights.
+_FAMILIES: Final = (
+    "vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin",
+)  # fmt: skip
+
+# What timm raises over settings, and its conversions over files that are another model's.
+_ODD: Final = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def check_family(name: str, model: str) -> None:
+    """Refuse the teacher `name` if timm's `model` is of a kind without tokens. Builds nothing."""
+    if timm.is_model(model):
+        package, _, family = model_entrypoint(model).__module__.rpartition(".")
+        if package == "timm.models" and family not in _FAMILIES:
+            refuse(name, f"its image tower is timm's {model}")
+
+
+def load_timm_vit(
+    name: str, pretrained: str | None, *, img_size: int | None, offline: bool
+) -> Loaded:
+    """Build `timm:NAME[.TAG]` with the weights `pretrained`: a tag, a file, or `none`.
+
+    Left out it means the tag of the name, else timm's default. Raises TeacherError: an unknown
+    name (the nearest are named), weights that are not here, or that do not fit to the last tensor,
+    and a model without usable tokens.
+    """
+    model, _, tag = name.removeprefix("timm:").partition(".")
+    if not timm.is_model(model):
+        known = timm.list_models("*vit*") + timm.list_models("*eva*")
+        raise TeacherError(
+            f"unknown teacher {name!r}",
+            expected="timm:NAME of a ViT",
+            fix="--teacher timm:" + (nearest(model, known) or "vit_base_patch14_dinov2"),
+        )
+    check_family(name, model)
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise TeacherError(
+            f"unknown teacher {name!r}",
+            expected=f"a tag of timm:{model}: " + ", ".join(tags),
+            fix=f"--teacher timm:{model}." + (nearest(tag, tags) or tags[0]) if tags else "",
+        )
+    if pretrained in tags:
+        if tag and tag != pretrained:
+            raise TeacherError(f"--pretrained {pretrained} with --teacher {name}: two tags")
+        tag, pretrained = str(pretrained), None
+    cfg = get_pretrained_cfg(f"{model}.{tag}" if tag else model) or PretrainedCfg()
+    state, label, licence = None, "none", "none (random weights)"
+    if pretrained is None:
+        label = tag or cfg.tag or "its own"
+        state, licence = _published(cfg, f"{label} of {name}", offline), cfg.license or "unknown"
+    elif pretrained != "none":
+        file = weight_file(name, pretrained, tags)
+        state, label, licence = read_weights(file), file.name, stated_licence(file)
+    options: dict[str, Any] = {}
+    if state is not None:
+        # Strictly: timm would leave what it does not find random, because the classifier is gone.
+        heads = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
+        gone = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
+        state = {
+            k: v.float() if isinstance(v, torch.Tensor) else v
+            for k, v in state.items()
+            if k not in gone
+        }
+        overlay = {"state_dict": state, "num_classes": 0, "custom_load": False, "label_offset": 0}
+        options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            trunk: Any = timm.create_model(model, num_classes=0, **options)
+        except _ODD as error:
+            if state is None:
+                raise TeacherError(f"timm cannot build {model}: {error}") from None
+            raise do_not_fit(label, name, error) from None
+    trunk.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
+    resize(name, trunk, img_size)
+    # A class token is one, even where timm's classifier would average (DINOv3).
+    pooling = "token" if getattr(trunk, "cls_token", None) is not None else trunk.global_pool
+    tower = TimmTower(name, trunk, trunk, nn.Identity(), pooling)
+    own = {"mean": cfg.mean, "std": cfg.std}
+    return Loaded(tower, {"timm_model_name": model}, own, label, licence, [])
+
+
+def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
+    """The weights that `cfg` names, from the hub or its local cache."""
+    if not cfg.hf_hub_id:
+        if not cfg.url:
+            raise TeacherError(
+                f"timm knows no weights of {what}",
+                expected="--pretrained FILE, or none: random weights",
+            )
+        raise not_here(what, cfg.url, offline=offline)
+    file = cfg.hf_hub_filename or "model.safetensors"
+    options = {"filename": file} if cfg.hf_hub_filename else {}
+    try:
+        return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, **options)
+    except Exception as error:  # hub clients raise many kinds; all mean: not to be had
+        wanted = f"{file} of https://huggingface.co/{cfg.hf_hub_id}"
+        raise not_here(what, wanted, offline=offline, error=error) from None
+
+
+def resize(name: str, trunk: Any, size: int | None) -> None:
+    """Make `trunk` take images of `size` pixels; positions are resampled by timm, bicubic.
+
+    None leaves it as it is. Raises TeacherError unless it is a ViT whose patches tile the size.
+    """
+    check_vit(name, trunk)
+    if size is None or (size, size) == tuple(trunk.patch_embed.img_size):
+        return
+    check_tiling(size, patch_of(trunk))
+    if not hasattr(trunk, "set_input_size"):
+        refuse(name, f"this timm cannot resize a {type(trunk).__name__} (--img-size)")
+    trunk.set_input_size(img_size=(size, size))
+
+
+def check_tiling(size: int, patch: int) -> None:
+    """Raises TeacherError, with the two nearest sizes, unless patches tile `size` pixels."""
+    if size % patch:
+        low = max(patch, size // patch * patch)
+        raise TeacherError(
+            f"--img-size {size} is not a whole number of the teacher's {patch}-pixel patches",
+            fix=f"--img-size {low} or {low + patch}",
+        )
+
+
+def size_options(name: str, config: dict, img_size: int | None) -> dict[str, int]:
+    """What open_clip is told of the image size. Refuses what need not be built to be known.
+
+    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
+    """
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        check_family(name, vision["timm_model_name"])
+        return {}
+    if isinstance(vision.get("layers"), list):
+        refuse(name, "its image tower is a ResNet")
+    if not img_size:
+        return {}
+    if vision.get("patch_size"):
+        check_tiling(img_size, vision["patch_size"])
+    return {"force_image_size": img_size}

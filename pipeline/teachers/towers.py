@@ -1,0 +1,357 @@
+"""How an image tower gives tokens and attention: open_clip's own ViT, and the ViTs of timm.
+
+Row 0 of the features is what the tower itself says of the whole image; rows 1 to N are its patches.
+What that row is, and whose attention is stored, goes by how the tower pools:
+
+    token   its class token; the class token's attention in the last block
+    map     the output of its pooling head (SigLIP); the attention of the head's query
+    avg     the average that it outputs; the mean of the patches' attention in the last block
+
+B views, N patches, T = 1 + N tokens, W the tower's width, C the features' width, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NoReturn
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from milan.errors import TeacherError
+from pipeline.teachers.text_tower import TextTower
+
+CLASS_TOKEN: Final = {
+    "token": "the class token",
+    "map": "no class token: the image embedding that the pooling head outputs",
+    "avg": "no class token: the average of the patches, as the tower outputs it",
+}
+ATTENTION: Final = {
+    "token": "of the class token, last block, mean over heads",
+    "map": "of the pooling head's query, mean over heads",
+    "avg": "mean over the patches' queries, last block, mean over heads",
+}
+"""What a store says of its teacher, by the tower's pooling."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tower with its weights, and what is known of it."""
+
+    tower: Tower
+    architecture: dict
+    """With the weights it determines the outputs."""
+    own: dict
+    """`mean` and `std` of its own normalisation."""
+    pretrained: str
+    """A tag, a file's name, `none` or `its own`."""
+    licence: str
+    notes: list[str]
+    texts: TextTower | None = None
+    """Its text tower, if that was asked for."""
+
+
+class Tower:
+    """An image tower as targets need it. `module` holds all its weights."""
+
+    module: Any
+    pooling: str
+    """token, map or avg."""
+    left_out: int
+    """Tokens that are neither row 0 nor patches: registers, or a class token that is not used."""
+    size: int
+    """Edge of an image in pixels."""
+    patch: int
+    channels: int
+    """C."""
+    plain = False
+    """A class token, and nothing left out, of open_clip's own ViT: what most stores hold."""
+
+    def identity(self) -> dict:
+        """What the fingerprint holds of row 0 and of tokens left out; empty for the plain kind."""
+        return {} if self.plain else {"pooling": self.pooling, "left_out": self.left_out}
+
+    def about(self) -> dict:
+        """What the store tells of row 0, of the attention, and how many tokens are left out."""
+        return {
+            "class_token": CLASS_TOKEN[self.pooling],
+            "attention": ATTENTION[self.pooling],
+            "left_out": self.left_out,
+        }
+
+    def notes(self) -> list[str]:
+        """The same for people, where it is not what they would expect."""
+        if self.plain:
+            return []
+        told = f"row 0 is {CLASS_TOKEN[self.pooling]}; attention {ATTENTION[self.pooling]}"
+        left = f"; left out beside the patches: {self.left_out} (registers, an unused class token)"
+        return [told + (left if self.left_out else "")]
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B, 3, S, S] to features [B, T, C]; under the caller's autocast."""
+        raise NotImplementedError
+
+    def attention(self) -> torch.Tensor:
+        """[B, N] float32 of the images just shown, > 0, not renormalised; knows no autocast."""
+        raise NotImplementedError
+
+
+class NativeTower(Tower):
+    """open_clip's VisionTransformer: every token through ln_post and proj."""
+
+    def __init__(self, name: str, visual: Any) -> None:
+        block = visual.transformer.resblocks[-1]
+        why = ""
+        if visual.attn_pool is not None:
+            why = "it pools by attention, so ln_post and proj do not apply to its tokens"
+        elif visual.image_size[0] != visual.image_size[1]:
+            why = f"its images are not square: {visual.image_size}"
+        elif visual.image_size[0] % visual.patch_size[0]:
+            why = f"{visual.patch_size[0]}-pixel patches do not tile {visual.image_size[0]} pixels"
+        elif not isinstance(block.attn, nn.MultiheadAttention):
+            why = "its attention is not a plain one"
+        elif not hasattr(block.ln_1, "eps"):
+            why = "its blocks are not pre-norm"
+        elif visual.pool_type not in ("tok", "avg"):
+            why = f"it pools by {visual.pool_type!r}"
+        if why:
+            refuse(name, why)
+        self.module = visual
+        self.pooling = "token" if visual.pool_type == "tok" else "avg"
+        self.plain = self.pooling == "token"
+        self.left_out = 0 if self.plain else 1
+        self.size, self.patch = int(visual.image_size[0]), int(visual.patch_size[0])
+        self.channels = int(visual.proj.shape[1])
+        visual.output_tokens = False
+        self._seen: dict[str, torch.Tensor] = {}
+        for each in visual.transformer.resblocks:
+            if isinstance(each.attn, nn.MultiheadAttention):
+                each.attention = partial(_attend, each.attn)
+        block.register_forward_pre_hook(self._keep_input)
+        visual.transformer.register_forward_hook(self._keep_output)
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.module(images)
+        tokens = self.module.ln_post(self._seen.pop("output")) @ self.module.proj
+        if self.pooling == "avg":
+            tokens = torch.cat([pooled[:, None].to(tokens.dtype), tokens[:, 1:]], dim=1)
+        return tokens
+
+    def attention(self) -> torch.Tensor:
+        block, x = self.module.transformer.resblocks[-1], self._seen.pop("input")
+        return (class_attention if self.pooling == "token" else mean_attention)(block, x)
+
+    def _keep_input(self, _: nn.Module, args: tuple) -> None:
+        self._seen["input"] = args[0]
+
+    def _keep_output(self, _: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        self._seen["output"] = output
+
+
+class TimmTower(Tower):
+    """A ViT of timm, alone or inside a CLIP: every token through final norm and projection.
+
+    `head` is what a CLIP has behind its timm trunk. The last attention is not written out here for
+    each variant (query and key norms, rotary positions, separate biases, grouped keys): it runs
+    once more in float32, up to where it has its queries and keys.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, trunk: Any, head: nn.Module, pooling: str
+    ) -> None:
+        check_vit(name, trunk)
+        embed = trunk.patch_embed
+        self.size, self.patch = int(embed.img_size[0]), patch_of(trunk)
+        self.module, self.trunk, self.head, self.pooling = module, trunk, head, pooling
+        self.prefix: int = trunk.num_prefix_tokens
+        self.left_out = self.prefix - (pooling == "token")
+        self.patches: int = embed.num_patches
+        asked: Any = (
+            trunk.attn_pool if pooling == "map" else getattr(trunk.blocks[-1], "attn", None)
+        )
+        why = ""
+        if embed.img_size[0] != embed.img_size[1]:
+            why = f"its images are not square: {embed.img_size}"
+        elif self.patches * self.patch**2 != self.size**2:
+            why = f"{self.patch}-pixel patches do not tile {self.size} pixels"
+        elif pooling not in CLASS_TOKEN:
+            why = f"it pools by {pooling!r}"
+        elif asked is None:
+            why = "its blocks have no attention of their own"
+        if why:
+            refuse(name, why)
+        asked.fused_attn = True  # else it would attend without scaled_dot_product_attention
+        self._asked = asked
+        count = self.patches + (self.prefix if pooling != "map" else 0)
+        example = torch.zeros(1, count, trunk.embed_dim, device=next(trunk.parameters()).device)
+        with torch.no_grad():
+            try:
+                _queries_and_keys(self._asked, (example,), {})
+                self.channels = int(self._project(example).shape[-1])
+            except (RuntimeError, TypeError, ValueError) as error:
+                refuse(name, f"its attention is not a plain one ({str(error)[:100]})")
+        self._input: tuple[tuple, dict] | None = None
+        self._asked.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.trunk.forward_features(images)
+        patches = self._project(x[:, self.prefix :])
+        if self.pooling == "token":
+            whole = self._project(x[:, :1])
+        else:
+            whole = self.head(self.trunk.forward_head(x))[:, None]
+        return torch.cat([whole, patches.to(whole.dtype)], dim=1)
+
+    def attention(self) -> torch.Tensor:
+        assert self._input is not None, "no image was shown"
+        (args, kwargs), self._input = self._input, None
+        q, k, bias = _queries_and_keys(self._asked, args, kwargs)
+        averaged = 0 if getattr(self.trunk, "pool_include_prefix", False) else self.prefix
+        rows = slice(averaged, None) if self.pooling == "avg" else slice(0, 1)
+        return mean_softmax(q, k, bias, rows=rows, patches=self.patches)
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        # Towers that average have their final norm behind the average: the patches get the same.
+        return self.head(self.trunk.head(self.trunk.fc_norm(x)))
+
+    def _keep_input(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._input = args, kwargs
+
+
+def check_vit(name: str, trunk: Any) -> None:
+    """Refuse the teacher `name` unless timm's `trunk` is a ViT as this module knows them."""
+    if not isinstance(trunk, VisionTransformer | Eva | Beit):
+        refuse(name, f"its image tower is a {type(trunk).__name__}")
+
+
+def patch_of(trunk: Any) -> int:
+    """Pixels along the edge of a patch; of a hybrid, those that its stem makes one token of."""
+    embed = trunk.patch_embed
+    return int(embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size[0])
+
+
+class _Catch(TorchFunctionMode):
+    """Keeps what reaches scaled_dot_product_attention, and does not attend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append((args, kwargs or {}))
+            return args[0]  # of the right shape; nobody looks at what becomes of it
+        return func(*args, **(kwargs or {}))
+
+
+def _queries_and_keys(
+    attn: nn.Module, args: tuple, kwargs: dict
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries [B, H, Q, d], scaled, keys [B, H, T, d] and what is added to the logits; float32.
+
+    Raises ValueError unless `attn` attends exactly once, without a mask.
+    """
+    args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
+    with torch.autocast(args[0].device.type, enabled=False), _Catch() as caught:
+        attn.forward(*args, **kwargs)  # not the call: its hooks have run
+    if len(caught.calls) != 1:
+        raise ValueError(f"{len(caught.calls)} calls of scaled_dot_product_attention")
+    (q, k, *_), said = caught.calls[0]
+    bias, scale = said.get("attn_mask"), said.get("scale")
+    if said.get("is_causal") or (bias is not None and bias.dtype == torch.bool):
+        raise ValueError("it masks tokens")
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, bias
+
+
+def mean_softmax(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, *, rows: slice, patches: int
+) -> torch.Tensor:
+    """softmax(q kᵀ + bias), its mean over heads and over the queries `rows`, for the last `patches`
+    keys: [B, N], > 0.
+
+    `q` [B, H, Q, d] scaled, `k` [B, H, T, d]. One head at a time: all of them for all queries would
+    be H times as much memory.
+    """
+    heads = q.shape[1]
+    total = q.new_zeros(len(q), patches)
+    with torch.autocast(q.device.type, enabled=False):
+        for head in range(heads):
+            logits = q[:, head, rows] @ k[:, head].transpose(1, 2)
+            if bias is not None:
+                logits = logits + bias.expand(*q.shape[:3], k.shape[2])[:, head, rows]
+            total += logits.softmax(dim=-1)[..., -patches:].mean(dim=1)
+    # A softmax tail can underflow; sampling must never meet a zero weight.
+    return (total / heads).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _attend(attn: nn.MultiheadAttention, q_x: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Self-attention of [B, T, W] by the weights of `attn`.
+
+    nn.MultiheadAttention transposes to [T, B, W] first; under autocast on a CPU its projection of
+    that copies the weights once a token, and ViT-B/16 in bf16 takes four times as long as here.
+    """
+    batch, tokens, width = q_x.shape
+    qkv = F.linear(q_x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _norm_1(block: Any, x: torch.Tensor) -> torch.Tensor:
+    norm = block.ln_1
+    return F.layer_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def class_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """The class token's attention to each patch inside open_clip's `block`, mean over heads.
+
+    `x` [B, T, W] is the block's input; returns [B, N] float32, strictly positive, not renormalised
+    (rows sum to 1 minus the class token's attention to itself). One query row, no second
+    attention: q·(W_k y) = (W_k^T q)·y, so the keys are never projected, and the key's bias adds
+    the same to every logit of a row, which softmax does not see.
+    """
+    attn = block.attn
+    heads, width = attn.num_heads, x.shape[-1]
+    with torch.autocast(x.device.type, enabled=False):
+        y = _norm_1(block, x)
+        weight_q, weight_k, _ = attn.in_proj_weight.float().chunk(3)
+        q = y[:, 0] @ weight_q.T + attn.in_proj_bias.float()[:width]  # [B, W]
+        q = q.view(-1, heads, width // heads)
+        back = torch.einsum("bhd,hdw->bhw", q, weight_k.view(heads, width // heads, width))
+        logits = back @ y.transpose(1, 2) * (width // heads) ** -0.5  # [B, heads, T]
+        attention = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
+    # A softmax tail can underflow; sampling must never meet a zero weight.
+    return attention.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def mean_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """As `class_attention`, of a tower that averages: the mean over the queries of all patches.
+
+    It is to the average what the class token's attention is to the class token: values are mixed by
+    it into what is averaged.
+    """
+    attn = block.attn
+    with torch.autocast(x.device.type, enabled=False):
+        y = _norm_1(block, x)
+        qk = F.linear(y, attn.in_proj_weight.float(), attn.in_proj_bias.float())
+        q, k, _ = qk.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = q * q.shape[-1] ** -0.5
+    return mean_softmax(q, k, None, rows=slice(1, None), patches=x.shape[1] - 1)
+
+
+def refuse(name: str, why: str) -> NoReturn:
+    """Raise TeacherError: `name` has no usable tokens; it lists those that have."""
+    raise TeacherError(
+        f"teacher {name} cannot give targets: {why}",
+        expected="a ViT of open_clip (ViT-B-16, EVA02-B-16, ViT-B-16-SigLIP2, ViTamin-B) or of "
+        "timm (timm:vit_base_patch14_reg4_dinov2, timm:vit_base_patch16_dinov3)",
+        fix="--teacher ViT-B-16-quickgelu",
+    )

@@ -1,0 +1,1 @@
+"""Writing a store, on a disk or in a bucket."""
