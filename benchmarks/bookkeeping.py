@@ -98,13 +98,13 @@ def bookkeeping(shards: int, rows: int, folder: Path) -> dict[str, tuple[float, 
     def note() -> None:
         for block in range(shards):
             record = record_of(block)
-            writer.tally.note(record, canonical(record))
+            writer.shard_table.note(record, canonical(record))
 
     write()
     steps.run("commits, without files and fsync", note)
     resumed = Writer(store, writer.name, spec)
     steps.run("missing, of a resumed store", resumed.missing)
-    assert resumed.tally.known.all()
+    assert resumed.shard_table.known.all()
     steps.run("finish", lambda: resumed.finish("paper/float16"))
     steps.run("missing, of a finished store", Writer(store, writer.name, spec).missing)
     store.close()

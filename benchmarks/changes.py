@@ -69,7 +69,7 @@ def _at_once(config: Any, *_: Any) -> Any:
     return replace(config, micro_batch=config.batch_size)
 
 
-_PAYS = kernels.onednn_pays()
+_PAYS = kernels.prefers_onednn()
 OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "attention": (
         "attention written out (bf16: fused)",

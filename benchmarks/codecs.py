@@ -63,7 +63,7 @@ def ways_of_int8(features: torch.Tensor) -> list[tuple[str, float]]:
     turn = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0].float()
     plain = Int8("int8", "int8", fill=-128, scaled=True).fitted(torch.ones(1, channels))
 
-    def through(values: torch.Tensor) -> torch.Tensor:
+    def run_block(values: torch.Tensor) -> torch.Tensor:
         codes, scale = plain.encode(values)
         return plain.decode(torch.from_numpy(codes), torch.from_numpy(scale))
 
@@ -71,9 +71,9 @@ def ways_of_int8(features: torch.Tensor) -> list[tuple[str, float]]:
     codes, scale = fitted.encode(features)
     assert scale is not None
     ways = {
-        "one scale a token": through(features),
-        "channel means taken out": through(features - mean) + mean,
-        "rotated": through(features @ turn) @ turn.T,
+        "one scale a token": run_block(features),
+        "channel means taken out": run_block(features - mean) + mean,
+        "rotated": run_block(features @ turn) @ turn.T,
         "channel sizes divided out": fitted.decode(
             torch.from_numpy(codes), torch.from_numpy(scale)
         ),

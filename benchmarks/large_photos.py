@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import parser, photos, ratio, report
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache, training_loader
 from milan.data.order import StepSampler, order_of
 from pipeline.config import ExtractConfig
@@ -93,7 +93,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for way in WAYS:  # in turns: a slow minute hits all; stored views need more epochs
                 rates[way].append(loader_rate(stores[way], 3 if way == "none" else 30))
-        parts = measure_decoding(plan(config, Silent()))
+        parts = measure_decoding(plan(config, NoProgress()))
     assert parts is not None
     lines = [
         f"{args.images} photographs of {WIDTH} x {HEIGHT}, {each / 1e6:.1f} MB each; views of 224 "

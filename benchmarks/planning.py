@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import parser, photos, report
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from pipeline.config import ExtractConfig
 from pipeline.estimate.cost import seconds_of
 from pipeline.estimate.size import size_of_store
@@ -36,9 +36,9 @@ def main() -> None:
             pretrained="none", views=args.views, limit=args.images, batch_size=16, shard_size=32,
             executor="local",
         )  # fmt: skip
-        work = plan(config, Silent())
+        work = plan(config, NoProgress())
         workers = share(config, work)
-        rates = calibrate(work, workers, Silent())
+        rates = calibrate(work, workers, NoProgress())
         left = [part.spec.shards for part in work.parts]
         seconds, sizes = seconds_of(work, workers, rates, left), size_of_store(work)
         ran = extract_targets(replace(config, yes=True))

@@ -29,7 +29,7 @@ from milan.models.kernels import choose_kernels
 from milan.store.codecs import CODECS
 from milan.training.build import loss_function, optimiser_of, student_of
 from milan.training.loop import gradient_norm
-from milan.training.pretrain import in_micro_batches, resolved
+from milan.training.pretrain import in_micro_batches, resolve_defaults
 from pipeline.teachers.load import TeacherSpec, load_teacher
 
 PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
@@ -48,7 +48,7 @@ def ours(
     """The step of `milan pretrain`, on one batch of random targets."""
     about = TOWERS[tower]
     patches, channels = (224 // about["patch"]) ** 2, about["joint"]
-    config = resolved(
+    config = resolve_defaults(
         PretrainConfig(
             batch_size=size,
             micro_batch=micro,

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from milan.core.config_resolver import of_call
-from milan.core.paths import Place, Url, folders_in
-from milan.core.progress import Silent, Watch
+from milan.core.config_resolver import from_call
+from milan.core.paths import AnyPath, Url, folders_in
+from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError, ConfigError, DataError
 from milan.images.manifest import Manifest, data_root
 from milan.images.source import ImageSource
@@ -29,13 +29,13 @@ from milan.store.codecs import Codec, codec_of
 from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.store.generation import open_array
 from pipeline.config import ExtractConfig, allowed_bad
-from pipeline.estimate.cost import Tables, amount, measured_cost
+from pipeline.estimate.cost import Tables, amount, measure_cost
 from pipeline.extraction.fidelity import check_canaries, demand, prepare
 from pipeline.extraction.growth import Part
 from pipeline.extraction.plan import Plan, Workers, plan, share, teacher_spec
 from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher
-from pipeline.writing.disk import told_if_full
+from pipeline.writing.disk import as_full_disk_error
 from pipeline.writing.store import Store, Writer, group_attributes, writable
 
 ASK_ABOVE = 100e9
@@ -43,11 +43,11 @@ ASK_ABOVE = 100e9
 _ATTEMPTS = 3  # of one block, before the run gives it up
 
 
-@told_if_full("writing the store")
+@as_full_disk_error("writing the store")
 def extract_targets(
     data: str | ExtractConfig,
     *,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     dry_run: bool = False,
     agree: Callable[[Tables], bool] | None = None,
     **settings: Any,
@@ -61,9 +61,9 @@ def extract_targets(
     Above ASK_ABOVE bytes `agree` is shown the costs and decides, unless the settings say `yes`.
     Raises MilanError.
     """
-    config = of_call(ExtractConfig, "data", data, settings)
-    watch = watch or Silent()
-    work = plan(config, watch)
+    config = from_call(ExtractConfig, "data", data, settings)
+    progress = progress or NoProgress()
+    work = plan(config, progress)
     out = writable(config.out)
     specs = [part.spec for part in work.parts]
     fresh = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]
@@ -78,35 +78,35 @@ def extract_targets(
     }
     workers = share(config, work)
     held = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
-    watch.note(
+    progress.note(
         f"executor: {config.executor}, {workers[0]} x teacher, {workers[1]} decoding threads each, "
         f"batches of {config.batch_size} views, {held / 1e6:,.0f} MB of targets held by each"
     )
     _check_space(out, sum(s.total_bytes() for s in fresh))
     if dry_run:
-        summary["costs"] = measured_cost(work, workers, watch)
+        summary["costs"] = measure_cost(work, workers, progress)
         return summary
     big = sum(s.total_bytes() for s in fresh)  # what has begun was agreed to
     agreed = config.yes or big <= ASK_ABOVE
     if not agreed and agree is not None:
-        agreed = agree(measured_cost(work, workers, watch))
+        agreed = agree(measure_cost(work, workers, progress))
     if not agreed:
         raise ConfigError(f"{out} would take {amount(big)}", expected="your consent", fix="--yes")
     store = Store(out)
     try:
-        _fill(work, store, workers, summary, watch)
+        _fill(work, store, workers, summary, progress)
     finally:
         store.close()
     return summary
 
 
-def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watch) -> None:
+def _fill(work: Plan, store: Store, workers: Workers, summary: dict, progress: Progress) -> None:
     """Make what is missing, generation by generation, and publish each when it is whole."""
     bad: dict[int, str] = {}
     seconds, images = 0.0, 0
     codec: Codec | None = None
     for part in work.parts:
-        writer, codec = _open(work, store, part, codec, watch)
+        writer, codec = _open(work, store, part, codec, progress)
         if part is work.parts[0]:
             check_canaries(writer.root, work.teacher)
         report = writer.root / FIDELITY
@@ -116,10 +116,10 @@ def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watc
         _check_space(store.path, part.spec.total_bytes() * shards // part.spec.shards)
         if 0 < shards < part.spec.shards:
             there = part.spec.shards - shards
-            watch.note(f"resuming: {there} of {part.spec.shards} shards are there")
+            progress.note(f"resuming: {there} of {part.spec.shards} shards are there")
         if shards:
             started = time.perf_counter()
-            run_part(work, writer, part, codec, todo, workers, watch)
+            run_part(work, writer, part, codec, todo, workers, progress)
             seconds, images = seconds + time.perf_counter() - started, images + rows
         bad |= {part.spec.first_row + row: why for row, why in writer.bad().items()}
         _publish(work, writer, bad, summary)
@@ -131,7 +131,7 @@ def _fill(work: Plan, store: Store, workers: Workers, summary: dict, watch: Watc
 
 
 def _open(
-    work: Plan, store: Store, part: Part, codec: Codec | None, watch: Watch
+    work: Plan, store: Store, part: Part, codec: Codec | None, progress: Progress
 ) -> tuple[Writer, Codec]:
     """The generation of `part`, new or as it is, and the codec of its layer."""
     images = ImageSource(part.manifest, data_root(work.source))
@@ -162,7 +162,7 @@ def prototypes_of(part: Part, teacher: Teacher) -> dict[str, np.ndarray]:
     return teacher.texts.prototypes(classes)
 
 
-def codec_at(root: Place, spec: CacheSpec) -> Codec:
+def codec_at(root: AnyPath, spec: CacheSpec) -> Codec:
     """The codec with the tables that the generation at `root` keeps."""
     folder = root / "codec"
     names = sorted(folders_in(folder)) if folder.is_dir() else []
@@ -170,7 +170,7 @@ def codec_at(root: Place, spec: CacheSpec) -> Codec:
     return codec_of(spec.codec).restored(tables)
 
 
-def _check_space(out: Place, needed: int) -> None:
+def _check_space(out: AnyPath, needed: int) -> None:
     if isinstance(out, Url):
         return  # a bucket has no end
     place = out.absolute()
@@ -198,7 +198,7 @@ def run_part(
     codec: Codec,
     todo: np.ndarray,
     workers: Workers,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     """Make the shards `todo` ([blocks, K] bool) of a generation; `workers` is `share`'s."""
     config, spec, store = work.config, part.spec, writer.store
@@ -214,11 +214,11 @@ def run_part(
         "torch_threads": torch_threads,
     }
     store.log("start", executor=config.executor, host=platform.node(), shards=int(todo.sum()))
-    watch.begin("extract", rows_of(spec, todo), "images")
+    progress.begin("extract", rows_of(spec, todo), "images")
     shards = int(todo.sum())
     done, written, started = 0, 0, time.perf_counter()
 
-    def commit(block: int, folder: Place, records: list[dict]) -> None:
+    def commit(block: int, folder: AnyPath, records: list[dict]) -> None:
         nonlocal done, written
         for record in records:
             writer.commit(folder, record)
@@ -227,10 +227,10 @@ def run_part(
         store.files.leave(folder)
         store.log("commit", block=block, seconds=round(time.perf_counter() - started, 3))
 
-    def progress(images: int) -> None:
-        watch.advance(images, f"{done}/{shards} shards, {written / 1e9:.2f} GB")
+    def report_images(images: int) -> None:
+        progress.advance(images, f"{done}/{shards} shards, {written / 1e9:.2f} GB")
 
-    def folder_of(block: int, attempt: int) -> Place:
+    def folder_of(block: int, attempt: int) -> AnyPath:
         return writer.stage(f"{block:05d}.{attempt}")
 
     writer.clear(todo)
@@ -240,7 +240,9 @@ def run_part(
 
         before = torch.get_num_threads()
         try:
-            _run_here(Extractor(teacher=work.teacher, **init), todo, folder_of, commit, progress)
+            _run_here(
+                Extractor(teacher=work.teacher, **init), todo, folder_of, commit, report_images
+            )
         finally:
             torch.set_num_threads(before)  # the caller's own
     else:
@@ -252,7 +254,7 @@ def run_part(
             todo,
             folder_of=folder_of,
             on_done=commit,
-            on_progress=progress,
+            on_progress=report_images,
             on_failure=lambda block, attempt, why: store.log(
                 "failure", block=block, attempt=attempt, why=why
             ),
@@ -267,15 +269,15 @@ def run_part(
                 f"{len(lost)} blocks failed {_ATTEMPTS} times, the first is {block}: {why}",
                 fix="run the same line again: finished shards are kept",
             )
-    watch.end()
+    progress.end()
 
 
 def _run_here(
     extractor: Extractor,
     todo: np.ndarray,
-    folder_of: Callable[[int, int], Place],
-    commit: Callable[[int, Place, list[dict]], None],
-    progress: Callable[[int], None],
+    folder_of: Callable[[int, int], AnyPath],
+    commit: Callable[[int, AnyPath, list[dict]], None],
+    report_images: Callable[[int], None],
 ) -> None:
     """The same work in this process, in a thread, so that progress moves within a block."""
     with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
@@ -284,9 +286,9 @@ def _run_here(
             folder = folder_of(block, 0)
             task = pool.submit(extractor.run, block, views, str(folder))
             while wait([task], timeout=0.2).not_done:
-                progress(extractor.images)
+                report_images(extractor.images)
             commit(block, folder, task.result())
-            progress(extractor.images)
+            report_images(extractor.images)
 
 
 def _publish(work: Plan, writer: Writer, bad: dict[int, str], summary: dict) -> None:

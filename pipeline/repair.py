@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from milan.core.paths import Place, place
-from milan.core.progress import Silent, Watch
+from milan.core.paths import AnyPath, as_path
+from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError, DataError
 from milan.store.format import Entry
 from milan.store.generation import Generation
@@ -21,19 +21,19 @@ from pipeline.writing.store import Store, Writer, writable
 
 
 def repair(
-    path: str | Place,
+    path: str | AnyPath,
     *,
     data_root: str | None = None,
     teacher: TeacherSpec | None = None,
     device: str = "auto",
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Make the damaged shards of a store again, and no other; returns the verdict afterwards.
 
     Raises CacheError if what is damaged is not a shard: then a copy of the store is needed.
     """
-    watch = watch or Silent()
-    before = verify(path, deep=True, watch=watch)
+    progress = progress or NoProgress()
+    before = verify(path, deep=True, progress=progress)
     if not before.mendable:
         raise CacheError(
             f"{path} cannot be repaired: {before.corrupt[0]}",
@@ -47,16 +47,18 @@ def repair(
         for entry in store.entries():
             shards = [(b, v) for name, b, v in before.shards if name == entry.path]
             if shards:
-                watch.note(f"{entry.path}: {len(shards)} of {entry.shards} shards are made again")
-                same = _remake(store, entry, shards, data_root, teacher, device, watch)
+                progress.note(
+                    f"{entry.path}: {len(shards)} of {entry.shards} shards are made again"
+                )
+                same = _remake(store, entry, shards, data_root, teacher, device, progress)
                 if not same:
-                    watch.note(
+                    progress.note(
                         "they are not the bytes that were lost (another device or library?): "
                         "runs that began with the old ones will not go on"
                     )
     finally:
         store.close()
-    return verify(path, deep=True, watch=watch)
+    return verify(path, deep=True, progress=progress)
 
 
 def _remake(
@@ -66,7 +68,7 @@ def _remake(
     root: str | None,
     teacher: TeacherSpec | None,
     device: str,
-    watch: Watch,
+    progress: Progress,
 ) -> bool:
     """Make (block, view) `shards` of a finished generation again; whether the bytes are the same.
 
@@ -75,7 +77,7 @@ def _remake(
     """
     generation = Generation(store.path, entry)
     origin, spec = generation.origin, generation.spec
-    places = [place(root or origin["data_root"])]
+    places = [as_path(root or origin["data_root"])]
     if not root and origin["data_root_from_store"] and isinstance(store.path, Path):
         places.insert(0, store.path.resolve() / origin["data_root_from_store"])
     source = next((where for where in places if where.exists()), None)
@@ -103,5 +105,5 @@ def _remake(
     for block, view in shards:
         writer.forget(block, view)
     codec = codec_at(store.path / first.path, spec)
-    run_part(work, writer, part, codec, writer.missing(), share(config, work), watch)
+    run_part(work, writer, part, codec, writer.missing(), share(config, work), progress)
     return writer.finish(entry.layer).digest == entry.digest

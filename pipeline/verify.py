@@ -16,13 +16,13 @@ import google_crc32c
 import numpy as np
 import torch
 
-from milan.core.paths import Place, folders_in, pieces_of, place, read_file
-from milan.core.progress import Silent, Watch
+from milan.core.paths import AnyPath, as_path, folders_in, pieces_of, read_file
+from milan.core.progress import NoProgress, Progress
 from milan.data.dataset import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
 from milan.images.views import checksum, unpack
 from milan.store.cache import TargetCache
-from milan.store.compat import lacking
+from milan.store.compat import missing_features
 from milan.store.format import (
     CONTENT,
     GENERATIONS,
@@ -58,7 +58,7 @@ class Verdict:
     """(generation, block, view) of the damaged shards, which can be made again."""
     mendable: bool = True
     """Whether shards are all that is damaged."""
-    lacking: list[str] = field(default_factory=list)
+    missing_features: list[str] = field(default_factory=list)
     """What this version would have written and the store has not; no fault (milan.store.compat)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How much was looked at."""
@@ -83,7 +83,7 @@ class Verdict:
 
 
 def verify(
-    path: str | Place,
+    path: str | AnyPath,
     *,
     deep: bool = False,
     audit: int = 0,
@@ -91,15 +91,15 @@ def verify(
     data_root: str | None = None,
     teacher: TeacherSpec | None = None,
     device: str = "auto",
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Check a store. Reads records and shard indexes; `deep` reads all there is.
 
     `audit` runs the teacher on so many random views, rendered as training renders them: as the
     store remembers it, or `teacher`. Raises nothing for damage: the verdict holds it.
     """
-    watch = watch or Silent()
-    store = place(path)
+    progress = progress or NoProgress()
+    store = as_path(path)
     verdict = Verdict(str(path))
     try:
         index = Index.read(store)
@@ -107,10 +107,10 @@ def verify(
         there = (store / INDEX).exists()
         verdict.damage(str(error)) if there else verdict.incomplete.append(str(error))
         return verdict
-    watch.begin("verify", sum(entry.shards for entry in index.generations), "shards")
+    progress.begin("verify", sum(entry.shards for entry in index.generations), "shards")
     for entry in index.generations:
-        _generation(store, entry, verdict, deep, watch)
-    watch.end()
+        _generation(store, entry, verdict, deep, progress)
+    progress.end()
     if not verdict.corrupt:
         for layer in dict.fromkeys(entry.layer for entry in index.generations):
             try:
@@ -119,17 +119,19 @@ def verify(
             except CacheError as error:
                 verdict.damage(str(error))
     if not verdict.corrupt:
-        verdict.lacking = [f"{what}: {so}" for what, so in lacking(store)]
+        verdict.missing_features = [f"{what}: {so}" for what, so in missing_features(store)]
     listed = {entry.path for entry in index.generations}
     for name in sorted(folders_in(store / GENERATIONS)):
         if name[:1].isdecimal() and f"{GENERATIONS}/{name}" not in listed:
             verdict.incomplete.append(f"{GENERATIONS}/{name} is begun and not in the index")
     if audit and not verdict.corrupt:
-        _audit(TargetCache(store), verdict, audit, seed, data_root, teacher, device, watch)
+        _audit(TargetCache(store), verdict, audit, seed, data_root, teacher, device, progress)
     return verdict
 
 
-def _generation(store: Place, entry: Entry, verdict: Verdict, deep: bool, watch: Watch) -> None:
+def _generation(
+    store: AnyPath, entry: Entry, verdict: Verdict, deep: bool, progress: Progress
+) -> None:
     root = store / entry.path
     for name, digest in entry.files.items():
         verdict.count("small files")
@@ -170,7 +172,7 @@ def _generation(store: Place, entry: Entry, verdict: Verdict, deep: bool, watch:
                 verdict.corrupt.append(f"{entry.path}, shard {shard}: {what}")
             if wrong:
                 verdict.shards.append((entry.path, block, view))
-            watch.advance(verdict.checked["shards"], f"{len(verdict.shards)} damaged")
+            progress.advance(verdict.checked["shards"], f"{len(verdict.shards)} damaged")
     verdict.count("targets", targets)
     if not verdict.corrupt and targets != (spec.rows - entry.bad) * spec.views:
         verdict.damage(
@@ -212,7 +214,7 @@ def _shard(
     return wrong, len(good)
 
 
-def _file(path: Place, array: ArraySpec | None, good: list[int], file: dict, deep: bool) -> str:
+def _file(path: AnyPath, array: ArraySpec | None, good: list[int], file: dict, deep: bool) -> str:
     """What is wrong with a file of a shard that has the size of its record, or nothing."""
     if array and array.shard:
         size = file["bytes"]
@@ -282,7 +284,7 @@ def _audit(
     data_root: str | None,
     spec: TeacherSpec | None,
     device: str,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     """The teacher again on random views; and on a shuffled pairing, which must not agree."""
     first = cache.generations[0]
@@ -302,7 +304,7 @@ def _audit(
     rows = good[generator.choice(len(good), min(count, len(good)), replace=False)]
     views = generator.integers(0, cache.views, len(rows))
     floor = first.fidelity["cosine"]["patch"]["p01"] - 1e-3 if first.fidelity else 0.99
-    watch.begin("audit", len(rows), "views")
+    progress.begin("audit", len(rows), "views")
     told: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
@@ -310,14 +312,14 @@ def _audit(
             pixels = dataset.pixels(rows[part], views[part])
         except DataError as error:
             verdict.foreign.append(str(error))
-            watch.end()
+            progress.end()
             return
         targets = cache.read(rows[part], views[part])
         scale = None if targets.scale is None else torch.from_numpy(targets.scale)
         kept.append(cache.codec.decode(torch.from_numpy(targets.codes), scale))
         told.append(teacher.targets(pixels)[0].cpu())
-        watch.advance(int(part[-1]) + 1, "")
-    watch.end()
+        progress.advance(int(part[-1]) + 1, "")
+    progress.end()
     now, before = torch.cat(told), torch.cat(kept)
     cosine = torch.nn.functional.cosine_similarity(now, before, dim=-1).mean(1)
     shuffled = torch.nn.functional.cosine_similarity(now.roll(1, 0), before, dim=-1).mean(1)

@@ -31,7 +31,7 @@ def report(
     from milan.reporting.report import build_report
     from stages import console
 
-    found = build_report(params, watch=console.ConsoleWatch())
+    found = build_report(params, progress=console.ConsoleProgress())
     with console.kept_in(found["folder"] + "/report.txt"):
         console.table("Linear probe", ("encoder", "top-1 %", "top-5 %"), found["probes"])
         console.table("Cost", ("what", ""), found["costs"])
@@ -80,7 +80,7 @@ def verify(
         data_root=data_root,
         teacher=_teacher(teacher, pretrained),
         device=device,
-        watch=console.ConsoleWatch(),
+        progress=console.ConsoleProgress(),
     )
     _tell(verdict)
 
@@ -101,7 +101,7 @@ def repair(
         data_root=data_root,
         teacher=_teacher(teacher, pretrained),
         device=device,
-        watch=console.ConsoleWatch(),
+        progress=console.ConsoleProgress(),
     )
     _tell(verdict)
 
@@ -120,7 +120,7 @@ def _tell(verdict: Any) -> None:
         "corrupt": verdict.corrupt,
         "incomplete": verdict.incomplete,
         "foreign": verdict.foreign,
-        "not in it": verdict.lacking,
+        "not in it": verdict.missing_features,
     }
     for kind, found in kinds.items():
         for line in found:

@@ -36,7 +36,7 @@ class _Progress(Progress):
         yield Text(self.figures)
 
 
-class ConsoleWatch:
+class ConsoleProgress:
     """A progress bar on a terminal; without one, a plain line a minute.
 
     Rate and time left are of everything since the beginning, so that a pause (a run that is judged)
@@ -49,7 +49,7 @@ class ConsoleWatch:
         self._started = self._spoke = 0.0
         self._first = self._done = 0
 
-    def __enter__(self) -> ConsoleWatch:
+    def __enter__(self) -> ConsoleProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

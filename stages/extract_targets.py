@@ -37,8 +37,8 @@ def extract_targets(
     from stages import console
 
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
-    with console.ConsoleWatch() as watch:
-        summary = run(config, watch=watch, dry_run=dry_run, agree=_agree)
+    with console.ConsoleProgress() as progress:
+        summary = run(config, progress=progress, dry_run=dry_run, agree=_agree)
     if dry_run:
         console.tables(summary["costs"])
         return

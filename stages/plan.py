@@ -38,16 +38,16 @@ def plan(
     seconds, and writes nothing that stays.
     """
     from milan.core.config_resolver import resolve
-    from pipeline.estimate.cost import price
+    from pipeline.estimate.cost import estimate_cost
     from stages import console
 
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
-    found = price(
+    found = estimate_cost(
         config,
         budget=budget,
         images_per_second=images_per_second,
         write_mb_per_second=write_mb_per_second,
         train_images_per_second=train_images_per_second,
-        watch=console.ConsoleWatch(),
+        progress=console.ConsoleProgress(),
     )
     console.tables(found)

@@ -60,10 +60,10 @@ def pretrain(
 
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
     if dry_run:
-        from milan.training.estimate import rehearse
+        from milan.training.estimate import estimate_run
 
-        with console.ConsoleWatch() as watch:
-            rows = rehearse(config, watch=watch)
+        with console.ConsoleProgress() as progress:
+            rows = estimate_run(config, progress=progress)
         console.table("A run would take", ("what", ""), rows)
         return
     run: Callable[..., dict[str, Any]]
@@ -71,8 +71,10 @@ def pretrain(
         from pipeline.cluster.pretrain import pretrain_on_cluster as run
     else:
         from milan.training.pretrain import pretrain as run
-    with console.ConsoleWatch() as watch:
-        figures = run(config, resume=resume, overwrite=overwrite, stop_after=max_steps, watch=watch)
+    with console.ConsoleProgress() as progress:
+        figures = run(
+            config, resume=resume, overwrite=overwrite, stop_after=max_steps, progress=progress
+        )
     if figures["rank"]:
         return  # another process says it
     rows = [

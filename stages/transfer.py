@@ -32,7 +32,7 @@ def linear_probe(
     teacher_norm: _Teacher = None,
 ) -> None:
     """Fit a linear classifier on frozen features: mean of patches, and a class token if any."""
-    from milan.core.atomic import make_writable, write_json
+    from milan.core.atomic import ensure_writable, write_json
     from milan.core.config_resolver import resolve
     from milan.errors import ConfigError
     from milan.evaluation.linear_probe import linear_probe as run
@@ -41,7 +41,7 @@ def linear_probe(
     config = resolve(ProbeConfig, section="linear_probe", params=params, sets=sets, flags=flags)
     if config.out:
         try:
-            make_writable(Path(config.out).parent)
+            ensure_writable(Path(config.out).parent)
         except OSError as error:
             raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
     frozen = None
@@ -49,8 +49,8 @@ def linear_probe(
         from pipeline.teachers.frozen import frozen_teacher
 
         frozen = frozen_teacher(teacher, pretrained, teacher_norm, config.device)
-    with console.ConsoleWatch() as watch:
-        metrics = run(config, frozen=frozen, watch=watch)
+    with console.ConsoleProgress() as progress:
+        metrics = run(config, frozen=frozen, progress=progress)
     name, place = config.checkpoint, Path(config.checkpoint)
     if name in ("random", "teacher") or name.startswith("timm:"):  # no paths, whatever lies there
         place = Path("runs") / name.replace(":", "-")

@@ -18,7 +18,7 @@ from milan.models.kernels import choose_kernels
 from milan.store.codecs import CODECS
 from milan.training.build import loss_function, optimiser_of, student_of
 from milan.training.memory import peak_bytes
-from milan.training.pretrain import in_micro_batches, resolved
+from milan.training.pretrain import in_micro_batches, resolve_defaults
 
 CPU = torch.device("cpu")
 SIZE, PATCHES, CHANNELS = 96, 144, 64
@@ -71,7 +71,7 @@ def main() -> None:
         "decoder": {"embed_dim": 64, "num_heads": 2, "depth": 8},
         **json.loads(sys.argv[1]),
     }
-    config = resolved(PretrainConfig(**settings), CPU)
+    config = resolve_defaults(PretrainConfig(**settings), CPU)
     student = student_for(config)
     config = in_micro_batches(config, student, CPU)
     predicted = peak_bytes(student, config, TARGETS, CPU)

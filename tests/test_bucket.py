@@ -29,15 +29,15 @@ from test_cluster import until
 import milan
 import pipeline.writing.lease
 import pipeline.writing.s3
-from milan.core.paths import Url, files_below, place, read_file, read_files
-from milan.core.progress import Silent
+from milan.core.paths import Url, as_path, files_below, read_file, read_files
+from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError, DataError
 from milan.store.cache import TargetCache
 from milan.store.format import INDEX
 from pipeline.extract import extract_targets
 from pipeline.verify import verify
-from pipeline.writing.bucket import Bucket, deliver
+from pipeline.writing.bucket import Bucket, upload
 from pipeline.writing.lease import Lease
 from pipeline.writing.s3 import delete, get, put
 
@@ -133,7 +133,7 @@ def is_shard(request: Request) -> bool:
 
 def remote_tree(url: str) -> dict[str, bytes]:
     """conftest.tree of a store in a bucket."""
-    store = place(url)
+    store = as_path(url)
     names = sorted(name for name, _ in files_below(store) if not name.startswith("extract.log"))
     return dict(zip(names, read_files(store, names), strict=True))
 
@@ -396,7 +396,7 @@ def test_a_renewal_counts_from_when_it_was_first_sent(
     lease.close()
 
 
-class Thief(Silent):
+class Thief(NoProgress):
     """Takes the lock away in the middle of an extraction."""
 
     def __init__(self, url: str) -> None:
@@ -420,7 +420,7 @@ def test_a_lost_lock_ends_the_run(
     """No record and no index is put after it; the thief's lock stays."""
     monkeypatch.setattr(pipeline.writing.lease, "SECONDS", 6.0)
     with pytest.raises(CacheError, match=r"the lock of .* was taken over by a thief"):
-        extract_targets(str(photos), out=url, watch=Thief(url), **settings)
+        extract_targets(str(photos), out=url, progress=Thief(url), **settings)
     assert len([n for n in remote_tree(url) if "/records/" in n]) == 2
     assert INDEX not in remote_tree(url)
     lock, _ = get(Url(url) / ".lock")  # type: ignore[misc]
@@ -448,10 +448,10 @@ def test_a_zombie_changes_nothing(s3: Proxy, url: str, tmp_path: Path) -> None:
     staged = tmp_path / "c" / "0"
     for data in (b"first", b"first"):
         staged.write_bytes(data)
-        deliver(tmp_path, Url(url), [{"path": "c/0"}])
+        upload(tmp_path, Url(url), [{"path": "c/0"}])
     staged.write_bytes(b"other")
     with pytest.raises(FileExistsError, match="is there already, with other bytes"):
-        deliver(tmp_path, Url(url), [{"path": "c/0"}])
+        upload(tmp_path, Url(url), [{"path": "c/0"}])
     assert read_file(Url(url) / "c/0") == b"first"
 
 

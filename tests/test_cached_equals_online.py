@@ -20,7 +20,7 @@ from milan.models.masking import visible_count
 from milan.objectives.features import feature_regression
 from milan.training.build import loss_function, predict, student_of
 from milan.training.loop import decay_groups
-from milan.training.pretrain import resolved
+from milan.training.pretrain import resolve_defaults
 from pipeline.extract import extract_targets
 from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
@@ -83,7 +83,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     """Twenty AdamW steps from the cache, by pretraining's own parts; the teacher looks on."""
     cache = dataset.cache
-    config = resolved(
+    config = resolve_defaults(
         PretrainConfig(
             epochs=10,
             batch_size=BATCH,

@@ -13,7 +13,7 @@ import pytest
 from conftest import STUDENT
 
 import milan
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.core.signals import Stop
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import open_cache
@@ -62,19 +62,19 @@ def test_which_changed(store: Path, copied: Path, cache: TargetCache) -> None:
     """Gone, other bytes, exchanged; a file touched but equal is not."""
     data = open_cache(store, data_root=str(copied))
     every = np.arange(24)
-    assert changed_images(data, every, stop=Stop(), watch=Silent()) == {}
+    assert changed_images(data, every, stop=Stop(), progress=NoProgress()) == {}
     image(copied, cache, 0).unlink()
     whole = image(copied, cache, 4).read_bytes()
     image(copied, cache, 4).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     image(copied, cache, 7).write_bytes(whole)
     image(copied, cache, 9).touch()
     found = changed_images(
-        open_cache(store, data_root=str(copied)), every, stop=Stop(), watch=Silent()
+        open_cache(store, data_root=str(copied)), every, stop=Stop(), progress=NoProgress()
     )
     assert sorted(found) == [0, 4, 7]
     assert found[0].startswith("missing")
     assert found[4] == found[7] == "other bytes than at extraction"
-    assert sorted(changed_images(data, every[5:], stop=Stop(), watch=Silent())) == [7]
+    assert sorted(changed_images(data, every[5:], stop=Stop(), progress=NoProgress())) == [7]
 
 
 def test_known_at_the_start(

@@ -307,9 +307,9 @@ def test_pretraining_on_two_nodes(
         )
         if killed:
             Thread(target=kill_a_rank, args=(shared / "log.jsonl",), daemon=True).start()
-        figures = pretrain_on_cluster(config, watch=notes)
+        figures = pretrain_on_cluster(config, progress=notes)
         with pytest.raises(MilanError, match="3 nodes with 1 cores each, of a cluster with"):
-            pretrain_on_cluster(replace(config, num_nodes=3), watch=notes)
+            pretrain_on_cluster(replace(config, num_nodes=3), progress=notes)
     finally:
         nodes.shutdown()
     assert (figures["finished"], figures["rank"]) == (True, 0)

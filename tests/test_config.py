@@ -11,7 +11,7 @@ import pytest
 
 import milan
 from milan.config import PretrainConfig, ProbeConfig
-from milan.core.config_resolver import deviations, read_section, recipe_of, resolve
+from milan.core.config_resolver import deviations, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
 from pipeline.config import ExtractConfig
 
@@ -319,7 +319,7 @@ def test_a_recipe_lies_below_all_else(tmp_path: Path) -> None:
         flags={"epochs": 5},
     )  # fmt: skip
     assert (mine.model, mine.micro_batch, mine.epochs) == ("vit_large_patch16_224", 64, 5)
-    published = recipe_of(PretrainConfig, "vit_large", "pretrain")
+    published = load_recipe(PretrainConfig, "vit_large", "pretrain")
     assert set(deviations(mine, recipe=published, leave=("recipe",))) == {
         "epochs", "micro_batch", "model_args"
     }  # fmt: skip

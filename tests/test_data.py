@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from milan.data import dataset as data
 from milan.data.dataset import Batch, CachedDataset, find_root, open_cache, training_loader
-from milan.data.dataset import dataset as data
 from milan.data.order import StepSampler, order_of
 from milan.errors import CacheError, DataError
 from milan.images.decode import decode

@@ -18,7 +18,7 @@ from conftest import make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError, DataError, TeacherError
 from milan.images.decode import content_digest
@@ -34,7 +34,7 @@ from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
 
-class Heard(Silent):
+class Heard(NoProgress):
     """Keeps the notes."""
 
     def __init__(self) -> None:
@@ -455,11 +455,11 @@ def test_a_resumed_store_is_the_same_to_the_byte(
     for block, view in lost:
         (root / GENERATION / "records" / record_name(block, view)).unlink()
     kept = times(root / GENERATION)
-    watch = Heard()
-    extract(photos, watch=watch)
+    progress = Heard()
+    extract(photos, progress=progress)
     assert tree(root) == before
     if len(lost) < 6:
-        assert f"resuming: {6 - len(lost)} of 6 shards are there" in watch.notes
+        assert f"resuming: {6 - len(lost)} of 6 shards are there" in progress.notes
     after = times(root / GENERATION)
     redone = {record_name(*shard) for shard in lost}
     for path, when in kept.items():
@@ -517,22 +517,22 @@ def test_a_dry_run_writes_nothing(
     cache: TargetCache, extract: Any, photos: Path, tmp_path: Path
 ) -> None:
     """It says what the run would take."""
-    watch = Heard()
-    summary = extract(photos, dry_run=True, watch=watch)
+    progress = Heard()
+    summary = extract(photos, dry_run=True, progress=progress)
     assert list(tmp_path.iterdir()) == []
     assert summary["bytes"] == cache.spec.total_bytes()
     assert summary["bytes_per_view"] == cache.spec.view_bytes()
     assert (summary["images"], summary["views"], summary["shards"]) == (24, 2, 6)
-    told = " ".join(watch.notes)
+    told = " ".join(progress.notes)
     for part in ("executor: local, 1 x teacher", "24 images, 3 classes", "licence of the weights"):
         assert part in told
 
 
 def test_random_weights_are_flagged_everywhere(extract: Any, photos: Path, tmp_path: Path) -> None:
     """A store of a random teacher must never pass for a real one."""
-    watch = Heard()
-    extract(photos, pretrained="none", watch=watch, limit=3)
-    assert any("RANDOM WEIGHTS" in note for note in watch.notes)
+    progress = Heard()
+    extract(photos, pretrained="none", progress=progress, limit=3)
+    assert any("RANDOM WEIGHTS" in note for note in progress.notes)
     about = TargetCache(tmp_path / "t.zarr").attributes["about"]
     assert about["random_weights"] is True
     assert about["licence"] == "none (random weights)"
@@ -568,7 +568,7 @@ def test_a_worker_with_another_teacher_is_refused(
     photos: Path, teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
     """On another node the file of that name may hold other weights."""
-    part = plan(ExtractConfig(str(photos), **teacher_files), Silent()).parts[0]
+    part = plan(ExtractConfig(str(photos), **teacher_files), NoProgress()).parts[0]
     other = TeacherSpec(teacher_files["teacher"], "none")
     with pytest.raises(TeacherError, match="another teacher than the driver"):
         Extractor(

@@ -27,12 +27,12 @@ from test_ranks import _line as command_line
 import milan
 from milan.config import PretrainConfig
 from milan.core.launch import launch
-from milan.core.progress import Watch
+from milan.core.progress import Progress
 from milan.data.order import StepSampler
 from milan.errors import CacheError, ConfigError, DataError, MilanError, TrainError
 from milan.training import build as task
 from milan.training import checkpoint
-from milan.training.pretrain import open_stream, resolved
+from milan.training.pretrain import open_stream, resolve_defaults
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "micro_batch": 2, "log_every": 1, "save_every": 2}
@@ -97,7 +97,7 @@ def test_a_skipped_step_did_nothing(
     notes = Notes()
     with monkeypatch.context() as patch:
         spoilt(patch, {6, 7}, how)
-        milan.pretrain(str(store), watch=notes, **{**run, "out": str(tmp_path / "skipped")})
+        milan.pretrain(str(store), progress=notes, **{**run, "out": str(tmp_path / "skipped")})
     told = [line for line in notes.lines if line.startswith("skipped: ")]
     what = "loss of step {} is inf" if how == "loss" else "gradient's norm of step {} is nan"
     assert [what.format(step) in line for step, line in zip((5, 6), told, strict=True)] == [1, 1]
@@ -128,7 +128,7 @@ def test_ten_skipped_steps_in_a_row_stop(
     spoilt(monkeypatch, set(range(5, 15)))
     notes = Notes()
     with pytest.raises(TrainError, match="loss of step 13 is inf"):
-        milan.pretrain(str(store), resume="never", watch=notes, **run)
+        milan.pretrain(str(store), resume="never", progress=notes, **run)
     assert len([line for line in notes.lines if line.startswith("skipped: ")]) == 9
 
 
@@ -139,7 +139,7 @@ def test_skipping_in_half_precision(
     spoilt(monkeypatch, {6, 7})
     run = {**SMALL, "out": str(tmp_path), "on_nonfinite": "skip", "precision": "fp16"}
     notes = Notes()
-    assert milan.pretrain(str(store), watch=notes, **run)["finished"]
+    assert milan.pretrain(str(store), progress=notes, **run)["finished"]
     assert sum(line.startswith("skipped: ") for line in notes.lines) == 2
     newest = max((tmp_path / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
@@ -156,14 +156,16 @@ def spoilt_rank(cache: str, calls: set[int], **settings: Any) -> dict[str, Any]:
         return milan.pretrain(cache, **settings)
 
 
-def two_ranks(store: Path, calls: set[int], watch: Watch, **settings: Any) -> dict[str, Any]:
+def two_ranks(store: Path, calls: set[int], progress: Progress, **settings: Any) -> dict[str, Any]:
     arguments = {"cache": str(store), "calls": calls, **settings}
-    return launch(spoilt_rank, arguments, ranks=2, restarts=0, again=dict, watch=watch)
+    return launch(spoilt_rank, arguments, ranks=2, restarts=0, again=dict, progress=progress)
 
 
 def rows_of(store: Path, run: dict[str, Any], step: int, rank: int) -> str:
     """The rows and views that a rank of two is given at a step."""
-    order, _ = open_stream(resolved(PretrainConfig(cache=str(store), **run), torch.device("cpu")))
+    order, _ = open_stream(
+        resolve_defaults(PretrainConfig(cache=str(store), **run), torch.device("cpu"))
+    )
     sampler = StepSampler(order, start=step, stop=step + 1, micro=4, rank=rank, ranks=2)
     ((_, rows, views),) = sampler
     return ", ".join(f"{row}.{view}" for row, view in zip(rows, views, strict=True))
@@ -232,7 +234,7 @@ def test_a_shard_is_damaged_in_the_middle_of_an_epoch(
 
     run = {**RUN, "out": str(tmp_path / "run"), "num_workers": workers}
     with pytest.raises(CacheError, match="row") as error:
-        milan.pretrain(str(copy), watch=At(2, flip), **run)
+        milan.pretrain(str(copy), progress=At(2, flip), **run)
     assert "milan repair" in error.value.fix
     assert "Traceback" not in str(error.value)
     assert 2 <= log_of(tmp_path / "run")[-1]["step"] < 8
@@ -255,7 +257,7 @@ def test_an_image_is_gone_in_the_middle_of_an_epoch(
             path.unlink()
 
     with pytest.raises(DataError, match="has changed since extraction") as error:
-        milan.pretrain(str(store), watch=At(2, lose), **run)
+        milan.pretrain(str(store), progress=At(2, lose), **run)
     assert "restore the image" in error.value.fix
     assert 2 <= log_of(tmp_path / "run")[-1]["step"] < 8
     shutil.copytree(photos, data, dirs_exist_ok=True)
@@ -288,7 +290,7 @@ def test_the_disk_is_full_at_a_checkpoint(alone: Path, store: Path, small_disk: 
         (small_disk / "others").write_bytes(bytes(max(0, usage.free - 65536)))
 
     with pytest.raises(TrainError, match="cannot be written") as error:
-        milan.pretrain(str(store), watch=At(9, fill), **again)
+        milan.pretrain(str(store), progress=At(9, fill), **again)
     assert "No space left on device" in error.value.found
     assert "the same line goes on" in error.value.fix
     assert "that of step 8 stays" in error.value.expected
@@ -310,12 +312,12 @@ def test_the_log_cannot_be_written(alone: Path, store: Path, tmp_path: Path) -> 
 
     try:
         with pytest.raises(TrainError, match="cannot be written: File too large") as error:
-            milan.pretrain(str(store), watch=At(7, limit), **again)
+            milan.pretrain(str(store), progress=At(7, limit), **again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "the same line goes on" in error.value.fix
     notes = Notes()
-    milan.pretrain(str(store), watch=notes, **again)
+    milan.pretrain(str(store), progress=notes, **again)
     assert notes.begun == [(21, 5)]
     same_as(alone, tmp_path)
 
@@ -330,7 +332,7 @@ def test_a_file_may_not_grow_so_large(alone: Path, store: Path, tmp_path: Path) 
 
     try:
         with pytest.raises(TrainError, match="checkpoint of step 10 cannot be written"):
-            milan.pretrain(str(store), watch=At(9, limit), **again)
+            milan.pretrain(str(store), progress=At(9, limit), **again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoint.newest(tmp_path / "run", note=print) == 8
@@ -367,7 +369,7 @@ def test_a_loader_worker_is_killed(
         os.kill(worker.pid, signal.SIGKILL)
 
     with pytest.raises(TrainError, match=r"a loader worker died \(SIGKILL\)") as error:
-        milan.pretrain(str(store), watch=At(5, kill), **run)
+        milan.pretrain(str(store), progress=At(5, kill), **run)
     assert "memory" in error.value.expected
     assert "the same line goes on" in error.value.fix
     milan.pretrain(str(store), **run)

@@ -19,7 +19,7 @@ from milan.models.masking import mask_noise
 from milan.objectives.resample import resampled_attention, resampled_features
 from milan.store.cache import TargetCache
 from milan.training.build import loss_function, student_of
-from milan.training.pretrain import resolved
+from milan.training.pretrain import resolve_defaults
 
 PAIRS = [(16, 14), (7, 14), (14, 16), (16, 4), (4, 6), (5, 5), (1, 3)]
 """Patches along an edge, the teacher's and the student's."""
@@ -119,7 +119,7 @@ def config_of(patch: int, **settings: object) -> PretrainConfig:
     config = PretrainConfig(
         model_args=args, decoder=STUDENT["decoder"], batch_size=8, epochs=1, **settings
     )  # type: ignore[arg-type]
-    return resolved(config, torch.device("cpu"))
+    return resolve_defaults(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("patch", [4, 16])

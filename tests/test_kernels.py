@@ -48,7 +48,7 @@ def test_kernels_change_rounding_only(
     precision: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Predictions and every gradient, with products and attention of either kind."""
-    monkeypatch.setattr(kernels, "onednn_pays", lambda: onednn and kernels.has_onednn())
+    monkeypatch.setattr(kernels, "prefers_onednn", lambda: onednn and kernels.has_onednn())
     plain, chosen = student(), student()
     images, mask = batch()
     choose_kernels(chosen, CPU, precision)

@@ -146,7 +146,7 @@ def test_a_flipped_bit_of_a_checkpoint(alone: Path, store: Path, tmp_path: Path)
 
     flip(7)
     notes = Notes()
-    milan.pretrain(str(store), stop_after=1, watch=notes, **settings)
+    milan.pretrain(str(store), stop_after=1, progress=notes, **settings)
     assert "step-00000007 is torn (model.safetensors" in notes.line("passed over: ")
     assert notes.begun == [(20, 6)]
     flip(6)

@@ -17,7 +17,7 @@ from conftest import ROOT, make_photos, run_here
 from milan.data.dataset import open_cache
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
-from milan.store.compat import lacking
+from milan.store.compat import missing_features
 from milan.store.format import CONTENT, GENERATION, canonical
 from pipeline.extract import extract_targets
 from pipeline.verify import CORRUPT, FOREIGN, GOOD, verify
@@ -97,8 +97,8 @@ def no_key(name: str) -> Callable[[Path], None]:
 
 def test_a_store_of_this_version_lacks_nothing(store: Path) -> None:
     """Else every store would be told of."""
-    assert lacking(store) == []
-    assert verify(store).lacking == []
+    assert missing_features(store) == []
+    assert verify(store).missing_features == []
     assert "not in it" not in run_here("inspect", store).out
 
 
@@ -107,7 +107,7 @@ def test_a_kept_store_lacks_what_came_later(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "tests/kept/v1.zarr", tmp_path / "v1.zarr")
     verdict = verify(tmp_path / "v1.zarr", deep=True)
     assert verdict.code == GOOD
-    (line,) = verdict.lacking
+    (line,) = verdict.missing_features
     assert line.startswith("no texts in its spec: it was made before")
     assert line.endswith("generations/000, generations/001, generations/002, made by milan 0.1.0")
     told = run_here("verify", tmp_path / "v1.zarr")
@@ -133,7 +133,7 @@ def test_what_is_not_there_is_told(copy: Path, change: Callable[[Path], None], s
     rewritten(copy, change)
     verdict = verify(copy, deep=True)
     assert (verdict.code, verdict.corrupt) == (GOOD, [])
-    (line,) = verdict.lacking
+    (line,) = verdict.missing_features
     assert line.startswith(said)
     for command in ("verify", "inspect"):
         told = run_here(command, copy)
@@ -149,7 +149,7 @@ def test_a_store_without_origin_or_report_goes_on(
     """It trains with --data-root, an audit asks for the teacher, and it grows."""
     rewritten(copy, without("origin.json", "fidelity.json", "canary"))
     rewritten(copy, no_field("texts"))
-    assert len(verify(copy).lacking) == 4
+    assert len(verify(copy).missing_features) == 4
     with pytest.raises(CacheError, match=r"origin\.json"):
         open_cache(copy)
     assert open_cache(copy, data_root=str(photos)).pixels(np.array([3]), np.array([1])).any()
@@ -169,11 +169,11 @@ def test_stored_views_without_ends(tmp_path: Path, teacher_files: dict[str, str]
         str(photos), out=str(out), views=1, shard_size=4, executor="local", store_views="webp",
         **teacher_files,
     )  # fmt: skip
-    assert lacking(out) == []
+    assert missing_features(out) == []
     rewritten(out, no_key("ends"))
     verdict = verify(out)
     assert verdict.code == GOOD
-    assert verdict.lacking[0].startswith("no ends in its records: its stored views cannot")
+    assert verdict.missing_features[0].startswith("no ends in its records: its stored views cannot")
     assert verify(out, deep=True).code == CORRUPT
     with pytest.raises(CacheError, match="does not say where pictures end"):
         open_cache(out).pixels(np.array([0]), np.array([0]))

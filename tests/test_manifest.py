@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from milan import manifest as module
 from milan.core import paths
 from milan.errors import DataError, ImageFault
+from milan.images import manifest as module
 from milan.images.manifest import SCHEMA, Manifest, build_manifest, data_root, resolve_data
 from milan.images.source import ImageSource
 
@@ -528,7 +528,7 @@ def test_bytes_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", [1, 1 << 20])
 def test_bytes_of_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Of several files and row groups, with many groups held or one at a time."""
-    from milan.images.decode import source as sources
+    from milan.images import source as sources
 
     monkeypatch.setattr(sources, "_HELD_BYTES", held)
     expected = {}

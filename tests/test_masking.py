@@ -145,7 +145,7 @@ def test_the_law_without_doubles(monkeypatch: pytest.MonkeyPatch, visible: int) 
     wide = importance_mask(given, drawn, visible=visible)
     large = attention(500, 196), noise(500, 196)
     wide_large = importance_mask(*large, visible=49)
-    monkeypatch.setattr(masking, "has_doubles", lambda device: False)
+    monkeypatch.setattr(masking, "has_float64", lambda device: False)
     narrow = importance_mask(given, drawn, visible=visible)
     share = np.bincount(narrow.visible.flatten().numpy(), minlength=5) / count
     assert np.abs(share - inclusion(weights, visible)).max() < 0.005

@@ -13,7 +13,7 @@ from conftest import make_photos
 from test_pretrain import SMALL, Notes, log_of, weights
 
 import milan
-from milan.data.order import Stretches, held_rows, order_of
+from milan.data.order import Stretches, order_of, validation_rows
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
 from milan.training import build as task
@@ -44,7 +44,7 @@ def pretrain(grown: Path, run: Path, store: str, **changes: Any) -> tuple[dict, 
     notes = Notes()
     found = milan.pretrain(
         str(link),
-        watch=notes,
+        progress=notes,
         **RUN | {"out": str(run), "data_root": str(grown / "data")} | changes,
     )
     return found, notes
@@ -125,9 +125,9 @@ def test_where_steps_are_in_a_run_that_moved(grown: Path) -> None:
 def test_held_out_rows_keep_their_role(grown: Path) -> None:
     """What was held out of the small store is held out of the large one, and some of the new."""
     small, large = (TargetCache(grown / name) for name in ("small", "large"))
-    before = held_rows(small, small.good_rows(), seed=0, share=0.4)
-    after = held_rows(large, large.good_rows(), seed=0, share=0.7)
+    before = validation_rows(small, small.good_rows(), seed=0, share=0.4)
+    after = validation_rows(large, large.good_rows(), seed=0, share=0.7)
     assert len(before) == 8
     assert set(before) < set(after)
     assert (after >= 24).sum() == 8
-    assert held_rows(small, small.good_rows(), seed=1, share=0.4).tolist() != before.tolist()
+    assert validation_rows(small, small.good_rows(), seed=1, share=0.4).tolist() != before.tolist()

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_photos
 from PIL import Image
 
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.errors import ConfigError
 from milan.store.format import GENERATION, Index
 from pipeline.config import ExtractConfig
@@ -18,8 +18,8 @@ from pipeline.estimate.cost import (
     amount,
     cost_of,
     duration,
+    estimate_cost,
     parse_size,
-    price,
     seconds_of,
     within,
 )
@@ -42,7 +42,7 @@ def config(photos: Path, teacher_files: dict[str, str], tmp_path: Path) -> Extra
 
 @pytest.fixture
 def planned(config: ExtractConfig) -> Plan:
-    return plan(config, Silent())
+    return plan(config, NoProgress())
 
 
 def on_disk(out: Path) -> tuple[int, int, int]:
@@ -63,7 +63,7 @@ def test_the_plan_is_the_run(
 ) -> None:
     """Everything in the store's folder within 2 %; files, folders and the shards' bytes exactly."""
     config = replace(config, codec=codec, shard_size=shard_size, views=views)
-    sizes = size_of_store(plan(config, Silent()))
+    sizes = size_of_store(plan(config, NoProgress()))
     extract_targets(config)
     total, files, folders = on_disk(Path(config.out))
     assert sizes.total == pytest.approx(total, rel=0.02)
@@ -82,15 +82,15 @@ def test_the_plan_of_a_growing_store(
     extract_targets(config)
     make_photos(tmp_path / "p", count=20)
     config = replace(config, views=4)
-    tables = price(config, images_per_second=1.0)
+    tables = estimate_cost(config, images_per_second=1.0)
     assert dict(tables["Planned"])["still to make"].startswith("8 shards, ")
-    sizes = size_of_store(plan(config, Silent()))
+    sizes = size_of_store(plan(config, NoProgress()))
     extract_targets(config)
     total, files, folders = on_disk(Path(config.out))
     assert sizes.total == pytest.approx(total, rel=0.03)
     assert (sizes.files, sizes.folders) == (files, folders)
     assert "time" in dict(tables["Extraction"])
-    done = price(config, images_per_second=1.0)
+    done = estimate_cost(config, images_per_second=1.0)
     assert dict(done["Planned"])["still to make"].startswith("0 shards, 0 B")
 
 
@@ -182,16 +182,16 @@ def test_decoding_is_measured(config: ExtractConfig, tmp_path: Path) -> None:
     for i in range(3):
         image.save(folder / f"{i}.jpg")
     (folder / "none.jpg").touch()
-    found = measure_decoding(plan(replace(config, data=str(folder)), Silent()))
+    found = measure_decoding(plan(replace(config, data=str(folder)), NoProgress()))
     assert found is not None
     assert found.original > 5 * found.stored > 0
     assert 200 < found.bytes < 5000  # of 32 x 32 pixels
-    small = measure_decoding(plan(config, Silent()))
+    small = measure_decoding(plan(config, NoProgress()))
     assert small is not None
     assert small.original < found.original / 3
     for path in folder.glob("?.jpg"):
         path.unlink()
-    assert measure_decoding(plan(replace(config, data=str(folder)), Silent())) is None
+    assert measure_decoding(plan(replace(config, data=str(folder)), NoProgress())) is None
 
 
 def test_the_plan_and_the_budget_act_on_it(
@@ -201,7 +201,7 @@ def test_the_plan_and_the_budget_act_on_it(
     monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: RATES)
     for found, kept in ((SLOW, " --store-views jpeg:95"), (FAST, "")):
         monkeypatch.setattr("pipeline.estimate.cost.measure_decoding", lambda _, found=found: found)
-        tables = price(config, budget="2MB")
+        tables = estimate_cost(config, budget="2MB")
         (proposed,) = [row for what, row in tables["Within 2 MB"] if what == "proposed"]
         assert proposed == "--views 16 --codec int8" + kept
         assert "decoding" in dict(tables["Training from it"])
@@ -209,7 +209,7 @@ def test_the_plan_and_the_budget_act_on_it(
 
 def test_the_measurement_leaves_nothing(config: ExtractConfig, tmp_path: Path) -> None:
     """Real images, teacher and disk; then the folder is as it was."""
-    tables = price(config)
+    tables = estimate_cost(config)
     assert list(tmp_path.iterdir()) == []
     assert dict(tables["Extraction"])["rates"].startswith("measured with ")
 
@@ -219,11 +219,11 @@ def test_given_rates_measure_nothing(
 ) -> None:
     """--images-per-second replaces the measurement."""
     monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: pytest.fail("measured"))
-    tables = price(config, images_per_second=2.0, write_mb_per_second=10)
+    tables = estimate_cost(config, images_per_second=2.0, write_mb_per_second=10)
     rows = dict(tables["Extraction"])
     assert (rows["rates"], rows["time"]) == ("given", "12.0 s")
     with pytest.raises(ConfigError, match="a rate of nothing"):
-        price(config, images_per_second=0)
+        estimate_cost(config, images_per_second=0)
 
 
 # --- a budget -------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_budget_is_for_a_new_store(config: ExtractConfig) -> None:
     """Views of a store only grow: a smaller proposal could not be followed."""
     extract_targets(config)
     with pytest.raises(ConfigError, match="which has begun"):
-        price(config, budget="1GB")
+        estimate_cost(config, budget="1GB")
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from milan.models.student import DECODER, Decoder, build_student
 from milan.store.cache import TargetCache
 from milan.training import build as task
 from milan.training.loop import decay_groups
-from milan.training.optim import Course, learning_rate
-from milan.training.pretrain import in_micro_batches, resolved
+from milan.training.optim import Schedule, learning_rate
+from milan.training.pretrain import in_micro_batches, resolve_defaults
 from pipeline.extract import extract_targets
 
 SMALL: dict[str, Any] = {
@@ -193,19 +193,19 @@ def test_overwrite_restarts_only_other_settings(store: Path, tmp_path: Path) -> 
     short = {**SMALL, "out": str(tmp_path), "epochs": 2}
     milan.pretrain(str(store), stop_after=4, **short)
     notes = Notes()
-    milan.pretrain(str(store), overwrite=True, stop_after=1, watch=notes, **short)
+    milan.pretrain(str(store), overwrite=True, stop_after=1, progress=notes, **short)
     assert notes.begun == [(6, 4)]
     other = {**short, "lr": 2e-3}
     with pytest.raises(TrainError, match=r"other settings \(lr: 0.001 != 0.002\)") as refused:
         milan.pretrain(str(store), **other)
     assert "--overwrite" in refused.value.fix
     notes = Notes()
-    milan.pretrain(str(store), overwrite=True, watch=notes, **other)
+    milan.pretrain(str(store), overwrite=True, progress=notes, **other)
     assert notes.begun == [(6, 0)]
     assert [line["step"] for line in log_of(tmp_path)] == [3, 4, 6]
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["lr"] == 2e-3
     notes = Notes()
-    milan.pretrain(str(store), resume="never", stop_after=2, watch=notes, **other)
+    milan.pretrain(str(store), resume="never", stop_after=2, progress=notes, **other)
     assert notes.begun == [(6, 0)]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -219,7 +219,7 @@ def test_asked_to_stop_in_the_last_step(store: Path, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     run = {**SMALL, "out": str(tmp_path)}
-    figures = milan.pretrain(str(store), watch=Late(), **run)
+    figures = milan.pretrain(str(store), progress=Late(), **run)
     assert (figures["step"], figures["finished"]) == (21, True)
     assert "stopped_by" not in figures
     figures = milan.pretrain(str(store), stop_after=1, **run)
@@ -266,7 +266,7 @@ def test_a_run_of_an_earlier_version(whole: Path, store: Path, tmp_path: Path) -
         milan.pretrain(str(store), **again)
     assert "--overwrite" in error.value.fix
     notes = Notes()
-    milan.pretrain(str(store), overwrite=True, stop_after=1, watch=notes, **again)
+    milan.pretrain(str(store), overwrite=True, stop_after=1, progress=notes, **again)
     assert notes.begun == [(21, 0)]
 
 
@@ -302,7 +302,7 @@ def test_what_changes_no_step_may_change(store: Path, tmp_path: Path) -> None:
     free = {"num_workers": 1, "log_every": 1, "save_every": 5, "keep": 1, "device": "cpu"}
     notes = Notes()
     milan.pretrain(
-        str(tmp_path / "moved.zarr"), stop_after=1, watch=notes,
+        str(tmp_path / "moved.zarr"), stop_after=1, progress=notes,
         **{**SMALL, "out": str(tmp_path), **free},
     )  # fmt: skip
     assert notes.begun == [(21, 3)]
@@ -409,7 +409,7 @@ def test_nothing_is_left_to_do(whole: Path, store: Path, tmp_path: Path) -> None
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     notes = Notes()
-    figures = milan.pretrain(str(store), watch=notes, **{**SMALL, "out": str(run)})
+    figures = milan.pretrain(str(store), progress=notes, **{**SMALL, "out": str(run)})
     assert notes.line("nothing is left to do")
     assert figures["step"] == 21
     assert tree(run) == tree(whole)
@@ -505,7 +505,7 @@ def test_a_loss_that_is_not_finite_stops(
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     notes = Notes()
-    milan.pretrain(str(store), watch=notes, **again)
+    milan.pretrain(str(store), progress=notes, **again)
     assert notes.begun == [(21, 4)]
 
 
@@ -548,7 +548,7 @@ def test_bad_rows_are_left_out_by_plan(
     monkeypatch.setattr(task, "predict", watched)
     notes = Notes()
     run = {**SMALL, "out": str(tmp_path / "run"), "batch_size": 6, "epochs": 2}
-    milan.pretrain(str(tmp_path / "t.zarr"), watch=notes, **run)
+    milan.pretrain(str(tmp_path / "t.zarr"), progress=notes, **run)
     assert notes.line("left out by plan") == "left out by plan: 2 images without targets"
     bad = set(TargetCache(tmp_path / "t.zarr").bad)
     assert len(bad) == 2
@@ -561,7 +561,7 @@ def test_bad_rows_are_left_out_by_plan(
 
 def test_the_defaults_are_the_published_recipe() -> None:
     """MILAN, table 8, and its PRETRAIN.sh, for ViT-B/16 and any batch."""
-    config = resolved(PretrainConfig(num_workers=0), torch.device("cpu"))
+    config = resolve_defaults(PretrainConfig(num_workers=0), torch.device("cpu"))
     assert config.model == "vit_base_patch16_224"
     assert (config.epochs, config.warmup_epochs, config.batch_size) == (400, 40, 4096)
     assert config.lr == pytest.approx(2.4e-3)
@@ -571,8 +571,10 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert DECODER == {
         "embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0
     }  # fmt: skip
-    assert resolved(PretrainConfig(batch_size=512), torch.device("cpu")).lr == pytest.approx(3e-4)
-    pixels = resolved(PretrainConfig(objective="pixels"), torch.device("cpu"))
+    assert resolve_defaults(
+        PretrainConfig(batch_size=512), torch.device("cpu")
+    ).lr == pytest.approx(3e-4)
+    pixels = resolve_defaults(PretrainConfig(objective="pixels"), torch.device("cpu"))
     assert (pixels.decoder_kind, pixels.masking) == ("mae", "random")
 
 
@@ -596,26 +598,26 @@ def test_micro_batches(device: str, given: dict, ranks: int, micro: int, said: s
         config.model, img_size=224, target_width=512, decoder=config.decoder,
         model_args={"depth": 1},
     )  # fmt: skip
-    config = in_micro_batches(resolved(config, where, some), student, where, some, notes)
+    config = in_micro_batches(resolve_defaults(config, where, some), student, where, some, notes)
     assert config.micro_batch == micro
     assert said in "".join(notes.lines) if said else not notes.lines
 
 
 def test_the_rate_of_every_step() -> None:
     """Per step, not per epoch, at the published length: 312 steps of 4,096 an epoch."""
-    course = Course(
+    schedule = Schedule(
         stream=Order(*[np.arange(312 * 4096)] * 2, 1, 1, 0, 4096, 1), epochs=400, accumulate=16,
         lr=2.4e-3, warmup_epochs=40, min_lr=0, precision="fp32", save_every=312, save_minutes=15,
         keep=2, log_every=10,
     )  # fmt: skip
-    assert course.rate(0) == 0
-    assert course.rate(20 * 312) == pytest.approx(1.2e-3)
-    assert course.rate(20 * 312 + 156) == pytest.approx(1.23e-3)
-    assert course.rate(40 * 312) == 2.4e-3
-    assert course.rate(220 * 312) == pytest.approx(1.2e-3)
-    assert course.rate(399 * 312) == pytest.approx(2.4e-3 * math.sin(math.pi / 720) ** 2)
-    assert course.rate(course.steps) == pytest.approx(0, abs=1e-12)
-    rates = [course.rate(step) for step in range(0, course.steps, 97)]
+    assert schedule.rate(0) == 0
+    assert schedule.rate(20 * 312) == pytest.approx(1.2e-3)
+    assert schedule.rate(20 * 312 + 156) == pytest.approx(1.23e-3)
+    assert schedule.rate(40 * 312) == 2.4e-3
+    assert schedule.rate(220 * 312) == pytest.approx(1.2e-3)
+    assert schedule.rate(399 * 312) == pytest.approx(2.4e-3 * math.sin(math.pi / 720) ** 2)
+    assert schedule.rate(schedule.steps) == pytest.approx(0, abs=1e-12)
+    rates = [schedule.rate(step) for step in range(0, schedule.steps, 97)]
     assert max(rates) <= 2.4e-3
     assert min(rates) >= 0
 
@@ -661,7 +663,7 @@ def test_decay_groups_of_the_published_model(model: str, decayed: int, free: int
 def test_the_first_lines(store: Path, tmp_path: Path) -> None:
     """Store, deviations from the recipe, objective, steps: before the first step."""
     notes = Notes()
-    milan.pretrain(str(store), stop_after=1, watch=notes, **{**SMALL, "out": str(tmp_path)})
+    milan.pretrain(str(store), stop_after=1, progress=notes, **{**SMALL, "out": str(tmp_path)})
     digest = TargetCache(store).digest[:12]
     assert notes.line("cache: ").endswith(digest)
     assert "24 images x 2 views, int8" in notes.line("cache: ")
@@ -678,7 +680,7 @@ def test_the_first_lines(store: Path, tmp_path: Path) -> None:
 def test_windows_are_told_and_are_another_run(store: Path, tmp_path: Path) -> None:
     """A store of three shards in windows of one; the setting is part of what a run is."""
     notes, run = Notes(), {**SMALL, "out": str(tmp_path)}
-    milan.pretrain(str(store), stop_after=1, watch=notes, window_rows=8, **run)
+    milan.pretrain(str(store), stop_after=1, progress=notes, window_rows=8, **run)
     assert notes.line("shuffle: ").startswith("shuffle: windows of 1 of 3 shards, 0.")
     with pytest.raises(TrainError, match="window_rows: 8 != 131072"):
         milan.pretrain(str(store), **run)

@@ -20,8 +20,8 @@ from torch.distributed import HashStore
 
 import milan
 from milan.config import PretrainConfig
-from milan.core.distributed import Ranks, first_host, spread, summed
-from milan.core.progress import Silent
+from milan.core.distributed import Ranks, first_host, parallelise, sync_gradients
+from milan.core.progress import NoProgress
 from milan.core.signals import Stop
 from milan.data.dataset import training_loader
 from milan.data.order import JUDGED, REPEATED, Order, StepSampler, order_of
@@ -33,18 +33,18 @@ from milan.training.pretrain import devices_of
 TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
 import sys, torch
-from milan.core.distributed import Ranks, joined
+from milan.core.distributed import Ranks, process_group
 from milan.errors import ConfigError
-with joined(Ranks.of_environment(), torch.device("cpu")) as (ranks, device):
-    assert ranks.agree(1 << ranks.rank) == 3
-    assert ranks.sums([1.5, ranks.rank]) == [3.0, 1.0]
+with process_group(Ranks.from_environment(), torch.device("cpu")) as (ranks, device):
+    assert ranks.any_flags(1 << ranks.rank) == 3
+    assert ranks.all_reduce_sum([1.5, ranks.rank]) == [3.0, 1.0]
     rows = ranks.gather(torch.full((2, 1), ranks.rank))
     assert rows.flatten().tolist() == [0, 0, 1, 1]
-    assert ranks.once(lambda: ranks.rank + 7) == 7
+    assert ranks.on_rank0(lambda: ranks.rank + 7) == 7
     def refuse():
         raise ConfigError("no")
     try:
-        ranks.once(refuse)
+        ranks.on_rank0(refuse)
     except ConfigError as error:
         print("refused", error, flush=True)
 """
@@ -75,7 +75,7 @@ def test_one_two_one(parallel: str, alone: Path, store: Path, tmp_path: Path) ->
     run = {**TWO, "out": str(tmp_path / "run"), "parallel": parallel, "micro_batch": 2}
     milan.pretrain(str(store), **run | {"devices": 1, "stop_after": 5})
     notes = Notes()
-    figures = milan.pretrain(str(store), **run | {"stop_after": 9}, watch=notes)
+    figures = milan.pretrain(str(store), **run | {"stop_after": 9}, progress=notes)
     assert (figures["step"], figures["finished"]) == (14, False)
     assert "(2 x 2 x 2)" in notes.line("steps: ")
     assert notes.begun == [(21, 5)]
@@ -122,7 +122,7 @@ def test_asked_to_stop(number: signal.Signals, store: Path, alone: Path, tmp_pat
 
     one = {**TWO, "devices": 1, "micro_batch": 4, "out": str(tmp_path)}
     before = signal.getsignal(number)
-    figures = milan.pretrain(str(store), watch=Impatient(), **one)
+    figures = milan.pretrain(str(store), progress=Impatient(), **one)
     assert signal.getsignal(number) is before
     assert (figures["step"], figures["stopped_by"]) == (6, number.name)
     figures = milan.pretrain(str(store), **one)
@@ -154,7 +154,7 @@ def test_an_error_of_a_rank_is_the_runs(store: Path, tmp_path: Path) -> None:
     notes = Notes()
     bad = {**TWO, "out": str(tmp_path), "lr": 1e30, "objective": "pixels", "epochs": 20}
     with pytest.raises(TrainError, match="the loss of step"):
-        milan.pretrain(str(store), watch=notes, **bad, warmup_epochs=0)
+        milan.pretrain(str(store), progress=notes, **bad, warmup_epochs=0)
     assert not [line for line in notes.lines if "start again" in line]
 
 
@@ -206,12 +206,12 @@ def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> N
 def test_ctrl_c_twice_does_not_wait() -> None:
     """One press may arrive twice at once, from the terminal and passed on."""
     stop = Stop()
-    stop.ask(signal.SIGINT)
-    stop.ask(signal.SIGINT)
+    stop.request(signal.SIGINT)
+    stop.request(signal.SIGINT)
     stop._at -= 5
-    stop.ask(signal.SIGTERM)
+    stop.request(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        stop.ask(signal.SIGINT)
+        stop.request(signal.SIGINT)
     assert stop.by == "SIGINT"
 
 
@@ -224,7 +224,7 @@ def test_one_training_at_a_time(
     before = tree(tmp_path)
     monkeypatch.setattr(runs, "_ENDING", 0.3)
     with (
-        runs.claimed(tmp_path, watch=Silent()),
+        runs.locked(tmp_path, progress=NoProgress()),
         pytest.raises(TrainError, match=f"in use by pid {os.getpid()}") as error,
     ):
         milan.pretrain(str(store), **run)
@@ -255,10 +255,10 @@ def test_gradients_are_summed_once_a_step() -> None:
             done.set_result(bucket.buffer())
             return done
 
-        network = spread(torch.nn.Linear(3, 2), Ranks(size=2), "ddp")
+        network = parallelise(torch.nn.Linear(3, 2), Ranks(size=2), "ddp")
         network.register_comm_hook(None, count)  # type: ignore[operator]
         for micro in range(4):
-            with summed(network, micro == 3):
+            with sync_gradients(network, micro == 3):
                 network(torch.ones(5, 3)).sum().backward()
         assert sums == 1
         assert network.module.bias.grad.tolist() == [20, 20]  # type: ignore[union-attr]
@@ -291,7 +291,7 @@ def test_the_gpu_of_a_task_of_slurms(
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # would be set for good
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert Ranks.of_environment() == Ranks(7, 8, local)
+    assert Ranks.from_environment() == Ranks(7, 8, local)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -367,11 +367,11 @@ def test_no_variables_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert Ranks.of_environment() is None
+    assert Ranks.from_environment() is None
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Ranks.of_environment() == Ranks(3, 8, 1)
+    assert Ranks.from_environment() == Ranks(3, 8, 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 3, 64])

@@ -11,11 +11,11 @@ from test_pretrain import SMALL
 
 import milan
 from milan.errors import ConfigError
-from milan.training.estimate import rehearse
+from milan.training.estimate import estimate_run
 
 
 def figures(store: Path, **changes: Any) -> dict[str, str]:
-    return dict(rehearse(milan.PretrainConfig(str(store), **{**SMALL, **changes})))
+    return dict(estimate_run(milan.PretrainConfig(str(store), **{**SMALL, **changes})))
 
 
 def test_steps_are_those_of_the_run(store: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_ranks_share_a_step(store: Path) -> None:
 def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
     """Told of a student with other patches, which can be trained afterwards."""
     grid = {**SMALL, "model_args": STUDENT["model_args"] | {"patch_size": 4}}
-    told = dict(rehearse(milan.PretrainConfig(str(store), **grid)))
+    told = dict(estimate_run(milan.PretrainConfig(str(store), **grid)))
     assert told["hours"]
     assert milan.pretrain(str(store), out=str(tmp_path), stop_after=1, **grid)["step"] == 1
 

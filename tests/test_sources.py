@@ -30,7 +30,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
-from milan.core.paths import Url, place
+from milan.core.paths import Url, as_path
 from milan.data.dataset import find_root, open_cache, training_loader
 from milan.data.order import StepSampler, order_of
 from milan.errors import DataError, ImageFault
@@ -164,29 +164,29 @@ def test_what_is_a_path_and_what_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, path in {
         "a/b": "a/b", "~/x": "/home/me/x", "file:///a/b c": "/a/b c", "C:/x": "C:/x", "s3:": "s3:",
     }.items():  # fmt: skip
-        assert place(text) == Path(path)
+        assert as_path(text) == Path(path)
     for text, url in {
         "s3://b/x/": "s3://b/x",
         "S3://B/x//": "s3://B/x",
         "memory://": "memory://",
     }.items():
-        assert place(text) == Url(url)
-    root = place("s3://bucket")
+        assert as_path(text) == Url(url)
+    root = as_path("s3://bucket")
     assert str(root / "a" / "b c.jpg") == "s3://bucket/a/b c.jpg"
     assert str((root / "a" / "b").parent) == "s3://bucket/a"
     assert (root / "a").parent == root == root.resolve()
     assert (root / "a" / "b.tar").name == "b.tar"
-    assert str(place("memory://") / "a") == "memory://a"
-    assert place(root) is root
+    assert str(as_path("memory://") / "a") == "memory://a"
+    assert as_path(root) is root
     assert pickle.loads(pickle.dumps(root)) == root
 
 
 def test_passwords_are_refused() -> None:
     """The URL is kept in the store and printed: neither it nor the error may hold a password."""
     with pytest.raises(DataError, match="a password in sftp://me") as error:
-        place("sftp://me:secret@host/x")
+        as_path("sftp://me:secret@host/x")
     assert "secret" not in str(error.value)
-    assert place("sftp://me@host/x") == Url("sftp://me@host/x")
+    assert as_path("sftp://me@host/x") == Url("sftp://me@host/x")
 
 
 def test_file_urls_are_read_as_paths(photos: Path) -> None:
@@ -256,7 +256,7 @@ def test_names_of_an_object_store(server: Server) -> None:
 def test_a_read_is_one_request(sets: Path, server: Server) -> None:
     """Of a file, and of a stretch of a tar; requests are what object stores charge and wait for."""
     for kind in ("folder", "tars"):
-        manifest = build_manifest(place(f"s3://sets/{kind}"), seed=0)
+        manifest = build_manifest(as_path(f"s3://sets/{kind}"), seed=0)
         source = ImageSource(manifest, f"s3://sets/{kind}")
         forget()  # a worker knows no listing
         source.read(0)
@@ -279,11 +279,11 @@ def test_what_changes_is_seen(server: Server) -> None:
     server.put("splits", {"bus/3.jpg": b"3"})
     assert str(resolve_data("s3://splits")) == "s3://splits"
     server.put("grows", {"a/1.jpg": b"1"})
-    assert len(build_manifest(place("s3://grows"), seed=0)) == 1
-    assert not place("s3://grows/b").exists()
+    assert len(build_manifest(as_path("s3://grows"), seed=0)) == 1
+    assert not as_path("s3://grows/b").exists()
     server.put("grows", {"b/2.jpg": b"2", "b/empty.jpg": b""})
-    assert place("s3://grows/b").is_dir()
-    manifest = build_manifest(place("s3://grows"), seed=0)
+    assert as_path("s3://grows/b").is_dir()
+    manifest = build_manifest(as_path("s3://grows"), seed=0)
     assert len(manifest) == 3
     source = ImageSource(manifest, "s3://grows")
     assert sorted(source.read(row) for row in range(3)) == [b"", b"1", b"2"]
@@ -296,7 +296,7 @@ def test_readers_may_be_sent(sets: Path, method: str) -> None:
         pytest.skip(f"no {method} on this system")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
         for kind in ("tars", "parquet"):
-            manifest = build_manifest(place(f"s3://sets/{kind}"), seed=0)
+            manifest = build_manifest(as_path(f"s3://sets/{kind}"), seed=0)
             source = ImageSource(manifest, f"s3://sets/{kind}")
             expected = [source.read(row) for row in range(4)]
             assert list(pool.map(source.read, range(4))) == expected
@@ -305,7 +305,7 @@ def test_readers_may_be_sent(sets: Path, method: str) -> None:
 
 def test_a_fork_connects_anew(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec refuses what was opened before a fork; it knows it by the process's number."""
-    source = ImageSource(build_manifest(place("s3://sets/tars"), seed=0), "s3://sets/tars")
+    source = ImageSource(build_manifest(as_path("s3://sets/tars"), seed=0), "s3://sets/tars")
     expected = source.read(3)
     held, _ = source.root.at()  # type: ignore[union-attr]
     monkeypatch.setattr(os, "getpid", lambda: 4711)
@@ -403,7 +403,7 @@ def test_broken_remote_files_are_refused(sets: Path, server: Server) -> None:
         "text": r"no images in s3://broken/text \(it holds 1 \.txt\)",
     }.items():
         with pytest.raises(DataError, match=message):
-            build_manifest(place(f"s3://broken/{kind}"), seed=0)
+            build_manifest(as_path(f"s3://broken/{kind}"), seed=0)
 
 
 def test_one_image_gone(sets: Path, server: Server) -> None:
@@ -416,7 +416,7 @@ def test_one_image_gone(sets: Path, server: Server) -> None:
         "tars": "1.tar",
         "parquet": "1.parquet",
     }.items():
-        source = place(f"s3://gone/{kind}")
+        source = as_path(f"s3://gone/{kind}")
         manifest = build_manifest(source, seed=0)
         row = manifest.table["path"].to_pylist().index(key)
         boto3.client("s3").delete_object(Bucket="gone", Key=f"{kind}/{key}")
@@ -471,7 +471,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
 
 def test_an_image_that_cannot_be_read(faulty: type[Faulty]) -> None:
     """Whatever the library raises is a reason; the others are read."""
-    manifest = build_manifest(place("faulty://set"), seed=0)
+    manifest = build_manifest(as_path("faulty://set"), seed=0)
     source = ImageSource(manifest, "faulty://set")
     faulty.broken = "2.jpg"
     for row in range(3):
@@ -485,7 +485,7 @@ def test_an_image_that_cannot_be_read(faulty: type[Faulty]) -> None:
 
 def test_a_store_that_is_gone_is_no_fault_of_the_image(faulty: type[Faulty]) -> None:
     """Else an hour without network would be written down as a thousand bad images."""
-    manifest = build_manifest(place("faulty://set"), seed=0)
+    manifest = build_manifest(as_path("faulty://set"), seed=0)
     faulty.broken = "/"
     with pytest.raises(DataError, match=r"faulty://set cannot be read: RuntimeError: token 4711"):
         ImageSource(manifest, "faulty://set").read(0)
@@ -493,10 +493,10 @@ def test_a_store_that_is_gone_is_no_fault_of_the_image(faulty: type[Faulty]) -> 
 
 def test_remote_folders_that_cannot_be_listed_are_refused(faulty: type[Faulty]) -> None:
     """fsspec leaves them out by itself: their images would be missing in silence."""
-    assert len(build_manifest(place("faulty://set"), seed=0)) == 3
+    assert len(build_manifest(as_path("faulty://set"), seed=0)) == 3
     faulty.broken = "/b"
     with pytest.raises(DataError, match=r"faulty://set cannot be read: /set/b"):
-        build_manifest(place("faulty://set"), seed=0)
+        build_manifest(as_path("faulty://set"), seed=0)
 
 
 def test_extraction_ends_when_the_store_is_gone(
@@ -570,7 +570,7 @@ def test_they_are_read_back_from_where_they_lie(
     expected = [local[i] for i in range(len(local))]
     for name in ("s3://sets/folder", "tars", "s3://sets/tars"):
         dataset = open_cache(stores[name])
-        assert dataset.root.resolve() == place(name if name[:2] == "s3" else sets / name)
+        assert dataset.root.resolve() == as_path(name if name[:2] == "s3" else sets / name)
         for mine, theirs in zip((dataset[i] for i in range(48)), expected, strict=True):
             for part in ("image", "features", "attention"):
                 assert torch.equal(mine[part], theirs[part])
@@ -617,8 +617,8 @@ def test_training_reads_them_in_workers(stores: dict[str, Path], store: Path) ->
 
 def test_labels_and_captions_come_along(sets: Path) -> None:
     """Of class folders by name, of Parquet by column; each with its own image."""
-    folder = build_manifest(place("s3://sets/folder"), seed=0)
-    parquet = build_manifest(place("s3://sets/parquet"), seed=0)
+    folder = build_manifest(as_path("s3://sets/folder"), seed=0)
+    parquet = build_manifest(as_path("s3://sets/parquet"), seed=0)
     assert sorted(folder.labels().tolist()) == sorted(parquet.labels().tolist())
     for row in range(24):
         name = parquet.key(row).split("/", 1)[1]

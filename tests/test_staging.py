@@ -24,7 +24,7 @@ from milan.data.order import StepSampler, order_of
 from milan.errors import CacheError, ConfigError
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation
-from milan.store.local_cache import Ahead, Local
+from milan.store.local_cache import LocalCopies, Prefetcher
 
 ROWS, VIEWS = np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24)
 """Everything of the store: 3 blocks x 2 views."""
@@ -86,7 +86,7 @@ def test_a_later_run_finds_them(
 ) -> None:
     """Nothing is copied twice; another store has a folder of its own."""
     local_cache(copied, tmp_path / "fast").read(ROWS, VIEWS)
-    monkeypatch.setattr(Local, "_copy", None)
+    monkeypatch.setattr(LocalCopies, "_copy", None)
     assert same(local_cache(copied, tmp_path / "fast"), cache, ROWS, VIEWS)
     (folder,) = (p for p in (tmp_path / "fast").iterdir() if p.is_dir())
     assert cache.generations[0].entry.digest.startswith(folder.name)
@@ -98,13 +98,13 @@ def test_the_limit_holds(
     """At every moment of copying; what was not used for longest goes first."""
     fast = tmp_path / "fast"
     near = local_cache(copied, fast, 2.5)
-    limit, most, copy = int(2.5 * shard_bytes(cache)), [0], Local._copy
+    limit, most, copy = int(2.5 * shard_bytes(cache)), [0], LocalCopies._copy
 
-    def watched(self: Local, file: Any) -> None:
+    def watched(self: LocalCopies, file: Any) -> None:
         copy(self, file)
         most[0] = max(most[0], held(fast))
 
-    monkeypatch.setattr(Local, "_copy", watched)
+    monkeypatch.setattr(LocalCopies, "_copy", watched)
     for at in np.random.default_rng(0).integers(0, 48, 30):
         assert same(near, cache, ROWS[[at]], VIEWS[[at]])
     assert shard_bytes(cache) < most[0] <= limit
@@ -167,7 +167,7 @@ def test_a_killed_copy_is_taken_up(copied: Path, cache: TargetCache, tmp_path: P
     local = near.generations[0].local
     assert local is not None
     for block, row in ((1, 9), (2, 3)):  # asked for again, and never asked for again
-        part = local.place(block, 0).with_suffix(".0.part")
+        part = local.marker(block, 0).with_suffix(".0.part")
         part.touch()
         os.truncate(part, shard_bytes(cache))
         stray = local.root / f"features/c/{block}/0/0/0.part"
@@ -191,7 +191,7 @@ def test_an_eviction_under_a_reader(
             evicted.append((block, view))
             (local,) = (g.local for g in near.generations)
             assert local is not None
-            local.place(block, view).unlink()
+            local.marker(block, view).unlink()
             for name in self.spec.arrays():
                 shutil.rmtree(local.root / name / "c" / str(block) / str(view))
         return done
@@ -205,14 +205,14 @@ def test_one_copies_and_the_others_wait(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file once, however many ask."""
-    near, copy, copies = local_cache(copied, tmp_path / "fast"), Local._copy, []
+    near, copy, copies = local_cache(copied, tmp_path / "fast"), LocalCopies._copy, []
 
-    def slow(self: Local, file: Any) -> None:
+    def slow(self: LocalCopies, file: Any) -> None:
         copies.append(file.path)
         time.sleep(0.02)
         copy(self, file)
 
-    monkeypatch.setattr(Local, "_copy", slow)
+    monkeypatch.setattr(LocalCopies, "_copy", slow)
     (generation,) = near.generations
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda _: generation.fetch(1, 1), range(8)))
@@ -282,7 +282,7 @@ def test_ahead_of_the_window(copied: Path, tmp_path: Path) -> None:
         for window in range(3):
             yield 10 * (window + 1), [(generation, window, 0)]
 
-    ahead = Ahead(windows())
+    ahead = Prefetcher(windows())
     ahead.start()
     try:
         until(lambda: whole(fast) == ["0.0", "1.0"])
@@ -301,7 +301,7 @@ def test_ahead_with_room_for_one_window(copied: Path, tmp_path: Path) -> None:
     """It waits until the window is over, and stops when told."""
     fast = tmp_path / "fast"
     (generation,) = local_cache(copied, fast, 1.2).generations
-    ahead = Ahead(iter([(10, [(generation, 0, 0)]), (20, [(generation, 1, 0)])]))
+    ahead = Prefetcher(iter([(10, [(generation, 0, 0)]), (20, [(generation, 1, 0)])]))
     ahead.start()
     until(lambda: whole(fast) == ["0.0"])
     time.sleep(0.3)
@@ -397,7 +397,7 @@ def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:
     near = local_cache(copied, tmp_path / "fast", 1.5)
     (generation,) = near.generations
     assert generation.local is not None
-    part = generation.local.place(0, 0).with_suffix(".0.part")
+    part = generation.local.marker(0, 0).with_suffix(".0.part")
     with open(part, "a") as copier:
         fcntl.flock(copier, fcntl.LOCK_EX)
         os.truncate(part, shard_bytes(near))

@@ -25,8 +25,8 @@ from conftest import tree
 import pipeline.extraction.worker
 import pipeline.writing.disk
 import pipeline.writing.store
-from milan.core.atomic import take_lock
-from milan.core.progress import Silent
+from milan.core.atomic import lock_folder
+from milan.core.progress import NoProgress
 from milan.errors import CacheError, ConfigError
 from milan.images.manifest import Manifest, build_manifest
 from milan.images.views import ViewSpec
@@ -573,7 +573,7 @@ def test_how_the_work_is_done_is_not_in_the_fingerprint(
 
     def fingerprint(**changes: Any) -> str:
         config = ExtractConfig(str(photos), **{**teacher_files, "views": 2, **changes})
-        return plan(config, Silent()).parts[0].spec.fingerprint()
+        return plan(config, NoProgress()).parts[0].spec.fingerprint()
 
     same = fingerprint()
     free = {
@@ -614,12 +614,12 @@ def test_a_store_of_another_spec_is_not_touched(
 @contextmanager
 def holder_of(path: Path) -> Iterator[int]:
     """A second process that holds the lock of the store at `path`; its pid."""
-    ready, tell = os.pipe()
+    ready, replay = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            lock = take_lock(path)
-            os.write(tell, b"x")
+            lock = lock_folder(path)
+            os.write(replay, b"x")
             signal.pause()
             lock.close()
         finally:
@@ -634,7 +634,7 @@ def holder_of(path: Path) -> Iterator[int]:
         except (ProcessLookupError, ChildProcessError):
             pass
         os.close(ready)
-        os.close(tell)
+        os.close(replay)
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(

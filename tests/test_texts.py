@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, run_here, tree
 from safetensors.torch import load_file, save_file
 
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.errors import CacheError, DataError, TeacherError
 from milan.images.manifest import SCHEMA, Manifest
 from milan.store.cache import TargetCache
@@ -291,8 +291,8 @@ def test_the_plan_counts_texts(pairs: Path, tmp_path: Path) -> None:
         str(pairs), out=str(tmp_path / "t.zarr"), views=2, shard_size=8, executor="local",
         texts=True, max_bad="1", **TEACHER,
     )  # fmt: skip
-    sizes = size_of_store(plan(config, Silent()))
-    plain = size_of_store(plan(replace(config, texts=False), Silent()))
+    sizes = size_of_store(plan(config, NoProgress()))
+    plain = size_of_store(plan(replace(config, texts=False), NoProgress()))
     extract_targets(config)
     found = [p for p in (tmp_path / "t.zarr").rglob("*") if p.name != "bad-images.csv"]
     files = [path for path in found if path.is_file()]

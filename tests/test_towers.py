@@ -24,7 +24,7 @@ from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch.nn import functional as F
 
 import pipeline.teachers.timm_vit
-from milan.core.progress import Silent
+from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import TeacherError
 from pipeline.extract import extract_targets
@@ -618,7 +618,7 @@ def test_offline_says_which_file_to_place(monkeypatch: pytest.MonkeyPatch, tmp_p
 # --- into a store ---------------------------------------------------------------------------------
 
 
-class Heard(Silent):
+class Heard(NoProgress):
     """Keeps the notes."""
 
     def __init__(self) -> None:
@@ -631,11 +631,11 @@ class Heard(Silent):
 @pytest.mark.parametrize("name", ["siglip", "small_dinov2", "gap"])
 def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None:
     """A real store of such a teacher holds what it says, and tells what row 0 is."""
-    spec, watch = files(name), Heard()
+    spec, progress = files(name), Heard()
     path = tmp_path / "t.zarr"
     extract_targets(
         str(photos), out=str(path), teacher=spec.name, pretrained=spec.pretrained, views=1,
-        shard_size=24, limit=5, codec="float16", executor="local", device="cpu", watch=watch,
+        shard_size=24, limit=5, codec="float16", executor="local", device="cpu", progress=progress,
     )  # fmt: skip
     teacher = load_teacher(spec, device="cpu")
     views = open_cache(path)
@@ -654,5 +654,5 @@ def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None
         assert about[key] == teacher.about[key]
     assert cache.spec.teacher == teacher.identity
     assert cache.spec.teacher["pooling"] == {"siglip": "map", "gap": "avg"}.get(name, "token")
-    assert any(f"row 0 is {about['class_token']}" in note for note in watch.notes)
+    assert any(f"row 0 is {about['class_token']}" in note for note in progress.notes)
     assert (cache.spec.tokens, cache.spec.channels) == (17, teacher.channels)

@@ -31,12 +31,12 @@ import milan
 from milan import PretrainConfig
 from milan.core.device import MEAN, STD, denormalise, normalise
 from milan.data.dataset import CachedDataset
-from milan.data.order import JUDGED, held_rows, order_of
+from milan.data.order import JUDGED, order_of, validation_rows
 from milan.errors import ConfigError
 from milan.models.masking import importance_mask, mask_noise
-from milan.objectives.features import painted, patchify, pixel_regression
+from milan.objectives.features import patchify, pixel_regression, unpatchify_prediction
 from milan.reporting import trackers
-from milan.reporting.panels import Shown, run_sheet
+from milan.reporting.panels import SheetInputs, draw_sheet
 from milan.store.cache import TargetCache
 from milan.training import build as task
 from milan.training import checkpoint
@@ -93,8 +93,8 @@ def test_held_out_rows_are_judged_and_never_trained_on(
     monkeypatch.setattr(task, "predict", noted)
     notes = Notes()
     run = {**WATCHED, "epochs": 3, "probe_every": None, "picture_every": 99}
-    milan.pretrain(str(store), out=str(tmp_path), watch=notes, **run)
-    held = held_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
+    milan.pretrain(str(store), out=str(tmp_path), progress=notes, **run)
+    held = validation_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
     assert len(held) == 8
     pictured = held + held[:4]  # the first epoch and the last have a sheet
     assert judged == pictured + held + pictured
@@ -107,7 +107,7 @@ def test_none_held_out(store: Path, tmp_path: Path) -> None:
     for share, said in ((0.0, "0 of 24 images"), (0.01, "none, for 1.0% of 24 images is fewer")):
         notes = Notes()
         run = {**SMALL, "out": str(tmp_path / str(share)), "held_out": share, "epochs": 1}
-        milan.pretrain(str(store), watch=notes, **run)
+        milan.pretrain(str(store), progress=notes, **run)
         assert said in notes.line("held out: ")
         assert not any("val_loss" in line for line in log_of(tmp_path / str(share)))
 
@@ -129,11 +129,11 @@ def fake_parts(*sizes: int) -> Any:
 def test_the_share_is_honoured(share: float) -> None:
     """Up to a multiple of eight; other seeds draw other rows; none twice."""
     good = np.arange(10_000)
-    held = held_rows(fake_parts(10_000), good, seed=0, share=share)
+    held = validation_rows(fake_parts(10_000), good, seed=0, share=share)
     assert len(held) == int(share * 10_000) // 8 * 8
     assert len(np.unique(held)) == len(held)
-    assert np.array_equal(held, held_rows(fake_parts(10_000), good, seed=0, share=share))
-    other = held_rows(fake_parts(10_000), good, seed=1, share=share)
+    assert np.array_equal(held, validation_rows(fake_parts(10_000), good, seed=0, share=share))
+    other = validation_rows(fake_parts(10_000), good, seed=1, share=share)
     assert not np.array_equal(held, other)
     # Drawn from everywhere: a store may lie sorted by class.
     assert abs(held.mean() - 5000) < 4 * 2900 / math.sqrt(len(held))
@@ -161,7 +161,7 @@ def test_validation_is_what_it_says(watched: Path, store: Path, cache: TargetCac
     """The last line's loss and cosine, computed here from the last checkpoint, image by image."""
     student = student_at_the_end(watched, store)
     dataset = CachedDataset(cache)
-    held = held_rows(cache, np.arange(24), seed=0, share=0.34)
+    held = validation_rows(cache, np.arange(24), seed=0, share=0.34)
     losses, cosines = [], []
     for row in held:
         rows, views = np.array([row]), np.array([0])
@@ -272,11 +272,11 @@ def test_the_probe_is_what_it_says(
     assert [line["step"] for line in probed] == [6, 12]
     milan.pretrain(str(store), stop_after=6, **{**WATCHED, "out": str(tmp_path)})
     student, dataset = student_at_the_end(tmp_path, store), CachedDataset(cache)
-    held = held_rows(cache, np.arange(24), seed=0, share=0.34)
+    held = validation_rows(cache, np.arange(24), seed=0, share=0.34)
     rows = np.concatenate([np.setdiff1d(np.arange(24), held), held])
     with torch.no_grad():
         pixels = torch.from_numpy(dataset.pixels(rows, np.zeros_like(rows)))
-        features = F.normalize(student.represent(normalise(pixels, MEAN, STD)), dim=1).numpy()
+        features = F.normalize(student.pooled_features(normalise(pixels, MEAN, STD)), dim=1).numpy()
     labels = np.array(cache.manifest.labels())[rows]
     cosines = features[16:] @ features[:16].T
     votes = np.stack([np.exp(cosines / 0.07)[:, labels[:16] == c].sum(1) for c in range(3)], 1)
@@ -404,8 +404,8 @@ def test_what_a_sheet_shows() -> None:
     features = draw.normal(size=(3, 16, 12))
     said = features * draw.uniform(0.5, 2, (3, 16, 1))  # only directions count
     said[2, 15] *= -1
-    shown = Shown(np.arange(3), pixels, attention, hidden, features, said)
-    view, heat, seen, theirs, ours = panels(run_sheet(shown), 32, 4).swapaxes(0, 1)
+    shown = SheetInputs(np.arange(3), pixels, attention, hidden, features, said)
+    view, heat, seen, theirs, ours = panels(draw_sheet(shown), 32, 4).swapaxes(0, 1)
     assert np.array_equal(view, pixels)
     patches = heat.reshape(3, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 16)
     assert (patches.argmax(axis=1) == 6).all()
@@ -429,7 +429,7 @@ def test_pixels_are_painted(store: Path, tmp_path: Path) -> None:
     perfect = torch.cat([torch.zeros(2, 1, 192), perfect], dim=1)
     hidden = torch.ones(2, 16, dtype=torch.bool)
     assert float(pixel_regression(perfect, images, hidden, patch=8)) < 1e-10
-    again = denormalise(painted(perfect, images, patch=8), MEAN, STD)
+    again = denormalise(unpatchify_prediction(perfect, images, patch=8), MEAN, STD)
     assert torch.equal(again, pixels)
     run = {**SMALL, "out": str(tmp_path), "epochs": 1, "objective": "pixels"}
     milan.pretrain(str(store), **run)  # nothing is held out: training rows are shown
@@ -653,13 +653,13 @@ def test_progress_fits_a_terminal(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Epoch, step, loss, rate, images/s, waiting, time left, and the judgement, uncut."""
-    from stages.console import ConsoleWatch
+    from stages.console import ConsoleProgress
 
     shown = seen_on(True, monkeypatch)
     run = {**WATCHED, "out": str(tmp_path), "log_every": 1, "report_to": "none"}
-    with ConsoleWatch() as watch:
-        monkeypatch.setattr(watch, "note", lambda _: None)  # they may be longer
-        milan.pretrain(str(store), watch=watch, **run)
+    with ConsoleProgress() as progress:
+        monkeypatch.setattr(progress, "note", lambda _: None)  # they may be longer
+        milan.pretrain(str(store), progress=progress, **run)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     lines = text.replace("\r", "\n").split("\n")
     assert max(map(len, lines)) <= 100
@@ -672,13 +672,13 @@ def test_progress_fits_a_terminal(
 
 def test_an_error_leaves_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar hides it, and goes with the work, however that ends."""
-    from stages.console import ConsoleWatch
+    from stages.console import ConsoleProgress
 
     shown = seen_on(True, monkeypatch)
 
     def fails() -> None:
-        with ConsoleWatch() as watch:
-            watch.begin("train", 10, "steps")
+        with ConsoleProgress() as progress:
+            progress.begin("train", 10, "steps")
             raise ConfigError("no")
 
     with pytest.raises(ConfigError):
@@ -692,12 +692,12 @@ def test_a_plain_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
 
     shown, clock = seen_on(False, monkeypatch), 0.0
     monkeypatch.setattr(console.time, "monotonic", lambda: clock)
-    watch = console.ConsoleWatch()
-    watch.begin("train", 1000, "steps", done=100)
+    progress = console.ConsoleProgress()
+    progress.begin("train", 1000, "steps", done=100)
     for done in range(101, 301):
         clock += 1.0
-        watch.advance(done, f"loss {done}" if done % 50 == 0 else "")
-    watch.end()
+        progress.advance(done, f"loss {done}" if done % 50 == 0 else "")
+    progress.end()
     assert shown.getvalue().splitlines() == [
         "train: 160/1,000, 1.0 steps/s, 0:14:00 left, loss 150",
         "train: 220/1,000, 1.0 steps/s, 0:13:00 left, loss 200",

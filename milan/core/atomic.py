@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-def make_writable(folder: Path) -> None:
+def ensure_writable(folder: Path) -> None:
     """Make a folder and try to write in it, before the work. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def take_lock(folder: Path) -> Any:
+def lock_folder(folder: Path) -> Any:
     """The lock of a folder, until it is closed or this process ends: the kernel frees it (flock).
 
     Raises BlockingIOError, its text the holder, if another process has it.

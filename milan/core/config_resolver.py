@@ -50,7 +50,7 @@ def resolve(
         if value is not None:
             _put(kind, values, key, value, "the command line")
     if "recipe" in values:
-        values = recipe_of(kind, values["recipe"], section) | values
+        values = load_recipe(kind, values["recipe"], section) | values
     missing = [
         f.name
         for f in dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def resolve(
     return kind(**values)
 
 
-def recipe_of(kind: type, name: str, section: str) -> dict[str, Any]:
+def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
     """What a recipe of milan/recipes/ says of a command: field -> value. Raises ConfigError."""
     folder = resources.files("milan") / "recipes"
     known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
@@ -145,7 +145,7 @@ def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
     values[key] = _coerce(hints[key], value, key, where)
 
 
-def of_call(
+def from_call(
     kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str = ""
 ) -> Config:
     """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
@@ -162,7 +162,7 @@ def of_call(
             )
         return first
     check_names(kind, settings)
-    recipe = recipe_of(kind, settings["recipe"], section) if settings.get("recipe") else {}
+    recipe = load_recipe(kind, settings["recipe"], section) if settings.get("recipe") else {}
     return kind(**{field: first} | recipe | settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -29,7 +30,14 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def has_doubles(device: torch.device) -> bool:
+def cpu_count() -> int:
+    """Cores that this process may use: its affinity, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_float64(device: torch.device) -> bool:
     """Whether `device` computes in float64; Apple's does not."""
     return device.type != "mps"
 

@@ -31,13 +31,13 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    local: int = 0
+    local_rank: int = 0
     """Its number on its machine: which of the GPUs it sees it has."""
-    here: int = 1
+    on_node: int = 1
     """How many of them are on its machine and share its cores."""
 
     @classmethod
-    def of_environment(cls) -> Ranks | None:
+    def from_environment(cls) -> Ranks | None:
         """Who torchrun, srun or a launcher of ours says this is; None if nobody says."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -55,11 +55,11 @@ class Ranks:
         return None
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0: it writes and speaks."""
         return self.rank == 0
 
-    def agree(self, flags: int) -> int:
+    def any_flags(self, flags: int) -> int:
         """The bits that any rank has set."""
         if self.size == 1:
             return flags
@@ -67,7 +67,7 @@ class Ranks:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return sum(int(value) << bit for bit, value in enumerate(both.tolist()))
 
-    def sums(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Each number summed over the ranks, in float64."""
         if self.size == 1:
             return values
@@ -83,7 +83,7 @@ class Ranks:
         dist.all_gather(parts, tensor.cpu().contiguous())
         return torch.cat(parts)
 
-    def told(self, word: T | None) -> list[tuple[int, T]]:
+    def gather_objects(self, word: T | None) -> list[tuple[int, T]]:
         """(rank, word) of each rank that has one, in order; all ranks ask together."""
         words: list[T | None] = [word]
         if self.size > 1:
@@ -91,12 +91,12 @@ class Ranks:
             dist.all_gather_object(words, word)
         return [(rank, word) for rank, word in enumerate(words) if word is not None]
 
-    def once(self, act: Callable[[], T]) -> T:
+    def on_rank0(self, act: Callable[[], T]) -> T:
         """What `act` returns on rank 0, which alone calls it; its MilanError is raised on all."""
         if self.size == 1:
             return act()
         told: list[Any] = [None]
-        if self.first:
+        if self.is_rank0:
             try:
                 told = [act()]
             except MilanError as error:
@@ -107,26 +107,28 @@ class Ranks:
         return told[0]
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 @contextmanager
-def joined(ranks: Ranks | None, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(
+    ranks: Ranks | None, device: torch.device
+) -> Iterator[tuple[Ranks, torch.device]]:
     """Inside, this process is one of its ranks; gives them and this one's device.
 
     Raises ConfigError if this machine has no GPU for it.
     """
     if ranks is None or ranks.size == 1:
-        yield ALONE, device
+        yield SINGLE, device
         return
     if device.type == "cuda":
-        if ranks.local >= torch.cuda.device_count():
+        if ranks.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {ranks.rank} is number {ranks.local} on its machine, which has "
+                f"rank {ranks.rank} is number {ranks.local_rank} on its machine, which has "
                 f"{torch.cuda.device_count()} GPUs",
                 expected="at most one rank for each GPU",
             )
-        device = torch.device("cuda", ranks.local)
+        device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     # Numbers and objects travel by gloo, from the CPU; gradients by what suits the device.
     kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -137,7 +139,7 @@ def joined(ranks: Ranks | None, device: torch.device) -> Iterator[tuple[Ranks, t
     dist.destroy_process_group()
 
 
-def spread(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
+def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
     """What to call for a prediction, so that gradients are those of the whole batch.
 
     `ddp` gives a wrapper around `student`; `fsdp` shards the student itself, a block at a time, and
@@ -157,11 +159,11 @@ def spread(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
         for block in stack:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
     fully_shard(student, mesh=mesh)
-    register_fsdp_forward_method(student, "represent")
+    register_fsdp_forward_method(student, "pooled_features")
     return student
 
 
-def summed(network: nn.Module, now: bool) -> AbstractContextManager:
+def sync_gradients(network: nn.Module, now: bool) -> AbstractContextManager:
     """A micro-batch whose gradients are summed over the ranks `now`, or later with the others."""
     if hasattr(network, "set_requires_gradient_sync"):
         network.set_requires_gradient_sync(now)  # type: ignore[operator]
@@ -170,12 +172,12 @@ def summed(network: nn.Module, now: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without its shards: itself, or gathered from the ranks (all must ask)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`value` where, and sharded as, `parameter` is."""
     value = value.to(parameter.device)
     if not hasattr(parameter, "device_mesh") or value.ndim != parameter.ndim:

@@ -20,8 +20,14 @@ from typing import Any
 
 import torch
 
-from milan.core.progress import Passing, Silent, Watch, tell
-from milan.core.signals import Stop, deliver, end_with_parent, told, withheld
+from milan.core.progress import ForwardedProgress, NoProgress, Progress, replay
+from milan.core.signals import (
+    Stop,
+    blocked_stop_signals,
+    exit_with_parent,
+    on_stop_signals,
+    unblock_stop_signals,
+)
 from milan.errors import MilanError, TrainError
 
 _GRACE = 5.0  # seconds in which ranks may say what they died of
@@ -34,7 +40,7 @@ def launch(
     ranks: int,
     restarts: int,
     again: Callable[[], dict[str, Any]],
-    watch: Watch,
+    progress: Progress,
 ) -> Any:
     """Call `work(**arguments, stop=…, watch=…)` in `ranks` processes; returns what rank 0's does.
 
@@ -49,17 +55,17 @@ def launch(
 
     def live(given: dict[str, Any]) -> tuple[str | None, Any]:
         with tempfile.TemporaryDirectory(prefix="milan-ranks-") as folder:
-            died = _once(work, given, ranks, Path(folder), stop, watch)
+            died = _once(work, given, ranks, Path(folder), stop, progress)
             errors = [_read(path) for path in sorted(Path(folder).glob("error.*"))]
             if errors:
                 raise errors[0]
             if died and "exit code" in died:  # and nobody has explained it
                 for path in sorted(Path(folder).glob("traceback.*")):
-                    watch.note(f"rank {path.suffix[1:]}: {path.read_text()}")
+                    progress.note(f"rank {path.suffix[1:]}: {path.read_text()}")
             return died, None if died else _read(Path(folder) / "result")
 
     return persistently(
-        live, arguments, again=again, restarts=restarts, ranks=ranks, stop=stop, watch=watch
+        live, arguments, again=again, restarts=restarts, ranks=ranks, stop=stop, progress=progress
     )
 
 
@@ -71,7 +77,7 @@ def persistently(
     restarts: int,
     ranks: int,
     stop: Stop,
-    watch: Watch,
+    progress: Progress,
 ) -> Any:
     """What `live(arguments)`, a life of all ranks, results in: (how one died or None, a result).
 
@@ -82,7 +88,7 @@ def persistently(
     for attempt in range(1, restarts + 1):
         if died is None or stop.by:
             break
-        watch.note(
+        progress.note(
             f"{died}; all start again from the last checkpoint ({attempt} of {restarts} times)"
         )
         died, result = live(arguments | again())
@@ -101,7 +107,7 @@ def _once(
     ranks: int,
     folder: Path,
     stop: Stop,
-    watch: Watch,
+    progress: Progress,
 ) -> str | None:
     """One life of all ranks; how the first of them died, or None."""
     context, port = multiprocessing.get_context("spawn"), _free_port()
@@ -116,10 +122,10 @@ def _once(
 
     def ask(number: int) -> None:
         _pass_on(processes, number)
-        stop.ask(number)
+        stop.request(number)
 
-    with told(ask):
-        with withheld():  # until a rank can finish a step when it is told to stop
+    with on_stop_signals(ask):
+        with blocked_stop_signals():  # until a rank can finish a step when it is told to stop
             for process in processes:
                 process.start()
         speaks.close()
@@ -130,9 +136,9 @@ def _once(
                 if ready is not heard:
                     rank = alive.pop(ready)
                     died = died or _end_of(processes[rank], rank)
-                elif not _hear(heard, watch):
+                elif not _hear(heard, progress):
                     listening = []
-        while listening and heard.poll() and _hear(heard, watch):
+        while listening and heard.poll() and _hear(heard, progress):
             pass  # what rank 0 said last
         until = time.monotonic() + _GRACE
         for process in processes:
@@ -143,10 +149,10 @@ def _once(
     return died
 
 
-def _hear(heard: Any, watch: Watch) -> bool:
+def _hear(heard: Any, progress: Progress) -> bool:
     """Pass one thing on that rank 0 said; False if it has ended."""
     try:
-        tell(watch, heard.recv())
+        replay(progress, heard.recv())
     except EOFError:
         return False
     return True
@@ -176,7 +182,7 @@ def _rank(
     speaks: Any,
 ) -> None:
     """A rank's process; `speaks` is where rank 0's watcher is heard."""
-    Thread(target=end_with_parent, daemon=True).start()
+    Thread(target=exit_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -185,11 +191,11 @@ def _rank(
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     stop = Stop()
-    with told(stop.ask):
-        deliver()
+    with on_stop_signals(stop.request):
+        unblock_stop_signals()
         try:
-            watch = Passing(speaks.send) if speaks else Silent()
-            result = work(**arguments, stop=stop, watch=watch)
+            progress = ForwardedProgress(speaks.send) if speaks else NoProgress()
+            result = work(**arguments, stop=stop, progress=progress)
         except MilanError as error:
             _write(folder / f"error.{rank}", error)
             sys.exit(1)
@@ -218,7 +224,9 @@ class Rank:
         from milan.training.pretrain import pretrain
 
         os.environ |= environment
-        return pretrain(**self.arguments, stop=self.stop, watch=Passing(self.said.append))
+        return pretrain(
+            **self.arguments, stop=self.stop, progress=ForwardedProgress(self.said.append)
+        )
 
     def hear(self) -> list[tuple[str, tuple, dict]]:
         """What the watcher was told since the last call."""
@@ -226,7 +234,7 @@ class Rank:
 
     def ask(self, number: int) -> None:
         """Pass a signal on."""
-        self.stop.ask(number)
+        self.stop.request(number)
 
 
 def _free_port(host: str = "127.0.0.1") -> int:

@@ -79,7 +79,7 @@ class Url:
 
     def _info(self) -> dict | None:
         fs, path = self.at()
-        with told(self), os_errors():
+        with as_data_error(self), os_errors():
             fs.invalidate_cache()  # what was listed a moment ago may be gone
             try:
                 return fs.info(path)
@@ -90,10 +90,10 @@ class Url:
                 return None
 
 
-Place = Path | Url
+AnyPath = Path | Url
 
 
-def place(where: str | Place) -> Place:
+def as_path(where: str | AnyPath) -> AnyPath:
     """The place that a path or URL means; file:// is a path. Raises DataError for a password."""
     if isinstance(where, Path | Url):
         return where
@@ -112,7 +112,7 @@ def place(where: str | Place) -> Place:
     return Url(f"{scheme}://{rest.rstrip('/')}")
 
 
-def read_below(root: Place, below: str, *, offset: int | None = None, size: int | None) -> bytes:
+def read_below(root: AnyPath, below: str, *, offset: int | None = None, size: int | None) -> bytes:
     """The file `below` root; with `offset` only the `size` bytes from there, or fewer at its end.
 
     One read, or one request: a `size` that is not 0 tells that there is something to ask for.
@@ -135,7 +135,7 @@ def read_below(root: Place, below: str, *, offset: int | None = None, size: int 
 
 
 @contextmanager
-def open_below(root: Place, below: str, *, skip: bool = False) -> Iterator[BinaryIO]:
+def open_below(root: AnyPath, below: str, *, skip: bool = False) -> Iterator[BinaryIO]:
     """The file `below` root, opened for reading. Raises OSError, also while it is read.
 
     `skip`: it will be walked in small steps forward; else what is asked for is read, and no more.
@@ -152,7 +152,7 @@ def open_below(root: Place, below: str, *, skip: bool = False) -> Iterator[Binar
         yield file
 
 
-def read_file(where: Place, *, first: int = 0, size: int | None = None) -> bytes:
+def read_file(where: AnyPath, *, first: int = 0, size: int | None = None) -> bytes:
     """A file of a store, or `size` bytes of it from `first` on; one request.
 
     Raises OSError if it cannot be read; where a URL's store does not answer, DataError.
@@ -170,7 +170,7 @@ def read_file(where: Place, *, first: int = 0, size: int | None = None) -> bytes
             raise
 
 
-def read_files(folder: Place, names: Iterable[str]) -> Iterator[bytes]:
+def read_files(folder: AnyPath, names: Iterable[str]) -> Iterator[bytes]:
     """Small files of a folder one after the other; of a URL several are asked for at once."""
     if isinstance(folder, Path):
         yield from ((folder / name).read_bytes() for name in names)
@@ -181,7 +181,7 @@ def read_files(folder: Place, names: Iterable[str]) -> Iterator[bytes]:
             yield from pool.map(read_file, [folder / name for name in some])
 
 
-def size_of(where: Place) -> int | None:
+def size_of(where: AnyPath) -> int | None:
     """Bytes of a file; None if there is none. Raises as read_file does."""
     try:
         if isinstance(where, Path):
@@ -196,14 +196,14 @@ def size_of(where: Place) -> int | None:
         return None
 
 
-def sizes_below(root: Place) -> Callable[[str], int | None]:
+def sizes_below(root: AnyPath) -> Callable[[str], int | None]:
     """How large the file of a name below root is: looked up, of a URL in a listing made now."""
     if isinstance(root, Path):
         return lambda name: size_of(root / name)
     return dict(_find(root)).get
 
 
-def pieces_of(where: Place) -> Iterator[bytes]:
+def pieces_of(where: AnyPath) -> Iterator[bytes]:
     """A file from end to end, some megabytes at a time. Raises as read_file does."""
     if isinstance(where, Path):
         with open(where, "rb") as file:
@@ -217,7 +217,7 @@ def pieces_of(where: Place) -> Iterator[bytes]:
         yield read_file(where, first=first, size=min(_LARGE, size - first))
 
 
-def names_in(folder: Place) -> Iterator[str]:
+def names_in(folder: AnyPath) -> Iterator[str]:
     """Names of what lies right in a folder, in any order; nothing if there is no folder."""
     if isinstance(folder, Path):
         try:
@@ -229,7 +229,7 @@ def names_in(folder: Place) -> Iterator[str]:
         yield from (entry["name"].rstrip("/").rpartition("/")[2] for entry in _ls(folder))
 
 
-def folders_in(folder: Place) -> set[str]:
+def folders_in(folder: AnyPath) -> set[str]:
     """Names of the folders right in a folder that is there."""
     if isinstance(folder, Path):
         return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
@@ -239,7 +239,7 @@ def folders_in(folder: Place) -> set[str]:
 
 def _ls(folder: Url) -> list[dict]:
     fs, path = folder.at()
-    with told(folder), os_errors():
+    with as_data_error(folder), os_errors():
         fs.invalidate_cache()
         try:
             return fs.ls(path, detail=True)
@@ -247,7 +247,7 @@ def _ls(folder: Url) -> list[dict]:
             return []
 
 
-def files_below(root: Place) -> Iterator[tuple[str, int | None]]:
+def files_below(root: AnyPath) -> Iterator[tuple[str, int | None]]:
     """(path below root as POSIX, size) of every file, hidden ones apart, in any order.
 
     Raises DataError for a folder that cannot be listed: its images would be missing in silence.
@@ -269,7 +269,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             links.sort(reverse=True)
         below = folders.pop() if folders else links.pop()
         folder = root / below
-        with told(folder):
+        with as_data_error(folder):
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
@@ -292,7 +292,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
 
 def _find(root: Url) -> Iterator[tuple[str, int | None]]:
     fs, base = root.at()
-    with told(root), os_errors():
+    with as_data_error(root), os_errors():
         fs.invalidate_cache()
         found = fs.find(base, detail=True).values() if _lists_flat(fs) else _visit(fs, base)
     for entry in found:
@@ -327,7 +327,7 @@ def _visit(fs: Any, base: str) -> list[dict]:
 
 
 @contextmanager
-def told(where: Place, *, doing: str = "read") -> Iterator[None]:
+def as_data_error(where: AnyPath, *, doing: str = "read") -> Iterator[None]:
     """An OSError inside becomes a DataError that says what cannot be read, and what may help."""
     try:
         yield
@@ -343,7 +343,7 @@ def told(where: Place, *, doing: str = "read") -> Iterator[None]:
 
 
 @contextmanager
-def _answered(where: Place) -> Iterator[None]:
+def _answered(where: AnyPath) -> Iterator[None]:
     """A file that is gone stays a FileNotFoundError; what else a URL's store says is told."""
     try:
         with os_errors():
@@ -353,7 +353,7 @@ def _answered(where: Place) -> Iterator[None]:
     except OSError as error:
         if isinstance(where, Path):
             raise
-        with told(where):
+        with as_data_error(where):
             raise error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 
-class Watch(Protocol):
+class Progress(Protocol):
     """Gets the news of one piece of work at a time."""
 
     def note(self, text: str) -> None:
@@ -22,7 +22,7 @@ class Watch(Protocol):
         """The work begun last is over."""
 
 
-class Passing:
+class ForwardedProgress:
     """A watcher that passes everything on: to another process, which `tell`s its own watcher."""
 
     def __init__(self, send: Callable[[tuple[str, tuple, dict]], Any]) -> None:
@@ -45,13 +45,13 @@ class Passing:
         self._send(("end", (), {}))
 
 
-def tell(watch: Watch, passed: tuple[str, tuple, dict]) -> None:
+def replay(progress: Progress, passed: tuple[str, tuple, dict]) -> None:
     """Do at `watch` what was passed on."""
     name, arguments, options = passed
-    getattr(watch, name)(*arguments, **options)
+    getattr(progress, name)(*arguments, **options)
 
 
-class Silent:
+class NoProgress:
     """A watcher that says nothing: the default of every function called from Python."""
 
     def note(self, text: str) -> None:

@@ -28,7 +28,7 @@ class Stop:
         self.by: str | None = None
         self._at = 0.0
 
-    def ask(self, number: int) -> None:
+    def request(self, number: int) -> None:
         """A signal came; the first one counts. Raises KeyboardInterrupt at a second Ctrl-C.
 
         One Ctrl-C may come twice at once: from the terminal, and passed on by who started this.
@@ -40,7 +40,7 @@ class Stop:
 
 
 @contextmanager
-def told(act: Callable[[int], None]) -> Iterator[None]:
+def on_stop_signals(act: Callable[[int], None]) -> Iterator[None]:
     """Inside, `act` gets the number of each such signal, which then does nothing else.
 
     Only the main thread can be told; in another, signals stay what they are.
@@ -57,7 +57,7 @@ def told(act: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def withheld() -> Iterator[None]:
+def blocked_stop_signals() -> Iterator[None]:
     """Inside, such signals wait; processes that are started here begin with them waiting too."""
     resource_tracker.ensure_running()  # or the first start would let the signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -67,12 +67,12 @@ def withheld() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def deliver() -> None:
+def unblock_stop_signals() -> None:
     """Let those signals come that waited since this process was started."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def heed_parent_alone() -> None:
+def ignore_stop_signals() -> None:
     """Let such signals do nothing to this process, but for SIGTERM of the one that started it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: whoever sends it
@@ -88,7 +88,7 @@ def heed_parent_alone() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Wait for the process that started this one, and end with it; for a thread."""
     parent = multiprocessing.parent_process()
     if parent is not None:

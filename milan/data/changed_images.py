@@ -11,7 +11,7 @@ import numpy as np
 
 from milan.core.atomic import write_json
 from milan.core.distributed import Ranks
-from milan.core.progress import Watch
+from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
@@ -24,7 +24,7 @@ _AT_ONCE = 1024
 
 
 def changed_images(
-    dataset: CachedDataset, rows: np.ndarray, *, stop: Stop, watch: Watch
+    dataset: CachedDataset, rows: np.ndarray, *, stop: Stop, progress: Progress
 ) -> dict[int, str]:
     """Which of `rows` (ascending) have an image that is gone or has other bytes; with the reason.
 
@@ -40,7 +40,7 @@ def changed_images(
             return str(fault)
         return None if content_digest(data) == digest else "other bytes than at extraction"
 
-    watch.begin("check images", len(rows), "images")
+    progress.begin("check images", len(rows), "images")
     _ = dataset.source  # opened once, before the threads
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(rows), _AT_ONCE):
@@ -51,8 +51,8 @@ def changed_images(
             for row, why in zip(some, pool.map(compare, some, digests), strict=True):
                 if why:
                     found[row] = why
-            watch.advance(first + len(some), f"{len(found)} changed")
-    watch.end()
+            progress.advance(first + len(some), f"{len(found)} changed")
+    progress.end()
     return found
 
 
@@ -65,7 +65,7 @@ def take_out(
     step: int,
     ranks: Ranks,
     stop: Stop,
-    watch: Watch,
+    progress: Progress,
 ) -> Stream:
     """The stream without the images that changed: those saved with the run, and new ones.
 
@@ -74,18 +74,22 @@ def take_out(
     bad ones do; of a run that goes on their places are taken by other rows, so that an epoch keeps
     its steps. Raises ConfigError if too few images are left.
     """
-    dropped = ranks.once(lambda: _saved(run))
+    dropped = ranks.on_rank0(lambda: _saved(run))
     if policy == "drop" and not dataset.stored:  # stored views are proven with their targets
         left = dataset.good[~np.isin(dataset.good, list(dropped))]
-        found = changed_images(dataset, left[ranks.rank :: ranks.size], stop=stop, watch=watch)
-        new = {row: (step, why) for _, part in ranks.told(found) for row, why in part.items()}
+        found = changed_images(
+            dataset, left[ranks.rank :: ranks.size], stop=stop, progress=progress
+        )
+        new = {
+            row: (step, why) for _, part in ranks.gather_objects(found) for row, why in part.items()
+        }
         dropped |= new
         if new:
-            ranks.once(lambda: _save(run, dropped))
+            ranks.on_rank0(lambda: _save(run, dropped))
     if not dropped:
         return stream
-    ranks.once(lambda: _list(run, dropped, dataset))
-    watch.note(f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}")
+    ranks.on_rank0(lambda: _list(run, dropped, dataset))
+    progress.note(f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}")
     first = [row for row, (at, _) in dropped.items() if at == 0]
     later = [row for row, (at, _) in dropped.items() if at > 0]
     return stream.dropped(np.array(first, np.int64), np.array(later, np.int64))

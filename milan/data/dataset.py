@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from milan.core.paths import Place, place
-from milan.core.signals import end_with_parent, heed_parent_alone, withheld
+from milan.core.paths import AnyPath, as_path
+from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
 from milan.data.order import DRAWN, REPEATED, Address, StepSampler
 from milan.errors import CacheError, DataError, ImageFault, MilanError, TrainError
 from milan.images.decode import content_digest, decode
@@ -23,7 +23,7 @@ from milan.images.source import ImageSource
 from milan.images.views import View, checksum, render, unpack
 from milan.models.masking import mask_noise
 from milan.store.cache import TargetCache
-from milan.store.local_cache import Ahead, Shard
+from milan.store.local_cache import Prefetcher, Shard
 
 
 class Batch(NamedTuple):
@@ -177,7 +177,7 @@ class CachedDataset(Dataset):
 
 
 def open_cache(
-    path: str | Place, *, layer: str | None = None, data_root: str | None = None
+    path: str | AnyPath, *, layer: str | None = None, data_root: str | None = None
 ) -> CachedDataset:
     """A finished store as a torch Dataset. `data_root` is where the images lie, if they moved.
 
@@ -188,14 +188,14 @@ def open_cache(
     return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
 
 
-def find_root(cache: TargetCache, data_root: str | None) -> Place:
+def find_root(cache: TargetCache, data_root: str | None) -> AnyPath:
     """The folder, or URL, that the manifest's paths are relative to.
 
     `data_root` if given; else as the store recorded it, first relative to the store (a project
     that was moved as a whole), then absolute. Raises DataError listing the places looked at.
     """
     origin = {"data_root": data_root} if data_root else cache.generations[0].origin
-    places = [place(origin["data_root"])]
+    places = [as_path(origin["data_root"])]
     if origin.get("data_root_from_store") and isinstance(cache.path, Path):
         places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
     good = cache.good_rows()
@@ -257,11 +257,11 @@ class _Loader(DataLoader):
 
     def __iter__(self) -> Any:
         cache = self.dataset.dataset.cache
-        ahead = Ahead(_windows(cache, self.sampler))
+        ahead = Prefetcher(_windows(cache, self.sampler))
         if cache.generations[0].local:
             ahead.start()
         others = multiprocessing.active_children()
-        with withheld():
+        with blocked_stop_signals():
             batches = super().__iter__()
         workers = [p for p in multiprocessing.active_children() if p not in others]
         try:
@@ -345,7 +345,7 @@ def _start_worker(_: int) -> None:
     # The cores belong to the training process.
     torch.set_num_threads(1)
     # A terminal, or a scheduler, tells the whole group to stop; the step in hand still needs data.
-    heed_parent_alone()
+    ignore_stop_signals()
     # torch looks whether its worker's parent lives, but that is the fork server, which lives as
     # long as its children: a worker of a killed run would wait for ever.
-    Thread(target=end_with_parent, daemon=True).start()
+    Thread(target=exit_with_parent, daemon=True).start()

@@ -176,7 +176,7 @@ def order_of(
     `held_out` is the share of rows that training does not see.
     """
     good = cache.good_rows()
-    held = held_rows(cache, good, seed=seed, share=held_out)
+    held = validation_rows(cache, good, seed=seed, share=held_out)
     good = good[~np.isin(good, held)]
     shards = cache.shards_of(good)
     size = cache.spec.shard_size
@@ -185,7 +185,7 @@ def order_of(
     return Order(good, shards, size, cache.views, seed, batch_size, window, held=held)
 
 
-def held_rows(cache: TargetCache, good: np.ndarray, *, seed: int, share: float) -> np.ndarray:
+def validation_rows(cache: TargetCache, good: np.ndarray, *, seed: int, share: float) -> np.ndarray:
     """A `share` of the `good` rows by seed, ascending; int64.
 
     Drawn from each stretch of rows that was added at once, so that a row keeps its role when the

@@ -17,16 +17,16 @@ from torch.nn import functional as F
 
 from milan.config import ProbeConfig
 from milan.core import rng
-from milan.core.config_resolver import of_call
+from milan.core.config_resolver import from_call
 from milan.core.device import MEAN, STD, normalise, pick_device
-from milan.core.paths import Place
-from milan.core.progress import Silent, Watch
+from milan.core.paths import AnyPath
+from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, DataError, ImageFault, nearest
 from milan.images.decode import decode
 from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
 from milan.images.source import ImageSource
 from milan.images.views import centre_view, render
-from milan.models.encoder import create_vit, encode, summary
+from milan.models.encoder import create_vit, encode, pooled_features
 from milan.training.checkpoint import load_encoder, read_about
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images
@@ -78,7 +78,7 @@ def frozen_encoder(config: ProbeConfig, device: torch.device) -> Frozen:
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         images = normalise(pixels, cfg["mean"], cfg["std"])
-        return summary(vit, encode(vit, images)).float()
+        return pooled_features(vit, encode(vit, images)).float()
 
     return Frozen(features, size, name)
 
@@ -95,7 +95,7 @@ def linear_probe(
     checkpoint: str | ProbeConfig = "runs/pretrain",
     *,
     frozen: Frozen | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Fit a linear classifier on frozen features and measure it.
@@ -105,19 +105,19 @@ def linear_probe(
     standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on a tenth of
     the training images. Returns top1, top5 (percent), counts, and the strength. Raises MilanError.
     """
-    config = of_call(ProbeConfig, "checkpoint", checkpoint, settings)
-    watch = watch or Silent()
+    config = from_call(ProbeConfig, "checkpoint", checkpoint, settings)
+    progress = progress or NoProgress()
     config.check()
     device = pick_device(config.device)
     frozen = frozen or frozen_encoder(config, device)
     began = time.perf_counter()
     source = resolve_data(config.data, config.data_root)
     train = build_manifest(source, seed=config.seed, limit=config.limit)
-    x, y = _features(frozen, source, train, config, device, watch)
+    x, y = _features(frozen, source, train, config, device, progress)
     if config.val_data:
         val_source = resolve_data(config.val_data, config.data_root)
         val = build_manifest(val_source, seed=config.seed, limit=config.limit)
-        vx, vy = _features(frozen, val_source, val, config, device, watch)
+        vx, vy = _features(frozen, val_source, val, config, device, progress)
         vy = _same_classes(train, val, vy)
     else:
         mix = torch.from_numpy(rng.permutation(config.seed, rng.SAMPLE, (0,), len(y)))
@@ -198,11 +198,11 @@ def _same_classes(train: Manifest, val: Manifest, labels: torch.Tensor) -> torch
 
 def _features(
     frozen: Frozen,
-    source: Place,
+    source: AnyPath,
     manifest: Manifest,
     config: ProbeConfig,
     device: torch.device,
-    watch: Watch,
+    progress: Progress,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [n, F] and labels [n] of all images that can be read."""
     labels = manifest.labels()
@@ -215,15 +215,15 @@ def _features(
     kept: list[int] = []
     faults: list[str] = []
     out: list[torch.Tensor] = []
-    watch.begin(f"features of {frozen.name}", len(manifest), "images")
+    progress.begin(f"features of {frozen.name}", len(manifest), "images")
     for rows, pixels in _pixel_batches(images, len(manifest), frozen.size, config, faults):
         with torch.inference_mode():
             out.append(frozen.features(torch.from_numpy(pixels).to(device)).cpu().clone())
         kept += rows
-        watch.advance(len(kept) + len(faults))
-    watch.end()
+        progress.advance(len(kept) + len(faults))
+    progress.end()
     if faults:
-        watch.note(f"{len(faults)} images left out: the first is {faults[0]}")
+        progress.note(f"{len(faults)} images left out: the first is {faults[0]}")
     if not kept:
         raise DataError(f"no image of {source} can be read: {faults[0] if faults else 'none'}")
     return torch.cat(out), torch.from_numpy(labels[kept])

@@ -20,7 +20,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import Place, files_below, open_below
+from milan.core.paths import AnyPath, files_below, open_below
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.tars import PACKED, packed, read_tar
@@ -53,12 +53,12 @@ class Listing:
     """What gave no row: extension, or what it is -> count."""
 
 
-def data_root(source: Place) -> Place:
+def data_root(source: AnyPath) -> AnyPath:
     """The folder that manifest paths are relative to."""
     return source.parent if source.is_file() else source
 
 
-def list_images(source: Place) -> Listing:
+def list_images(source: AnyPath) -> Listing:
     """The images of `source`. Raises DataError for a source that cannot be read or used."""
     alone = source.is_file()
     root = source.parent if alone else source
@@ -101,7 +101,7 @@ def _check_names(paths: Iterable[str]) -> None:
             ) from None
 
 
-def _of_each(root: Place, names: list[str], do: Callable[[str], T]) -> Iterator[T]:
+def _of_each(root: AnyPath, names: list[str], do: Callable[[str], T]) -> Iterator[T]:
     """`do` of every name, in order; of remote files several at once, for each waits on replies."""
     if isinstance(root, Path):
         yield from map(do, names)
@@ -130,7 +130,7 @@ def _list_folder(files: list[tuple[str, int | None]], ignored: dict[str, int]) -
 # --- tars ---------------------------------------------------------------------------------------
 
 
-def _list_tars(root: Place, files: list[str], ignored: dict[str, int]) -> Listing:
+def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> Listing:
     tables, counts = [], Counter(ignored)
 
     def rows(name: str) -> tuple[pa.Table, Counter[str]]:
@@ -159,7 +159,7 @@ def _list_tars(root: Place, files: list[str], ignored: dict[str, int]) -> Listin
 
 
 @contextmanager
-def parquet_below(root: Place, name: str) -> Iterator[pq.ParquetFile]:
+def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
     """The Parquet file `name` below root, its footer read. Raises OSError or pa.ArrowInvalid."""
     if isinstance(root, Path):
         with pq.ParquetFile(root / name) as reader:
@@ -169,7 +169,7 @@ def parquet_below(root: Place, name: str) -> Iterator[pq.ParquetFile]:
         yield reader
 
 
-def _list_parquet(root: Place, files: list[str], ignored: dict[str, int]) -> Listing:
+def _list_parquet(root: AnyPath, files: list[str], ignored: dict[str, int]) -> Listing:
     def groups(name: str) -> tuple[list[tuple[int, pa.Table]], list[str] | None]:
         prefix = "" if len(files) == 1 else f"{name}/"
         try:

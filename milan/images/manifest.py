@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core import rng
-from milan.core.paths import Place, folders_in, place, told
+from milan.core.paths import AnyPath, as_data_error, as_path, folders_in
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.listing import SCHEMA, Listing, data_root, list_images
@@ -120,7 +120,7 @@ class Manifest:
         return cls(table, json.loads(meta) if meta else None)
 
 
-def resolve_data(name: str, root: str | None = None) -> Place:
+def resolve_data(name: str, root: str | None = None) -> AnyPath:
     """The folder, file or URL that `--data name` means.
 
     An existing path or URL wins; else a name means a folder below the data root: `root`, else
@@ -128,15 +128,15 @@ def resolve_data(name: str, root: str | None = None) -> Place:
     a place that is cut into train, val, ... and nothing else the part `train` is meant too.
     Raises DataError listing every place looked at.
     """
-    places = [place(name)]
-    with told(places[0]):
+    places = [as_path(name)]
+    with as_data_error(places[0]):
         if places[0].exists():
             return _training_part(places[0])
     if isinstance(places[0], Path) and not places[0].is_absolute():
-        base = place(root or os.environ.get("MILAN_DATA") or "data")
+        base = as_path(root or os.environ.get("MILAN_DATA") or "data")
         places += [base / name / "train", base / name]
     for where in places[1:]:
-        with told(where):
+        with as_data_error(where):
             if where.exists():
                 return where
     raise DataError(
@@ -148,7 +148,7 @@ def resolve_data(name: str, root: str | None = None) -> Place:
     )
 
 
-def _training_part(where: Place) -> Place:
+def _training_part(where: AnyPath) -> AnyPath:
     """`where`, or its folder `train` where it is cut into splits: those are no classes."""
     train = where / "train"
     if not (where.is_dir() and train.is_dir()):
@@ -158,7 +158,7 @@ def _training_part(where: Place) -> Place:
     return train if {name for name in folders if not name.startswith(".")} <= splits else where
 
 
-def build_manifest(source: Place, *, seed: int, limit: int | None = None) -> Manifest:
+def build_manifest(source: AnyPath, *, seed: int, limit: int | None = None) -> Manifest:
     """List `source` and freeze the order of its images.
 
     `source`: a tree of class folders, a folder of images, a Parquet file or a folder of them in the

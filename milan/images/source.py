@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from milan.core.paths import Place, place, read_below
+from milan.core.paths import AnyPath, as_path, read_below
 from milan.errors import ImageFault
 from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest
@@ -23,8 +23,8 @@ class ImageSource:
     Sent to another process it opens its files and connections there anew.
     """
 
-    def __init__(self, manifest: Manifest, root: str | Place) -> None:
-        self.root = place(root)
+    def __init__(self, manifest: Manifest, root: str | AnyPath) -> None:
+        self.root = as_path(root)
         columns = manifest.table
         self._paths = columns["path"].combine_chunks()
         self._groups = columns["group"].combine_chunks()

@@ -131,11 +131,11 @@ def encode(
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
     x = vit.norm_pre(x)
     for block in vit.blocks:
-        x = through(block, x, recompute=recompute)
+        x = run_block(block, x, recompute=recompute)
     return vit.fc_norm(vit.norm(x))
 
 
-def summary(vit: Any, tokens: torch.Tensor) -> torch.Tensor:
+def pooled_features(vit: Any, tokens: torch.Tensor) -> torch.Tensor:
     """What a probe sees of `encode`'s tokens: class token and mean of patches, [B, 2 E].
 
     Without a class token the mean alone, [B, E].
@@ -158,7 +158,7 @@ def _embedded(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> torch.
     return embed.norm(F.linear(chosen, embed.proj.weight.flatten(1), embed.proj.bias))
 
 
-def through(block: nn.Module, *tokens: torch.Tensor, recompute: bool) -> torch.Tensor:
+def run_block(block: nn.Module, *tokens: torch.Tensor, recompute: bool) -> torch.Tensor:
     """One block; with `recompute` its activations are not kept but computed again backwards."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *tokens, use_reentrant=False)

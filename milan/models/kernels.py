@@ -20,7 +20,7 @@ def choose_kernels(model: nn.Module, device: torch.device, precision: str) -> No
     names and values.
     """
     cpu = device.type == "cpu"
-    products = cpu and precision == "fp32" and onednn_pays()
+    products = cpu and precision == "fp32" and prefers_onednn()
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not cpu or precision == "fp32"  # type: ignore[assignment]
@@ -36,7 +36,7 @@ class OneDNNLinear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias)
 
 
-def onednn_pays() -> bool:
+def prefers_onednn() -> bool:
     """Whether products by oneDNN are at hand, and the faster ones on this CPU."""
     return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from milan.core import rng
-from milan.core.device import has_doubles
+from milan.core.device import has_float64
 from milan.errors import ConfigError
 
 
@@ -65,7 +65,7 @@ def importance_mask(attention: torch.Tensor, noise: torch.Tensor, *, visible: in
     """
     # Arrival times Exp(1) / weight: the earliest are drawn first. Divided by the greatest, weights
     # have float32's range too, which rounds a time by 1e-7: ties in one cut of 100,000.
-    kind = torch.float64 if has_doubles(attention.device) else torch.float32
+    kind = torch.float64 if has_float64(attention.device) else torch.float32
     weight = attention.to(kind)
     arrival = -noise.to(kind).log() / (weight / weight.amax(dim=1, keepdim=True))
     order = arrival.argsort(dim=1)

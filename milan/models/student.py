@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.errors import ConfigError, nearest
-from milan.models.encoder import build_encoder, encode, sincos_positions, summary, through
+from milan.models.encoder import build_encoder, encode, pooled_features, run_block, sincos_positions
 from milan.models.masking import Mask
 
 DECODERS: Final = ("prompt", "mae")
@@ -126,12 +126,12 @@ class Decoder(nn.Module):
         )
         if self.kind == "prompt":
             for block in self.blocks:
-                masked = through(block, prompts, masked, recompute=recompute)
+                masked = run_block(block, prompts, masked, recompute=recompute)
             tokens = torch.cat([prompts, masked], dim=1)
         else:
             tokens = torch.cat([prompts, masked], dim=1)
             for block in self.blocks:
-                tokens = through(block, tokens, recompute=recompute)
+                tokens = run_block(block, tokens, recompute=recompute)
         raster = torch.cat([order, mask.masked + 1], dim=1).argsort(dim=1)
         prediction = self.pred(self.norm(tokens))
         return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))
@@ -160,9 +160,9 @@ class Student(nn.Module):
             latent = torch.cat([latent[:, : prefix - registers], latent[:, prefix:]], dim=1)
         return self.decoder(latent, mask, recompute=self.recompute)
 
-    def represent(self, images: torch.Tensor) -> torch.Tensor:
+    def pooled_features(self, images: torch.Tensor) -> torch.Tensor:
         """What a probe sees of whole images [B, 3, S, S] (milan.models.encoder.summary)."""
-        return summary(self.encoder, encode(self.encoder, images))
+        return pooled_features(self.encoder, encode(self.encoder, images))
 
 
 def build_student(

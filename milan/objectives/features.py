@@ -37,7 +37,9 @@ def pixel_regression(
     return (error * hidden).sum() / hidden.sum()
 
 
-def painted(prediction: torch.Tensor, images: torch.Tensor, *, patch: int) -> torch.Tensor:
+def unpatchify_prediction(
+    prediction: torch.Tensor, images: torch.Tensor, *, patch: int
+) -> torch.Tensor:
     """What `pixel_regression` compares as pictures [B, 3, S, S], normalised as `images` are.
 
     Mean and deviation of a patch, which the student does not predict, are the image's own.

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 
 from milan.core import rng
-from milan.core.paths import Place
+from milan.core.paths import AnyPath
 from milan.data.dataset import CachedDataset
 from milan.errors import CacheError
 from milan.images.decode import decode
 from milan.images.views import View
 from milan.models.masking import importance_mask, mask_noise, visible_count
-from milan.reporting.panels import Colours, seen
+from milan.reporting.panels import Colours, hide_patches
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 def contact_sheet(
-    cache: str | Place,
+    cache: str | AnyPath,
     *,
     out: str | Path,
     images: int = 8,
@@ -58,7 +58,7 @@ def contact_sheet(
         torch.from_numpy(noise),
         visible=visible_count(noise.shape[1], mask_ratio),
     )
-    visible = seen(pixels, mask.boolean().numpy())
+    visible = hide_patches(pixels, mask.boolean().numpy())
 
     titles = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]
     figure, axes = plt.subplots(
@@ -109,7 +109,7 @@ def save_figure(figure: Any, out: str | Path) -> Path:
     return path
 
 
-def _open(cache: str | Place, data_root: str | None) -> CachedDataset:
+def _open(cache: str | AnyPath, data_root: str | None) -> CachedDataset:
     from milan.data.dataset import open_cache
 
     return open_cache(cache, data_root=data_root)

@@ -19,7 +19,7 @@ _COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wa
 _JUDGED = ("val_loss", "val_cosine", "knn_top1")
 
 
-class Reporter(Protocol):
+class Tracker(Protocol):
     """Someone who shows a run to people."""
 
     has: int
@@ -38,13 +38,13 @@ class Reporter(Protocol):
         """No more will come from this process."""
 
 
-class Journal:
+class RunLog:
     """The log, its curves and the reporters; a resumed run goes on in all of them.
 
     The log alone makes the others anew.
     """
 
-    def __init__(self, run: Path, start: int, reporters: list[Reporter]) -> None:
+    def __init__(self, run: Path, start: int, reporters: list[Tracker]) -> None:
         self.run, self.reporters = run, reporters
         self.lines = kept_lines(run, start)
         write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))

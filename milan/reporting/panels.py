@@ -10,7 +10,7 @@ GREY = 128  # what is hidden is shown as
 _PANEL, _GAP, _HEAD, _MARGIN = 112, 4, 20, 64  # pixels
 
 
-class Shown(NamedTuple):
+class SheetInputs(NamedTuple):
     """B views as a student saw them, and what was said of them."""
 
     rows: np.ndarray
@@ -27,7 +27,7 @@ class Shown(NamedTuple):
     """[B, N, C], or the pixels predicted, uint8 [B, S, S, 3]"""
 
     @classmethod
-    def joined(cls, parts: list[Shown]) -> Shown:
+    def joined(cls, parts: list[SheetInputs]) -> SheetInputs:
         """All of several, in their order."""
         columns = zip(*parts, strict=True)
         return cls(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
@@ -55,33 +55,33 @@ class Colours:
         parts = (_unit(features) - self.mean) @ self.axes
         scaled = ((parts - self.low) / np.maximum(self.high - self.low, 1e-12)).clip(0, 1)
         scaled = np.pad(scaled, ((0, 0), (0, 0), (0, 3 - scaled.shape[-1])))
-        return squared(scaled)
+        return to_grid(scaled)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
 
-def squared(patches: np.ndarray) -> np.ndarray:
+def to_grid(patches: np.ndarray) -> np.ndarray:
     """[B, N, ...] in raster order to [B, grid, grid, ...]."""
     grid = round(patches.shape[1] ** 0.5)
     return patches.reshape(len(patches), grid, grid, *patches.shape[2:])
 
 
-def enlarged(cells: np.ndarray, size: int) -> np.ndarray:
+def upscale(cells: np.ndarray, size: int) -> np.ndarray:
     """[B, g, g, ...] to [B, size, size, ...], each cell a square."""
     at = np.arange(size) * cells.shape[1] // size
     return cells[:, at][:, :, at]
 
 
-def seen(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+def hide_patches(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """Views [B, S, S, 3] with the `hidden` patches [B, N] in grey."""
     shown = pixels.copy()
-    shown[enlarged(squared(hidden), pixels.shape[1])] = GREY
+    shown[upscale(to_grid(hidden), pixels.shape[1])] = GREY
     return shown
 
 
-def run_sheet(shown: Shown) -> np.ndarray:
+def draw_sheet(shown: SheetInputs) -> np.ndarray:
     """A row of panels for each view, uint8 [H, W, 3].
 
     The view, the teacher's attention on it (dark to light), what the student sees of it, and what
@@ -90,15 +90,15 @@ def run_sheet(shown: Shown) -> np.ndarray:
     size = shown.pixels.shape[1]
     columns = {
         "view": shown.pixels,
-        "attention": _glowing(shown.pixels, enlarged(squared(shown.attention), size)),
-        "student sees": seen(shown.pixels, shown.hidden),
+        "attention": _glowing(shown.pixels, upscale(to_grid(shown.attention), size)),
+        "student sees": hide_patches(shown.pixels, shown.hidden),
     }
     if shown.features is None:
         columns["student says"] = shown.prediction
     else:
         colours = Colours(shown.features)
         said = {"teacher says": shown.features, "student says": shown.prediction}
-        columns |= {k: enlarged(_bytes(colours(v)), size) for k, v in said.items()}
+        columns |= {k: upscale(_bytes(colours(v)), size) for k, v in said.items()}
     return _page(columns, [f"row {row}" for row in shown.rows])
 
 

@@ -9,22 +9,22 @@ from typing import Any
 
 from milan.core.atomic import write_json
 from milan.core.config_resolver import read_section
-from milan.core.paths import Place, names_in, read_file
-from milan.core.progress import Silent, Watch
+from milan.core.paths import AnyPath, names_in, read_file
+from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
 from milan.reporting.contact_sheet import contact_sheet, save_figure
 from milan.store.cache import TargetCache
 from milan.store.format import LOG, LOGS
 
 
-def build_report(params: str, *, watch: Watch | None = None) -> dict[str, Any]:
+def build_report(params: str, *, progress: Progress | None = None) -> dict[str, Any]:
     """Gather the figures that section `report` of `params` names and draw the pictures.
 
     The section has `out` (a folder), `cache`, `runs` (name -> folder) and `probes` (name -> JSON
     of a linear probe). Returns its `folder`, `probes` and `costs` as rows
     of tables, and `pictures` as paths.
     """
-    watch = watch or Silent()
+    progress = progress or NoProgress()
     section = read_section(params, "report")
     for key in ("out", "cache", "runs", "probes"):
         if key not in section:
@@ -73,7 +73,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _extraction_rate(store: Place) -> float | None:
+def _extraction_rate(store: AnyPath) -> float | None:
     """Images a second of the last run that wrote to the store, from its log."""
     rate = None
     logs = [store / LOG] if isinstance(store, Path) else [

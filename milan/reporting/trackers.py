@@ -19,7 +19,7 @@ import numpy as np
 
 from milan.core.atomic import write_json
 from milan.errors import ConfigError
-from milan.reporting.log import Reporter
+from milan.reporting.log import Tracker
 from milan.training import run as runs
 
 _PROJECT = "milan"
@@ -64,7 +64,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases under the run's own id; WANDB_MODE=offline keeps it here."""
 
     def __init__(self, run: Path, start: int) -> None:
-        about = runs.about(run)
+        about = runs.read_run(run)
         with self._answering() as wandb:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -127,7 +127,7 @@ class MLflow:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         beside = run.parent.resolve()
-        about, self.waiting, self.later = runs.about(run), list[dict[str, Any]](), 0.0
+        about, self.waiting, self.later = runs.read_run(run), list[dict[str, Any]](), 0.0
         with self._answering() as mlflow:
             self._metric, self._fault = mlflow.entities.Metric, mlflow.exceptions.MlflowException
             self.client = mlflow.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
@@ -215,7 +215,7 @@ class MLflow:
             return
 
 
-REPORTERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
+TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
@@ -229,19 +229,19 @@ def check(names: str) -> None:
     refuses or does not answer.
     """
     for name in _chosen(names):
-        if name not in REPORTERS:
-            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(REPORTERS))
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to {name!r}", expected="some of " + ", ".join(TRACKERS))
         if find_spec(name) is None:
             raise ConfigError(
                 f"report_to {name}: its package is not here",
                 fix=f"pip install 'milan-pretrain[{name}]'",
             )
-        REPORTERS[name].check()
+        TRACKERS[name].check()
 
 
-def opened(names: str, run: Path, start: int) -> list[Reporter]:
+def open_trackers(names: str, run: Path, start: int) -> list[Tracker]:
     """The reporters of a run that begins, or goes on, with step `start`. Raises ConfigError."""
-    return [REPORTERS[name](run, start) for name in _chosen(names)]
+    return [TRACKERS[name](run, start) for name in _chosen(names)]
 
 
 def _chosen(names: str) -> list[str]:
@@ -250,7 +250,7 @@ def _chosen(names: str) -> list[str]:
 
 def _known_as(run: Path, where: str, name: str) -> str | None:
     """Keep in run.json what a run is called elsewhere; returns what it was called before."""
-    about = runs.about(run)
+    about = runs.read_run(run)
     known = about.get("reported", {})
     write_json(run / runs.ABOUT, about | {"reported": known | {where: name}})
     return known.get(where)

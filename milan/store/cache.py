@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from milan.core.paths import Place, place, sizes_below
+from milan.core.paths import AnyPath, as_path, sizes_below
 from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
@@ -44,9 +44,9 @@ class TargetCache:
     """
 
     def __init__(
-        self, path: str | Place, *, layer: str | None = None, pinned: int | None = None
+        self, path: str | AnyPath, *, layer: str | None = None, pinned: int | None = None
     ) -> None:
-        self.path = place(path)
+        self.path = as_path(path)
         entries = Index.read(self.path).generations
         if pinned is not None and pinned > len(entries):
             raise CacheError(
@@ -242,7 +242,7 @@ class TargetCache:
         first = self.generations[0]
         files = [name for name in first.entry.files if name.startswith("codec/")]
         for name in files:
-            first.proven(name)
+            first.read_verified(name)
         names = sorted({name.split("/")[1] for name in files if name.count("/") > 1})
         return {name: np.asarray(first.array(f"codec/{name}").read().result()) for name in names}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from milan.core.paths import Place
+from milan.core.paths import AnyPath
 from milan.errors import CacheError
 from milan.store.format import FIDELITY, ORIGIN, CacheSpec, Index
 from milan.store.generation import Generation
@@ -24,7 +24,7 @@ _SO = {
 }
 
 
-def lacking(store: Place) -> list[tuple[str, str]]:
+def missing_features(store: AnyPath) -> list[tuple[str, str]]:
     """(what, what follows and where) of each thing that a finished store lacks."""
     found: dict[tuple[str, str], list[str]] = {}
     layers: set[str] = set()

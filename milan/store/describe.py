@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from milan.core.paths import Place, place, size_of
+from milan.core.paths import AnyPath, as_path, size_of
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
-from milan.store.compat import lacking
+from milan.store.compat import missing_features
 from milan.store.format import Index
 
 
-def describe(path: str | Place) -> dict[str, list[tuple[str, Any]]]:
+def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
     """Tables by title, rows of (what, value). Raises CacheError if the store cannot be opened."""
-    index = Index.read(place(path))
+    index = Index.read(as_path(path))
     layers = dict.fromkeys(entry.layer for entry in index.generations)
     tables = {}
     for layer in layers:
@@ -30,7 +30,7 @@ def describe(path: str | Place) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
-    missing = lacking(place(path))
+    missing = missing_features(as_path(path))
     if missing:
         tables["not in it"] = list(missing)
     return tables

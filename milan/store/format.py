@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from milan.core.paths import Place, names_in, read_file
+from milan.core.paths import AnyPath, names_in, read_file
 from milan.errors import CacheError
 from milan.store.codecs import codec_of
 
@@ -285,7 +285,7 @@ class Index:
         return canonical({"format": FORMAT, "version": VERSION, "generations": entries})
 
     @classmethod
-    def read(cls, store: Place) -> Index:
+    def read(cls, store: AnyPath) -> Index:
         """The index of a finished store. Raises CacheError if it is absent, foreign or damaged."""
         if not store.exists():
             raise CacheError(
@@ -318,7 +318,7 @@ def _check_version(where: Any, version: Any) -> None:
         )
 
 
-def _unfinished(store: Place) -> CacheError:
+def _unfinished(store: AnyPath) -> CacheError:
     first = store / GENERATION
     if not (first / "zarr.json").exists():
         return CacheError(f"{store} is not a target cache: it has no {INDEX}")
@@ -330,7 +330,7 @@ def _unfinished(store: Place) -> CacheError:
     )
 
 
-def read_json(path: Place) -> Any:
+def read_json(path: AnyPath) -> Any:
     """The JSON in a file of a store. Raises CacheError if it does not parse."""
     try:
         return json.loads(read_file(path))
@@ -338,7 +338,7 @@ def read_json(path: Place) -> Any:
         raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
 
 
-def read_group(generation: Place) -> tuple[CacheSpec, dict]:
+def read_group(generation: AnyPath) -> tuple[CacheSpec, dict]:
     """Spec and other attributes of a generation's group."""
     attributes = read_json(generation / "zarr.json").get("attributes", {})
     if attributes.get("format") != FORMAT:

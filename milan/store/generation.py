@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import Place, Url, read_file, size_of
+from milan.core.paths import AnyPath, Url, read_file, size_of
 from milan.errors import CacheError
 from milan.images.manifest import Manifest
 from milan.store.format import (
@@ -35,7 +35,7 @@ from milan.store.format import (
     read_json,
     record_name,
 )
-from milan.store.local_cache import File, Local
+from milan.store.local_cache import File, LocalCopies
 
 _HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
 _TRIES = 8  # a local copy may be evicted by another run between looking for it and reading it
@@ -68,15 +68,15 @@ _reader: dict[str, int] = {}
 class Generation:
     """One committed group of a store; rows and views count through the whole store."""
 
-    def __init__(self, store: Place, entry: Entry) -> None:
+    def __init__(self, store: AnyPath, entry: Entry) -> None:
         self.entry = entry
-        self.root: Place = store / entry.path
+        self.root: AnyPath = store / entry.path
         self.spec, self.attributes = read_group(self.root)
         if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
         self._open: dict[str, Any] = {}
         self._proofs: OrderedDict[tuple[int, int], _Proof] = OrderedDict()
-        self.local: Local | None = None
+        self.local: LocalCopies | None = None
         """Where its shards are copied to and read from; None: they are read where they are."""
 
     def __getstate__(self) -> dict:
@@ -93,7 +93,7 @@ class Generation:
         first, last = self.entry.views
         return self.holds_rows(rows) & (views >= first) & (views < last)
 
-    def proven(self, name: str) -> bytes:
+    def read_verified(self, name: str) -> bytes:
         """A file beside the shards, whose digest agrees with the index."""
         path = self.root / name
         try:
@@ -116,7 +116,7 @@ class Generation:
 
     def manifest(self) -> Manifest:
         """The images of this generation's rows."""
-        manifest = Manifest.read(pa.BufferReader(self.proven(MANIFEST)))
+        manifest = Manifest.read(pa.BufferReader(self.read_verified(MANIFEST)))
         if manifest.digest() != self.spec.manifest:
             raise CacheError(f"{self.root / MANIFEST} is damaged or of another store")
         return manifest
@@ -124,7 +124,7 @@ class Generation:
     @cached_property
     def shards(self) -> pa.Table:
         """A row a shard, ordered by block and view: `record` (SHA-256), `sizes`, `bad`."""
-        return pq.read_table(pa.BufferReader(self.proven(SHARDS)))
+        return pq.read_table(pa.BufferReader(self.read_verified(SHARDS)))
 
     def bad(self) -> Iterator[tuple[int, str]]:
         """(row, reason) of the images without targets."""
@@ -213,8 +213,8 @@ class Generation:
 
     def use_local(self, folder: Path, limit: int) -> None:
         """Read from copies below `folder`, which hold at most `limit` bytes."""
-        local = Local(self.root, folder, self.entry.digest, limit)
-        local.prepare(self.spec.view_arrays(), self.proven)
+        local = LocalCopies(self.root, folder, self.entry.digest, limit)
+        local.prepare(self.spec.view_arrays(), self.read_verified)
         self.local = local
 
     def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
@@ -323,7 +323,7 @@ class Generation:
         )
 
 
-def open_array(path: Place) -> Any:
+def open_array(path: AnyPath) -> Any:
     """A Zarr array as a tensorstore. Raises CacheError if its metadata cannot be used."""
     import tensorstore
 
@@ -351,7 +351,7 @@ def open_array(path: Place) -> Any:
         ) from None
 
 
-def _kvstore(path: Place) -> dict[str, Any]:
+def _kvstore(path: AnyPath) -> dict[str, Any]:
     """How tensorstore reaches a folder. Raises CacheError for a URL that it cannot read."""
     if isinstance(path, Path):
         return {"driver": "file", "path": str(path.resolve()) + "/"}

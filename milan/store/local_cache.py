@@ -29,7 +29,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from milan.core.paths import Place, pieces_of
+from milan.core.paths import AnyPath, pieces_of
 from milan.errors import CacheError, MilanError
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalCopies:
     """The local copies of one generation; `limit` bytes hold for everything below `folder`."""
 
-    source: Place
+    source: AnyPath
     """The generation's folder on the slow disk, or in an object store."""
     folder: Path
     digest: str
@@ -65,24 +65,24 @@ class Local:
         """Where the arrays of the generation open."""
         return self.folder / self.digest[:16]
 
-    def prepare(self, arrays: Iterable[str], proven: Callable[[str], bytes]) -> None:
+    def prepare(self, arrays: Iterable[str], read_verified: Callable[[str], bytes]) -> None:
         """Make the folder, with the metadata of each array. Raises CacheError."""
         with _told(self.folder):
             (self.root / "shards").mkdir(parents=True, exist_ok=True)
             for name in arrays:
                 (self.root / name).mkdir(exist_ok=True)
                 fresh = self.root / name / f".zarr.json.{os.getpid()}"
-                fresh.write_bytes(proven(f"{name}/zarr.json"))
+                fresh.write_bytes(read_verified(f"{name}/zarr.json"))
                 os.replace(fresh, self.root / name / "zarr.json")
 
-    def place(self, block: int, view: int) -> Path:
+    def marker(self, block: int, view: int) -> Path:
         """The file that says that a shard is here."""
         return self.root / "shards" / f"{block}.{view}"
 
     def has(self, block: int, view: int) -> bool:
         """Whether a shard is here; if so it counts as used now."""
         try:
-            os.utime(self.place(block, view))
+            os.utime(self.marker(block, view))
         except FileNotFoundError:
             return False
         return True
@@ -100,7 +100,7 @@ class Local:
         With `kept` no shard among these is evicted for it: False if there is no room then. Raises
         CacheError: a file that is not what its record says, a full disk, a limit far too small.
         """
-        here = self.place(block, view)
+        here = self.marker(block, view)
         part = here.with_name(here.name + ".part")
         size = sum(file.bytes for file in files)
         with _told(self.folder):
@@ -218,7 +218,7 @@ def _told(folder: Path) -> Iterator[None]:
         ) from None
 
 
-class Ahead(Thread):
+class Prefetcher(Thread):
     """Fetches the shards of the window in use and of the next one, before they are asked for.
 
     `windows` gives (batches consumed when the window is over, its shards) in order; `consumed` is
@@ -235,7 +235,7 @@ class Ahead(Thread):
         held: deque[tuple[int, set[Path]]] = deque()
         try:
             for end, shards in self.windows:
-                held.append((end, {g.local.place(b, v) for g, b, v in shards if g.local}))
+                held.append((end, {g.local.marker(b, v) for g, b, v in shards if g.local}))
                 while len(held) > 2 and self._wait(held):
                     pass
                 for generation, block, view in shards:

@@ -73,7 +73,7 @@ def read_prototypes(generation: Generation) -> Prototypes | None:
     if not files:
         return None
     for name in files:
-        generation.proven(name)
+        generation.read_verified(name)
     tables = {
         name: np.asarray(generation.array(f"{PROTOTYPES}/{name}").read().result())
         for name in ("features", "ids")

@@ -18,12 +18,12 @@ from milan.errors import ConfigError
 from milan.models.encoder import build_encoder
 from milan.models.masking import Mask, importance_mask, random_mask, visible_count
 from milan.models.student import Student, build_student
-from milan.objectives.features import feature_regression, painted, pixel_regression
+from milan.objectives.features import feature_regression, pixel_regression, unpatchify_prediction
 from milan.objectives.resample import resampled_attention, resampled_features
-from milan.reporting.panels import Shown
+from milan.reporting.panels import SheetInputs
 from milan.store.cache import TargetCache
 from milan.training.loop import decay_groups
-from milan.training.validation import Judge
+from milan.training.validation import Validation
 
 
 def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
@@ -154,7 +154,7 @@ class Task:
         self.config, self.student, self.network = config, student, network
         self.targets, self.device = dataset.cache, device
         self.loss = loss_function(network, config, dataset.cache, device)
-        self.judged = Judge(
+        self.judged = Validation(
             config, dataset, stream, measure=self._measure, represent=self._represent,
             show=self._show, ranks=ranks, device=device,
         )  # fmt: skip
@@ -178,18 +178,18 @@ class Task:
         hidden = said.mask.boolean()
         return said.loss(), cosine[:, -hidden.shape[1] :][hidden].mean()
 
-    def _show(self, batch: Batch) -> Shown:
+    def _show(self, batch: Batch) -> SheetInputs:
         said, patches = self._say(batch), batch.noise.shape[1]
         attention, features = batch.attention, None
         if attention.shape[1] != patches:
             attention = resampled_attention(attention, patches)
         if said.features is None:
-            prediction = painted(said.prediction, said.images, patch=said.patch)
+            prediction = unpatchify_prediction(said.prediction, said.images, patch=said.patch)
             prediction = denormalise(prediction, MEAN, STD)
         else:
             prediction = said.prediction[:, -patches:].float()
             features = said.features[:, -patches:].float().cpu().numpy()
-        return Shown(
+        return SheetInputs(
             batch.rows.numpy(),
             batch.pixels.numpy(),
             attention.numpy(),
@@ -203,4 +203,4 @@ class Task:
 
     def _represent(self, batch: Batch) -> torch.Tensor:
         pixels = batch.pixels.to(self.device, non_blocking=True)
-        return self.student.represent(normalise(pixels, MEAN, STD))
+        return self.student.pooled_features(normalise(pixels, MEAN, STD))

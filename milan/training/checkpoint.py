@@ -28,7 +28,7 @@ from safetensors.torch import save as serialise
 from torch import nn
 
 from milan.core.atomic import sync_folder, write_json
-from milan.core.distributed import ALONE, Ranks, like, whole
+from milan.core.distributed import SINGLE, Ranks, full_tensor, shard_like
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.models.student import DECODER, Decoder, Student, build_encoder
 
@@ -60,10 +60,10 @@ def save(
         for key, value in kept.items()
     }
     moments = _gathered(moments, ranks)
-    return ranks.once(lambda: _write(run, step, weights, moments, state, keep))
+    return ranks.on_rank0(lambda: _write(run, step, weights, moments, state, keep))
 
 
-def whole_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
+def whole_weights(model: nn.Module, ranks: Ranks = SINGLE) -> dict[str, torch.Tensor]:
     """The state of a model on the CPU of rank 0; all must ask, others get nothing."""
     return _gathered(model.state_dict(), ranks)
 
@@ -71,8 +71,8 @@ def whole_weights(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, torch.Ten
 def _gathered(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if ranks.first:
+        full = full_tensor(tensor.detach())
+        if ranks.is_rank0:
             found[name] = full.cpu().contiguous()
     return found
 
@@ -172,7 +172,7 @@ def load(
         raise TrainError(
             f"{folder} is of another model: {odd[0]}", fix="--resume never, or another --out"
         )
-    model.load_state_dict({k: like(v, there[k]) for k, v in weights.items()}, strict=True)
+    model.load_state_dict({k: shard_like(v, there[k]) for k, v in weights.items()}, strict=True)
     _restore(model, optimiser, load_file(folder / "optimiser.safetensors"))
     return state
 
@@ -186,7 +186,7 @@ def _restore(
         name, _, kind = key.partition("|")
         parameter = parameters[name]
         if kind != "step":
-            value = like(value, parameter)
+            value = shard_like(value, parameter)
         elif fused:  # else AdamW counts its steps on the CPU
             value = value.to(parameter.device)
         optimiser.state[parameter][kind] = value

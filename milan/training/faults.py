@@ -16,7 +16,7 @@ _GOES_ON = "the same line goes on from the last checkpoint"
 
 
 @contextmanager
-def explained(run: Path, micro_batch: int | None) -> Iterator[None]:
+def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
     """Inside, memory or a disk that is full become a TrainError.
 
     `micro_batch` is how many images were on the device at once. Any other error stays what it is.

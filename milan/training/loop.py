@@ -15,13 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from milan.core import rng
 from milan.core.device import autocast
-from milan.core.distributed import Ranks, summed, whole
-from milan.core.progress import Watch
+from milan.core.distributed import Ranks, full_tensor, sync_gradients
+from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.errors import TrainError
-from milan.reporting.log import Journal
+from milan.reporting.log import RunLog
 from milan.training import checkpoint
-from milan.training.optim import Course
+from milan.training.optim import Schedule
 
 _STOP, _SAVE, _LOST = 1, 2, 4
 _SKIPPED_AT_MOST = 10  # steps in a row without a finite loss: the run is lost, not unlucky
@@ -68,14 +68,14 @@ def fit(
     task: Task,
     optimiser: torch.optim.Optimizer,
     *,
-    course: Course,
+    schedule: Schedule,
     run: Path,
     resumed: int | None,
     ranks: Ranks,
     device: torch.device,
     batches_from: Callable[[int], Iterable[Any]],
-    journal: Journal | None,
-    watch: Watch,
+    log: RunLog | None,
+    progress: Progress,
     stop: Stop,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def fit(
     Returns figures of this call; rates leave out the start of the loader, and are missing if no
     step was taken. Raises TrainError on a loss that is not finite.
     """
-    loop = _Loop(task, optimiser, course, run, ranks, device, watch, stop, journal)
+    loop = _Loop(task, optimiser, schedule, run, ranks, device, progress, stop, log)
     start = done = loop.resume(resumed)
-    last = course.steps if stop_after is None else min(course.steps, start + stop_after)
+    last = schedule.steps if stop_after is None else min(schedule.steps, start + stop_after)
     asked = loop.asked() if start < last else 0
     if start >= last or asked & _STOP:
         return loop.end(start, {"seconds": 0.0})
-    watch.begin("train", course.steps, "steps", done=start)
+    progress.begin("train", schedule.steps, "steps", done=start)
     loop.feed = feed = _Feed(batches_from(start), loop.beat)
     loop.mark = (time.perf_counter(), 0.0, start)
     task.network.train()
@@ -102,25 +102,25 @@ def fit(
             loop.step(step)
             loop.done = done = step + 1
             asked = loop.asked()
-            epoch_over = course.stream.at(done)[1] == 0
-            speaking = epoch_over or done == last or done % course.log_every == 0
-            saving = asked or done == last or done % course.save_every == 0
+            epoch_over = schedule.stream.at(done)[1] == 0
+            speaking = epoch_over or done == last or done % schedule.log_every == 0
+            saving = asked or done == last or done % schedule.save_every == 0
             if speaking or saving:
                 loop.settle()
             if epoch_over:
-                loop.judge(course.stream.at(step)[0])
+                loop.judge(schedule.stream.at(step)[0])
             if speaking:
                 loop.speak(done)
             else:
-                watch.advance(done)
+                progress.advance(done)
             if saving:
                 loop.save(done)
             if asked & _STOP:
                 break
-        watch.end()
+        progress.end()
         seconds = time.perf_counter() - feed.began
     trained = max(seconds - feed.startup - loop.judging, 1e-9)
-    images = (done - start) * course.stream.batch_size
+    images = (done - start) * schedule.stream.batch_size
     return loop.end(
         done,
         {
@@ -161,7 +161,7 @@ class _Feed:
             self._batches.close()
 
 
-class _Taken(NamedTuple):
+class _StepResult(NamedTuple):
     """A step as it was taken, and what came of it: known once the device is done with it."""
 
     step: int
@@ -174,7 +174,7 @@ class _Taken(NamedTuple):
     @classmethod
     def from_device(
         cls, step: int, batches: list[Any], losses: list[torch.Tensor], norm: torch.Tensor
-    ) -> _Taken:
+    ) -> _StepResult:
         """Copy the figures of a step, whose device is not waited for."""
         cuda = norm.device.type == "cuda"
         figures = torch.stack([*losses, norm]).to("cpu", non_blocking=cuda)
@@ -210,30 +210,30 @@ class _Loop:
         self,
         task: Task,
         optimiser: torch.optim.Optimizer,
-        course: Course,
+        schedule: Schedule,
         run: Path,
         ranks: Ranks,
         device: torch.device,
-        watch: Watch,
+        progress: Progress,
         stop: Stop,
-        journal: Journal | None,
+        log: RunLog | None,
     ) -> None:
-        self.task, self.optimiser, self.course, self.run = task, optimiser, course, run
+        self.task, self.optimiser, self.schedule, self.run = task, optimiser, schedule, run
         self.ranks, self.device = ranks, device
-        self.watch, self.stop, self.journal = watch, stop, journal
+        self.progress, self.stop, self.log = progress, stop, log
         self.stopping = ""
         """Who asked to stop; empty if nobody did."""
         self.done = 0
         """Steps taken, of the whole run."""
-        self.scaler = torch.amp.GradScaler(device.type, enabled=course.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self.saved = time.monotonic()
         self.judging = 0.0
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
         self.norm = torch.zeros(())
         """Of the last step's gradients, before they were clipped."""
-        self.unproven: _Taken | None = None
+        self.unproven: _StepResult | None = None
         """A step whose loss and gradient's norm were not looked at yet."""
-        self.lost: _Taken | None = None
+        self.lost: _StepResult | None = None
         """A step whose loss or gradient is not finite, as this rank sees it."""
         self.judgement = ""
         """What was found last, for people."""
@@ -255,35 +255,35 @@ class _Loop:
         """Between two batches: whoever watches sees that the run is alive, and was heard."""
         if self.stop.by and not self.stopping:
             self.stopping = self.stop.by
-            self.watch.note(f"{self.stopping}: finishing the step, then a checkpoint")
-        self.watch.advance(self.done)
+            self.progress.note(f"{self.stopping}: finishing the step, then a checkpoint")
+        self.progress.advance(self.done)
 
     def step(self, step: int) -> None:
         """One update of the weights."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.course.rate(step)
+            group["lr"] = self.schedule.rate(step)
         self.optimiser.zero_grad(set_to_none=True)
         losses, batches = [], []
-        for micro in range(self.course.accumulate):
+        for micro in range(self.schedule.accumulate):
             batch = next(self.feed)
             # A student may drop paths: that too is drawn by address, or a resumed run would differ.
             at = (step, micro, self.ranks.rank)
-            torch.manual_seed(int(rng.bits(self.course.stream.seed, rng.DROPPED, at, 1)[0] >> 1))
-            with summed(self.task.network, micro + 1 == self.course.accumulate):
-                with autocast(self.device, self.course.precision):
-                    part = self.task.loss(batch) / self.course.accumulate
+            torch.manual_seed(int(rng.bits(self.schedule.stream.seed, rng.DROPPED, at, 1)[0] >> 1))
+            with sync_gradients(self.task.network, micro + 1 == self.schedule.accumulate):
+                with autocast(self.device, self.schedule.precision):
+                    part = self.task.loss(batch) / self.schedule.accumulate
                 self.scaler.scale(part).backward()
             losses.append(part.detach())
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
         self.norm = gradient_norm(self.task.student)
-        taken = _Taken.from_device(step, batches, losses, self.norm)
-        if self.course.on_nonfinite == "skip" and self._skips(taken):
+        taken = _StepResult.from_device(step, batches, losses, self.norm)
+        if self.schedule.on_nonfinite == "skip" and self._skips(taken):
             self.scaler.update()
             return
-        if self.course.clip_grad is not None:
+        if self.schedule.clip_grad is not None:
             parameters = self.task.student.parameters()
-            clip_grads_with_norm_(parameters, self.course.clip_grad, self.norm)
+            clip_grads_with_norm_(parameters, self.schedule.clip_grad, self.norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         # On a GPU this step is queued already when the loss of the one before is looked at.
@@ -293,7 +293,7 @@ class _Loop:
     def settle(self) -> None:
         """Look at the last step's loss. Raises TrainError on all ranks if one's is not finite."""
         self._look()
-        if self.ranks.agree(_LOST if self.lost else 0):
+        if self.ranks.any_flags(_LOST if self.lost else 0):
             raise self._error(self.lost)
 
     def _look(self) -> None:
@@ -306,7 +306,7 @@ class _Loop:
         else:
             self.loss_sum, self.counted = self.loss_sum + taken.loss.sum().item(), self.counted + 1
 
-    def _wrong(self, taken: _Taken) -> str:
+    def _wrong(self, taken: _StepResult) -> str:
         """What of a step is not finite, in words; empty if all is well."""
         if not math.isfinite(loss := taken.loss.sum().item()):
             return f"loss of step {taken.step} is {loss}"
@@ -315,20 +315,20 @@ class _Loop:
             return f"gradient's norm of step {taken.step} is {norm}"
         return ""
 
-    def _skips(self, taken: _Taken) -> bool:
+    def _skips(self, taken: _StepResult) -> bool:
         """Whether any rank's loss or gradient is not finite, so that no rank may use it."""
         lost = taken if self._wrong(taken) else None
-        if not self.ranks.agree(_LOST if lost else 0):
+        if not self.ranks.any_flags(_LOST if lost else 0):
             self.skipped = 0
             return False
         self.skipped += 1
         error = self._error(lost)
         if self.skipped == _SKIPPED_AT_MOST:
             raise error
-        self.watch.note(f"skipped: {error.found}")
+        self.progress.note(f"skipped: {error.found}")
         return True
 
-    def _error(self, lost: _Taken | None) -> TrainError:
+    def _error(self, lost: _StepResult | None) -> TrainError:
         """What is wrong with a step, and with whose images; all ranks ask together."""
         mine = None
         if lost:
@@ -336,7 +336,7 @@ class _Loop:
             found = [b for b, wrong in zip(lost.batches, bad, strict=True) if wrong or not any(bad)]
             rows = [f"{row}.{view}" for batch in found for row, view in self.task.rows(batch)]
             mine = self._wrong(lost), rows
-        told = self.ranks.told(mine)
+        told = self.ranks.gather_objects(mine)
         # One rank's loss is every rank's gradient: name the images of that one.
         rank, (what, rows) = min(told, key=lambda t: not t[1][0].startswith("loss"))
         saved = checkpoint.steps(self.run)
@@ -351,7 +351,7 @@ class _Loop:
 
     def end(self, done: int, figures: dict[str, Any]) -> dict[str, Any]:
         """What a call did, with how the run stands."""
-        steps = self.course.steps
+        steps = self.schedule.steps
         found = {"step": done, "steps": steps, "finished": done == steps} | figures
         return found | ({"stopped_by": self.stopping} if self.stopping and done < steps else {})
 
@@ -360,9 +360,9 @@ class _Loop:
 
         Raises TrainError on all ranks if a step before was lost on one.
         """
-        late = time.monotonic() - self.saved > 60 * self.course.save_minutes
-        flags = (_STOP if self.stop.by else 0) | (_SAVE if late and self.ranks.first else 0)
-        asked = self.ranks.agree(flags | (_LOST if self.lost else 0))
+        late = time.monotonic() - self.saved > 60 * self.schedule.save_minutes
+        flags = (_STOP if self.stop.by else 0) | (_SAVE if late and self.ranks.is_rank0 else 0)
+        asked = self.ranks.any_flags(flags | (_LOST if self.lost else 0))
         if asked & _LOST:
             raise self._error(self.lost)
         if asked & _STOP:
@@ -386,22 +386,22 @@ class _Loop:
         clock, waited, before = self.mark
         self.mark = (time.perf_counter(), self.feed.waited, done)
         span = max(self.mark[0] - clock, 1e-9)
-        (total,) = self.ranks.sums([self.loss_sum / self.ranks.size])
-        images = (done - before) * self.course.stream.batch_size
+        (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
+        images = (done - before) * self.schedule.stream.batch_size
         line = {
             "step": done,
-            "epoch": round(self.course.epoch(done), 4),
+            "epoch": round(self.schedule.epoch(done), 4),
             "loss": total / self.counted if self.counted else math.nan,
-            "lr": self.course.rate(done - 1),
+            "lr": self.schedule.rate(done - 1),
             "grad_norm": float(self.norm),
             "images_per_second": round(images / span, 2),
             "wait_share": round((self.feed.waited - waited) / span, 4),
         } | self.figures
-        if self.journal:
+        if self.log:
             # What a skipped step has not, the log leaves out: JSON has no NaN.
             finite = {name: value for name, value in line.items() if math.isfinite(value)}
-            self.journal.add(finite, self.pictures)
-        self.watch.advance(
+            self.log.add(finite, self.pictures)
+        self.progress.advance(
             done,
             f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, lr {line['lr']:.1e}, "
             f"{line['images_per_second']:,.0f} images/s, waiting {line['wait_share']:.0%}"
@@ -411,16 +411,16 @@ class _Loop:
 
     def save(self, done: int) -> None:
         """Write a checkpoint; the sums of an unfinished line are in it."""
-        (total,) = self.ranks.sums([self.loss_sum / self.ranks.size])
-        if self.journal:  # a run that goes on from here counts on it
-            self.journal.keep()
+        (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
+        if self.log:  # a run that goes on from here counts on it
+            self.log.keep()
         checkpoint.save(
             self.run,
             step=done,
             model=self.task.student,
             optimiser=self.optimiser,
             state={"scaler": self.scaler.state_dict(), "losses": [total, self.counted]},
-            keep=self.course.keep,
+            keep=self.schedule.keep,
             ranks=self.ranks,
         )
         self.saved = time.monotonic()
@@ -429,4 +429,4 @@ class _Loop:
 def gradient_norm(student: nn.Module) -> torch.Tensor:
     """The Euclidean norm of all gradients together, a scalar; over all ranks if it is sharded."""
     grads = [p.grad for p in student.parameters() if p.grad is not None]
-    return whole(get_total_norm(grads))
+    return full_tensor(get_total_norm(grads))

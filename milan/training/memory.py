@@ -48,7 +48,7 @@ def peak_bytes(
             for name, p in student.named_parameters()
         }
         counter.forget()
-        counter.watch(batch)
+        counter.track(batch)
         if config.batch_size > config.micro_batch:  # the second finds the gradients of the first
             for p in faked.values():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -100,7 +100,7 @@ class _Live(TorchDispatchMode):
         """Start anew: what is there already is counted elsewhere."""
         self.now = self.peak = 0
 
-    def watch(self, made: Any) -> None:
+    def track(self, made: Any) -> None:
         """Count the storages of the tensors in `made`, each once."""
         for leaf in tree_leaves(made):
             if not isinstance(leaf, torch.Tensor):
@@ -119,5 +119,5 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.watch(out)
+        self.track(out)
         return out

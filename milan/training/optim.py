@@ -22,7 +22,7 @@ def learning_rate(
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """How a run goes: its length, its rates, how often it saves and speaks."""
 
     stream: Stream

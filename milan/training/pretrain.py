@@ -15,12 +15,12 @@ import torch
 
 from milan.config import PretrainConfig, bytes_of, choice
 from milan.core.atomic import write_json
-from milan.core.config_resolver import deviations, of_call, recipe_of
+from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device
-from milan.core.distributed import ALONE, Ranks, joined, spread
+from milan.core.distributed import SINGLE, Ranks, parallelise, process_group
 from milan.core.launch import launch
-from milan.core.progress import Silent, Watch
-from milan.core.signals import Stop, told
+from milan.core.progress import NoProgress, Progress
+from milan.core.signals import Stop, on_stop_signals
 from milan.data import changed_images
 from milan.data.dataset import CachedDataset, training_loader
 from milan.data.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
@@ -28,15 +28,15 @@ from milan.errors import ConfigError
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
 from milan.reporting import trackers
-from milan.reporting.log import Journal, kept_lines, last_of, write_curves
+from milan.reporting.log import RunLog, kept_lines, last_of, write_curves
 from milan.store.cache import TargetCache
 from milan.store.format import Index
 from milan.training import checkpoint
 from milan.training import run as runs
 from milan.training.build import Task, optimiser_of, student_of
-from milan.training.faults import explained
+from milan.training.faults import as_train_error
 from milan.training.loop import fit
-from milan.training.optim import Course
+from milan.training.optim import Schedule
 from milan.training.validation import check_labels
 
 _BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
@@ -44,7 +44,9 @@ _MICRO = 256  # images a device takes at once, as published for ViT-B
 _CACHED = 32 * 2**20  # bytes: about the last-level cache of a CPU
 
 
-def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE) -> PretrainConfig:
+def resolve_defaults(
+    config: PretrainConfig, device: torch.device, ranks: Ranks = SINGLE
+) -> PretrainConfig:
     """The same with every default that depends on other fields filled in, but for micro_batch."""
     milan = config.objective == "milan"
     precision = config.precision
@@ -67,7 +69,7 @@ def resolved(config: PretrainConfig, device: torch.device, ranks: Ranks = ALONE)
         warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.lr or _BASE_LR * config.batch_size / 256,
         precision=precision,
-        num_workers=max(1, min(8, (cores or 1) // ranks.here - 1))
+        num_workers=max(1, min(8, (cores or 1) // ranks.on_node - 1))
         if config.num_workers is None
         else config.num_workers,
     )
@@ -77,8 +79,8 @@ def in_micro_batches(
     config: PretrainConfig,
     student: Student,
     device: torch.device,
-    ranks: Ranks = ALONE,
-    watch: Watch | None = None,
+    ranks: Ranks = SINGLE,
+    progress: Progress | None = None,
 ) -> PretrainConfig:
     """The same, resolved, with the largest `micro_batch` that divides a rank's share of a step.
 
@@ -91,9 +93,9 @@ def in_micro_batches(
         most = max(1, min(most, _CACHED // _widest(student, config.mask_ratio)))
     most = min(most, share)
     fits = next(m for m in range(most, 0, -1) if share % m == 0)
-    if watch and 2 * fits <= most:
+    if progress and 2 * fits <= most:
         better = max(1, round(share / most)) * most * ranks.size
-        watch.note(
+        progress.note(
             f"micro-batches of {fits} images, for the {share} of a rank divide by none nearer to "
             f"{most}: --batch-size {better} is faster"
         )
@@ -118,7 +120,7 @@ def pretrain(
     overwrite: bool = False,
     stop_after: int | None = None,
     stop: Stop | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train a student on a finished store; the run's folder then holds `encoder.safetensors`.
@@ -131,17 +133,17 @@ def pretrain(
     Returns the figures of metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop
     before its end. Raises MilanError.
     """
-    config = of_call(PretrainConfig, "cache", cache, settings, "pretrain")
+    config = from_call(PretrainConfig, "cache", cache, settings, "pretrain")
     config.check()
     choice("resume", resume, ("auto", "never"))
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"max_steps {stop_after}", expected="at least 1")
     device = pick_device(config.device)
-    known = Ranks.of_environment()
+    known = Ranks.from_environment()
     count = 1 if known else devices_of(config, device)
     if count > 1:
         # What does not fit is said before anything starts.
-        open_stream(resolved(config, device, Ranks(size=count)))
+        open_stream(resolve_defaults(config, device, Ranks(size=count)))
         arguments = {"cache": config, "resume": resume, "overwrite": overwrite}
         return launch(
             pretrain,
@@ -149,12 +151,16 @@ def pretrain(
             ranks=count,
             restarts=config.max_restarts,
             again=runs.again(Path(config.out)),
-            watch=watch or Silent(),
+            progress=progress or NoProgress(),
         )
     stop = stop or Stop()
-    with told(stop.ask), joined(known, device) as (ranks, own), ExitStack() as held:
-        watch = watch if watch and ranks.first else Silent()
-        return _train(config, ranks, own, held, resume, overwrite, stop_after, stop, watch)
+    with (
+        on_stop_signals(stop.request),
+        process_group(known, device) as (ranks, own),
+        ExitStack() as held,
+    ):
+        progress = progress if progress and ranks.is_rank0 else NoProgress()
+        return _train(config, ranks, own, held, resume, overwrite, stop_after, stop, progress)
 
 
 def devices_of(config: PretrainConfig, device: torch.device) -> int:
@@ -176,72 +182,74 @@ def _train(
     overwrite: bool,
     stop_after: int | None,
     stop: Stop,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, Any]:
     """One rank's part of a run; what it has `held` is let go of at its end."""
     published = deviations(
         config,
-        recipe=recipe_of(PretrainConfig, config.recipe, "pretrain"),
+        recipe=load_recipe(PretrainConfig, config.recipe, "pretrain"),
         leave=("cache", "out", "data_root", "local", "cache_limit", "recipe"),
     )
-    config = resolved(config, device, ranks)
+    config = resolve_defaults(config, device, ranks)
     run = Path(config.out)
-    step = ranks.once(
-        lambda: runs.resumable(run, config, resume=resume, overwrite=overwrite, watch=watch)
+    step = ranks.on_rank0(
+        lambda: runs.step_to_resume(
+            run, config, resume=resume, overwrite=overwrite, progress=progress
+        )
     )
 
     def claim() -> None:
-        ranks.once(lambda: held.enter_context(runs.claimed(run, watch=watch)))
+        ranks.on_rank0(lambda: held.enter_context(runs.locked(run, progress=progress)))
 
     stream: Stream
     if step is None:
         # A store may grow at this moment: all ranks see what the first one saw.
-        pinned = ranks.once(lambda: TargetCache(config.cache, layer=config.layer).pinned)
+        pinned = ranks.on_rank0(lambda: TargetCache(config.cache, layer=config.layer).pinned)
         stream, targets = open_stream(config, pinned)
     else:
         claim()
         stream, targets = _resumed_stream(run, config, step, ranks)
     targets.check_files()
     dataset = CachedDataset(targets, data_root=config.data_root)
-    ranks.once(lambda: trackers.check(config.report_to))
+    ranks.on_rank0(lambda: trackers.check(config.report_to))
     if config.probe_every:
         check_labels(dataset, stream.of_epoch(config.epochs))
-    _tell(config, targets, published, watch)
+    _tell(config, targets, published, progress)
     if config.local and config.cache_limit:
         limit = bytes_of(config.cache_limit)
         check_room(stream.of_epoch(config.epochs), targets, limit)
         targets.use_local(Path(config.local), limit)
-        watch.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
+        progress.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
     student = student_of(config, targets).to(device)
-    config = in_micro_batches(config, student, device, ranks, watch)
+    config = in_micro_batches(config, student, device, ranks, progress)
     if step is None:
         claim()
-        ranks.once(lambda: runs.begin(run, config, targets, published))
+        ranks.on_rank0(lambda: runs.begin(run, config, targets, published))
     else:
-        watch.note(f"resuming: {run} at step {step}")
+        progress.note(f"resuming: {run} at step {step}")
     stream = changed_images.take_out(
         run, dataset, stream, policy=config.on_changed, step=step or 0, ranks=ranks, stop=stop,
-        watch=watch,
+        progress=progress,
     )  # fmt: skip
     choose_kernels(student, device, config.precision)
-    network = spread(student, ranks, config.parallel)
+    network = parallelise(student, ranks, config.parallel)
     optimiser = optimiser_of(student, config, device)
-    course = course_of(config, stream, ranks.size)
+    schedule = schedule_of(config, stream, ranks.size)
     steps_an_epoch = stream.of_epoch(config.epochs).steps
-    watch.note(
-        f"steps: {course.steps:,} of {config.batch_size} images "
-        f"({_product(ranks.size, course.accumulate, config.micro_batch)}), {steps_an_epoch} an "
+    progress.note(
+        f"steps: {schedule.steps:,} of {config.batch_size} images "
+        f"({_product(ranks.size, schedule.accumulate, config.micro_batch)}), {steps_an_epoch} an "
         f"epoch, {config.precision} on {device.type}, {config.num_workers} loader workers"
     )
-    watch.note(f"shuffle: {shuffle_told(stream.of_epoch(config.epochs))}")
-    watch.note(held_told(stream.of_epoch(config.epochs), config.held_out))
+    progress.note(f"shuffle: {describe_shuffle(stream.of_epoch(config.epochs))}")
+    progress.note(describe_validation(stream.of_epoch(config.epochs), config.held_out))
     task = Task(config, student, network, dataset, stream, ranks, device)
 
     def batches_from(step: int) -> Any:
         task.sampler = StepSampler(
             stream,
             start=step,
-            stop=course.steps,
+            stop=schedule.steps,
             micro=config.micro_batch,  # type: ignore[arg-type]
             rank=ranks.rank,
             ranks=ranks.size,
@@ -256,39 +264,41 @@ def _train(
             patches=student.patches,
         )
 
-    journal = None
-    if ranks.first and (step or 0) < course.steps:
-        journal = Journal(run, step or 0, trackers.opened(config.report_to, run, step or 0))
-    with explained(run, config.micro_batch):
+    log = None
+    if ranks.is_rank0 and (step or 0) < schedule.steps:
+        log = RunLog(run, step or 0, trackers.open_trackers(config.report_to, run, step or 0))
+    with as_train_error(run, config.micro_batch):
         figures = fit(
             task,
             optimiser,
-            course=course,
+            schedule=schedule,
             run=run,
             resumed=step,
             ranks=ranks,
             device=device,
             batches_from=batches_from,
-            journal=journal,
-            watch=watch,
+            log=log,
+            progress=progress,
             stop=stop,
             stop_after=stop_after,
         )
         weights = checkpoint.whole_weights(student.encoder, ranks)
         if figures["step"]:
-            ranks.once(lambda: _finish(run, config, figures, targets, weights, course))
-        if journal:
-            journal.close()
-    if (step or 0) == course.steps:
-        watch.note(f"nothing is left to do: {run} is at step {course.steps} of {course.steps}")
+            ranks.on_rank0(lambda: _finish(run, config, figures, targets, weights, schedule))
+        if log:
+            log.close()
+    if (step or 0) == schedule.steps:
+        progress.note(
+            f"nothing is left to do: {run} is at step {schedule.steps} of {schedule.steps}"
+        )
     if figures["step"]:
-        figures |= ranks.once(lambda: json.loads((run / runs.METRICS).read_text()))
+        figures |= ranks.on_rank0(lambda: json.loads((run / runs.METRICS).read_text()))
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
-def course_of(config: PretrainConfig, stream: Stream, ranks: int) -> Course:
+def schedule_of(config: PretrainConfig, stream: Stream, ranks: int) -> Schedule:
     """How a run of resolved settings goes."""
-    return Course(
+    return Schedule(
         stream=stream,
         epochs=config.epochs,
         accumulate=config.batch_size // ranks // config.micro_batch,  # type: ignore[operator]
@@ -331,13 +341,13 @@ def _resumed_stream(
     """The stream of a run that goes on, and the newest part of the store that it sees."""
 
     def parts() -> tuple[Stretches, TargetCache]:
-        found = runs.stretches(ranks.once(lambda: runs.about(run)["stretches"]), config)
+        found = runs.stretches(ranks.on_rank0(lambda: runs.read_run(run)["stretches"]), config)
         return Stretches(tuple((at, _order(cache, config)) for at, cache in found)), found[-1][1]
 
     stream, cache = parts()
     if config.on_growth == "move":
         epoch, within = stream.at(step)
-        ranks.once(lambda: runs.move_on(run, config, epoch + (within > 0)))
+        ranks.on_rank0(lambda: runs.move_on(run, config, epoch + (within > 0)))
         stream, cache = parts()
     return stream, cache
 
@@ -348,7 +358,7 @@ def _finish(
     figures: dict[str, Any],
     targets: TargetCache,
     weights: dict[str, torch.Tensor],
-    course: Course,
+    schedule: Schedule,
 ) -> None:
     """Leave the encoder, and the figures of the call that trained last."""
     encoder = {
@@ -358,7 +368,7 @@ def _finish(
         "std": STD,
         "input_size": targets.view_spec.size,
         "objective": config.objective,
-        "epochs": round(course.epoch(figures["step"]), 4),
+        "epochs": round(schedule.epoch(figures["step"]), 4),
         "cache": targets.digest,
         "teacher": targets.attributes["about"],
         "milan": version("milan-pretrain"),
@@ -390,7 +400,7 @@ def check_room(order: Order, targets: TargetCache, limit: int) -> None:
         )
 
 
-def shuffle_told(order: Order) -> str:
+def describe_shuffle(order: Order) -> str:
     """How the images are mixed, and how near that is to a full permutation, in words."""
     count = len(np.unique(order.shards))
     whole = order.window_shards >= count
@@ -398,7 +408,7 @@ def shuffle_told(order: Order) -> str:
     return f"{what}, {shuffle_quality(order.epoch(0)[0]):.2f} of a full permutation's quality"
 
 
-def held_told(order: Order, share: float) -> str:
+def describe_validation(order: Order, share: float) -> str:
     """By how many images a run is judged, in words."""
     held, rows = len(order.held), len(order.held) + len(order.good)
     if held or not share:
@@ -407,25 +417,25 @@ def held_told(order: Order, share: float) -> str:
 
 
 def _tell(
-    config: PretrainConfig, targets: TargetCache, published: dict[str, Any], watch: Watch
+    config: PretrainConfig, targets: TargetCache, published: dict[str, Any], progress: Progress
 ) -> None:
     about, spec = targets.attributes["about"], targets.spec
     random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
-    watch.note(
+    progress.note(
         f"cache: {config.cache}, {targets.rows:,} images x {targets.views} views, {spec.codec}, "
         f"teacher {about['name']} ({about['pretrained']}{random}), {targets.digest[:12]}"
     )
     newest = len(Index.read(targets.path).generations)
     if targets.pinned < newest:
-        watch.note(
+        progress.note(
             f"pinned: the first {targets.pinned} of {newest} generations, as the run knows "
             "them; what was added since is not read"
         )
     if targets.bad:
-        watch.note(f"left out by plan: {len(targets.bad)} images without targets")
+        progress.note(f"left out by plan: {len(targets.bad)} images without targets")
     told = ", ".join(f"{key} {value}" for key, (value, _) in published.items())
-    watch.note(f"differs from the published recipe {config.recipe}: {told or 'nothing'}")
-    watch.note(
+    progress.note(f"differs from the published recipe {config.recipe}: {told or 'nothing'}")
+    progress.note(
         f"objective: {config.objective}, {config.masking} masks of {config.mask_ratio:.0%}, "
         f"{config.decoder_kind} decoder, {config.epochs} epochs, lr {config.lr:.3g}, "
         f"warm-up {config.warmup_epochs:g}"

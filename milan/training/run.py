@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from milan.config import PretrainConfig
-from milan.core.atomic import make_writable, take_lock, write_json
-from milan.core.progress import Watch
+from milan.core.atomic import ensure_writable, lock_folder, write_json
+from milan.core.progress import Progress
 from milan.data import changed_images
 from milan.errors import CacheError, TrainError
 from milan.reporting.log import CURVES, LOG, SHEET
@@ -45,8 +45,8 @@ _FREE = (
 )  # fmt: skip
 
 
-def resumable(
-    run: Path, config: PretrainConfig, *, resume: str, overwrite: bool, watch: Watch
+def step_to_resume(
+    run: Path, config: PretrainConfig, *, resume: str, overwrite: bool, progress: Progress
 ) -> int | None:
     """The step of the newest whole checkpoint of the run to go on with; None: it begins anew.
 
@@ -78,13 +78,13 @@ def resumable(
             expected="the settings it was started with",
             fix="--out another folder, or --overwrite (or --resume never) to start it anew",
         )
-    return None if differing else checkpoint.newest(run, note=watch.note)
+    return None if differing else checkpoint.newest(run, note=progress.note)
 
 
 def writable(run: Path) -> None:
     """Make the folder of a run. Raises TrainError if nothing can be written there."""
     try:
-        make_writable(run)
+        ensure_writable(run)
     except OSError as error:
         raise TrainError(
             f"{run} cannot be written: {error.strerror}", fix="--out another folder"
@@ -113,7 +113,7 @@ def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: di
 
 
 @contextmanager
-def claimed(run: Path, *, watch: Watch) -> Iterator[None]:
+def locked(run: Path, *, progress: Progress) -> Iterator[None]:
     """Make a run's folder and lock it: one call at a time trains there.
 
     Raises TrainError: it cannot be written, or another call keeps it. An earlier life of the same
@@ -123,7 +123,7 @@ def claimed(run: Path, *, watch: Watch) -> Iterator[None]:
     lock, until = None, time.monotonic() + _ENDING
     while lock is None:
         try:
-            lock = take_lock(run)
+            lock = lock_folder(run)
         except BlockingIOError as holder:
             if time.monotonic() > until:
                 raise TrainError(
@@ -133,7 +133,7 @@ def claimed(run: Path, *, watch: Watch) -> Iterator[None]:
                 ) from None
             time.sleep(0.2)
         except OSError as error:
-            watch.note(f"not locked: {run} ({error.strerror}); start nothing else there")
+            progress.note(f"not locked: {run} ({error.strerror}); start nothing else there")
             break
     try:
         yield
@@ -153,12 +153,12 @@ def again(run: Path) -> Callable[[], dict[str, Any]]:
 
 def _id(run: Path) -> str | None:
     try:
-        return about(run).get("id")
+        return read_run(run).get("id")
     except (OSError, TrainError):
         return None
 
 
-def about(run: Path) -> dict[str, Any]:
+def read_run(run: Path) -> dict[str, Any]:
     """What run.json says. Raises TrainError if it is damaged."""
     try:
         found = json.loads((run / ABOUT).read_text())
@@ -194,7 +194,7 @@ def stretches(parts: list[dict[str, Any]], config: PretrainConfig) -> list[tuple
 
 def move_on(run: Path, config: PretrainConfig, epoch: int) -> None:
     """From `epoch` on the run sees all that its store holds now."""
-    newest, read = TargetCache(config.cache, layer=config.layer), about(run)
+    newest, read = TargetCache(config.cache, layer=config.layer), read_run(run)
     if newest.digest != read["stretches"][-1]["cache"]:
         # A stretch that was to begin then, or later, and never did, is replaced.
         parts = [part for part in read["stretches"] if part["epoch"] < epoch]
@@ -224,7 +224,7 @@ def _shown(targets: TargetCache) -> dict[str, Any]:
 
 def _differing(run: Path, config: PretrainConfig) -> list[str]:
     """'field: the run's != the one now' for each that differs."""
-    read = about(run)
+    read = read_run(run)
     if "stretches" not in read:
         ours = f"{version('milan-pretrain')}, whose runs are kept otherwise"
         return [f"milan: an earlier version != {ours}"]

@@ -20,7 +20,7 @@ from milan.data.dataset import Batch, CachedDataset
 from milan.data.order import ASKED, DRAWN, JUDGED, KNOWN, REPEATED, Address, Order, Stream
 from milan.errors import ConfigError
 from milan.reporting.log import SHEET
-from milan.reporting.panels import Shown, run_sheet
+from milan.reporting.panels import SheetInputs, draw_sheet
 
 _SHOWN = 4  # images of a sheet
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
@@ -28,7 +28,7 @@ _REPEATED = -1  # in place of a label
 _AT_ONCE = 1024  # features whose neighbours are looked for together: 22 k classes take 90 MB
 
 
-class Judge:
+class Validation:
     """Which rows come after an epoch, and what they say of the student."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Judge:
         *,
         measure: Callable[[Batch], tuple[torch.Tensor, torch.Tensor | None]],
         represent: Callable[[Batch], torch.Tensor],
-        show: Callable[[Batch], Shown],
+        show: Callable[[Batch], SheetInputs],
         ranks: Ranks,
         device: torch.device,
     ) -> None:
@@ -76,7 +76,7 @@ class Judge:
         sums, comparable = [0.0, 0.0, 0.0], False
         features: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
         labels: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
-        shown: list[Shown] = []
+        shown: list[SheetInputs] = []
         with torch.no_grad(), autocast(self.device, self.config.precision):
             for kind, rows, _ in mine:
                 batch, counted = next(batches), 0 if kind & REPEATED else len(rows)
@@ -94,7 +94,7 @@ class Judge:
                     features[kind].append(self.represent(batch).float())
                     names = self.dataset.labels[rows] if counted else np.full_like(rows, _REPEATED)
                     labels[kind].append(torch.from_numpy(names))
-        loss_sum, cosine_sum, count = self.ranks.sums(sums)
+        loss_sum, cosine_sum, count = self.ranks.all_reduce_sum(sums)
         figures: dict[str, float] = {}
         if count:
             figures["val_loss"] = loss_sum / count
@@ -107,7 +107,9 @@ class Judge:
                 seen = self.ranks.gather(torch.cat(features[kind]))
                 found += [seen[named != _REPEATED], named[named != _REPEATED]]
             figures["knn_top1"] = nearest_neighbours(*found)
-        pictures = {SHEET: run_sheet(Shown.joined(shown))} if shown and self.ranks.first else {}
+        pictures = (
+            {SHEET: draw_sheet(SheetInputs.joined(shown))} if shown and self.ranks.is_rank0 else {}
+        )
         return figures, pictures
 
 

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from milan.core.launch import persistently
-from milan.core.paths import Place
-from milan.core.progress import Watch, tell
-from milan.core.signals import Stop, told
+from milan.core.paths import AnyPath
+from milan.core.progress import Progress, replay
+from milan.core.signals import Stop, on_stop_signals
 from milan.errors import MilanError
 
 # Said before ray is imported: milan sends nothing anywhere.
@@ -52,8 +52,8 @@ def map_blocks(
     init: dict[str, Any],
     todo: np.ndarray,
     *,
-    folder_of: Callable[[int, int], Place],
-    on_done: Callable[[int, Place, list[dict]], None],
+    folder_of: Callable[[int, int], AnyPath],
+    on_done: Callable[[int, AnyPath, list[dict]], None],
     on_progress: Callable[[int], None],
     on_failure: Callable[[int, int, str], None],
     replicas: int,
@@ -87,7 +87,7 @@ def run_ranks(
     address: str | None,
     restarts: int,
     again: Callable[[], dict[str, Any]],
-    watch: Watch,
+    progress: Progress,
 ) -> Any:
     """What rank 0's `run(environment)` returns, of `rank` (module, class) on `nodes` machines.
 
@@ -116,12 +116,18 @@ def run_ranks(
         def live(given: dict[str, Any]) -> tuple[str | None, Any]:
             ranks = _Ranks(rank, given, nodes, each, gpu)
             try:
-                return ranks.run(stop, watch)
+                return ranks.run(stop, progress)
             finally:
                 ranks.end()
 
         return persistently(
-            live, init, again=again, restarts=restarts, ranks=nodes * each, stop=stop, watch=watch
+            live,
+            init,
+            again=again,
+            restarts=restarts,
+            ranks=nodes * each,
+            stop=stop,
+            progress=progress,
         )
     finally:
         if ours:
@@ -155,7 +161,7 @@ class _Ranks:
             for number in range(nodes * each)
         ]  # fmt: skip
 
-    def run(self, stop: Stop, watch: Watch) -> tuple[str | None, Any]:
+    def run(self, stop: Stop, progress: Progress) -> tuple[str | None, Any]:
         """(how a rank died, None), or (None, what rank 0 returned)."""
         first, size = self.actors[0], len(self.actors)
         try:
@@ -174,12 +180,12 @@ class _Ranks:
         def ask(number: int) -> None:
             for actor in self.actors:
                 actor.call.remote("ask", number)
-            stop.ask(number)
+            stop.request(number)
 
-        with told(ask):
+        with on_stop_signals(ask):
             while tasks and time.monotonic() < until:
                 ready, _ = ray.wait(list(tasks), timeout=0.5)
-                self._hear(watch)
+                self._hear(progress)
                 for task in ready:
                     rank = tasks.pop(task)
                     try:
@@ -194,13 +200,13 @@ class _Ranks:
                     result = value if rank == 0 else result
         return died, result
 
-    def _hear(self, watch: Watch) -> None:
+    def _hear(self, progress: Progress) -> None:
         try:
             _, heard = ray.get(self.actors[0].call.remote("hear"), timeout=5.0)
         except ray.exceptions.RayError:
             return
         for passed in heard:
-            tell(watch, passed)
+            replay(progress, passed)
 
     def end(self) -> None:
         """Let the machines go."""
@@ -305,7 +311,7 @@ class _Try:
     actor: Any
     block: int
     attempt: int
-    folder: Place
+    folder: AnyPath
     started: float
 
 
@@ -330,8 +336,8 @@ class _Pool:
     def run(
         self,
         todo: np.ndarray,
-        folder_of: Callable[[int, int], Place],
-        on_done: Callable[[int, Place, list[dict]], None],
+        folder_of: Callable[[int, int], AnyPath],
+        on_done: Callable[[int, AnyPath, list[dict]], None],
         on_progress: Callable[[int], None],
         on_failure: Callable[[int, int, str], None],
     ) -> dict[int, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from milan.config import PretrainConfig
-from milan.core.paths import place
-from milan.core.progress import Silent, Watch
+from milan.core.paths import as_path
+from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
 from milan.training import run as runs
 from pipeline.cluster.pool import run_ranks
@@ -21,7 +21,7 @@ def pretrain_on_cluster(
     resume: str = "auto",
     overwrite: bool = False,
     stop_after: int | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`milan.pretrain` with a rank on each device of `config.num_nodes` machines.
 
@@ -54,11 +54,11 @@ def pretrain_on_cluster(
         address=config.address,
         restarts=config.max_restarts,
         again=runs.again(Path(config.out)),
-        watch=watch or Silent(),
+        progress=progress or NoProgress(),
     )
 
 
 def _absolute(where: str) -> str:
     """On another machine the working folder is another."""
-    found = place(where)
+    found = as_path(where)
     return str(found.absolute()) if isinstance(found, Path) else where

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from milan.core.paths import Place, Url, names_in
-from milan.core.progress import Silent, Watch
+from milan.core.paths import AnyPath, Url, names_in
+from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
 from milan.store.codecs import codec_of
 from pipeline.config import ExtractConfig
@@ -32,14 +32,14 @@ EPOCHS = 400  # of the published recipe
 _ENOUGH, _MOST = 4, 16  # views: of the recipe, and as many as were ever found to help
 
 
-def price(
+def estimate_cost(
     config: ExtractConfig,
     *,
     budget: str | None = None,
     images_per_second: float | None = None,
     write_mb_per_second: float | None = None,
     train_images_per_second: float | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Tables:
     """What `milan extract-targets` with these settings would take; writes nothing that stays.
 
@@ -47,7 +47,7 @@ def price(
     the measurement. With a `budget` such as 2TB views, codec and whether to store views are
     proposed, and priced. Raises MilanError.
     """
-    work = plan(config, watch or Silent())
+    work = plan(config, progress or NoProgress())
     tables: Tables = {}
     decoding = measure_decoding(work) if images_per_second is None else None
     if budget is not None:
@@ -63,7 +63,7 @@ def price(
         rates = Rates(image, image / config.views, write, "given")
     workers = share(work.config, work)
     if rates is None:
-        rates = calibrate(work, workers, watch or Silent())
+        rates = calibrate(work, workers, progress or NoProgress())
         if write_mb_per_second:
             rates = replace(
                 rates, write=write_mb_per_second * 1e6, told=rates.told + ", disk given"
@@ -71,9 +71,9 @@ def price(
     return tables | cost_of(work, workers, rates, decoding, train=train_images_per_second)
 
 
-def measured_cost(work: Plan, workers: Workers, watch: Watch) -> Tables:
+def measure_cost(work: Plan, workers: Workers, progress: Progress) -> Tables:
     """The tables of a plan at the rates of this machine."""
-    return cost_of(work, workers, calibrate(work, workers, watch), measure_decoding(work))
+    return cost_of(work, workers, calibrate(work, workers, progress), measure_decoding(work))
 
 
 def cost_of(
@@ -284,7 +284,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
 
 
-def _recorded(generation: Place) -> int:
+def _recorded(generation: AnyPath) -> int:
     return sum(1 for _ in names_in(generation / "records"))
 
 

@@ -27,7 +27,7 @@ from milan.store.format import (
 from pipeline.estimate.throughput import stand_in
 from pipeline.extraction.fidelity import CANARIES
 from pipeline.extraction.plan import Plan
-from pipeline.writing.shard_table import Tally
+from pipeline.writing.shard_table import ShardTable
 from pipeline.writing.store import create_arrays, group_attributes
 
 _SAMPLE = 100_000  # rows of a manifest, shards of a table: from there on it is proportion
@@ -103,9 +103,11 @@ def made_up_record(spec: CacheSpec, block: int, view: int) -> dict[str, Any]:
 
 def _table_bytes(spec: CacheSpec) -> int:
     shards = max(1, min(spec.shards, _SAMPLE))
-    tally = Tally(replace(spec, rows=shards, shard_size=1, views=1))
-    tally.records[:] = np.random.default_rng(0).integers(0, 256, tally.records.shape, np.uint8)
-    return round(len(tally.parquet()) * max(1, spec.shards / shards))
+    shard_table = ShardTable(replace(spec, rows=shards, shard_size=1, views=1))
+    shard_table.records[:] = np.random.default_rng(0).integers(
+        0, 256, shard_table.records.shape, np.uint8
+    )
+    return round(len(shard_table.parquet()) * max(1, spec.shards / shards))
 
 
 def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tuple[int, int, int]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan.core.paths import Place, Url
-from milan.core.progress import Watch
+from milan.core.paths import AnyPath, Url
+from milan.core.progress import Progress
 from milan.errors import CacheError
 from milan.images.manifest import data_root
 from milan.store.codecs import Codec, codec_of
@@ -43,7 +43,7 @@ class Rates:
     """How they are known."""
 
 
-def calibrate(work: Plan, workers: Workers, watch: Watch) -> Rates:
+def calibrate(work: Plan, workers: Workers, progress: Progress) -> Rates:
     """Run a replica on the first images and write one shard, beside where the store will be.
 
     Runs of twice the images each, until one takes some seconds or is a whole block: the last one
@@ -52,7 +52,7 @@ def calibrate(work: Plan, workers: Workers, watch: Watch) -> Rates:
     """
     part = work.parts[-1]
     whole = part.spec
-    watch.note("measuring: a few images, the teacher, the disk")
+    progress.note("measuring: a few images, the teacher, the disk")
     began = time.perf_counter()
     codec = stand_in(whole.codec, whole.channels)
     with scratch(writable(work.config.out)) as place, _threads(workers[2]):
@@ -99,7 +99,7 @@ def stand_in(codec: str, channels: int) -> Codec:
 
 
 @contextmanager
-def scratch(out: Place) -> Iterator[Path]:
+def scratch(out: AnyPath) -> Iterator[Path]:
     """A folder on the file system of the store-to-be, gone afterwards. Raises CacheError.
 
     For a bucket it is where workers stage: $TMPDIR.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan.core.paths import Place
+from milan.core.paths import AnyPath
 from milan.errors import CacheError, ImageFault, TeacherError
 from milan.images.decode import decode
 from milan.images.source import ImageSource
@@ -120,7 +120,7 @@ def demand(report: dict[str, Any], floor: float | None) -> None:
         )
 
 
-def check_canaries(root: Place, teacher: Teacher) -> None:
+def check_canaries(root: AnyPath, teacher: Teacher) -> None:
     """Compare the teacher with what it said of the canaries in the generation at `root`.
 
     Raises TeacherError if the relative error of a token's features, or of attention, is beyond

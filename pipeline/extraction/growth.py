@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from milan.core.paths import Place
+from milan.core.paths import AnyPath
 from milan.errors import CacheError, ConfigError
 from milan.images.manifest import Manifest
 from milan.store.format import GENERATION, GENERATIONS, INDEX, CacheSpec, Index, canonical
 from milan.store.generation import Generation
-from pipeline.writing.store import other_settings
+from pipeline.writing.store import settings_differ
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Part:
 
 
 def parts_of(
-    out: Place, wanted: CacheSpec, listing: Manifest, layer: str, *, extend: bool
+    out: AnyPath, wanted: CacheSpec, listing: Manifest, layer: str, *, extend: bool
 ) -> tuple[str, list[Part]]:
     """(layer's name, its generations) for `wanted.rows` images and `wanted.views` views.
 
@@ -46,7 +46,7 @@ def parts_of(
     rows = [g for g in (same or there) if g.spec.first_view == 0]
     if not same:
         if not extend:
-            raise other_settings(out, there[0].spec, _beside(wanted, there[0].spec))
+            raise settings_differ(out, there[0].spec, _beside(wanted, there[0].spec))
         names = {g.entry.layer for g in there}
         layer = next(n for n in _numbered(layer) if n not in names)
         first = there[0].entry.layer
@@ -83,7 +83,7 @@ def parts_of(
     return layer, parts
 
 
-def _new_rows(out: Place, held: Manifest, listing: Manifest, rows: int) -> Manifest:
+def _new_rows(out: AnyPath, held: Manifest, listing: Manifest, rows: int) -> Manifest:
     """The images that come after those held, up to `rows` in all."""
     keys = listing.table["key"].to_pylist()
     old = set(held.table["key"].to_pylist())

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from milan.core.paths import Place
-from milan.core.progress import Watch
+from milan.core.paths import AnyPath
+from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
 from milan.images.manifest import build_manifest, data_root, resolve_data
 from milan.images.views import ViewSpec
@@ -32,7 +32,7 @@ class Plan:
     """Everything decided before the first image is read."""
 
     config: ExtractConfig
-    source: Place
+    source: AnyPath
     teacher: Teacher
     layer: str
     """What the store calls the targets of this teacher and codec."""
@@ -71,21 +71,21 @@ def teacher_spec(config: ExtractConfig) -> TeacherSpec:
     )
 
 
-def plan(config: ExtractConfig, watch: Watch) -> Plan:
+def plan(config: ExtractConfig, progress: Progress) -> Plan:
     """Resolve data and teacher and fix the specs; reads no image. Raises MilanError."""
     config.check()
     codec_of(config.codec)
     out = writable(config.out)
     source = resolve_data(config.data, config.data_root)
-    watch.note(f"data: {source.resolve()}")
+    progress.note(f"data: {source.resolve()}")
     manifest = build_manifest(source, seed=config.seed)
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
     some = f" of {len(manifest):,}" if config.limit and config.limit < len(manifest) else ""
     rows = min(len(manifest), config.limit or len(manifest))
-    watch.note(f"manifest: {rows:,}{some} images{classes}")
+    progress.note(f"manifest: {rows:,}{some} images{classes}")
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        watch.note(f"no images, left out: {kinds}")
+        progress.note(f"no images, left out: {kinds}")
     if config.texts:
         told = int(manifest.head(rows).captioned().sum())
         if not told and not manifest.classes:
@@ -94,7 +94,7 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
                 expected="a column `caption`, texts in tars, or class folders",
                 fix="without --texts",
             )
-        watch.note(f"texts: {told:,} captions, {len(manifest.classes or []):,} classes")
+        progress.note(f"texts: {told:,} captions, {len(manifest.classes or []):,} classes")
     teacher = load_teacher(teacher_spec(config), device=config.device)
     law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
     codec = codec_of(config.codec)
@@ -114,14 +114,14 @@ def plan(config: ExtractConfig, watch: Watch) -> Plan:
     )
     about, identity = teacher.about, teacher.identity
     random = ", RANDOM WEIGHTS (for tests of shape and speed only)"
-    watch.note(
+    progress.note(
         f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
         f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
         f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
         + (random if about["random_weights"] else "")
     )
     for note in about["notes"]:
-        watch.note(f"teacher: {note}")
+        progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
     layer, parts = parts_of(out, wanted, manifest, layer, extend=config.extend)
     return Plan(config, source, teacher, layer, parts)

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 import torch
 
-from milan.core.paths import place
+from milan.core.paths import as_path
 from milan.errors import ImageFault, TeacherError
 from milan.images.decode import content_digest, decode
 from milan.images.manifest import Manifest
@@ -25,7 +25,7 @@ from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import Codec
 from milan.store.format import TEXT, TEXT_IDS, CacheSpec, record_name
 from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
-from pipeline.writing.disk import told_if_full
+from pipeline.writing.disk import as_full_disk_error
 from pipeline.writing.store import stage_shard
 
 
@@ -131,9 +131,9 @@ class Extractor:
         staged = []
         for v in views:
             texts = self._texts(start, stop) if v == 0 else {}
-            with told_if_full(f"staging shard {record_name(block, v)[:-5]}"):
+            with as_full_disk_error(f"staging shard {record_name(block, v)[:-5]}"):
                 files = stage_shard(
-                    place(folder),
+                    as_path(folder),
                     self.spec,
                     block,
                     v,

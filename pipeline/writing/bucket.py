@@ -28,7 +28,7 @@ from pipeline.writing.s3 import delete, get, head, put, same
 _LOG_EVERY = 30.0  # seconds between two puts of the log
 
 
-def deliver(staged: Path, generation: Url, files: Iterable[dict]) -> None:
+def upload(staged: Path, generation: Url, files: Iterable[dict]) -> None:
     """Put the files of a staged shard to their places. Raises FileExistsError.
 
     That is for other bytes in one of these places: of another attempt on another kind of device,

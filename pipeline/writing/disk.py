@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from milan.core.atomic import sync_folder, take_lock
+from milan.core.atomic import lock_folder, sync_folder
 from milan.errors import CacheError
 from milan.store.format import GENERATION, GENERATIONS, LOG
 
@@ -36,7 +36,7 @@ class Disk:
             )  # fmt: skip
         try:
             store.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(store)
+            self._lock = lock_folder(store)
         except BlockingIOError as holder:
             raise CacheError(
                 f"{store} is in use by {holder}",
@@ -157,7 +157,7 @@ def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
 
 
 @contextmanager
-def told_if_full(doing: str) -> Iterator[None]:
+def as_full_disk_error(doing: str) -> Iterator[None]:
     """A full disk becomes a CacheError: what is committed stays, and the next run goes on."""
     try:
         yield

@@ -16,7 +16,7 @@ from typing import Any
 
 from milan.core.paths import Url
 from milan.errors import CacheError, MilanError
-from pipeline.writing.s3 import Held, get, put
+from pipeline.writing.s3 import ObjectInfo, get, put
 
 SECONDS = 60.0
 """How long a lock counts without renewal: a store waits so long for a driver that was killed."""
@@ -109,7 +109,7 @@ class Lease:
             found = None
         return _read(found[0]).get("owner", "nobody") if found else "nobody"
 
-    def _in_use(self, text: bytes, held: Held | None) -> CacheError:
+    def _in_use(self, text: bytes, held: ObjectInfo | None) -> CacheError:
         told = _read(text)
         left = max(0.0, told.get("seconds", 0.0) - held.age) if held else 0.0
         return CacheError(
@@ -120,7 +120,7 @@ class Lease:
         )
 
 
-def _expired(text: bytes, held: Held) -> bool:
+def _expired(text: bytes, held: ObjectInfo) -> bool:
     return held.age >= _read(text).get("seconds", 0.0)
 
 

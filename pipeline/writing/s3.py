@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from milan.core.paths import Url, os_errors, pieces_of, told
+from milan.core.paths import Url, as_data_error, os_errors, pieces_of
 
 _NONE = {"404", "NoSuchKey"}
 _OTHER = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 
 
 @dataclass(frozen=True)
-class Held:
+class ObjectInfo:
     """An object as the server has it."""
 
     etag: str
@@ -30,18 +30,18 @@ class Held:
     """Hexadecimal; None where the server keeps none of the whole."""
 
 
-def head(where: Url) -> Held | None:
+def head(where: Url) -> ObjectInfo | None:
     """What is at a place; None if nothing is. Raises DataError if the server does not say."""
-    with told(where):
+    with as_data_error(where):
         answer = _ask(where, "head_object", _NONE, ChecksumMode="ENABLED")
     return _held(answer) if answer else None
 
 
-def get(where: Url) -> tuple[bytes, Held] | None:
+def get(where: Url) -> tuple[bytes, ObjectInfo] | None:
     """A small object and what it is, of one request; None if there is none. Raises DataError."""
     from fsspec.asyn import sync
 
-    with told(where), os_errors():
+    with as_data_error(where), os_errors():
         answer = _ask(where, "get_object", _NONE, ChecksumMode="ENABLED")
         if answer is None:
             return None
@@ -55,7 +55,7 @@ def put(where: Url, data: bytes, *, over: str | None) -> str | None:
     also for a digest that the server finds wrong.
     """
     digest = hashlib.sha256(data)
-    with told(where, doing="written"):
+    with as_data_error(where, doing="written"):
         answer = _ask(
             where, "put_object", _NONE | _OTHER if over else _OTHER,
             Body=data, ChecksumAlgorithm="SHA256",
@@ -68,13 +68,13 @@ def put(where: Url, data: bytes, *, over: str | None) -> str | None:
     return held.etag if held and same(where, held, len(data), digest.hexdigest()) else None
 
 
-def same(where: Url, held: Held, size: int, sha256: str) -> bool:
+def same(where: Url, held: ObjectInfo, size: int, sha256: str) -> bool:
     """Whether an object has this content; read where the server keeps no digest."""
     if held.bytes != size:
         return False
     if held.sha256 is None:
         digest = hashlib.sha256()
-        with told(where):
+        with as_data_error(where):
             for piece in pieces_of(where):
                 digest.update(piece)
         return digest.hexdigest() == sha256
@@ -83,7 +83,7 @@ def same(where: Url, held: Held, size: int, sha256: str) -> bool:
 
 def delete(where: Url) -> None:
     """Remove an object, if it is there. Raises DataError."""
-    with told(where, doing="removed"):
+    with as_data_error(where, doing="removed"):
         _ask(where, "delete_object", _NONE)
 
 
@@ -101,12 +101,12 @@ def _ask(where: Url, method: str, refusals: set[str], **arguments: Any) -> dict[
         raise
 
 
-def _held(answer: dict[str, Any]) -> Held:
+def _held(answer: dict[str, Any]) -> ObjectInfo:
     now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     # Of an object that was copied in parts it is a digest of digests.
     whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
     digest = answer.get("ChecksumSHA256") if whole else None
-    return Held(
+    return ObjectInfo(
         answer["ETag"],
         answer["ContentLength"],
         (now - answer["LastModified"]).total_seconds(),

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import Place, names_in, read_file, read_files, sizes_below
+from milan.core.paths import AnyPath, names_in, read_file, read_files, sizes_below
 from milan.store.format import SHARDS, CacheSpec, record_name
 
 _SCHEMA = pa.schema(
@@ -27,7 +27,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class Tally:
+class ShardTable:
     """Digests, sizes and bad images of the shards whose records were seen.
 
     Shards are numbered by block and view: block * K + view.
@@ -60,7 +60,7 @@ class Tally:
         """[blocks, K] bool, True = not known to exist."""
         return ~self.known.reshape(self.spec.blocks, self.spec.views)
 
-    def look(self, root: Place) -> None:
+    def look(self, root: AnyPath) -> None:
         """Take in the records at `root` that were not seen yet and whose files are whole.
 
         Where a finished generation has its table, a record that has the digest it states need not
@@ -104,7 +104,7 @@ class Tally:
             for name, size in zip(self.names, self.sizes[at].tolist(), strict=True)
         )
 
-    def _table(self, path: Place) -> Tally | None:
+    def _table(self, path: AnyPath) -> ShardTable | None:
         """What the table of a finished generation says; None where there is none to use."""
         try:
             table = pq.read_table(pa.BufferReader(read_file(path)), page_checksum_verification=True)
@@ -112,7 +112,7 @@ class Tally:
             return None
         if not table.schema.equals(_SCHEMA) or table.num_rows != self.spec.shards:
             return None
-        held = Tally(self.spec)
+        held = ShardTable(self.spec)
         proofs = table["record"].combine_chunks()
         first = 32 * proofs.offset
         held.records = np.frombuffer(proofs.buffers()[1], np.uint8)[first:].reshape(-1, 32)

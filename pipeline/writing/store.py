@@ -28,7 +28,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from milan.core.paths import Place, Url, place, read_file
+from milan.core.paths import AnyPath, Url, as_path, read_file
 from milan.errors import CacheError, ConfigError
 from milan.images.manifest import Manifest
 from milan.store.format import (
@@ -47,9 +47,9 @@ from milan.store.format import (
     read_group,
     record_name,
 )
-from pipeline.writing.bucket import Bucket, deliver
+from pipeline.writing.bucket import Bucket, upload
 from pipeline.writing.disk import Disk
-from pipeline.writing.shard_table import Tally
+from pipeline.writing.shard_table import ShardTable
 
 BAD_CSV = "bad-images.csv"
 
@@ -90,7 +90,7 @@ def create_arrays(
 
 
 def stage_shard(
-    folder: Place,
+    folder: AnyPath,
     spec: CacheSpec,
     block: int,
     view: int,
@@ -108,7 +108,7 @@ def stage_shard(
         with tempfile.TemporaryDirectory(prefix="milan-shard-") as name:
             create_arrays(Path(name), spec, {}, {})
             files = stage_shard(Path(name), spec, block, view, arrays, pictures)
-            deliver(Path(name), folder, files)
+            upload(Path(name), folder, files)
         return files
     start, stop = spec.block_rows(block)
     for name, values in arrays.items():
@@ -139,9 +139,9 @@ def stage_shard(
 # --- the driver's side ----------------------------------------------------------------------------
 
 
-def writable(out: str) -> Place:
+def writable(out: str) -> AnyPath:
     """The place that `--out` means. Raises ConfigError for a URL that no store is written to."""
-    where = place(out)
+    where = as_path(out)
     if isinstance(where, Url) and not where.text.startswith("s3://"):
         raise ConfigError(
             f"--out {out}", expected="a path, or a URL of s3://",
@@ -153,7 +153,7 @@ def writable(out: str) -> Place:
 class Store:
     """A store that this process writes; it holds the lock until `close`."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: AnyPath) -> None:
         """Take the store at `path`, or make an empty one.
 
         Raises CacheError: a folder that is no store, a run that holds it, or a place that cannot
@@ -181,7 +181,7 @@ class Store:
         if (root / "zarr.json").exists():
             there, _ = read_group(root)
             if there.fingerprint() != spec.fingerprint():
-                raise other_settings(self.path, there, spec)
+                raise settings_differ(self.path, there, spec)
         else:
             self._create(name, spec, *make())
         return Writer(self, name, spec)
@@ -220,7 +220,7 @@ class Store:
         if before != data:
             self.files.write(INDEX, data)
 
-    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> Place | None:
+    def report_bad(self, bad: dict[int, str], manifest: Manifest) -> AnyPath | None:
         """Write the list of bad images as CSV beside the index; None if there are none."""
         before = self.files.read(BAD_CSV)
         if not bad:
@@ -251,17 +251,17 @@ class Writer:
     def __init__(self, store: Store, name: str, spec: CacheSpec) -> None:
         self.store, self.name, self.spec = store, name, spec
         self.root = store.path / name
-        self.tally = Tally(spec)
+        self.shard_table = ShardTable(spec)
 
     def missing(self) -> np.ndarray:
         """What still has to be made, [blocks, K] bool: no record, or a file gone or cut short."""
-        self.tally.look(self.root)
-        return self.tally.missing()
+        self.shard_table.look(self.root)
+        return self.shard_table.missing()
 
     def forget(self, block: int, view: int) -> None:
         """Take the record of a shard away: it does not exist any more, and is made again."""
         self.store.files.remove(f"{self.name}/records/{record_name(block, view)}")
-        self.tally.forget(block, view)
+        self.shard_table.forget(block, view)
 
     def clear(self, todo: np.ndarray) -> None:
         """Make room for the shards `todo` ([blocks, K] bool) where nothing may be replaced."""
@@ -271,11 +271,11 @@ class Writer:
             files += self.spec.files(block, view).values()
         self.store.files.clear(self.name, files)
 
-    def stage(self, attempt: str) -> Place:
+    def stage(self, attempt: str) -> AnyPath:
         """Where a worker may stage shards (stage_shard)."""
         return self.store.files.stage(self.name, attempt, self.spec.arrays())
 
-    def commit(self, folder: Place, record: dict) -> None:
+    def commit(self, folder: AnyPath, record: dict) -> None:
         """Take a staged shard over: check, rename, fsync, and then write its record."""
         block, view = record["block"], record["view"]
         if list(self.spec.block_rows(block)) != record["rows"]:
@@ -283,18 +283,18 @@ class Writer:
         self.store.files.take(folder, self.name, record["files"])
         data = canonical(record)
         self.store.files.write(f"{self.name}/records/{record_name(block, view)}", data)
-        self.tally.note(record, data)
+        self.shard_table.note(record, data)
 
     def bad(self) -> dict[int, str]:
         """Rows (of this generation) that no target could be made of, with the reason."""
-        return dict(sorted(self.tally.reasons.items()))
+        return dict(sorted(self.shard_table.reasons.items()))
 
     def finish(self, layer: str) -> Entry:
         """Write the table of shards, and the index, which makes the generation count.
 
         Raises CacheError if a shard is missing.
         """
-        if not self.tally.known.all():
+        if not self.shard_table.known.all():
             left = np.argwhere(self.missing())
             if len(left):
                 block, view = left[0].tolist()
@@ -303,13 +303,13 @@ class Writer:
                     f"{record_name(block, view)}",
                     fix="run the same extract-targets line again",
                 )
-        table = self.tally.parquet()
+        table = self.shard_table.parquet()
         if self.store.files.read(f"{self.name}/{SHARDS}") != table:
             self.store.files.write(f"{self.name}/{SHARDS}", table)
         files = self._static_files()
         tables = {name: digest for name, digest in files.items() if name.startswith(CONTENT)}
         spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
-        content = [fingerprint, tables, self.tally.digest()]
+        content = [fingerprint, tables, self.shard_table.digest()]
         entry = Entry(
             path=self.name,
             layer=layer,
@@ -318,8 +318,8 @@ class Writer:
             rows=(spec.first_row, spec.first_row + spec.rows),
             views=(spec.first_view, spec.first_view + spec.views),
             shards=spec.shards,
-            bytes=self.tally.total(),
-            bad=len(self.tally.reasons),
+            bytes=self.shard_table.total(),
+            bad=len(self.shard_table.reasons),
             files=files,
         )
         self.store.publish(entry)
@@ -336,7 +336,7 @@ class Writer:
         }
 
 
-def other_settings(path: Place, there: CacheSpec, wanted: CacheSpec) -> CacheError:
+def settings_differ(path: AnyPath, there: CacheSpec, wanted: CacheSpec) -> CacheError:
     """The refusal to mix, with the fields that differ."""
     return CacheError(
         f"{path} was made with other settings ({'; '.join(there.differences(wanted))})",
