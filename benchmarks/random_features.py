@@ -14,8 +14,8 @@ from benchmarks.measure import parser, report
 from milan.core.config_resolver import read_section
 from milan.core.device import MEAN, STD
 from milan.evaluation.linear_probe import linear_probe
+from milan.models.export import ENCODER, save_encoder
 from milan.models.student import build_student
-from milan.training import checkpoint
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
             shape["model"], img_size=28, target_width=64, model_args=shape["model_args"]
         )
         about = shape | {"mean": MEAN, "std": STD}
-        file = Path(folder, checkpoint.ENCODER)
-        checkpoint.save_encoder(file, student.encoder, about)
+        file = Path(folder, ENCODER)
+        save_encoder(file, student.encoder, about)
         timms = linear_probe(checkpoint="random", like=folder, **probe)["top1"]
         ours = linear_probe(checkpoint=folder, **probe)["top1"]
     lines = [f"Top-1: {timms} % as timm initialises it, {ours} % with the student's weights."]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
     from milan.evaluation.linear_probe import linear_probe
+    from milan.models.export import load_encoder
+    from milan.models.published import load_published
     from milan.store.cache import TargetCache
-    from milan.training.checkpoint import load_encoder, load_published
     from milan.training.pretrain import pretrain
 
 _HOME = {
@@ -26,8 +27,8 @@ _HOME = {
     "ProbeConfig": "milan.config",
     "TargetCache": "milan.store.cache",
     "linear_probe": "milan.evaluation.linear_probe",
-    "load_encoder": "milan.training.checkpoint",
-    "load_published": "milan.training.checkpoint",
+    "load_encoder": "milan.models.export",
+    "load_published": "milan.models.published",
     "open_cache": "milan.data.dataset",
     "pretrain": "milan.training.pretrain",
 }

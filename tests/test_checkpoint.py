@@ -18,16 +18,12 @@ from milan.core.atomic import write_json
 from milan.core.device import MEAN, STD
 from milan.core.distributed import Ranks
 from milan.errors import CacheError, ConfigError, TrainError
+from milan.models.export import load_encoder, read_about, save_encoder
 from milan.models.masking import random_mask
+from milan.models.published import load_published
 from milan.models.student import Student, build_student
 from milan.training import checkpoint
-from milan.training.checkpoint import (
-    load_encoder,
-    load_published,
-    read_about,
-    save_encoder,
-    whole_weights,
-)
+from milan.training.checkpoint import whole_weights
 from milan.training.loop import decay_groups
 
 VIT = "vit_base_patch16_224"

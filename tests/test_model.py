@@ -14,17 +14,12 @@ from torch import nn
 
 from milan.core.device import MEAN, STD
 from milan.errors import ConfigError
-from milan.models.encoder import _embedded
+from milan.models.decoder import Decoder
+from milan.models.encoder import _embedded, build_encoder, encode, sincos_positions
+from milan.models.export import load_encoder, save_encoder
 from milan.models.masking import Mask, random_mask
-from milan.models.student import (
-    Decoder,
-    Student,
-    build_encoder,
-    build_student,
-    encode,
-    sincos_positions,
-)
-from milan.training.checkpoint import load_encoder, save_encoder, whole_weights
+from milan.models.student import Student, build_student
+from milan.training.checkpoint import whole_weights
 from milan.training.loop import decay_groups
 
 VIT = "vit_base_patch16_224"

@@ -28,7 +28,8 @@ from milan import PretrainConfig
 from milan.core.distributed import Ranks
 from milan.data.order import Order
 from milan.errors import TrainError
-from milan.models.student import DECODER, Decoder, build_student
+from milan.models.decoder import DECODER, Decoder
+from milan.models.student import build_student
 from milan.store.cache import TargetCache
 from milan.training import build as task
 from milan.training.loop import decay_groups

@@ -21,7 +21,7 @@ import pipeline.extract
 from milan.errors import ConfigError
 from milan.images.decode import decode
 from milan.images.views import View, render
-from milan.models.student import encode
+from milan.models.encoder import encode
 from milan.store.cache import TargetCache
 from pipeline.config import ExtractConfig
 

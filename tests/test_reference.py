@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from milan.models.encoder import encode
 from milan.models.masking import Mask, importance_mask
-from milan.models.student import encode
+from milan.models.published import load_published, our_name
 from milan.objectives.features import feature_regression
-from milan.training.checkpoint import load_published, our_name
 from milan.training.optim import learning_rate
 from pipeline.teachers.load import TeacherSpec, load_teacher
 

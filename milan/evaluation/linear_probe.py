@@ -27,7 +27,7 @@ from milan.images.manifest import Manifest, build_manifest, data_root, resolve_d
 from milan.images.source import ImageSource
 from milan.images.views import centre_view, render
 from milan.models.encoder import create_vit, encode, pooled_features
-from milan.training.checkpoint import load_encoder, read_about
+from milan.models.export import load_encoder, read_about
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images
 _HELD_OUT = 10  # one image in ten chooses the strength

@@ -25,6 +25,7 @@ from milan.data import changed_images
 from milan.data.dataset import CachedDataset, training_loader
 from milan.data.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
 from milan.errors import ConfigError
+from milan.models.export import ENCODER, save_encoder
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
 from milan.reporting import trackers
@@ -373,7 +374,7 @@ def _finish(
         "teacher": targets.attributes["about"],
         "milan": version("milan-pretrain"),
     }
-    checkpoint.save_encoder(run / checkpoint.ENCODER, weights, encoder)
+    save_encoder(run / ENCODER, weights, encoder)
     lines = kept_lines(run, figures["step"])
     write_curves(run, lines)
     path = run / runs.METRICS

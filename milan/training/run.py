@@ -27,6 +27,7 @@ from milan.core.atomic import ensure_writable, lock_folder, write_json
 from milan.core.progress import Progress
 from milan.data import changed_images
 from milan.errors import CacheError, TrainError
+from milan.models.export import ENCODER
 from milan.reporting.log import CURVES, LOG, SHEET
 from milan.store.cache import TargetCache
 from milan.training import checkpoint
@@ -55,7 +56,7 @@ def step_to_resume(
     """
     there, saved = (run / ABOUT).exists(), checkpoint.steps(run)
     # What a run leaves at its end, or what is not ours: lost, if this run began here at step 0.
-    ends = [checkpoint.ENCODER, METRICS]
+    ends = [ENCODER, METRICS]
     ends += [] if there else [LOG, CURVES, "tensorboard", checkpoint.FOLDER]
     kept = [name for name in ends if (run / name).exists()]
     if kept and not (saved and there) and not overwrite and resume == "auto":
@@ -94,7 +95,7 @@ def writable(run: Path) -> None:
 def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: dict) -> None:
     """Make the folder, which is claimed, that of a new run; what a run left there before goes."""
     shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", checkpoint.ENCODER, changed_images.CSV):
+    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, changed_images.CSV):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
     facts = {

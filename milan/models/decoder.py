@@ -1,0 +1,137 @@
+"""The decoder: predicts every token from the visible ones, by prompting (MILAN) or plainly (MAE).
+
+B views, N patches = V visible + M masked, T = 1 + N tokens with the class token first (T = N
+where the encoder has none), E encoder width, D decoder width, C target width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+from milan.errors import ConfigError
+from milan.models.encoder import run_block, sincos_positions
+from milan.models.masking import Mask
+
+DECODERS: Final = ("prompt", "mae")
+DECODER: Final = {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}
+"""The published decoder, the same for every size of encoder (MILAN, models_milan.py)."""
+_EPS: Final = 1e-6
+
+
+class PromptAttention(nn.Module):
+    """Masked tokens ask; visible tokens (the prompts) and masked tokens answer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.fused_attn = True  # timm's name, so that one setting serves both
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Prompts [B, 1 + V, D] and normed masked tokens [B, M, D] to [B, M, D]."""
+        b, m, d = x.shape
+        q = self.q(x).view(b, m, self.heads, -1).transpose(1, 2)
+        kv = self.kv(torch.cat([prompts, x], dim=1))
+        k, v = kv.view(b, kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(b, m, d))
+
+
+class PromptBlock(nn.Module):
+    """A pre-norm block that updates masked tokens only. Prompts stay raw: no norm touches them."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
+        self.attn = PromptAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[B, 1 + V, D], [B, M, D] to [B, M, D]."""
+        x = x + self.attn(prompts, self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def _mae_block(width: int, heads: int, mlp_ratio: float) -> nn.Module:
+    norm: Any = partial(nn.LayerNorm, eps=_EPS)
+    return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+
+
+class Decoder(nn.Module):
+    """Predicts all T tokens from the encoded visible ones.
+
+    kind `prompt` (MILAN, section 3.2): visible tokens are fixed prompts, only masked tokens are
+    updated. kind `mae`: every token is updated by plain self-attention (MAE). Without
+    `class_token` there is none among the tokens, and none is predicted.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        encoder_width: int,
+        grid: int,
+        target_width: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        class_token: bool = True,
+    ) -> None:
+        super().__init__()
+        if kind not in DECODERS:
+            raise ConfigError(f"decoder {kind!r}", expected=" or ".join(DECODERS))
+        if embed_dim % num_heads:
+            raise ConfigError(
+                f"decoder width {embed_dim} with {num_heads} heads",
+                expected="a width that the heads divide",
+                fix="--set decoder.num_heads=…",
+            )
+        self.kind, self.class_token = kind, class_token
+        self.embed = nn.Linear(encoder_width, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)
+        block = PromptBlock if kind == "prompt" else _mae_block
+        blocks = [block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, eps=_EPS)
+        self.pred = nn.Linear(embed_dim, target_width)
+
+    def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
+        """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first."""
+        z = self.embed(latent)
+        b, _, d = z.shape
+        # Tokens are kept as [class, visible | masked]; attention does not care for their order,
+        # so they go back to raster order once, at the end.
+        order = mask.visible + 1
+        if self.class_token:
+            order = torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
+        position = self.pos_embed.to(z.dtype).expand(b, -1, -1)
+        prompts = z + position.gather(1, order[..., None].expand(-1, -1, d))
+        masked = self.mask_token.to(z.dtype) + position.gather(
+            1, mask.masked[..., None].expand(-1, -1, d) + 1
+        )
+        if self.kind == "prompt":
+            for block in self.blocks:
+                masked = run_block(block, prompts, masked, recompute=recompute)
+            tokens = torch.cat([prompts, masked], dim=1)
+        else:
+            tokens = torch.cat([prompts, masked], dim=1)
+            for block in self.blocks:
+                tokens = run_block(block, tokens, recompute=recompute)
+        raster = torch.cat([order, mask.masked + 1], dim=1).argsort(dim=1)
+        prediction = self.pred(self.norm(tokens))
+        return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))

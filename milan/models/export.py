@@ -1,0 +1,95 @@
+"""The encoder in the form others use: encoder.safetensors, which timm loads as it is.
+
+The header says what is needed to use it (model, arguments, mean, std, input size) and where it
+comes from. No pickles: nothing here can run code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+
+from milan.errors import CacheError
+from milan.models.encoder import build_encoder
+
+ENCODER = "encoder.safetensors"
+"""The file in a run's folder."""
+
+
+def save_encoder(path: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write the weights of an encoder (`whole_weights`) with what is needed to use it.
+
+    `about`: model (timm name), model_args, mean, std, input_size, and whatever tells its origin;
+    kept as JSON strings in the header.
+    """
+    data = serialise(weights, metadata={k: json.dumps(v) for k, v in about.items()})
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(_same_header(data))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _same_header(data: bytes) -> bytes:
+    """A safetensors file with its header's keys in order.
+
+    The library writes metadata in an order that changes from call to call; the same encoder must
+    be the same bytes, or DVC takes it for another.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format's alignment of what follows
+    return len(encoded).to_bytes(8, "little") + encoded + data[8 + length :]
+
+
+def read_about(run: str | Path) -> dict[str, Any]:
+    """What an encoder.safetensors (or the run that holds it) says of itself in its header."""
+    path = _encoder_file(run)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (SafetensorError, ValueError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from None
+    if "model" not in about:
+        raise CacheError(
+            f"{path} was not written by milan", expected="an encoder of milan pretrain"
+        )
+    return about
+
+
+def _encoder_file(run: str | Path) -> Path:
+    path = Path(run)
+    path = path / ENCODER if path.is_dir() else path
+    if not path.is_file():
+        raise CacheError(f"no {ENCODER} at {run}", expected="the folder of a finished pretraining")
+    return path
+
+
+def load_encoder(run: str | Path) -> Any:
+    """The pretrained encoder of a run (its folder, or an encoder.safetensors), in eval mode.
+
+    A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
+    """
+    about = read_about(run)
+    weights = load_file(_encoder_file(run))
+    size = about["input_size"]
+    encoder = build_encoder(about["model"], img_size=size, args=about["model_args"])
+    encoder.load_state_dict(weights, strict=True)
+    encoder.pretrained_cfg = {
+        **encoder.pretrained_cfg,
+        "mean": tuple(about["mean"]),
+        "std": tuple(about["std"]),
+        "input_size": (3, size, size),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+    }
+    return encoder.eval()
