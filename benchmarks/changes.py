@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ from benchmarks.step import ours
 from milan.models import encoder, kernels
 from milan.models import student as model
 from milan.models.kernels import choose_kernels, has_onednn
-from milan.training.loop import decay_groups
+from milan.training.optim import decay_groups
 
 _STUDENT = "benchmarks.step.choose_kernels"  # is called with the student of a step
 
@@ -56,8 +55,8 @@ def _reversed(tokens: torch.Tensor) -> torch.Tensor:
     return order[None, :, None].expand_as(tokens)
 
 
-def _plain_adamw(student: torch.nn.Module, config: Any, _: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(decay_groups(student, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
+def _plain_adamw(student: torch.nn.Module, *_: Any, weight_decay: float, **__: Any) -> Any:
+    return torch.optim.AdamW(decay_groups(student, weight_decay), lr=0.0, betas=(0.9, 0.95))
 
 
 class _Zeroing(torch.optim.AdamW):
@@ -66,7 +65,7 @@ class _Zeroing(torch.optim.AdamW):
 
 
 def _at_once(config: Any, *_: Any) -> Any:
-    return replace(config, micro_batch=config.batch_size)
+    return config.batch_size
 
 
 _PAYS = kernels.prefers_onednn()
@@ -83,13 +82,13 @@ OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
         "tokens reordered in every decoder block",
         lambda: patch.object(model, "PromptAttention", _Raster),
     ),
-    "adamw": ("AdamW by its default", lambda: patch("benchmarks.step.optimiser_of", _plain_adamw)),
+    "adamw": ("AdamW by its default", lambda: patch("benchmarks.step.adamw", _plain_adamw)),
     "zeroed": ("gradients zeroed, not freed", lambda: patch.object(torch.optim, "AdamW", _Zeroing)),
     "products": (
         f"products by {'MKL' if _PAYS else 'oneDNN'}",
-        lambda: patch.object(kernels, "onednn_pays", lambda: not _PAYS and has_onednn()),
+        lambda: patch.object(kernels, "prefers_onednn", lambda: not _PAYS and has_onednn()),
     ),
-    "micro": ("the batch at once", lambda: patch("benchmarks.step.in_micro_batches", _at_once)),
+    "micro": ("the batch at once", lambda: patch("benchmarks.step.micro_batch_of", _at_once)),
     "compiled": ("torch.compile", lambda: patch(_STUDENT, _compiled)),
 }
 """Name: (what is done the other way, a context in which a step is built and run so)."""

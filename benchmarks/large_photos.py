@@ -24,8 +24,10 @@ from PIL import Image
 
 from benchmarks.measure import parser, photos, ratio, report
 from milan.core.progress import NoProgress
-from milan.data.dataset import open_cache, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.data.dataset import open_cache
+from milan.data.loader import training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from pipeline.config import ExtractConfig
 from pipeline.estimate.decoding import measure_decoding
 from pipeline.extract import extract_targets

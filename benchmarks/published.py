@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from milan.models.student import build_student
 from milan.objectives.resample import resampled_attention, resampled_features
-from milan.training.loop import decay_groups
+from milan.training.optim import decay_groups
 
 
 class QuickGELU(nn.Module):

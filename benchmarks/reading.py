@@ -27,8 +27,10 @@ import zarr
 
 from benchmarks.measure import interleaved, parser, photos, ratio, report
 from benchmarks.synthetic import make_store
-from milan.data.dataset import open_cache, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.data.dataset import open_cache
+from milan.data.loader import training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.images.manifest import SCHEMA, Manifest, build_manifest
 from milan.store.cache import TargetCache, Targets
 from milan.store.generation import open_array
@@ -121,11 +123,12 @@ def peak(store: Path, reading: bool) -> float:
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
         "from milan.store.cache import TargetCache; from milan.data.order import *\n"
+        "from milan.data.sampler import StepSampler\n"
         "cache = TargetCache(sys.argv[1]); cache.manifest\n"
         "if sys.argv[2] == 'True':\n"
         "    order = order_of(cache, seed=0, batch_size=64)\n"
         "    steps = min(100, order.steps * 20)\n"
-        "    for _, rows, views in StepSampler(order, start=0, stop=steps, micro=64):\n"
+        "    for _, _, rows, views, _ in StepSampler(order, start=0, stop=steps, micro=64):\n"
         "        cache.read(rows, views)\n"
         "status = Path('/proc/self/status').read_text()\n"
         "print(status.split('VmHWM:')[1].split()[0])\n"

@@ -24,12 +24,11 @@ from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.published import TOWERS, Published
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD, autocast, normalise
-from milan.data.dataset import Batch
+from milan.data.loader import Batch
 from milan.models.kernels import choose_kernels
 from milan.store.codecs import CODECS
-from milan.training.build import loss_function, optimiser_of, student_of
-from milan.training.loop import gradient_norm
-from milan.training.pretrain import in_micro_batches, resolve_defaults
+from milan.training.build import micro_batch_of, resolve_defaults, student_of
+from milan.training.optim import adamw, gradient_norm
 from pipeline.teachers.load import TeacherSpec, load_teacher
 
 PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
@@ -48,7 +47,7 @@ def ours(
     """The step of `milan pretrain`, on one batch of random targets."""
     about = TOWERS[tower]
     patches, channels = (224 // about["patch"]) ** 2, about["joint"]
-    config = resolve_defaults(
+    settings = resolve_defaults(
         PretrainConfig(
             batch_size=size,
             micro_batch=micro,
@@ -63,12 +62,12 @@ def ours(
         spec=SimpleNamespace(channels=channels, tokens=1 + patches),
         view_spec=SimpleNamespace(size=224),
     )
-    student = student_of(config, targets).to(device).train()
-    config = in_micro_batches(config, student, device)
-    at_once = config.micro_batch or size
+    student = student_of(settings, targets).to(device).train()
+    config = settings.config
+    at_once = micro_batch_of(config, student, device)
     choose_kernels(student, device, precision)
-    optimiser = optimiser_of(student, config, device)
-    objective = loss_function(student, config, targets, device)
+    optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
+    objective = settings.objective(targets)
     codes, scale = codec.encode(torch.randn(at_once, 1 + patches, channels))
     batch = Batch(
         torch.randint(0, 256, (at_once, 224, 224, 3), dtype=torch.uint8),
@@ -84,7 +83,7 @@ def ours(
         optimiser.zero_grad(set_to_none=True)
         for _ in range(size // at_once):
             with autocast(device, precision):
-                loss = objective(batch) * (at_once / size)
+                loss = objective(student, batch.to(device)) * (at_once / size)
             loss.backward()
         norm = gradient_norm(student)
         optimiser.step()

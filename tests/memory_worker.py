@@ -13,12 +13,12 @@ import torch
 
 from milan.config import PretrainConfig
 from milan.core.device import autocast
-from milan.data.dataset import Batch
+from milan.data.loader import Batch
 from milan.models.kernels import choose_kernels
 from milan.store.codecs import CODECS
-from milan.training.build import loss_function, optimiser_of, student_of
+from milan.training.build import Settings, micro_batch_of, resolve_defaults, student_of
 from milan.training.memory import peak_bytes
-from milan.training.pretrain import in_micro_batches, resolve_defaults
+from milan.training.optim import adamw
 
 CPU = torch.device("cpu")
 SIZE, PATCHES, CHANNELS = 96, 144, 64
@@ -36,17 +36,17 @@ def status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def student_for(config: PretrainConfig) -> Any:
-    student = student_of(config, TARGETS)
-    choose_kernels(student, CPU, config.precision)
+def student_for(settings: Settings) -> Any:
+    student = student_of(settings, TARGETS)
+    choose_kernels(student, CPU, settings.precision)
     return student
 
 
-def take(config: PretrainConfig) -> None:
-    """Two steps."""
-    student, count = student_for(config), config.micro_batch or 0
-    optimiser = optimiser_of(student, config, CPU)
-    loss_of = loss_function(student, config, TARGETS, CPU)
+def take(settings: Settings, count: int) -> None:
+    """Two steps, in micro-batches of `count` images."""
+    student, config = student_for(settings), settings.config
+    optimiser = adamw(student, CPU, weight_decay=config.weight_decay, beta2=config.beta2)
+    objective = settings.objective(TARGETS)
     batch = Batch(
         torch.zeros(count, SIZE, SIZE, 3, dtype=torch.uint8),
         torch.ones(count, PATCHES),
@@ -59,28 +59,28 @@ def take(config: PretrainConfig) -> None:
     for _ in range(2):
         optimiser.zero_grad(set_to_none=True)
         for _ in range(config.batch_size // count):
-            with autocast(CPU, config.precision):
-                loss = loss_of(batch)
+            with autocast(CPU, settings.precision):
+                loss = objective(student, batch)
             loss.backward()
         optimiser.step()
 
 
 def main() -> None:
-    settings = {
+    given = {
         "model_args": {"patch_size": 8, "embed_dim": 64, "num_heads": 2, "depth": 12},
         "decoder": {"embed_dim": 64, "num_heads": 2, "depth": 8},
         **json.loads(sys.argv[1]),
     }
-    config = resolve_defaults(PretrainConfig(**settings), CPU)
-    student = student_for(config)
-    config = in_micro_batches(config, student, CPU)
-    predicted = peak_bytes(student, config, TARGETS, CPU)
+    settings = resolve_defaults(PretrainConfig(**given), CPU)
+    student = student_for(settings)
+    count = micro_batch_of(settings.config, student, CPU)
+    predicted = peak_bytes(student, settings, TARGETS, CPU, count)
     del student
-    take(config)  # libraries take what they take at the first step; it is not the student's
+    take(settings, count)  # what libraries take at the first step is not the student's
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = status("VmRSS")
-    take(config)
+    take(settings, count)
     print(json.dumps([predicted, status("VmHWM") - before]))
 
 

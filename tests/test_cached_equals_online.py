@@ -13,14 +13,13 @@ from conftest import STUDENT, TEACHER
 from safetensors.torch import save_file
 
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, normalise
-from milan.data.dataset import Batch, CachedDataset, open_cache, training_loader
-from milan.data.order import StepSampler, order_of
-from milan.models.masking import visible_count
+from milan.data.dataset import CachedDataset, open_cache
+from milan.data.loader import Batch, training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.objectives.features import feature_regression
-from milan.training.build import loss_function, predict, student_of
-from milan.training.loop import decay_groups
-from milan.training.pretrain import resolve_defaults
+from milan.training.build import resolve_defaults, student_of
+from milan.training.optim import decay_groups
 from pipeline.extract import extract_targets
 from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
 
@@ -83,7 +82,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     """Twenty AdamW steps from the cache, by pretraining's own parts; the teacher looks on."""
     cache = dataset.cache
-    config = resolve_defaults(
+    settings = resolve_defaults(
         PretrainConfig(
             epochs=10,
             batch_size=BATCH,
@@ -93,23 +92,20 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
         ),
         torch.device("cpu"),
     )
-    order = order_of(cache, seed=config.seed, batch_size=BATCH)
-    student = student_of(config, cache)
-    objective = loss_function(student, config, cache, torch.device("cpu"))
+    order = order_of(cache, seed=settings.config.seed, batch_size=BATCH)
+    student = student_of(settings, cache)
+    objective = settings.objective(cache)
     optimiser = torch.optim.AdamW(
-        decay_groups(student, config.weight_decay), lr=1e-3, betas=(0.9, config.beta2)
+        decay_groups(student, settings.config.weight_decay), lr=1e-3, betas=(0.9, 0.95)
     )
     sampler = StepSampler(order, start=0, stop=STEPS, micro=BATCH)
-    visible = visible_count(cache.spec.tokens - 1, config.mask_ratio)
 
     def online(batch: Batch, features: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        images = normalise(batch.pixels, MEAN, STD)
-        seen = batch._replace(attention=attention)
-        prediction, mask = predict(student, images, seen, config.masking, visible)
-        _, cached_mask = predict(student, images, batch, config.masking, visible)
-        assert torch.equal(mask.visible, cached_mask.visible)
-        assert torch.equal(mask.masked, cached_mask.masked)
-        return feature_regression(prediction, features)
+        prediction = objective.predict(student, batch._replace(attention=attention))
+        cached = objective.mask(batch)
+        assert torch.equal(prediction.mask.visible, cached.visible)
+        assert torch.equal(prediction.mask.masked, cached.masked)
+        return feature_regression(prediction.tokens, features)
 
     found, seen = [], set()
     for batch in training_loader(dataset, sampler, features=True, num_workers=0):
@@ -124,9 +120,9 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
             codes=torch.from_numpy(elsewhere.codes),
             scale=None if elsewhere.scale is None else torch.from_numpy(elsewhere.scale),
         )
-        other = gradient(student, objective(wrong))
+        other = gradient(student, objective(student, wrong))
 
-        loss = objective(batch)
+        loss = objective(student, batch)
         cached = gradient(student, loss)
         optimiser.step()
         found.append(

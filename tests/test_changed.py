@@ -18,8 +18,8 @@ from milan.core.signals import Stop
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import open_cache
 from milan.errors import ConfigError, DataError
+from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
-from milan.training import build as task
 
 RUN: dict[str, Any] = {
     **STUDENT, "epochs": 4, "batch_size": 8, "num_workers": 0, "lr": 1e-3, "save_every": 2,
@@ -37,14 +37,14 @@ def copied(photos: Path, tmp_path: Path) -> Path:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(row, view) of every image that a student is shown."""
     shown: list[tuple[int, int]] = []
-    predict = task.predict
+    predict = Objective.predict
 
-    def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+    def watched(objective: Any, student: Any, batch: Any) -> Any:
         if student.training:
             shown.extend(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
-        return predict(student, images, batch, *rest)
+        return predict(objective, student, batch)
 
-    monkeypatch.setattr(task, "predict", watched)
+    monkeypatch.setattr(Objective, "predict", watched)
     return shown
 
 

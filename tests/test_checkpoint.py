@@ -24,7 +24,7 @@ from milan.models.published import load_published
 from milan.models.student import Student, build_student
 from milan.training import checkpoint
 from milan.training.checkpoint import whole_weights
-from milan.training.loop import decay_groups
+from milan.training.optim import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from milan.core.rng import mask_noise
 from milan.data import dataset as data
-from milan.data.dataset import Batch, CachedDataset, find_root, open_cache, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.data.dataset import CachedDataset, find_root, open_cache
+from milan.data.loader import Batch, training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.errors import CacheError, DataError
 from milan.images.decode import decode
 from milan.images.views import View, render, view_of
-from milan.models.masking import mask_noise
 from milan.store import generation
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation

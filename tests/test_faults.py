@@ -28,11 +28,13 @@ import milan
 from milan.config import PretrainConfig
 from milan.core.launch import launch
 from milan.core.progress import Progress
-from milan.data.order import StepSampler
+from milan.data.sampler import StepSampler
 from milan.errors import CacheError, ConfigError, DataError, MilanError, TrainError
-from milan.training import build as task
+from milan.objectives import features as features_module
+from milan.objectives.base import Objective
+from milan.store.cache import TargetCache
 from milan.training import checkpoint
-from milan.training.pretrain import open_stream, resolve_defaults
+from milan.training.build import run_order
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "micro_batch": 2, "log_every": 1, "save_every": 2}
@@ -73,7 +75,7 @@ def same_as(alone: Path, run: Path) -> None:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, calls: set[int], how: str = "loss") -> None:
     """Micro-batches, counted from 1, whose loss or whose gradient alone is not finite."""
-    count, regression = 0, task.feature_regression
+    count, regression = 0, features_module.feature_regression
 
     def breaks(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         nonlocal count
@@ -85,7 +87,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, calls: set[int], how: str = "loss") 
             return loss * math.inf
         return loss + (prediction.sum() * 0).sqrt()  # 0, with a slope of 0 * inf
 
-    monkeypatch.setattr(task, "feature_regression", breaks)
+    monkeypatch.setattr(features_module, "feature_regression", breaks)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
@@ -163,12 +165,11 @@ def two_ranks(store: Path, calls: set[int], progress: Progress, **settings: Any)
 
 def rows_of(store: Path, run: dict[str, Any], step: int, rank: int) -> str:
     """The rows and views that a rank of two is given at a step."""
-    order, _ = open_stream(
-        resolve_defaults(PretrainConfig(cache=str(store), **run), torch.device("cpu"))
-    )
+    order = run_order(PretrainConfig(cache=str(store), **run), TargetCache(store))
     sampler = StepSampler(order, start=step, stop=step + 1, micro=4, rank=rank, ranks=2)
-    ((_, rows, views),) = sampler
-    return ", ".join(f"{row}.{view}" for row, view in zip(rows, views, strict=True))
+    (address,) = sampler
+    pairs = zip(address.rows, address.views, strict=True)
+    return ", ".join(f"{row}.{view}" for row, view in pairs)
 
 
 def test_a_rank_whose_loss_is_not_finite(
@@ -392,7 +393,7 @@ def test_memory_runs_out(
     def full(*_: Any) -> None:
         raise kind(text)
 
-    monkeypatch.setattr(task, "predict", full)
+    monkeypatch.setattr(Objective, "predict", full)
     with pytest.raises(TrainError, match="memory is full") as error:
         milan.pretrain(str(store), **{**RUN, "out": str(tmp_path), "micro_batch": 4})
     assert text.splitlines()[0] in error.value.found
@@ -408,7 +409,7 @@ def test_other_errors_are_left_alone(
     def wrong(*_: Any) -> None:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(task, "predict", wrong)
+    monkeypatch.setattr(Objective, "predict", wrong)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         milan.pretrain(str(store), **{**RUN, "out": str(tmp_path)})
 

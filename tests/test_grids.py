@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from torch.nn import functional as F
 
 import milan
 from milan.config import PretrainConfig
-from milan.data.dataset import CachedDataset, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.core.rng import mask_noise
+from milan.data.dataset import CachedDataset
+from milan.data.loader import training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
-from milan.models.masking import mask_noise
+from milan.models.student import Student
 from milan.objectives.resample import resampled_attention, resampled_features
 from milan.store.cache import TargetCache
-from milan.training.build import loss_function, student_of
-from milan.training.pretrain import resolve_defaults
+from milan.training.build import Settings, resolve_defaults, student_of
 
 PAIRS = [(16, 14), (7, 14), (14, 16), (16, 4), (4, 6), (5, 5), (1, 3)]
 """Patches along an edge, the teacher's and the student's."""
@@ -114,10 +117,10 @@ def test_halves_are_not_computed_in_halves() -> None:
         assert torch.equal(a, b)
 
 
-def config_of(patch: int, **settings: object) -> PretrainConfig:
+def settings_of(patch: int, **changes: object) -> Settings:
     args = {**STUDENT["model_args"], "patch_size": patch}
     config = PretrainConfig(
-        model_args=args, decoder=STUDENT["decoder"], batch_size=8, epochs=1, **settings
+        model_args=args, decoder=STUDENT["decoder"], batch_size=8, epochs=1, **changes
     )  # type: ignore[arg-type]
     return resolve_defaults(config, torch.device("cpu"))
 
@@ -126,9 +129,9 @@ def config_of(patch: int, **settings: object) -> PretrainConfig:
 @pytest.mark.parametrize("objective", ["milan", "pixels"])
 def test_student_of_another_grid_trains(cache: TargetCache, patch: int, objective: str) -> None:
     """Noise of the student's patches, targets resampled; the loss is that of the definition."""
-    config = config_of(patch, objective=objective, mask_ratio=0.5)
-    dataset, device = CachedDataset(cache), torch.device("cpu")
-    student = student_of(config, cache)
+    settings = settings_of(patch, objective=objective, mask_ratio=0.5)
+    dataset = CachedDataset(cache)
+    student = student_of(settings, cache)
     assert student.patches == (32 // patch) ** 2 != cache.spec.tokens - 1
     order = order_of(cache, seed=0, batch_size=8)
     sampler = StepSampler(order, start=0, stop=1, micro=8)
@@ -138,7 +141,7 @@ def test_student_of_another_grid_trains(cache: TargetCache, patch: int, objectiv
     rows, views = batch.rows.numpy(), batch.views.numpy()
     noise = mask_noise(0, rows * 0, rows, views, student.patches)
     assert torch.equal(batch.noise, torch.from_numpy(noise))
-    loss = loss_function(student, config, cache, device)(batch)
+    loss = settings.objective(cache)(student, batch)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
@@ -157,9 +160,9 @@ def test_a_run_on_another_grid(store: Path, tmp_path: Path) -> None:
 def test_patches_that_do_not_tile_the_view(cache: TargetCache) -> None:
     """Still refused, before anything is written."""
     with pytest.raises(ConfigError, match="do not tile 32"):
-        student_of(config_of(5), cache)
+        student_of(settings_of(5), cache)
     with pytest.raises(ConfigError, match="visible"):
-        student_of(config_of(16, mask_ratio=0.9), cache)
+        student_of(settings_of(16, mask_ratio=0.9), cache)
 
 
 def test_what_a_student_is_asked_about_its_patches(cache: TargetCache) -> None:
@@ -167,8 +170,12 @@ def test_what_a_student_is_asked_about_its_patches(cache: TargetCache) -> None:
     siglip = {**STUDENT["model_args"], "global_pool": "avg"}
     del siglip["patch_size"]
     config = PretrainConfig("", model="vit_base_patch16_siglip_224", model_args=siglip)
-    assert student_of(replace(config, objective="pixels"), cache).patches == 4
+
+    def student(**changes: Any) -> Student:
+        return student_of(resolve_defaults(replace(config, **changes), torch.device("cpu")), cache)
+
+    assert student(objective="pixels").patches == 4
     with pytest.raises(ConfigError, match="global_pool=avg"):
-        student_of(replace(config, model_args={"depth": 1}), cache)
+        student(model_args={"depth": 1})
     with pytest.raises(ConfigError, match="img_size=224; expected: 32"):
-        student_of(replace(config, model_args=siglip | {"img_size": 224}), cache)
+        student(model_args=siglip | {"img_size": 224})

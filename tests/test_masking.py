@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from milan.core.rng import mask_noise
 from milan.errors import ConfigError
 from milan.models import masking
-from milan.models.masking import Mask, importance_mask, mask_noise, random_mask, visible_count
+from milan.models.masking import Mask, importance_mask, random_mask, visible_count
 
 
 def noise(count: int, patches: int, seed: int = 0) -> torch.Tensor:

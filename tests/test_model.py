@@ -20,7 +20,7 @@ from milan.models.export import load_encoder, save_encoder
 from milan.models.masking import Mask, random_mask
 from milan.models.student import Student, build_student
 from milan.training.checkpoint import whole_weights
-from milan.training.loop import decay_groups
+from milan.training.optim import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

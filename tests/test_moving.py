@@ -13,10 +13,10 @@ from conftest import make_photos
 from test_pretrain import SMALL, Notes, log_of, weights
 
 import milan
-from milan.data.order import Stretches, order_of, validation_rows
+from milan.data.order import GrownOrder, draw_validation_rows, order_of
 from milan.errors import CacheError
+from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
-from milan.training import build as task
 from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "epochs": 5, "batch_size": 6, "log_every": 1}
@@ -65,14 +65,14 @@ def test_a_run_moves_on_at_the_next_epoch(
 ) -> None:
     """Epoch 1 ends as it began; from epoch 2 all images are seen; resumed, it is the same run."""
     seen: list[int] = []
-    predict = task.predict
+    predict = Objective.predict
 
-    def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+    def watched(objective: Any, student: Any, batch: Any) -> Any:
         if student.training:
             seen.extend(batch.rows.tolist())
-        return predict(student, images, batch, *rest)
+        return predict(objective, student, batch)
 
-    monkeypatch.setattr(task, "predict", watched)
+    monkeypatch.setattr(Objective, "predict", watched)
     run = tmp_path / "run"
     pretrain(grown, run, "small", stop_after=7)
     pretrain(grown, run, "large", on_growth="move", stop_after=5)
@@ -108,12 +108,12 @@ def test_where_steps_are_in_a_run_that_moved(grown: Path) -> None:
     small, large = (
         order_of(TargetCache(grown / name), seed=0, batch_size=6) for name in ("small", "large")
     )
-    moved = Stretches(((0, small), (2, large), (4, large)))
+    moved = GrownOrder(((0, small), (2, large), (4, large)))
     assert [moved.first_step(epoch) for epoch in range(6)] == [0, 4, 8, 14, 20, 26]
-    assert [moved.at(step) for step in (0, 3, 4, 7, 8, 13, 14, 20)] == [
+    assert [moved.position(step) for step in (0, 3, 4, 7, 8, 13, 14, 20)] == [
         (0, 0), (0, 3), (1, 0), (1, 3), (2, 0), (2, 5), (3, 0), (4, 0)
     ]  # fmt: skip
-    assert [moved.of_epoch(epoch) is large for epoch in range(5)] == [
+    assert [moved.for_epoch(epoch) is large for epoch in range(5)] == [
         False,
         False,
         True,
@@ -125,9 +125,12 @@ def test_where_steps_are_in_a_run_that_moved(grown: Path) -> None:
 def test_held_out_rows_keep_their_role(grown: Path) -> None:
     """What was held out of the small store is held out of the large one, and some of the new."""
     small, large = (TargetCache(grown / name) for name in ("small", "large"))
-    before = validation_rows(small, small.good_rows(), seed=0, share=0.4)
-    after = validation_rows(large, large.good_rows(), seed=0, share=0.7)
+    before = draw_validation_rows(small, small.good_rows(), seed=0, share=0.4)
+    after = draw_validation_rows(large, large.good_rows(), seed=0, share=0.7)
     assert len(before) == 8
     assert set(before) < set(after)
     assert (after >= 24).sum() == 8
-    assert validation_rows(small, small.good_rows(), seed=1, share=0.4).tolist() != before.tolist()
+    assert (
+        draw_validation_rows(small, small.good_rows(), seed=1, share=0.4).tolist()
+        != before.tolist()
+    )

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from milan.objectives.features import feature_regression, patchify, pixel_regression
+from milan.objectives.features import feature_regression
+from milan.objectives.pixels import patchify, pixel_regression
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

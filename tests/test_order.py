@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milan.data.order import Order, StepSampler, order_of, shuffle_quality
+from milan.data.order import Order, order_of, shuffle_quality
+from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
 from milan.store.cache import TargetCache
 
@@ -17,10 +18,10 @@ GOOD = np.array([0, 1, 2, 4, 5, 6, 7, 9, 10, 11])  # rows 3 and 8 of 12 are bad
 
 def order(**changes: object) -> Order:
     fields: dict[str, Any] = {
-        "good": GOOD, "shard_size": 4, "views": 3, "seed": 0, "batch_size": 4,
+        "train_rows": GOOD, "shard_size": 4, "views": 3, "seed": 0, "batch_size": 4,
         "window_rows": 131_072,
     } | changes  # fmt: skip
-    return Order(shards=fields["good"] // fields["shard_size"], **fields)
+    return Order(shards=fields["train_rows"] // fields["shard_size"], **fields)
 
 
 def test_an_epoch_is_a_permutation() -> None:
@@ -50,7 +51,7 @@ def test_k_epochs_see_every_view_once(views: int) -> None:
 def test_a_shard_reads_one_view_an_epoch() -> None:
     """Else an epoch would read parts of K times as many files."""
     good = np.arange(4000)
-    big = order(good=good, shard_size=100, views=4, batch_size=100)
+    big = order(train_rows=good, shard_size=100, views=4, batch_size=100)
     for epoch in range(3):
         rows, views = big.epoch(epoch)
         of_shard = [set(views[rows // 100 == shard].tolist()) for shard in range(40)]
@@ -61,14 +62,14 @@ def test_a_shard_reads_one_view_an_epoch() -> None:
 
 def test_rows_are_mixed_across_shards() -> None:
     """A batch must not come from one shard; a window too small would do that."""
-    big = order(good=np.arange(4000), shard_size=100, views=2, batch_size=100)
+    big = order(train_rows=np.arange(4000), shard_size=100, views=2, batch_size=100)
     rows, _ = big.epoch(0)
     assert min(len(set((batch // 100).tolist())) for batch in rows.reshape(40, 100)) > 25
 
 
 def test_windows_hold_whole_shards() -> None:
     """Of a store larger than a window, each shard is read within one window."""
-    small = order(good=np.arange(1000), shard_size=100, batch_size=10, window_rows=201)
+    small = order(train_rows=np.arange(1000), shard_size=100, batch_size=10, window_rows=201)
     rows, views = small.epoch(0)
     assert [len(rows) for rows, _ in small.windows(0)] == [300, 300, 300, 100]
     assert np.array_equal(np.concatenate([views for _, views in small.windows(0)]), views)
@@ -101,11 +102,14 @@ def test_steps_are_whole_batches() -> None:
 def walk(**changes: int) -> np.ndarray:
     """[images, 3]: (epoch, row, view) of every image that a rank meets, in order."""
     fields = {"start": 0, "stop": 7, "micro": 4} | changes
-    sampler = StepSampler(order(good=np.arange(30), batch_size=8), **fields)  # type: ignore[arg-type]
+    sampler = StepSampler(order(train_rows=np.arange(30), batch_size=8), **fields)  # type: ignore[arg-type]
     pieces = list(sampler)
     assert len(pieces) == len(sampler)
-    assert {len(rows) for _, rows, _ in pieces} <= {fields["micro"]}
-    met = [np.stack([np.full(len(rows), e), rows, views], axis=1) for e, rows, views in pieces]
+    assert {len(piece.rows) for piece in pieces} <= {fields["micro"]}
+    met = [
+        np.stack([np.full(len(piece.rows), piece.epoch), piece.rows, piece.views], axis=1)
+        for piece in pieces
+    ]
     return np.concatenate([np.empty((0, 3), np.int64), *met])
 
 
@@ -140,7 +144,7 @@ def test_seeking_is_walking() -> None:
 
 def test_a_step_is_rows_of_its_epoch() -> None:
     """Steps cut the epoch's stream from its beginning."""
-    rows, views = order(good=np.arange(30), batch_size=8).epoch(1)
+    rows, views = order(train_rows=np.arange(30), batch_size=8).epoch(1)
     fifth = walk()[8 * 4 : 8 * 5]
     assert np.array_equal(fifth, np.stack([np.ones(8), rows[8:16], views[8:16]], axis=1))
 
@@ -159,7 +163,9 @@ def test_shuffle_quality() -> None:
     assert shuffle_quality((shards[:, None] * 100 + np.arange(100)).reshape(-1)) < 0.02
     assert shuffle_quality(np.array([5])) == 1
     for window, expected in ((10_000, 1), (5_000, 0.5), (1_000, 0.1)):
-        stream, _ = order(good=rows, shard_size=100, batch_size=10, window_rows=window).epoch(0)
+        stream, _ = order(train_rows=rows, shard_size=100, batch_size=10, window_rows=window).epoch(
+            0
+        )
         assert shuffle_quality(stream) == pytest.approx(expected, rel=0.15)
 
 
@@ -185,12 +191,12 @@ def test_global_is_one_window(cache: TargetCache) -> None:
 
 def test_without_is_as_if_never_there() -> None:
     """Rows known before a run are left out like bad ones."""
-    fewer = order().dropped(np.array([4, 10]), GOOD[:0])
-    assert fewer.good.tolist() == [0, 1, 2, 5, 6, 7, 9, 11]
+    fewer = order().without(np.array([4, 10]), GOOD[:0])
+    assert fewer.train_rows.tolist() == [0, 1, 2, 5, 6, 7, 9, 11]
     assert fewer.shards.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert sorted(fewer.epoch(0)[0].tolist()) == fewer.good.tolist()
+    assert sorted(fewer.epoch(0)[0].tolist()) == fewer.train_rows.tolist()
     with pytest.raises(ConfigError, match="batch size 4 with 3 usable"):
-        order().dropped(GOOD[:7], GOOD[:0])
+        order().without(GOOD[:7], GOOD[:0])
 
 
 @pytest.mark.parametrize("batch_size", [4, 5])

@@ -30,11 +30,11 @@ from milan.data.order import Order
 from milan.errors import TrainError
 from milan.models.decoder import DECODER, Decoder
 from milan.models.student import build_student
+from milan.objectives import features as features_module
+from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
-from milan.training import build as task
-from milan.training.loop import decay_groups
-from milan.training.optim import Schedule, learning_rate
-from milan.training.pretrain import in_micro_batches, resolve_defaults
+from milan.training.build import micro_batch_of, resolve_defaults
+from milan.training.optim import Schedule, decay_groups, learning_rate
 from pipeline.extract import extract_targets
 
 SMALL: dict[str, Any] = {
@@ -255,7 +255,7 @@ def test_a_damaged_run_json(text: str, whole: Path, store: Path, tmp_path: Path)
     assert milan.pretrain(str(store), overwrite=True, **again)["step"] == 1
 
 
-def test_a_run_of_an_earlier_version(whole: Path, store: Path, tmp_path: Path) -> None:
+def test_a_run_json_without_its_parts(whole: Path, store: Path, tmp_path: Path) -> None:
     """Its folder is refused in one line, and --overwrite replaces it."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -263,7 +263,7 @@ def test_a_run_of_an_earlier_version(whole: Path, store: Path, tmp_path: Path) -
     kept = {k: v for k, v in told.items() if k not in ("id", "stretches", "targets")}
     (run / "run.json").write_text(json.dumps(kept | {"generations": 1}))
     again = {**SMALL, "out": str(run)}
-    with pytest.raises(TrainError, match=r"other settings \(milan: an earlier version") as error:
+    with pytest.raises(TrainError, match=r"run\.json is damaged") as error:
         milan.pretrain(str(store), **again)
     assert "--overwrite" in error.value.fix
     notes = Notes()
@@ -482,7 +482,7 @@ def test_a_loss_that_is_not_finite_stops(
 ) -> None:
     """The rows of the batch are named, the last checkpoint stays, and the run can go on."""
     calls, seen = 0, []
-    regression = task.feature_regression
+    regression = features_module.feature_regression
 
     def breaks(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -490,15 +490,15 @@ def test_a_loss_that_is_not_finite_stops(
         return regression(prediction, features) * (math.nan if calls == 6 else 1)
 
     again = {**SMALL, "out": str(tmp_path), "save_every": 4}
-    monkeypatch.setattr(task, "feature_regression", breaks)
-    batch_rows = task.predict
+    monkeypatch.setattr(features_module, "feature_regression", breaks)
+    predict = Objective.predict
 
-    def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+    def watched(objective: Any, student: Any, batch: Any) -> Any:
         pairs = zip(batch.rows.tolist(), batch.views.tolist(), strict=True)
         seen.append([f"{row}.{view}" for row, view in pairs])
-        return batch_rows(student, images, batch, *rest)
+        return predict(objective, student, batch)
 
-    monkeypatch.setattr(task, "predict", watched)
+    monkeypatch.setattr(Objective, "predict", watched)
     with pytest.raises(TrainError, match="loss of step 5 is nan") as stopped:
         milan.pretrain(str(store), **again)
     assert "the last checkpoint is step 4" in stopped.value.found
@@ -539,18 +539,18 @@ def test_bad_rows_are_left_out_by_plan(
         max_bad="2", **teacher_files,
     )  # fmt: skip
     seen: list[int] = []
-    predict = task.predict
+    predict = Objective.predict
 
-    def watched(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+    def watched(objective: Any, student: Any, batch: Any) -> Any:
         if student.training:
             seen.extend(batch.rows.tolist())
-        return predict(student, images, batch, *rest)
+        return predict(objective, student, batch)
 
-    monkeypatch.setattr(task, "predict", watched)
+    monkeypatch.setattr(Objective, "predict", watched)
     notes = Notes()
     run = {**SMALL, "out": str(tmp_path / "run"), "batch_size": 6, "epochs": 2}
     milan.pretrain(str(tmp_path / "t.zarr"), progress=notes, **run)
-    assert notes.line("left out by plan") == "left out by plan: 2 images without targets"
+    assert notes.line("left out") == "left out: 2 images without targets"
     bad = set(TargetCache(tmp_path / "t.zarr").bad)
     assert len(bad) == 2
     good = sorted(set(range(20)) - bad)
@@ -562,13 +562,14 @@ def test_bad_rows_are_left_out_by_plan(
 
 def test_the_defaults_are_the_published_recipe() -> None:
     """MILAN, table 8, and its PRETRAIN.sh, for ViT-B/16 and any batch."""
-    config = resolve_defaults(PretrainConfig(num_workers=0), torch.device("cpu"))
+    settings = resolve_defaults(PretrainConfig(num_workers=0), torch.device("cpu"))
+    config = settings.config
     assert config.model == "vit_base_patch16_224"
-    assert (config.epochs, config.warmup_epochs, config.batch_size) == (400, 40, 4096)
-    assert config.lr == pytest.approx(2.4e-3)
+    assert (config.epochs, settings.warmup_epochs, config.batch_size) == (400, 40, 4096)
+    assert settings.lr == pytest.approx(2.4e-3)
     assert (config.min_lr, config.weight_decay, config.beta2) == (0, 0.05, 0.95)
-    assert (config.mask_ratio, config.masking) == (0.75, "semantic")
-    assert (config.objective, config.decoder_kind, config.decoder) == ("milan", "prompt", {})
+    assert (config.mask_ratio, settings.masking) == (0.75, "semantic")
+    assert (config.objective, settings.decoder_kind, config.decoder) == ("milan", "prompt", {})
     assert DECODER == {
         "embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0
     }  # fmt: skip
@@ -584,7 +585,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
     [
         ("cuda", {"batch_size": 4096}, 1, 256, ""),
         ("cuda", {"batch_size": 4096, "micro_batch": 100}, 2, 64, ""),
-        ("cuda", {"batch_size": 514}, 2, 1, "none nearer to 256: --batch-size 512"),
+        ("cuda", {"batch_size": 514}, 2, 1, "nearer to 256; --batch-size 512"),
         ("cpu", {"batch_size": 4096}, 1, 16, ""),  # 20 would stay in the cache
         ("cpu", {"batch_size": 8}, 1, 8, ""),
         ("cpu", {"batch_size": 4096, "micro_batch": 256}, 1, 256, ""),
@@ -599,26 +600,25 @@ def test_micro_batches(device: str, given: dict, ranks: int, micro: int, said: s
         config.model, img_size=224, target_width=512, decoder=config.decoder,
         model_args={"depth": 1},
     )  # fmt: skip
-    config = in_micro_batches(resolve_defaults(config, where, some), student, where, some, notes)
-    assert config.micro_batch == micro
+    assert micro_batch_of(config, student, where, some, notes) == micro
     assert said in "".join(notes.lines) if said else not notes.lines
 
 
 def test_the_rate_of_every_step() -> None:
     """Per step, not per epoch, at the published length: 312 steps of 4,096 an epoch."""
     schedule = Schedule(
-        stream=Order(*[np.arange(312 * 4096)] * 2, 1, 1, 0, 4096, 1), epochs=400, accumulate=16,
+        data=Order(*[np.arange(312 * 4096)] * 2, 1, 1, 0, 4096, 1), epochs=400, accumulate=16,
         lr=2.4e-3, warmup_epochs=40, min_lr=0, precision="fp32", save_every=312, save_minutes=15,
         keep=2, log_every=10,
     )  # fmt: skip
-    assert schedule.rate(0) == 0
-    assert schedule.rate(20 * 312) == pytest.approx(1.2e-3)
-    assert schedule.rate(20 * 312 + 156) == pytest.approx(1.23e-3)
-    assert schedule.rate(40 * 312) == 2.4e-3
-    assert schedule.rate(220 * 312) == pytest.approx(1.2e-3)
-    assert schedule.rate(399 * 312) == pytest.approx(2.4e-3 * math.sin(math.pi / 720) ** 2)
-    assert schedule.rate(schedule.steps) == pytest.approx(0, abs=1e-12)
-    rates = [schedule.rate(step) for step in range(0, schedule.steps, 97)]
+    assert schedule.learning_rate(0) == 0
+    assert schedule.learning_rate(20 * 312) == pytest.approx(1.2e-3)
+    assert schedule.learning_rate(20 * 312 + 156) == pytest.approx(1.23e-3)
+    assert schedule.learning_rate(40 * 312) == 2.4e-3
+    assert schedule.learning_rate(220 * 312) == pytest.approx(1.2e-3)
+    assert schedule.learning_rate(399 * 312) == pytest.approx(2.4e-3 * math.sin(math.pi / 720) ** 2)
+    assert schedule.learning_rate(schedule.steps) == pytest.approx(0, abs=1e-12)
+    rates = [schedule.learning_rate(step) for step in range(0, schedule.steps, 97)]
     assert max(rates) <= 2.4e-3
     assert min(rates) >= 0
 

@@ -23,11 +23,12 @@ from milan.config import PretrainConfig
 from milan.core.distributed import Ranks, first_host, parallelise, sync_gradients
 from milan.core.progress import NoProgress
 from milan.core.signals import Stop
-from milan.data.dataset import training_loader
-from milan.data.order import JUDGED, REPEATED, Order, StepSampler, order_of
+from milan.data.loader import training_loader
+from milan.data.order import Order, order_of
+from milan.data.sampler import Address, Kind, StepSampler, split_over_ranks
 from milan.errors import ConfigError, MilanError, TrainError
 from milan.models.masking import importance_mask
-from milan.training import run as runs
+from milan.training import run as run_module
 from milan.training.pretrain import devices_of
 
 TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
@@ -222,9 +223,9 @@ def test_one_training_at_a_time(
     run = {**TWO, "devices": 1, "out": str(tmp_path), "stop_after": 2}
     milan.pretrain(str(store), **run)
     before = tree(tmp_path)
-    monkeypatch.setattr(runs, "_ENDING", 0.3)
+    monkeypatch.setattr(run_module, "_LOCK_SECONDS", 0.3)
     with (
-        runs.locked(tmp_path, progress=NoProgress()),
+        run_module.locked(tmp_path, progress=NoProgress()),
         pytest.raises(TrainError, match=f"in use by pid {os.getpid()}") as error,
     ):
         milan.pretrain(str(store), **run)
@@ -235,11 +236,11 @@ def test_one_training_at_a_time(
 
 def test_what_ranks_are_told_when_they_live_again(tmp_path: Path) -> None:
     """To go on, once their run has begun; before, what they were told the first time."""
-    again = runs.again(tmp_path)
+    again = run_module.restart_arguments(tmp_path)
     assert again() == {}
     (tmp_path / "run.json").write_text('{"id": "a"}')
     assert again() == {"resume": "auto", "overwrite": False}
-    assert runs.again(tmp_path)() == {}
+    assert run_module.restart_arguments(tmp_path)() == {}
 
 
 def test_gradients_are_summed_once_a_step() -> None:
@@ -379,25 +380,35 @@ def test_what_comes_after_an_epoch(ranks: int) -> None:
     """As many batches for each rank, none empty, and all rows of them together once."""
     batch, micro = {3: (6, 2), 64: (64, 1)}.get(ranks, (8, 2))
     order = Order(
-        np.arange(64), np.zeros(64, np.int64), 64, 1, 0, batch, 64, held=np.arange(64, 104)
+        np.arange(64),
+        np.zeros(64, np.int64),
+        64,
+        1,
+        0,
+        batch,
+        64,
+        validation_rows=np.arange(64, 104),
     )
+    held = order.validation_rows
+    whole = Address(Kind.VALIDATION, 0, held, np.zeros_like(held))
     seen, asides = [], set()
     for rank in range(ranks):
+        mine = split_over_ranks(whole, rank=rank, ranks=ranks, micro=micro)
         sampler = StepSampler(
             order, start=0, stop=2 * order.steps, micro=micro, rank=rank, ranks=ranks,
-            aside=lambda epoch: [(JUDGED, order.held, np.zeros_like(order.held))],
+            after_epoch=lambda epoch, mine=mine: mine,
         )  # fmt: skip
-        batches, aside = list(sampler), len(sampler.aside_of(0))
+        batches, aside = list(sampler), len(mine)
         each = order.steps * batch // ranks // micro
         assert len(batches) == len(sampler) == 2 * (each + aside)
-        assert all(len(rows) for _, rows, _ in batches)
-        kinds = [kind & ~REPEATED for kind, _, _ in batches]
-        assert kinds[each : each + aside] == [JUDGED] * aside
+        assert all(len(batch.rows) for batch in batches)
+        kinds = [batch.kind for batch in batches]
+        assert kinds[each : each + aside] == [Kind.VALIDATION] * aside
         asides.add(aside)
-        for kind, rows, _ in sampler.aside_of(0):
-            seen += [] if kind & REPEATED else rows.tolist()
+        for part in mine:
+            seen += [] if part.padding else part.rows.tolist()
     assert len(asides) == 1
-    assert sorted(seen) == order.held.tolist()
+    assert sorted(seen) == held.tolist()
 
 
 def _env() -> dict[str, str]:

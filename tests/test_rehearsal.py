@@ -10,6 +10,7 @@ from conftest import STUDENT, run_here, tree
 from test_pretrain import SMALL
 
 import milan
+from milan.core.units import parse_bytes
 from milan.errors import ConfigError
 from milan.training.estimate import estimate_run
 
@@ -21,13 +22,13 @@ def figures(store: Path, **changes: Any) -> dict[str, str]:
 def test_steps_are_those_of_the_run(store: Path, tmp_path: Path) -> None:
     """Steps, images and weights as the run has them."""
     told = figures(store, held_out=0.34)
-    assert told["images"] == "16 an epoch, 8 held out"
+    assert told["images"] == "16 an epoch, 8 for validation"
     assert told["steps"] == "14: 7 epochs of 2"
     run = milan.pretrain(str(store), out=str(tmp_path), **SMALL, held_out=0.34)
     assert run["steps"] == 14
     size = (tmp_path / "checkpoints/step-00000014").iterdir()
-    saved = sum(p.stat().st_size for p in size) / 1e6
-    assert float(told["checkpoint"].split()[0]) == pytest.approx(saved, abs=1)
+    saved = sum(p.stat().st_size for p in size)
+    assert parse_bytes(told["checkpoint"].split(",")[0]) == pytest.approx(saved, rel=0.1)
 
 
 def test_ranks_share_a_step(store: Path) -> None:
@@ -42,7 +43,7 @@ def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
     """Told of a student with other patches, which can be trained afterwards."""
     grid = {**SMALL, "model_args": STUDENT["model_args"] | {"patch_size": 4}}
     told = dict(estimate_run(milan.PretrainConfig(str(store), **grid)))
-    assert told["hours"]
+    assert told["time"]
     assert milan.pretrain(str(store), out=str(tmp_path), stop_after=1, **grid)["step"] == 1
 
 
@@ -55,6 +56,6 @@ def test_the_command_writes_nothing(store: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )  # fmt: skip
     assert (ran.code, ran.err) == (0, "")
-    assert "hours" in ran.out
+    assert "a step" in ran.out
     assert not list(tmp_path.iterdir())
     assert tree(store) == before

@@ -31,8 +31,10 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
 from milan.core.paths import Url, as_path
-from milan.data.dataset import find_root, open_cache, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.data.dataset import find_root, open_cache
+from milan.data.loader import training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.errors import DataError, ImageFault
 from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
 from milan.images.source import ImageSource

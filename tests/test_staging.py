@@ -19,8 +19,10 @@ from conftest import STUDENT
 
 import milan
 from milan.config import bytes_of
-from milan.data.dataset import _windows, open_cache, training_loader
-from milan.data.order import StepSampler, order_of
+from milan.data.dataset import open_cache
+from milan.data.loader import _windows, training_loader
+from milan.data.order import order_of
+from milan.data.sampler import StepSampler
 from milan.errors import CacheError, ConfigError
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation

@@ -14,8 +14,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import milan
+from milan.core.rng import mask_noise
 from milan.images.views import View
-from milan.models.masking import importance_mask, mask_noise
+from milan.models.masking import importance_mask
 from milan.reporting import contact_sheet as visualise
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.panels import Colours

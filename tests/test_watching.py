@@ -30,18 +30,19 @@ from torch.nn import functional as F
 import milan
 from milan import PretrainConfig
 from milan.core.device import MEAN, STD, denormalise, normalise
+from milan.core.rng import mask_noise
 from milan.data.dataset import CachedDataset
-from milan.data.order import JUDGED, order_of, validation_rows
+from milan.data.order import draw_validation_rows, order_of
 from milan.errors import ConfigError
-from milan.models.masking import importance_mask, mask_noise
-from milan.objectives.features import patchify, pixel_regression, unpatchify_prediction
+from milan.evaluation.knn import nearest_neighbours
+from milan.models.masking import importance_mask
+from milan.objectives.base import Objective
+from milan.objectives.pixels import patchify, pixel_regression, unpatchify_prediction
 from milan.reporting import trackers
 from milan.reporting.panels import SheetInputs, draw_sheet
 from milan.store.cache import TargetCache
-from milan.training import build as task
 from milan.training import checkpoint
-from milan.training.build import student_of
-from milan.training.validation import nearest_neighbours
+from milan.training.build import resolve_defaults, student_of
 from pipeline.extract import extract_targets
 
 WATCHED: dict[str, Any] = {
@@ -61,7 +62,8 @@ def figures(run: Path) -> list[dict[str, Any]]:
 def student_at_the_end(run: Path, store: Path) -> torch.nn.Module:
     """The student of a run's newest checkpoint, in eval mode."""
     config = PretrainConfig(**json.loads((run / "run.json").read_text())["config"])
-    student = student_of(config, TargetCache(store))
+    settings = resolve_defaults(config, torch.device("cpu"))
+    student = student_of(settings, TargetCache(store))
     newest = max((run / "checkpoints").iterdir())
     student.load_state_dict(load_file(newest / "model.safetensors"))
     return student.eval()
@@ -84,31 +86,31 @@ def test_held_out_rows_are_judged_and_never_trained_on(
 ) -> None:
     """What the student is shown in training, and after every epoch, is told apart by its mode."""
     trained, judged = [], []
-    predict = task.predict
+    predict = Objective.predict
 
-    def noted(student: Any, images: Any, batch: Any, *rest: Any) -> Any:
+    def noted(objective: Any, student: Any, batch: Any) -> Any:
         (trained if student.training else judged).extend(batch.rows.tolist())
-        return predict(student, images, batch, *rest)
+        return predict(objective, student, batch)
 
-    monkeypatch.setattr(task, "predict", noted)
+    monkeypatch.setattr(Objective, "predict", noted)
     notes = Notes()
     run = {**WATCHED, "epochs": 3, "probe_every": None, "picture_every": 99}
     milan.pretrain(str(store), out=str(tmp_path), progress=notes, **run)
-    held = validation_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
+    held = draw_validation_rows(cache, np.arange(24), seed=0, share=0.34).tolist()
     assert len(held) == 8
     pictured = held + held[:4]  # the first epoch and the last have a sheet
     assert judged == pictured + held + pictured
     assert sorted(trained) == sorted([row for row in range(24) if row not in held] * 3)
-    assert notes.line("held out: ") == "held out: 8 of 24 images"
+    assert notes.line("validation images: ") == "validation images: 8 of 24"
 
 
 def test_none_held_out(store: Path, tmp_path: Path) -> None:
     """`held_out=0` trains on all and judges by none; a share too small to draw from is told."""
-    for share, said in ((0.0, "0 of 24 images"), (0.01, "none, for 1.0% of 24 images is fewer")):
+    for share, said in ((0.0, "0 of 24"), (0.01, "none (1.0% of 24 images is fewer")):
         notes = Notes()
         run = {**SMALL, "out": str(tmp_path / str(share)), "held_out": share, "epochs": 1}
         milan.pretrain(str(store), progress=notes, **run)
-        assert said in notes.line("held out: ")
+        assert said in notes.line("validation images: ")
         assert not any("val_loss" in line for line in log_of(tmp_path / str(share)))
 
 
@@ -129,11 +131,11 @@ def fake_parts(*sizes: int) -> Any:
 def test_the_share_is_honoured(share: float) -> None:
     """Up to a multiple of eight; other seeds draw other rows; none twice."""
     good = np.arange(10_000)
-    held = validation_rows(fake_parts(10_000), good, seed=0, share=share)
+    held = draw_validation_rows(fake_parts(10_000), good, seed=0, share=share)
     assert len(held) == int(share * 10_000) // 8 * 8
     assert len(np.unique(held)) == len(held)
-    assert np.array_equal(held, validation_rows(fake_parts(10_000), good, seed=0, share=share))
-    other = validation_rows(fake_parts(10_000), good, seed=1, share=share)
+    assert np.array_equal(held, draw_validation_rows(fake_parts(10_000), good, seed=0, share=share))
+    other = draw_validation_rows(fake_parts(10_000), good, seed=1, share=share)
     assert not np.array_equal(held, other)
     # Drawn from everywhere: a store may lie sorted by class.
     assert abs(held.mean() - 5000) < 4 * 2900 / math.sqrt(len(held))
@@ -149,9 +151,9 @@ def test_a_row_keeps_its_role_when_the_store_grows(
     for limit, views in ((20, 1), (40, 1), (40, 2)):
         extract_targets(str(data), out=str(path), limit=limit, **settings | {"views": views})
         order = order_of(TargetCache(path), seed=0, batch_size=8, held_out=0.4)
-        assert not set(order.held) & set(order.good)
-        assert len(order.held) + len(order.good) == limit
-        held.append(set(order.held.tolist()))
+        assert not set(order.validation_rows) & set(order.train_rows)
+        assert len(order.validation_rows) + len(order.train_rows) == limit
+        held.append(set(order.validation_rows.tolist()))
     assert [len(rows) for rows in held] == [8, 16, 16]
     assert held[1] & set(range(20)) == held[0]
     assert held[2] == held[1]
@@ -161,14 +163,14 @@ def test_validation_is_what_it_says(watched: Path, store: Path, cache: TargetCac
     """The last line's loss and cosine, computed here from the last checkpoint, image by image."""
     student = student_at_the_end(watched, store)
     dataset = CachedDataset(cache)
-    held = validation_rows(cache, np.arange(24), seed=0, share=0.34)
+    held = draw_validation_rows(cache, np.arange(24), seed=0, share=0.34)
     losses, cosines = [], []
     for row in held:
         rows, views = np.array([row]), np.array([0])
         targets = cache.read(rows, views)
         scale = torch.from_numpy(targets.scale)
         features = cache.codec.decode(torch.from_numpy(targets.codes), scale)
-        noise = mask_noise(0, np.array([JUDGED]), rows, views, 16)
+        noise = mask_noise(0, np.array([1 << 32]), rows, views, 16)
         attention = torch.from_numpy(targets.attention)
         mask = importance_mask(attention, torch.from_numpy(noise), visible=4)
         images = normalise(torch.from_numpy(dataset.pixels(rows, views)), MEAN, STD)
@@ -272,7 +274,7 @@ def test_the_probe_is_what_it_says(
     assert [line["step"] for line in probed] == [6, 12]
     milan.pretrain(str(store), stop_after=6, **{**WATCHED, "out": str(tmp_path)})
     student, dataset = student_at_the_end(tmp_path, store), CachedDataset(cache)
-    held = validation_rows(cache, np.arange(24), seed=0, share=0.34)
+    held = draw_validation_rows(cache, np.arange(24), seed=0, share=0.34)
     rows = np.concatenate([np.setdiff1d(np.arange(24), held), held])
     with torch.no_grad():
         pixels = torch.from_numpy(dataset.pixels(rows, np.zeros_like(rows)))

@@ -42,3 +42,16 @@ def uniforms(seed: int, purpose: int, address: tuple[int, ...], count: int) -> n
 def permutation(seed: int, purpose: int, address: tuple[int, ...], n: int) -> np.ndarray:
     """A permutation of range(n), int64; the same for ever (a stable sort of raw bits)."""
     return np.argsort(bits(seed, purpose, address, n), kind="stable")
+
+
+def mask_noise(
+    seed: int, epochs: np.ndarray, rows: np.ndarray, views: np.ndarray, patches: int
+) -> np.ndarray:
+    """Noise in (0, 1) at the addresses (epoch, row, view), each [B]; float32 [B, N]."""
+    noise = [
+        uniforms(seed, MASK, (int(r), int(v), int(e)), patches)
+        for e, r, v in zip(epochs, rows, views, strict=True)
+    ]
+    # float32 would round some draws to 0 or 1, whose logarithms are no use: keep them inside.
+    eps = np.finfo(np.float32).eps
+    return np.clip(np.stack(noise), eps, 1 - eps).astype(np.float32)

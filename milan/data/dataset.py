@@ -1,60 +1,21 @@
-"""Cached targets and the pixels they belong to, joined: what training reads."""
+"""Cached targets and the pixels they belong to, joined: a torch Dataset for one's own loop."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from milan.core.paths import AnyPath, as_path
-from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
-from milan.data.order import DRAWN, REPEATED, Address, StepSampler
-from milan.errors import CacheError, DataError, ImageFault, MilanError, TrainError
+from milan.errors import CacheError, DataError, ImageFault
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import View, checksum, render, unpack
-from milan.models.masking import mask_noise
 from milan.store.cache import TargetCache
-from milan.store.local_cache import Prefetcher, Shard
-
-
-class Batch(NamedTuple):
-    """B views with their targets, as they leave a loader worker; codes are not decoded yet."""
-
-    pixels: torch.Tensor
-    """[B, S, S, 3] uint8"""
-    attention: torch.Tensor
-    """[B, N] float32, > 0"""
-    noise: torch.Tensor
-    """[B, the student's N] float32 in (0, 1), drawn at (seed, epoch, row, view)"""
-    rows: torch.Tensor
-    """[B] int64"""
-    views: torch.Tensor
-    """[B] int64"""
-    codes: torch.Tensor | None
-    """[B, T, C] in the codec's dtype, or None where the objective needs no features"""
-    scale: torch.Tensor | None
-    """[B, T] float32, for codecs that scale"""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on `device`; from pinned memory the copy does not wait."""
-        return self._each(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """Called by DataLoader where there is a GPU."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        moved: Any = (None if tensor is None else move(tensor) for tensor in self)
-        return Batch(*moved)
 
 
 class CachedDataset(Dataset):
@@ -209,143 +170,3 @@ def find_root(cache: TargetCache, data_root: str | None) -> AnyPath:
         expected=f"{looked_for[0]} in the data root",
         fix="--data-root FOLDER (or a URL)",
     )
-
-
-# --- the loader -----------------------------------------------------------------------------------
-
-
-class _Batches(Dataset):
-    """Turns addresses into batches; runs in loader workers."""
-
-    def __init__(
-        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
-    ) -> None:
-        self.dataset, self.seed, self.features = dataset, seed, features
-        self.patches = patches or dataset.cache.spec.tokens - 1
-
-    def __getitem__(self, address: Address) -> Batch | MilanError:
-        try:
-            return self._load(address)
-        except MilanError as error:
-            return error  # raised by _Loader: DataLoader would bury it in a traceback's text
-
-    def _load(self, address: Address) -> Batch:
-        epoch, rows, views = address
-        cache = self.dataset.cache
-        targets = cache.read(rows, views, features=self.features and epoch & ~REPEATED <= DRAWN)
-        epochs = np.full(len(rows), epoch)
-        noise = mask_noise(self.seed, epochs, rows, views, self.patches)
-        return Batch(
-            torch.from_numpy(self.dataset.pixels(rows, views)),
-            torch.from_numpy(targets.attention),
-            torch.from_numpy(noise),
-            torch.from_numpy(rows),
-            torch.from_numpy(views),
-            None if targets.codes is None else torch.from_numpy(targets.codes),
-            None if targets.scale is None else torch.from_numpy(targets.scale),
-        )
-
-
-class _Loader(DataLoader):
-    """A DataLoader that raises a loader worker's MilanError as it was, and tells what it consumed.
-
-    Where shards are copied to a local disk, those of the next window are fetched ahead.
-    """
-
-    dataset: _Batches
-    sampler: StepSampler
-
-    def __iter__(self) -> Any:
-        cache = self.dataset.dataset.cache
-        ahead = Prefetcher(_windows(cache, self.sampler))
-        if cache.generations[0].local:
-            ahead.start()
-        others = multiprocessing.active_children()
-        with blocked_stop_signals():
-            batches = super().__iter__()
-        workers = [p for p in multiprocessing.active_children() if p not in others]
-        try:
-            for batch in batches:
-                if isinstance(batch, MilanError):
-                    raise batch
-                ahead.consumed += 1
-                yield batch
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError):
-            _raise_if_died(workers)
-            raise
-        finally:
-            ahead.stopped.set()
-            del batches  # ends the workers now, not when an error's traceback is forgotten
-
-
-def _raise_if_died(workers: list[Any]) -> None:
-    """Raises TrainError if one of them did: a DataLoader then fails in many ways."""
-    wait = multiprocessing.connection.wait
-    dead = wait([w.sentinel for w in workers], timeout=2) if workers else []
-    for worker in workers:
-        if worker.sentinel in dead:
-            code = worker.exitcode or 0
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise TrainError(
-                f"a loader worker died ({how})",
-                expected="memory for all of them: the kernel kills what has none left",
-                fix="a smaller --num-workers; the same line goes on from the last checkpoint",
-            ) from None
-
-
-def _windows(cache: TargetCache, sampler: StepSampler) -> Iterator[tuple[int, list[Shard]]]:
-    """(batches consumed when it is over, shards) of every window that the sampler walks through."""
-    stream, start, stop = sampler.order, sampler.start, sampler.stop
-    per_step, aside = stream.batch_size // sampler.ranks // sampler.micro, 0
-    for epoch in range(stream.at(start)[0], stream.at(stop - 1)[0] + 1):
-        order, first, rows_before = stream.of_epoch(epoch), stream.first_step(epoch), 0
-        for rows, views in order.windows(epoch):
-            rows_before += len(rows)
-            end = min(stop, first + min(order.steps, -(-rows_before // order.batch_size)))
-            if end > start:
-                yield (end - start) * per_step + aside, cache.shards_at(rows, views)
-        aside += len(sampler.aside_of(epoch))
-
-
-def training_loader(
-    dataset: CachedDataset,
-    sampler: StepSampler,
-    *,
-    features: bool,
-    num_workers: int,
-    pin_memory: bool = False,
-    patches: int | None = None,
-) -> DataLoader:
-    """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
-
-    `patches`: of the student, which the noise is for; default: the teacher's.
-
-    Workers are started by forkserver (spawn where absent): tensorstore does not survive a fork.
-    """
-    options: dict[str, Any] = {}
-    if num_workers:
-        methods = multiprocessing.get_all_start_methods()
-        method = "forkserver" if "forkserver" in methods else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["milan.data.dataset"])
-        options = {"multiprocessing_context": context, "prefetch_factor": 4}
-    return _Loader(
-        _Batches(dataset, sampler.order.seed, features, patches),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker if num_workers else None,
-        **options,
-    )
-
-
-def _start_worker(_: int) -> None:
-    # The cores belong to the training process.
-    torch.set_num_threads(1)
-    # A terminal, or a scheduler, tells the whole group to stop; the step in hand still needs data.
-    ignore_stop_signals()
-    # torch looks whether its worker's parent lives, but that is the fork server, which lives as
-    # long as its children: a worker of a killed run would wait for ever.
-    Thread(target=exit_with_parent, daemon=True).start()

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from milan.core import rng
 from milan.core.device import has_float64
 from milan.errors import ConfigError
 
@@ -41,19 +39,6 @@ def visible_count(patches: int, mask_ratio: float) -> int:
             expected="at least one visible and one masked patch",
         )
     return visible
-
-
-def mask_noise(
-    seed: int, epochs: np.ndarray, rows: np.ndarray, views: np.ndarray, patches: int
-) -> np.ndarray:
-    """Noise in (0, 1) at the addresses (epoch, row, view), each [B]; float32 [B, N]."""
-    noise = [
-        rng.uniforms(seed, rng.MASK, (int(r), int(v), int(e)), patches)
-        for e, r, v in zip(epochs, rows, views, strict=True)
-    ]
-    # float32 would round some draws to 0 or 1, whose logarithms are no use: keep them inside.
-    eps = np.finfo(np.float32).eps
-    return np.clip(np.stack(noise), eps, 1 - eps).astype(np.float32)
 
 
 def importance_mask(attention: torch.Tensor, noise: torch.Tensor, *, visible: int) -> Mask:

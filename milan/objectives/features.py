@@ -1,9 +1,12 @@
-"""What a prediction is compared with: the teacher's features (MILAN), or pixels (MAE)."""
+"""MILAN's objective: the teacher's features of all tokens, by direction (MILAN, section 3.1)."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from milan.objectives.base import Objective, Prediction
+from milan.objectives.resample import resampled_features
 
 
 def feature_regression(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -16,44 +19,46 @@ def feature_regression(prediction: torch.Tensor, features: torch.Tensor) -> torc
     return (2 - 2 * cosine).mean()
 
 
-def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, 3, S, S] to [B, N, patch * patch * 3], raster order, channels last within a patch."""
-    b, c, height, width = images.shape
-    grid = images.reshape(b, c, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+class FeatureRegression(Objective):
+    """Predict the teacher's features of the class token and of all patches, masked or not."""
 
+    decoder = "prompt"
+    masking = "semantic"
+    needs_features = True
 
-def pixel_regression(
-    prediction: torch.Tensor, images: torch.Tensor, hidden: torch.Tensor, *, patch: int
-) -> torch.Tensor:
-    """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
+    def target_width(self, patch_size: int) -> int:
+        """The teacher's channels."""
+        return self.cache.spec.channels
 
-    `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
-    normalised, `hidden` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
-    """
-    target, mean, deviation = _patches(images, patch)
-    target = (target - mean) / deviation
-    error = (prediction[:, -target.shape[1] :].float() - target).square().mean(dim=-1)
-    return (error * hidden).sum() / hidden.sum()
+    def features(self, prediction: Prediction) -> torch.Tensor:
+        """The teacher's features for the predicted tokens, [B, T, C].
 
+        Of another grid than the student's they are resampled: as unit vectors, for only directions
+        count, and a long one must not drown its neighbours. A student without class token predicts
+        patches only.
+        """
+        batch, patches = prediction.batch, prediction.batch.noise.shape[1]
+        assert batch.codes is not None
+        features = self.cache.codec.decode(batch.codes, batch.scale)
+        if features.shape[1] != 1 + patches:
+            features = resampled_features(F.normalize(features, dim=-1), patches)
+        return features[:, -prediction.tokens.shape[1] :]
 
-def unpatchify_prediction(
-    prediction: torch.Tensor, images: torch.Tensor, *, patch: int
-) -> torch.Tensor:
-    """What `pixel_regression` compares as pictures [B, 3, S, S], normalised as `images` are.
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        """`feature_regression`."""
+        return feature_regression(prediction.tokens, self.features(prediction))
 
-    Mean and deviation of a patch, which the student does not predict, are the image's own.
-    """
-    _, mean, deviation = _patches(images, patch)
-    b, _, size, _ = images.shape
-    grid = size // patch
-    pixels = prediction[:, -mean.shape[1] :].float() * deviation + mean
-    pixels = pixels.reshape(b, grid, grid, patch, patch, 3)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
+    def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:
+        """The loss, and the mean cosine to the teacher over masked patches."""
+        features = self.features(prediction)
+        cosine = F.cosine_similarity(prediction.tokens.float(), features.float(), dim=-1)
+        masked = prediction.mask.boolean()
+        return {
+            "loss": feature_regression(prediction.tokens, features),
+            "cosine": cosine[:, -masked.shape[1] :][masked].mean(),
+        }
 
-
-def _patches(images: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(patches [B, N, patch * patch * 3], the mean of each, the deviation of each)"""
-    patches = patchify(images, patch).float()
-    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return patches, patches.mean(dim=-1, keepdim=True), deviation
+    def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
+        """The features of the patches, the teacher's and the student's."""
+        patches = prediction.patches.float()
+        return self.features(prediction)[:, -patches.shape[1] :].float(), patches

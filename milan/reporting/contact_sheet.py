@@ -10,11 +10,12 @@ import torch
 
 from milan.core import rng
 from milan.core.paths import AnyPath
+from milan.core.rng import mask_noise
 from milan.data.dataset import CachedDataset
 from milan.errors import CacheError
 from milan.images.decode import decode
 from milan.images.views import View
-from milan.models.masking import importance_mask, mask_noise, visible_count
+from milan.models.masking import importance_mask, visible_count
 from milan.reporting.panels import Colours, hide_patches
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")

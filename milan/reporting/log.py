@@ -1,4 +1,4 @@
-"""What a run leaves to read: lines of JSON, a CSV of curves, and those it reports to."""
+"""The log of a run: lines of JSON, a CSV of curves, pictures; and the trackers that follow it."""
 
 from __future__ import annotations
 
@@ -10,92 +10,91 @@ from typing import Any, Protocol
 import numpy as np
 
 from milan.core.atomic import write_text
+from milan.reporting.run_files import CURVES, LOG
 
-LOG = "log.jsonl"
-CURVES = "curves.csv"
-SHEET = "sheet"
-"""A picture's name: the newest is sheet.png in the run's folder."""
 _COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
-_JUDGED = ("val_loss", "val_cosine", "knn_top1")
+"""Of every line; what else a line has are validation metrics."""
 
 
 class Tracker(Protocol):
-    """Someone who shows a run to people."""
+    """A service or file format that shows a run to people: TensorBoard, wandb, MLflow."""
 
-    has: int
-    """The last step that it knows already."""
+    last_step: int
+    """The last step that it has already."""
 
     def add(self, line: dict[str, Any]) -> None:
-        """Figures of a step, by name."""
+        """Metrics of a step, by name."""
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]."""
 
     def flush(self) -> None:
-        """What came so far is kept, whatever happens."""
+        """Make sure that everything so far is kept."""
 
     def close(self) -> None:
         """No more will come from this process."""
 
 
 class RunLog:
-    """The log, its curves and the reporters; a resumed run goes on in all of them.
+    """log.jsonl, curves.csv and the trackers; a resumed run continues all of them.
 
-    The log alone makes the others anew.
+    The others can be made anew from log.jsonl.
     """
 
-    def __init__(self, run: Path, start: int, reporters: list[Tracker]) -> None:
-        self.run, self.reporters = run, reporters
-        self.lines = kept_lines(run, start)
+    def __init__(self, run: Path, start: int, trackers: list[Tracker]) -> None:
+        """Keep the lines up to step `start`, and send trackers those that they miss."""
+        self.run, self.trackers = run, trackers
+        self.lines = read_log(run, start)
         write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(run / LOG, "a")  # noqa: SIM115 - closed by close()
         for line in self.lines:
-            self._tell(line)
+            self._track(line)
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """A line of figures, and pictures by name."""
+        """A line of metrics, and pictures by name."""
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, pixels in pictures.items():
             write_picture(self.run / f"{name}.png", pixels)
-        self._tell(line)
-        for reporter in self.reporters:
+        self._track(line)
+        for tracker in self.trackers:
             for name, pixels in pictures.items():
-                reporter.picture(name, line["step"], pixels)
+                tracker.picture(name, line["step"], pixels)
 
-    def _tell(self, line: dict[str, Any]) -> None:
-        """A resumed run says the same again of the steps after its checkpoint."""
-        for reporter in self.reporters:
-            if line["step"] > reporter.has:
-                reporter.add(line)
+    def _track(self, line: dict[str, Any]) -> None:
+        """A resumed run repeats the steps after its checkpoint: trackers may have them already."""
+        for tracker in self.trackers:
+            if line["step"] > tracker.last_step:
+                tracker.add(line)
 
-    def keep(self) -> None:
-        """Let all that was said be on the disk: what a checkpoint goes with."""
+    def flush(self) -> None:
+        """Have everything on the disk: a checkpoint goes with it."""
         os.fsync(self.file.fileno())
         write_curves(self.run, self.lines)
-        for reporter in self.reporters:
-            reporter.flush()
+        for tracker in self.trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        """The last curves, and good-bye."""
+        """Write the last curves and close the trackers."""
         write_curves(self.run, self.lines)
         self.file.close()
-        for reporter in self.reporters:
-            reporter.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
-def last_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the log says in the end of loss and judgement; empty if it never spoke."""
-    found: dict[str, Any] = {}
+def last_metrics(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last loss and the last validation metrics; empty if there is no line."""
+    last: dict[str, Any] = {}
     for line in lines:
-        found |= {key: line[key] for key in ("loss", *_JUDGED) if key in line}
-    return found
+        last |= {key: line[key] for key in line if key == "loss" or key not in _COLUMNS}
+    return last
 
 
 def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
-    """The log as CSV, which is what DVC plots."""
-    columns = [*_COLUMNS, *(c for c in _JUDGED if any(c in line for line in lines))]
+    """The log as CSV, which DVC plots."""
+    metrics = dict.fromkeys(key for line in lines for key in line if key not in _COLUMNS)
+    columns = [*_COLUMNS, *metrics]
     rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
     write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
 
@@ -109,14 +108,14 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def kept_lines(run: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the log up to `step`; what a killed run logged after it will be logged anew."""
-    kept = []
+def read_log(run: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of the log up to `step`; a resumed run logs later ones anew."""
+    lines = []
     for text in (run / LOG).read_text().splitlines() if (run / LOG).exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue  # cut short when the run was killed
         if line["step"] <= step:
-            kept.append(line)
-    return kept
+            lines.append(line)
+    return lines

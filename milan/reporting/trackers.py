@@ -1,7 +1,7 @@
-"""Those a run is reported to: TensorBoard's files, Weights & Biases, MLflow.
+"""Trackers: TensorBoard's files, Weights & Biases, MLflow.
 
-Each is imported only if asked for. One run is one run in each of them, however often it resumes:
-what it already has is not said again, and what it missed is said from the log.
+Each is imported only if asked for. One run is one run in each of them, however often it is resumed:
+a step that it already has is not sent again, and those that it missed are sent from the log.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from milan.core.atomic import write_json
 from milan.errors import ConfigError
 from milan.reporting.log import Tracker
-from milan.training import run as runs
+from milan.reporting.run_files import TENSORBOARD, read_run, update_run
 
 _PROJECT = "milan"
 _LATER = 60.0  # seconds after which a server that did not answer is asked again
@@ -33,13 +32,13 @@ class TensorBoard:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run / "tensorboard"
-        self.has = start if folder.exists() else 0
+        folder = run / TENSORBOARD
+        self.last_step = start if folder.exists() else 0
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     @classmethod
     def check(cls) -> None:
-        """It is here, always."""
+        """It is installed with milan."""
 
     def add(self, line: dict[str, Any]) -> None:
         """Every figure of a line as a scalar."""
@@ -64,7 +63,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases under the run's own id; WANDB_MODE=offline keeps it here."""
 
     def __init__(self, run: Path, start: int) -> None:
-        about = runs.read_run(run)
+        about = read_run(run)
         with self._answering() as wandb:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -76,9 +75,9 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),
             )
         self._image = wandb.Image
-        before = _known_as(run, "wandb", about["id"])
+        before = _record_id(run, "wandb", about["id"])
         # Online the server says what it has; offline every call leaves a part of its own.
-        self.has = max(start if before else 0, self.run.starting_step - 1)
+        self.last_step = max(start if before else 0, self.run.starting_step - 1)
 
     @classmethod
     def check(cls) -> None:
@@ -127,7 +126,7 @@ class MLflow:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         beside = run.parent.resolve()
-        about, self.waiting, self.later = runs.read_run(run), list[dict[str, Any]](), 0.0
+        about, self.waiting, self.later = read_run(run), list[dict[str, Any]](), 0.0
         with self._answering() as mlflow:
             self._metric, self._fault = mlflow.entities.Metric, mlflow.exceptions.MlflowException
             self.client = mlflow.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
@@ -141,12 +140,12 @@ class MLflow:
                 made = self.client.create_run(
                     experiment, run_name=run.name, tags={"milan.id": about["id"]}
                 )
-                self.id = _known_as(run, "mlflow", made.info.run_id) or made.info.run_id
+                self.id = _record_id(run, "mlflow", made.info.run_id) or made.info.run_id
                 params = [mlflow.entities.Param(k, str(v)) for k, v in about["config"].items()]
                 self.client.log_batch(self.id, params=params)
             self.client.update_run(self.id, status="RUNNING")
             steps = [metric.step for metric in self.client.get_metric_history(self.id, "epoch")]
-        self.has = max(steps, default=0)
+        self.last_step = max(steps, default=0)
 
     @classmethod
     def check(cls) -> None:
@@ -222,8 +221,8 @@ TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] =
 }
 
 
-def check(names: str) -> None:
-    """See that the reporters of a list such as `tensorboard,wandb` answer; makes nothing.
+def check_trackers(names: str) -> None:
+    """Check that the trackers of a list such as `tensorboard,wandb` answer; creates nothing.
 
     Raises ConfigError for a name that is unknown, one whose package is not here, or one that
     refuses or does not answer.
@@ -240,7 +239,7 @@ def check(names: str) -> None:
 
 
 def open_trackers(names: str, run: Path, start: int) -> list[Tracker]:
-    """The reporters of a run that begins, or goes on, with step `start`. Raises ConfigError."""
+    """The trackers of a run that begins, or is resumed, at step `start`. Raises ConfigError."""
     return [TRACKERS[name](run, start) for name in _chosen(names)]
 
 
@@ -248,9 +247,8 @@ def _chosen(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
 
 
-def _known_as(run: Path, where: str, name: str) -> str | None:
-    """Keep in run.json what a run is called elsewhere; returns what it was called before."""
-    about = runs.read_run(run)
-    known = about.get("reported", {})
-    write_json(run / runs.ABOUT, about | {"reported": known | {where: name}})
-    return known.get(where)
+def _record_id(run: Path, tracker: str, name: str) -> str | None:
+    """Keep in run.json what a tracker calls the run; returns what it called it before."""
+    ids = read_run(run).get("reported", {})
+    update_run(run, reported=ids | {tracker: name})
+    return ids.get(tracker)

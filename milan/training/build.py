@@ -1,47 +1,115 @@
-"""What a run learns: the student that fits a store, its objective, and how it is judged."""
+"""What a run consists of: settings with all defaults filled in, objective, student, order, task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, denormalise, normalise
-from milan.core.distributed import Ranks
-from milan.data.dataset import Batch, CachedDataset
-from milan.data.order import StepSampler, Stream
+from milan.core.device import cpu_count
+from milan.core.distributed import SINGLE, Ranks
+from milan.core.progress import NoProgress, Progress
+from milan.data.loader import Batch
+from milan.data.order import Order, Stream, order_of
 from milan.errors import ConfigError
 from milan.models.encoder import build_encoder
-from milan.models.masking import Mask, importance_mask, random_mask, visible_count
+from milan.models.masking import visible_count
 from milan.models.student import Student, build_student
-from milan.objectives.features import feature_regression, pixel_regression, unpatchify_prediction
-from milan.objectives.resample import resampled_attention, resampled_features
-from milan.reporting.panels import SheetInputs
+from milan.objectives.base import Objective, objective_class
 from milan.store.cache import TargetCache
-from milan.training.loop import decay_groups
+from milan.training.optim import Schedule
 from milan.training.validation import Validation
 
+_BASE_LR = 1.5e-4  # for 256 images a step (MILAN, PRETRAIN.sh)
+_MICRO_BATCH = 256  # images a device takes at once, as published for ViT-B
+_CPU_CACHE = 32 * 2**20  # bytes: about the last-level cache of a CPU
 
-def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
+
+@dataclass(frozen=True)
+class Settings:
+    """A PretrainConfig with every default filled in that depends on another field or the device."""
+
+    config: PretrainConfig
+    decoder_kind: str
+    masking: str
+    warmup_epochs: float
+    lr: float
+    """Peak learning rate."""
+    precision: str
+    """fp32, bf16 or fp16."""
+    num_workers: int
+
+    def values(self, **more: Any) -> dict[str, Any]:
+        """All settings by name, as run.json keeps them."""
+        filled = {name: value for name, value in vars(self).items() if name != "config"}
+        return asdict(self.config) | filled | more
+
+    def objective(self, cache: TargetCache) -> Objective:
+        """The objective, for the images and targets of a store."""
+        return objective_class(self.config.objective)(
+            cache, masking=self.masking, mask_ratio=self.config.mask_ratio
+        )
+
+
+def resolve_defaults(
+    config: PretrainConfig, device: torch.device, ranks: Ranks = SINGLE
+) -> Settings:
+    """Fill in the defaults of a run on `ranks` devices. Raises ConfigError."""
+    objective = objective_class(config.objective)
+    share = config.batch_size // ranks.size
+    if config.batch_size % ranks.size:
+        raise ConfigError(
+            f"batch size {config.batch_size} over {ranks.size} ranks",
+            expected="as many images for every rank",
+            fix=f"--batch-size {(share + 1) * ranks.size}"
+            + ("" if share else f", or at most {config.batch_size} ranks (--devices)"),
+        )
+    workers = config.num_workers
+    if workers is None:
+        workers = max(1, min(8, cpu_count() // ranks.on_node - 1))
+    return Settings(
+        config,
+        decoder_kind=config.decoder_kind or objective.decoder,
+        masking=config.masking or objective.masking,
+        warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
+        lr=config.lr or _BASE_LR * config.batch_size / 256,
+        precision=_precision(config.precision, device),
+        num_workers=workers,
+    )
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+# --- the student ----------------------------------------------------------------------------------
+
+
+def student_of(settings: Settings, cache: TargetCache) -> Student:
     """The student for views and targets of the store. Raises ConfigError."""
-    milan, size = config.objective == "milan", targets.view_spec.size
+    config, size = settings.config, cache.view_spec.size
     if config.model_args.get("img_size", size) != size:
         raise ConfigError(
             f"model argument img_size={config.model_args['img_size']}",
             expected=f"{size}, as the views of the store are",
         )
-    patch = config.model_args.get("patch_size") or _patch_of(config, targets)
+    patch = config.model_args.get("patch_size") or _patch_size(config, size)
     if not isinstance(patch, int):
         raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
     student = build_student(
         config.model,
         img_size=size,
-        target_width=targets.spec.channels if milan else 3 * patch * patch,
-        decoder_kind=config.decoder_kind or "prompt",
+        target_width=settings.objective(cache).target_width(patch),
+        decoder_kind=settings.decoder_kind,
         model_args=config.model_args,
         decoder=config.decoder,
         seed=config.seed,
@@ -51,156 +119,122 @@ def student_of(config: PretrainConfig, targets: TargetCache) -> Student:
     return student
 
 
-def _patch_of(config: PretrainConfig, targets: TargetCache) -> int:
-    args = {**config.model_args, "depth": 1}
-    shallow = build_encoder(config.model, img_size=targets.view_spec.size, args=args)
+def _patch_size(config: PretrainConfig, size: int) -> int:
+    """Edge of the model's patches in pixels, by building it with one block."""
+    shallow = build_encoder(config.model, img_size=size, args={**config.model_args, "depth": 1})
     return shallow.patch_embed.patch_size[0]
 
 
-def optimiser_of(
-    student: Student, config: PretrainConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW as published; its rate is set at every step."""
-    return torch.optim.AdamW(
-        decay_groups(student, config.weight_decay),
-        lr=0.0,
-        betas=(0.9, config.beta2),
-        fused=device.type in ("cpu", "cuda"),
+def micro_batch_of(
+    config: PretrainConfig,
+    student: Student,
+    device: torch.device,
+    ranks: Ranks = SINGLE,
+    progress: Progress | None = None,
+) -> int:
+    """Images at once on a device: the largest number that divides a rank's share of a step.
+
+    At most `config.micro_batch`, by default 256; on a CPU no more than keep the widest activation
+    of a block in its cache (docs/performance.md).
+    """
+    share = config.batch_size // ranks.size
+    most = config.micro_batch or _MICRO_BATCH
+    if device.type == "cpu" and not config.micro_batch:
+        most = max(1, min(most, _CPU_CACHE // _widest_activation(student, config.mask_ratio)))
+    most = min(most, share)
+    size = next(m for m in range(most, 0, -1) if share % m == 0)
+    if 2 * size <= most:
+        better = max(1, round(share / most)) * most * ranks.size
+        (progress or NoProgress()).note(
+            f"micro-batches of {size} images: a rank's {share} do not divide by any number nearer "
+            f"to {most}; --batch-size {better} is faster"
+        )
+    return size
+
+
+def _widest_activation(student: Student, mask_ratio: float) -> int:
+    """Bytes of the widest activation of an image: mostly the hidden layer of an MLP."""
+    shares = (student.encoder, 1 - mask_ratio), (student.decoder, 1.0)
+    return max(
+        round(4 * share * student.patches * layer.out_features)
+        for part, share in shares
+        for layer in part.modules()
+        if isinstance(layer, nn.Linear)
     )
 
 
-class Said(NamedTuple):
-    """What a student says of a batch, and what it should have said."""
-
-    images: torch.Tensor
-    """[B, 3, S, S] normalised."""
-    prediction: torch.Tensor
-    """[B, T, C]"""
-    features: torch.Tensor | None
-    """[B, T, C] of the teacher; None where pixels are predicted."""
-    mask: Mask
-
-    @property
-    def patch(self) -> int:
-        """Edge of the student's patches in pixels."""
-        patches = self.mask.visible.shape[1] + self.mask.masked.shape[1]
-        return self.images.shape[2] // round(patches**0.5)
-
-    def loss(self) -> torch.Tensor:
-        """The objective, a scalar."""
-        if self.features is None:
-            hidden = self.mask.boolean()
-            return pixel_regression(self.prediction, self.images, hidden, patch=self.patch)
-        return feature_regression(self.prediction, self.features)
+# --- order and schedule ---------------------------------------------------------------------------
 
 
-def say(network: nn.Module, config: PretrainConfig, targets: TargetCache, batch: Batch) -> Said:
-    """Mask a batch and predict what the teacher said, or pixels.
-
-    Targets of another grid than the student's are resampled: unit vectors, for only directions
-    count, and a long one must not drown its neighbours.
-    """
-    images = normalise(batch.pixels, MEAN, STD)
-    patches = batch.noise.shape[1]
-    visible = visible_count(patches, config.mask_ratio)
-    prediction, mask = predict(network, images, batch, config.masking, visible)
-    if config.objective == "pixels":
-        return Said(images, prediction, None, mask)
-    assert batch.codes is not None
-    features = targets.codec.decode(batch.codes, batch.scale)
-    if features.shape[1] != 1 + patches:
-        features = resampled_features(F.normalize(features, dim=-1), patches)
-    # A student without class token predicts patches only.
-    return Said(images, prediction, features[:, -prediction.shape[1] :], mask)
+def run_order(config: PretrainConfig, cache: TargetCache) -> Order:
+    """The order in which a run reads a store. Raises ConfigError if it has too few images."""
+    return order_of(
+        cache,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shuffle=config.shuffle,
+        window_rows=config.window_rows,
+        held_out=config.held_out,
+    )
 
 
-def predict(
-    network: nn.Module, images: torch.Tensor, batch: Batch, masking: str | None, visible: int
-) -> tuple[torch.Tensor, Mask]:
-    """Mask and predict: (predictions [B, T, C], the mask)."""
-    if masking == "semantic":
-        attention, patches = batch.attention, batch.noise.shape[1]
-        if attention.shape[1] != patches:
-            attention = resampled_attention(attention, patches)
-        mask = importance_mask(attention, batch.noise, visible=visible)
-    else:
-        mask = random_mask(batch.noise, visible=visible)
-    return network(images, mask), mask
+def schedule_of(settings: Settings, order: Stream, micro_batch: int, ranks: int) -> Schedule:
+    """How long a run is and how fast it learns, on so many ranks."""
+    config = settings.config
+    return Schedule(
+        data=order,
+        epochs=config.epochs,
+        accumulate=config.batch_size // ranks // micro_batch,
+        lr=settings.lr,
+        warmup_epochs=settings.warmup_epochs,
+        min_lr=config.min_lr,
+        precision=settings.precision,
+        save_every=config.save_every or max(50, order.for_epoch(config.epochs).steps),
+        save_minutes=config.save_minutes,
+        keep=config.keep,
+        log_every=config.log_every,
+        on_nonfinite=config.on_nonfinite,
+        clip_grad=config.clip_grad,
+    )
 
 
-def loss_function(
-    network: nn.Module, config: PretrainConfig, targets: TargetCache, device: torch.device
-) -> Callable[[Batch], torch.Tensor]:
-    """The objective as a function of a batch."""
-    return lambda batch: say(network, config, targets, batch.to(device)).loss()
+def check_room(order: Order, cache: TargetCache, limit: int) -> None:
+    """Raises ConfigError if the shards of a window are more than `limit` bytes."""
+    shards = min(order.window_shards, len(np.unique(order.shards)))
+    largest = max(int(g.sizes().clip(0).sum(axis=1).max()) for g in cache.generations)
+    if shards * largest > limit:
+        raise ConfigError(
+            f"a window of {shards:,} shards takes {shards * largest:,} bytes, "
+            f"cache_limit is {limit:,}",
+            expected="room for one window, better for two",
+            fix="a larger --cache-limit, or a smaller window: --set window_rows=N",
+        )
 
 
-class Task:
-    """What a run trains, for what, and how it is judged (milan.training.loop.Task)."""
+# --- the task -------------------------------------------------------------------------------------
 
-    sampler: StepSampler
-    """Of the batches that are being read."""
+
+class PretrainTask:
+    """Pretraining as the loop sees it (milan.training.loop.Task)."""
 
     def __init__(
         self,
-        config: PretrainConfig,
         student: Student,
         network: nn.Module,
-        dataset: CachedDataset,
-        stream: Stream,
-        ranks: Ranks,
+        objective: Objective,
+        validation: Validation,
         device: torch.device,
     ) -> None:
-        self.config, self.student, self.network = config, student, network
-        self.targets, self.device = dataset.cache, device
-        self.loss = loss_function(network, config, dataset.cache, device)
-        self.judged = Validation(
-            config, dataset, stream, measure=self._measure, represent=self._represent,
-            show=self._show, ranks=ranks, device=device,
-        )  # fmt: skip
+        self.model, self.network, self.objective = student, network, objective
+        self.validate, self.device = validation, device
 
-    def rows(self, batch: Batch) -> list[tuple[int, int]]:
-        """(row, view) of each image of a micro-batch."""
-        return list(zip(batch.rows.tolist(), batch.views.tolist(), strict=True))
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The objective on a micro-batch, a scalar."""
+        return self.objective(self.network, batch.to(self.device))
 
-    def judge(
-        self, epoch: int, batches: Iterator[Batch]
-    ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Figures, and pictures by name, after an epoch; takes its own `batches` of the stream."""
-        return self.judged(self.sampler.aside_of(epoch), batches)
-
-    def _measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the objective, mean cosine to the teacher of the hidden patches), both of a batch."""
-        said = self._say(batch)
-        if said.features is None:
-            return said.loss(), None
-        cosine = F.cosine_similarity(said.prediction.float(), said.features.float(), dim=-1)
-        hidden = said.mask.boolean()
-        return said.loss(), cosine[:, -hidden.shape[1] :][hidden].mean()
-
-    def _show(self, batch: Batch) -> SheetInputs:
-        said, patches = self._say(batch), batch.noise.shape[1]
-        attention, features = batch.attention, None
-        if attention.shape[1] != patches:
-            attention = resampled_attention(attention, patches)
-        if said.features is None:
-            prediction = unpatchify_prediction(said.prediction, said.images, patch=said.patch)
-            prediction = denormalise(prediction, MEAN, STD)
-        else:
-            prediction = said.prediction[:, -patches:].float()
-            features = said.features[:, -patches:].float().cpu().numpy()
-        return SheetInputs(
-            batch.rows.numpy(),
-            batch.pixels.numpy(),
-            attention.numpy(),
-            said.mask.boolean().cpu().numpy(),
-            features,
-            prediction.cpu().numpy(),
+    def describe(self, batch: Batch) -> list[str]:
+        """'row.view' of each image of a micro-batch."""
+        pairs: Iterator[tuple[int, int]] = zip(
+            batch.rows.tolist(), batch.views.tolist(), strict=True
         )
-
-    def _say(self, batch: Batch) -> Said:
-        return say(self.student, self.config, self.targets, batch.to(self.device))
-
-    def _represent(self, batch: Batch) -> torch.Tensor:
-        pixels = batch.pixels.to(self.device, non_blocking=True)
-        return self.student.pooled_features(normalise(pixels, MEAN, STD))
+        return [f"{row}.{view}" for row, view in pairs]

@@ -1,77 +1,79 @@
-"""What a training step takes at its peak, found without taking it."""
+"""The peak memory of a training step, computed without allocating it."""
 
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from milan.config import PretrainConfig
 from milan.core.device import autocast
-from milan.data.dataset import Batch
+from milan.data.loader import Batch
 from milan.models.student import Student
 from milan.store.cache import TargetCache
-from milan.training.build import loss_function
+from milan.training.build import Settings
 
 
 def peak_bytes(
     student: Student,
-    config: PretrainConfig,
-    targets: TargetCache,
+    settings: Settings,
+    cache: TargetCache,
     device: torch.device,
+    micro_batch: int,
     *,
     ranks: int = 1,
 ) -> int:
     """Bytes of tensors that a step of pretraining holds at its peak on `device`.
 
-    Weights, gradients, AdamW's two moments, a micro-batch and what its way forwards and back
-    keeps: the step itself is run on tensors that have shapes and no memory, so its cost does not
-    depend on the batch. `config` is resolved. Of `ranks` under fsdp each keeps its share of weights
-    and moments; gradients are whole, as they are while they accumulate. Not counted: what the
-    process, the device's context and kernels take, and what an allocator leaves unused.
+    Weights, gradients, AdamW's two moments, a micro-batch and the activations of its forward and
+    backward pass: the step itself is run on tensors that have shapes and no memory, so its cost
+    does not depend on the batch. Of `ranks` under fsdp each keeps its share of weights and moments;
+    gradients are whole, as they are while they accumulate. Not counted: what the process, the
+    device's context and kernels take, and what an allocator leaves unused.
     """
-    assert config.micro_batch is not None
     weights = list(student.parameters())
-    held = sum(_size(p) for p in weights)
+    total = sum(_size(p) for p in weights)
     trained = sum(_size(p) for p in weights if p.requires_grad)
-    counter = _Live()
-    targets.codec.to(device)  # what it keeps for later calls has to have memory
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
-        batch = _batch(config.micro_batch, student, targets, device)
-        faked: dict[str, torch.Tensor] = {
-            name: torch.nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)
+    live = _LiveStorages()
+    cache.codec.to(device)  # its tables are kept for later calls: they need memory
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
+        batch = _batch(micro_batch, student, cache, device)
+        fakes: dict[str, torch.Tensor] = {
+            name: nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)
             for name, p in student.named_parameters()
         }
-        counter.forget()
-        counter.track(batch)
-        if config.batch_size > config.micro_batch:  # the second finds the gradients of the first
-            for p in faked.values():
+        live.reset()
+        live.track(batch)
+        if settings.config.batch_size > micro_batch:  # the second adds to gradients of the first
+            for p in fakes.values():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-
-        def predict(images: torch.Tensor, mask: Any) -> torch.Tensor:
-            return functional_call(student, faked, (images, mask))
-
-        objective = loss_function(predict, config, targets, device)  # type: ignore[arg-type]
-        with autocast(device, config.precision):
-            loss = objective(batch)
+        network: Any = partial(_call, student, fakes)
+        with autocast(device, settings.precision):
+            loss = settings.objective(cache)(network, batch)
         loss.backward()
-    shared = ranks if config.parallel == "fsdp" else 1
-    return (held + 2 * trained) // shared + counter.peak
+    sharded = ranks if settings.config.parallel == "fsdp" else 1
+    return (total + 2 * trained) // sharded + live.peak
+
+
+def _call(student: Student, weights: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """What the student predicts with other weights than its own."""
+    return functional_call(student, weights, inputs)
 
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _batch(size: int, student: Student, targets: TargetCache, device: torch.device) -> Batch:
+def _batch(size: int, student: Student, cache: TargetCache, device: torch.device) -> Batch:
     """A micro-batch as a loader worker hands it over; its values are never looked at."""
-    spec, edge = targets.spec, targets.view_spec.size
-    codec = targets.codec
+    spec, edge = cache.spec, cache.view_spec.size
+    codec = cache.codec
     codes = torch.empty(
         size, spec.tokens, codec.width(spec.channels),
         dtype=getattr(torch, codec.dtype), device=device,
@@ -88,16 +90,16 @@ def _batch(size: int, student: Student, targets: TargetCache, device: torch.devi
     )
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operators have made and nobody has let go of yet."""
+class _LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operators have allocated and that were not freed yet."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def forget(self) -> None:
-        """Start anew: what is there already is counted elsewhere."""
+    def reset(self) -> None:
+        """Start from zero: what was allocated before is counted elsewhere."""
         self.now = self.peak = 0
 
     def track(self, made: Any) -> None:
@@ -112,9 +114,9 @@ class _Live(TorchDispatchMode):
             size = storage.nbytes()
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, size)
+            weakref.finalize(storage, self._freed, size)
 
-    def _gone(self, size: int) -> None:
+    def _freed(self, size: int) -> None:
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

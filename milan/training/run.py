@@ -1,14 +1,11 @@
-"""A run's folder: whose run it is, whether it may go on, and on which part of its store.
+"""A run's folder: whether a run may be resumed there, on which part of its store, without what.
 
-runs/pretrain/run.json       identity, settings, stretches of the store, id: written once, and
-                             added to when the run moves on or drops images
-    checkpoints/             milan.training.checkpoint
-    log.jsonl curves.csv sheet.png tensorboard/   milan.reporting.log
-    encoder.safetensors metrics.json    at the end of every call
+What lies in the folder is drawn in milan.reporting.run_files.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import shutil
@@ -17,58 +14,63 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from milan.config import PretrainConfig
 from milan.core.atomic import ensure_writable, lock_folder, write_json
+from milan.core.config_fields import identity_names
 from milan.core.progress import Progress
-from milan.data import changed_images
+from milan.data.changed_images import CSV, changed_images
+from milan.data.dataset import CachedDataset
+from milan.data.order import Stream
 from milan.errors import CacheError, TrainError
 from milan.models.export import ENCODER
-from milan.reporting.log import CURVES, LOG, SHEET
+from milan.reporting.run_files import (
+    CURVES,
+    LOG,
+    METRICS,
+    RUN,
+    SHEET,
+    TENSORBOARD,
+    read_run,
+    update_run,
+)
 from milan.store.cache import TargetCache
 from milan.training import checkpoint
+from milan.training.loop import Context
 
-ABOUT = "run.json"
-METRICS = "metrics.json"
-_ENDING = 10.0  # seconds in which a life of the ranks that was ended may still hold the lock
-
-# What may change between a run and its resumption, because it changes no step.
-_FREE = (
-    "cache", "layer", "out", "recipe", "data_root", "num_workers", "device", "log_every",
-    "save_every", "save_minutes", "keep", "local", "cache_limit", "micro_batch", "devices",
-    "num_nodes", "address", "parallel", "max_restarts", "report_to", "picture_every",
-    "probe_every", "probe_images", "on_nonfinite", "checkpoint_activations",
-    "on_changed", "on_growth",  # what these did is saved with the run
-)  # fmt: skip
+_LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
 
 
 def step_to_resume(
-    run: Path, config: PretrainConfig, *, resume: str, overwrite: bool, progress: Progress
-) -> int | None:
-    """The step of the newest whole checkpoint of the run to go on with; None: it begins anew.
+    run: Path, config: PretrainConfig, values: dict[str, Any], *, resume: str, overwrite: bool,
+    progress: Progress,
+) -> int | None:  # fmt: skip
+    """The step of the newest whole checkpoint to resume from; None: the run begins anew.
 
-    Writes nothing. Raises TrainError for a folder that holds another run, with the settings that
-    differ, or something that `begin` would replace.
+    `values` are the settings with all defaults filled in. Writes nothing. Raises TrainError for a
+    folder that holds another run, with the settings that differ, or files that `start_run` would
+    replace.
     """
-    there, saved = (run / ABOUT).exists(), checkpoint.steps(run)
-    # What a run leaves at its end, or what is not ours: lost, if this run began here at step 0.
-    ends = [ENCODER, METRICS]
-    ends += [] if there else [LOG, CURVES, "tensorboard", checkpoint.FOLDER]
-    kept = [name for name in ends if (run / name).exists()]
-    if kept and not (saved and there) and not overwrite and resume == "auto":
+    has_run, saved = (run / RUN).exists(), checkpoint.steps(run)
+    # Results of a run, or files that are not ours: lost, if this run began here at step 0.
+    results = [ENCODER, METRICS]
+    results += [] if has_run else [LOG, CURVES, TENSORBOARD, checkpoint.FOLDER]
+    present = [name for name in results if (run / name).exists()]
+    if present and not (saved and has_run) and not overwrite and resume == "auto":
         raise TrainError(
-            f"{run} holds {', '.join(kept)}, and no run that can go on",
+            f"{run} holds {', '.join(present)}, and no run that can be resumed",
             expected="an empty folder, or a run with its run.json and checkpoints",
             fix="--out another folder, or --overwrite to replace them",
         )
-    if not (saved and there and resume == "auto"):
+    if not (saved and has_run and resume == "auto"):
         return None
     try:
-        differing = _differing(run, config)
+        differing = _differing(run, config, values)
     except TrainError:
         if not overwrite:
             raise
@@ -82,46 +84,46 @@ def step_to_resume(
     return None if differing else checkpoint.newest(run, note=progress.note)
 
 
-def writable(run: Path) -> None:
-    """Make the folder of a run. Raises TrainError if nothing can be written there."""
-    try:
-        ensure_writable(run)
-    except OSError as error:
-        raise TrainError(
-            f"{run} cannot be written: {error.strerror}", fix="--out another folder"
-        ) from None
+def start_run(
+    run: Path, cache: TargetCache, values: dict[str, Any], differs: dict[str, tuple[Any, Any]]
+) -> None:
+    """Make the folder, which is locked, that of a new run; results of an earlier one are removed.
 
-
-def begin(run: Path, config: PretrainConfig, targets: TargetCache, published: dict) -> None:
-    """Make the folder, which is claimed, that of a new run; what a run left there before goes."""
-    shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, changed_images.CSV):
+    `differs`: settings that deviate from the recipe, with (value, the recipe's).
+    """
+    for folder in (checkpoint.FOLDER, TENSORBOARD):
+        shutil.rmtree(run / folder, ignore_errors=True)
+    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, CSV):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    facts = {
+    content = {
         "id": uuid.uuid4().hex[:12],
-        "identity": _identity(config, targets.digest),
-        "config": asdict(config),
-        "differs": {k: list(v) for k, v in published.items()},
-        "fingerprint": targets.spec.fingerprint(),
-        "targets": _shown(targets),
-        "stretches": [_stretch(0, targets)],
+        "identity": _identity(values, cache.digest),
+        "config": values,
+        "differs": {name: list(pair) for name, pair in differs.items()},
+        "fingerprint": cache.spec.fingerprint(),
+        "targets": _summary_of(cache),
+        "stretches": [_part(0, cache)],
         "versions": {n: version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")},
         "command": sys.argv,
         "platform": platform.platform(),
     }
-    write_json(run / ABOUT, facts)
+    write_json(run / RUN, content)
 
 
 @contextmanager
 def locked(run: Path, *, progress: Progress) -> Iterator[None]:
     """Make a run's folder and lock it: one call at a time trains there.
 
-    Raises TrainError: it cannot be written, or another call keeps it. An earlier life of the same
-    run, which is ending, is given a moment to end.
+    Raises TrainError: it cannot be written, or another call has the lock. An earlier attempt of
+    the same run is given a moment to end.
     """
-    writable(run)
-    lock, until = None, time.monotonic() + _ENDING
+    try:
+        ensure_writable(run)
+    except OSError as error:
+        raise TrainError(
+            f"{run} cannot be written: {error.strerror}", fix="--out another folder"
+        ) from None
+    lock, until = None, time.monotonic() + _LOCK_SECONDS
     while lock is None:
         try:
             lock = lock_folder(run)
@@ -143,10 +145,10 @@ def locked(run: Path, *, progress: Progress) -> Iterator[None]:
             lock.close()
 
 
-def again(run: Path) -> Callable[[], dict[str, Any]]:
-    """What a call of pretrain is told when its ranks live again, as a function of what is there.
+def restart_arguments(run: Path) -> Callable[[], dict[str, Any]]:
+    """Arguments to change when the ranks of a call of `pretrain` are restarted.
 
-    Once their run has begun, that it goes on: it was replaced already if it was to be.
+    Once their run has begun they resume it: it was replaced already if it had to be.
     """
     before = _id(run)
     return lambda: {} if _id(run) == before else {"resume": "auto", "overwrite": False}
@@ -159,28 +161,18 @@ def _id(run: Path) -> str | None:
         return None
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """What run.json says. Raises TrainError if it is damaged."""
-    try:
-        found = json.loads((run / ABOUT).read_text())
-        if not isinstance(found, dict):
-            raise ValueError
-        return found
-    except ValueError:
-        raise TrainError(
-            f"{run / ABOUT} is damaged",
-            expected="the JSON that the run was begun with",
-            fix="a copy of it, or --overwrite (or --resume never) to start anew",
-        ) from None
+# --- the part of the store that a run knows -------------------------------------------------------
 
 
-def stretches(parts: list[dict[str, Any]], config: PretrainConfig) -> list[tuple[int, TargetCache]]:
+def known_parts(
+    parts: list[dict[str, Any]], config: PretrainConfig
+) -> list[tuple[int, TargetCache]]:
     """(first epoch, the store as it was when the run got there), oldest first.
 
     `parts` as run.json has them. A store may have grown since: a run goes on with what it knows.
     Raises CacheError if a part of it is not what it was.
     """
-    found = []
+    caches = []
     for part in parts:
         cache = TargetCache(config.cache, layer=config.layer, pinned=part["generations"])
         if cache.digest != part["cache"]:
@@ -189,52 +181,101 @@ def stretches(parts: list[dict[str, Any]], config: PretrainConfig) -> list[tuple
                 f"(cache: {part['cache'][:12]} != {cache.digest[:12]})",
                 fix="the store it began with, or --out another folder",
             )
-        found.append((part["epoch"], cache))
-    return found
+        caches.append((part["epoch"], cache))
+    return caches
 
 
 def move_on(run: Path, config: PretrainConfig, epoch: int) -> None:
-    """From `epoch` on the run sees all that its store holds now."""
-    newest, read = TargetCache(config.cache, layer=config.layer), read_run(run)
-    if newest.digest != read["stretches"][-1]["cache"]:
-        # A stretch that was to begin then, or later, and never did, is replaced.
-        parts = [part for part in read["stretches"] if part["epoch"] < epoch]
-        write_json(run / ABOUT, read | {"stretches": [*parts, _stretch(epoch, newest)]})
+    """From `epoch` on the run reads all that its store holds now."""
+    newest, parts = TargetCache(config.cache, layer=config.layer), read_run(run)["stretches"]
+    if newest.digest != parts[-1]["cache"]:
+        # A part that was to begin then, or later, and never did, is replaced.
+        begun = [part for part in parts if part["epoch"] < epoch]
+        update_run(run, stretches=[*begun, _part(epoch, newest)])
 
 
-def _stretch(epoch: int, cache: TargetCache) -> dict[str, Any]:
+def _part(epoch: int, cache: TargetCache) -> dict[str, Any]:
     return {"epoch": epoch, "generations": cache.pinned, "cache": cache.digest}
 
 
-def _identity(config: PretrainConfig, digest: str) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    fixed = {k: v for k, v in asdict(config).items() if k not in _FREE}
+# --- what makes a run the same --------------------------------------------------------------------
+
+
+def _identity(values: dict[str, Any], digest: str) -> dict[str, Any]:
+    """What must stay as it is for a run to be resumed: fields that say so, and the store."""
+    fixed = {name: values[name] for name in identity_names(PretrainConfig)}
     return json.loads(json.dumps({"cache": digest, **fixed}))
 
 
-def _shown(targets: TargetCache) -> dict[str, Any]:
+def _summary_of(cache: TargetCache) -> dict[str, Any]:
     """What people know a store by."""
     return {
-        "teacher": targets.attributes["about"]["name"],
-        "image_size": targets.view_spec.size,
-        "grid": targets.grid,
-        "width": targets.spec.channels,
-        "codec": targets.spec.codec,
+        "teacher": cache.attributes["about"]["name"],
+        "image_size": cache.view_spec.size,
+        "grid": cache.grid,
+        "width": cache.spec.channels,
+        "codec": cache.spec.codec,
     }
 
 
-def _differing(run: Path, config: PretrainConfig) -> list[str]:
+def _differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> list[str]:
     """'field: the run's != the one now' for each that differs."""
-    read = read_run(run)
-    if "stretches" not in read:
-        ours = f"{version('milan-pretrain')}, whose runs are kept otherwise"
-        return [f"milan: an earlier version != {ours}"]
-    first = read["stretches"][0]
+    content = read_run(run, "identity", "stretches", "targets")
+    pinned = content["stretches"][0]["generations"]
     try:
-        cache = TargetCache(config.cache, layer=config.layer, pinned=first["generations"])
+        cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
     except CacheError:
         cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
-    before, now = read["identity"], _identity(config, cache.digest)
+    before, now = content["identity"], _identity(values, cache.digest)
     if before["cache"] != now["cache"]:
-        before, now = before | read["targets"], now | _shown(cache)
+        before, now = before | content["targets"], now | _summary_of(cache)
     return [f"{k}: {before.get(k)} != {now[k]}" for k in now if before.get(k) != now[k]]
+
+
+# --- images that changed since extraction ---------------------------------------------------------
+
+
+def without_changed(
+    dataset: CachedDataset, order: Stream, context: Context, *, policy: str, step: int
+) -> Stream:
+    """The order without the images that changed: those saved with the run, and new ones.
+
+    With the policy `drop` all images are compared; those that changed are saved in run.json, with
+    the `step` that this call starts from. At the beginning of a run such rows leave the order as
+    those without targets do; in a resumed run other rows take their places, so that an epoch keeps
+    its steps. Raises ConfigError if too few images are left.
+    """
+    run, ranks = context.run, context.ranks
+    dropped = ranks.on_rank0(lambda: _dropped_before(run))
+    if policy == "drop" and not dataset.stored:  # stored views are verified with their targets
+        rows = dataset.good[~np.isin(dataset.good, list(dropped))]
+        mine = changed_images(
+            dataset, rows[ranks.rank :: ranks.size], stop=context.stop, progress=context.progress
+        )
+        parts = ranks.gather_objects(mine)
+        new = {row: (step, why) for _, part in parts for row, why in part.items()}
+        dropped |= new
+        if new:
+            ranks.on_rank0(lambda: update_run(run, dropped=dropped))
+    if not dropped:
+        return order
+    ranks.on_rank0(lambda: _write_csv(run / CSV, dropped, dataset))
+    context.progress.note(
+        f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}"
+    )
+    removed = [row for row, (at, _) in dropped.items() if at == 0]
+    replaced = [row for row, (at, _) in dropped.items() if at > 0]
+    return order.without(np.array(removed, np.int64), np.array(replaced, np.int64))
+
+
+def _dropped_before(run: Path) -> dict[int, tuple[int, str]]:
+    """row -> (step at which it was dropped, reason), of earlier calls."""
+    return {int(row): tuple(pair) for row, pair in read_run(run).get("dropped", {}).items()}
+
+
+def _write_csv(path: Path, dropped: dict[int, tuple[int, str]], dataset: CachedDataset) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "key", "reason", "from_step"])
+        for row, (at, why) in sorted(dropped.items()):
+            writer.writerow([row, dataset.cache.manifest.key(row), why, at])

@@ -1,141 +1,176 @@
-"""How a run is judged while it goes on: by rows it never trains on, and by its neighbours' labels.
+"""Validation while a run goes on: the loss of images it never trains on, and k-NN by their labels.
 
-No labels are needed for the first: the loss on held-out rows, always masked alike, and how near the
-prediction is to what the teacher said. With labels, a k-NN probe (Wu et al. 2018, as DINO has it).
+The first needs no labels: validation images are always masked alike, and show the objective's own
+metrics. With labels, a k-NN probe (Wu et al. 2018, as DINO has it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from milan.config import PretrainConfig
 from milan.core import rng
-from milan.core.device import autocast
+from milan.core.device import MEAN, STD, autocast, normalise
 from milan.core.distributed import Ranks
-from milan.data.dataset import Batch, CachedDataset
-from milan.data.order import ASKED, DRAWN, JUDGED, KNOWN, REPEATED, Address, Order, Stream
+from milan.data.dataset import CachedDataset
+from milan.data.loader import Batch
+from milan.data.order import Order, Stream
+from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
-from milan.reporting.log import SHEET
+from milan.evaluation.knn import nearest_neighbours
+from milan.models.student import Student
+from milan.objectives.base import Objective, attention_of
 from milan.reporting.panels import SheetInputs, draw_sheet
+from milan.reporting.run_files import SHEET
 
-_SHOWN = 4  # images of a sheet
-_NEIGHBOURS, _TEMPERATURE = 20, 0.07
-_REPEATED = -1  # in place of a label
-_AT_ONCE = 1024  # features whose neighbours are looked for together: 22 k classes take 90 MB
+_PICTURES = 4  # images of a sheet
+_PADDING = -1  # in place of a label
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """Which rows are read after which epoch."""
+
+    config: PretrainConfig
+    order: Stream
+    ranks: Ranks
+    micro: int
+    """Images at once on a device."""
+
+    def addresses(self, epoch: int) -> list[Address]:
+        """This rank's micro-batches after an epoch; every rank has as many."""
+        return [
+            part
+            for whole in self._whole(epoch)
+            for part in split_over_ranks(
+                whole, rank=self.ranks.rank, ranks=self.ranks.size, micro=self.micro
+            )
+        ]
+
+    def _whole(self, epoch: int) -> list[Address]:
+        """What all ranks read together: view 0 of each row."""
+        config, order = self.config, self.order.for_epoch(epoch)
+        validation, addresses = order.validation_rows, list[Address]()
+
+        def add(kind: Kind, rows: np.ndarray) -> None:
+            addresses.append(Address(kind, epoch, rows, np.zeros_like(rows)))
+
+        if len(validation):
+            add(Kind.VALIDATION, validation)
+        if epoch % config.picture_every == 0 or epoch + 1 == config.epochs:
+            trained = order.train_rows[~np.isin(order.train_rows, order.replaced)]
+            rows = validation if len(validation) else trained
+            add(Kind.PICTURE, np.tile(rows[:_PICTURES], self.ranks.size))  # rank 0 draws its own
+        if config.probe_every and (epoch + 1) % config.probe_every == 0:
+            shuffle = rng.permutation(order.seed, rng.SAMPLE, (2,), len(order.train_rows))
+            bank = order.train_rows[shuffle[: config.probe_images]]
+            add(Kind.KNN_BANK, np.sort(bank[~np.isin(bank, order.replaced)]))
+            add(Kind.KNN_QUERY, validation)
+        return addresses
 
 
 class Validation:
-    """Which rows come after an epoch, and what they say of the student."""
+    """Metrics and pictures of a student after an epoch."""
 
     def __init__(
         self,
-        config: PretrainConfig,
+        plan: ValidationPlan,
+        student: Student,
+        objective: Objective,
         dataset: CachedDataset,
-        stream: Stream,
-        *,
-        measure: Callable[[Batch], tuple[torch.Tensor, torch.Tensor | None]],
-        represent: Callable[[Batch], torch.Tensor],
-        show: Callable[[Batch], SheetInputs],
-        ranks: Ranks,
         device: torch.device,
+        precision: str,
     ) -> None:
-        """What is called on a batch on this rank's device.
-
-        `measure` gives the mean loss, and the mean cosine to the teacher of hidden patches if there
-        is one; `represent` gives features [B, F]; `show` what a picture is made of.
-        """
-        self.config, self.dataset, self.stream = config, dataset, stream
-        self.measure, self.represent, self.show = measure, represent, show
-        self.ranks, self.device = ranks, device
-
-    def addresses(self, epoch: int) -> list[Address]:
-        """What is asked for after an epoch, for all ranks."""
-        order = self.stream.of_epoch(epoch)
-        held, found = order.held, list[Address]()
-        if len(held):
-            found.append((JUDGED, held, np.zeros_like(held)))
-        if epoch % self.config.picture_every == 0 or epoch + 1 == self.config.epochs:
-            rows = held if len(held) else order.good[~np.isin(order.good, order.replaced)]
-            drawn = np.tile(rows[:_SHOWN], self.ranks.size)  # rank 0 draws what it has
-            found.append((DRAWN, drawn, np.zeros_like(drawn)))
-        if self.config.probe_every and (epoch + 1) % self.config.probe_every == 0:
-            mix = rng.permutation(order.seed, rng.SAMPLE, (2,), len(order.good))
-            known = order.good[mix[: self.config.probe_images]]
-            known = np.sort(known[~np.isin(known, order.replaced)])
-            found += [(KNOWN, known, np.zeros_like(known)), (ASKED, held, np.zeros_like(held))]
-        return found
+        self.plan, self.student, self.objective = plan, student, objective
+        self.dataset, self.device, self.precision = dataset, device, precision
 
     def __call__(
-        self, mine: list[Address], batches: Iterator[Batch]
+        self, epoch: int, batches: Iterator[Batch]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Figures, and pictures, of this rank's addresses, of which `batches` are what was read."""
-        sums, comparable = [0.0, 0.0, 0.0], False
-        features: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
-        labels: dict[int, list[torch.Tensor]] = {KNOWN: [], ASKED: []}
-        shown: list[SheetInputs] = []
-        with torch.no_grad(), autocast(self.device, self.config.precision):
-            for kind, rows, _ in mine:
-                batch, counted = next(batches), 0 if kind & REPEATED else len(rows)
-                kind &= ~REPEATED
-                if kind == JUDGED:
-                    loss, cosine = self.measure(batch)
-                    sums[0] += counted * float(loss)
-                    sums[2] += counted
-                    if cosine is not None:
-                        comparable = True
-                        sums[1] += counted * float(cosine)
-                elif kind == DRAWN:
-                    shown.append(self.show(batch))
-                else:
-                    features[kind].append(self.represent(batch).float())
-                    names = self.dataset.labels[rows] if counted else np.full_like(rows, _REPEATED)
-                    labels[kind].append(torch.from_numpy(names))
-        loss_sum, cosine_sum, count = self.ranks.all_reduce_sum(sums)
-        figures: dict[str, float] = {}
-        if count:
-            figures["val_loss"] = loss_sum / count
-        if comparable:
-            figures["val_cosine"] = cosine_sum / count
-        if features[ASKED] and features[KNOWN]:
-            found = []
-            for kind in (KNOWN, ASKED):
-                named = self.ranks.gather(torch.cat(labels[kind]))
-                seen = self.ranks.gather(torch.cat(features[kind]))
-                found += [seen[named != _REPEATED], named[named != _REPEATED]]
-            figures["knn_top1"] = nearest_neighbours(*found)
-        pictures = (
-            {SHEET: draw_sheet(SheetInputs.joined(shown))} if shown and self.ranks.is_rank0 else {}
+        """Metrics, and pictures by name; takes the batches of the plan's addresses, in order.
+
+        Metrics of the objective are named val_…; all ranks call it together and get the same.
+        """
+        sums: dict[str, float] = {}
+        count = 0
+        knn = _KNN(self.dataset.labels) if self.plan.config.probe_every else None
+        sheet: list[SheetInputs] = []
+        with torch.no_grad(), autocast(self.device, self.precision):
+            for address in self.plan.addresses(epoch):
+                batch = next(batches).to(self.device)
+                if address.kind is Kind.VALIDATION:
+                    counted = 0 if address.padding else len(address.rows)
+                    prediction = self.objective.predict(self.student, batch)
+                    for name, value in self.objective.metrics(prediction).items():
+                        sums[name] = sums.get(name, 0.0) + counted * float(value)
+                    count += counted
+                elif address.kind is Kind.PICTURE:
+                    sheet.append(self._sheet_inputs(batch))
+                elif knn:
+                    images = normalise(batch.pixels, MEAN, STD)
+                    knn.add(address, self.student.pooled_features(images).float())
+        ranks = self.plan.ranks
+        *totals, total = ranks.all_reduce_sum([*sums.values(), float(count)])
+        metrics = {f"val_{name}": value / total for name, value in zip(sums, totals, strict=True)}
+        if knn and knn.complete:
+            metrics["knn_top1"] = knn.accuracy(ranks)
+        draws = bool(sheet) and ranks.is_rank0
+        return metrics, {SHEET: draw_sheet(SheetInputs.joined(sheet))} if draws else {}
+
+    def _sheet_inputs(self, batch: Batch) -> SheetInputs:
+        prediction = self.objective.predict(self.student, batch)
+        target, predicted = self.objective.picture(prediction)
+        return SheetInputs(
+            batch.rows.cpu().numpy(),
+            batch.pixels.cpu().numpy(),
+            attention_of(batch).cpu().numpy(),
+            prediction.mask.boolean().cpu().numpy(),
+            None if target is None else target.cpu().numpy(),
+            predicted.cpu().numpy(),
         )
-        return figures, pictures
+
+
+class _KNN:
+    """Features and labels of a k-NN probe, as they come from the batches of this rank."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.of_row = labels
+        kinds = (Kind.KNN_BANK, Kind.KNN_QUERY)
+        self.features: dict[Kind, list[torch.Tensor]] = {kind: [] for kind in kinds}
+        self.labels: dict[Kind, list[torch.Tensor]] = {kind: [] for kind in kinds}
+
+    def add(self, address: Address, features: torch.Tensor) -> None:
+        """Features [B, F] of a micro-batch."""
+        labels = self.of_row[address.rows]
+        labels = np.full_like(labels, _PADDING) if address.padding else labels
+        self.features[address.kind].append(features)
+        self.labels[address.kind].append(torch.from_numpy(labels))
+
+    @property
+    def complete(self) -> bool:
+        """Whether this epoch has a bank and queries."""
+        return all(self.features.values())
+
+    def accuracy(self, ranks: Ranks) -> float:
+        """Percent of the queries whose label their neighbours name, over all ranks."""
+        pairs = []
+        for kind, parts in self.features.items():
+            labels = ranks.gather(torch.cat(self.labels[kind]))
+            features = ranks.gather(torch.cat(parts))
+            pairs += [features[labels != _PADDING], labels[labels != _PADDING]]
+        return nearest_neighbours(*pairs)
 
 
 def check_labels(dataset: CachedDataset, order: Order) -> None:
-    """Raises ConfigError if a k-NN probe has no rows to ask for, or no label of some row."""
-    rows = np.concatenate([order.held, order.good])
-    if not len(order.held) or (dataset.labels[rows] < 0).any():
+    """Raises ConfigError if a k-NN probe has no validation rows, or a row has no label."""
+    rows = np.concatenate([order.validation_rows, order.train_rows])
+    if not len(order.validation_rows) or (dataset.labels[rows] < 0).any():
         raise ConfigError(
-            "probe_every without labels or without held-out rows",
+            "probe_every without labels or without validation images",
             expected="a store whose images have labels, and held_out above 0",
             fix="--set probe_every=null",
         )
-
-
-def nearest_neighbours(
-    known: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor, truth: torch.Tensor
-) -> float:
-    """Percent of the `asked` features [m, F] whose `truth` [m] their neighbours in `known` name.
-
-    The 20 nearest by cosine vote for their `labels` [n] with weights exp(cosine / 0.07).
-    """
-    known, right = F.normalize(known, dim=1), 0
-    classes = int(max(labels.max(), truth.max())) + 1
-    for some, names in zip(asked.split(_AT_ONCE), truth.split(_AT_ONCE), strict=True):
-        near, at = (F.normalize(some, dim=1) @ known.T).topk(min(_NEIGHBOURS, len(known)), dim=1)
-        votes = torch.zeros(len(some), classes)
-        votes.scatter_add_(1, labels[at], (near / _TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == names).sum())
-    return 100 * right / len(asked)

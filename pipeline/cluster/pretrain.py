@@ -11,7 +11,7 @@ from milan.config import PretrainConfig
 from milan.core.paths import as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
-from milan.training import run as runs
+from milan.training.run import restart_arguments
 from pipeline.cluster.pool import run_ranks
 
 
@@ -53,7 +53,7 @@ def pretrain_on_cluster(
         gpu=None if config.device == "auto" else config.device.startswith("cuda"),
         address=config.address,
         restarts=config.max_restarts,
-        again=runs.again(Path(config.out)),
+        again=restart_arguments(Path(config.out)),
         progress=progress or NoProgress(),
     )
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from milan.core.paths import AnyPath
+from milan.core.rng import mask_noise
 from milan.errors import CacheError, ImageFault, TeacherError
 from milan.images.decode import decode
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, pack, render, unpack, view_of
-from milan.models.masking import importance_mask, mask_noise, visible_count
+from milan.models.masking import importance_mask, visible_count
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
 from milan.store.generation import open_array

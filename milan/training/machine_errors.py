@@ -1,4 +1,4 @@
-"""What a machine does to a run, said so that a user can mend it."""
+"""Memory or disks that are full: errors of the machine, as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from milan.errors import TrainError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_GOES_ON = "the same line goes on from the last checkpoint"
+_RESUME = "the same line goes on from the last checkpoint"
 
 
 @contextmanager
 def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
-    """Inside, memory or a disk that is full become a TrainError.
+    """Inside, an error because memory or a disk is full becomes a TrainError.
 
     `micro_batch` is how many images were on the device at once. Any other error stays what it is.
     """
@@ -31,7 +31,7 @@ def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
         raise TrainError(
             f"{run} cannot be written: {error.strerror}",
             expected="room for the log and the checkpoints",
-            fix=f"free some space: {_GOES_ON}",
+            fix=f"free some space: {_RESUME}",
         ) from None
     except RuntimeError as error:  # torch has no finer one for the CPU's memory
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
@@ -40,15 +40,15 @@ def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
 
 
 def _no_memory(error: RuntimeError, where: str, micro_batch: int | None) -> TrainError:
-    at_once = micro_batch or 1
-    fewer = next((m for m in range(at_once // 2, 0, -1) if at_once % m == 0), 1)
+    images = micro_batch or 1
+    fewer = next((m for m in range(images // 2, 0, -1) if images % m == 0), 1)
     return TrainError(
         f"the {where}'s memory is full ({_first_line(str(error))})",
-        expected=f"room for {at_once} images at once",
+        expected=f"room for {images} images at once",
         fix=f"--set micro_batch={fewer}, which changes no batch, or "
-        f"--set checkpoint_activations=true; {_GOES_ON}",
+        f"--set checkpoint_activations=true; {_RESUME}",
     )
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "no more is known"
+    return text.strip().splitlines()[0][:200] if text.strip() else "no details"

@@ -1,0 +1,126 @@
+"""An objective: what a student is trained to predict, in one class of one file.
+
+Adding one takes a subclass of `Objective` in a file of its own and a line in
+`milan.config.OBJECTIVES`. One that lives elsewhere is named `package.module:Class`.
+
+B views, N patches = V visible + M masked, T = 1 + N tokens with the class token first (T = N for
+an encoder without one), C width of the targets, S edge of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from milan.config import OBJECTIVES
+from milan.core.device import MEAN, STD, normalise
+from milan.data.loader import Batch
+from milan.errors import ConfigError
+from milan.models.masking import Mask, importance_mask, random_mask, visible_count
+from milan.objectives.resample import resampled_attention
+from milan.store.cache import TargetCache
+
+
+class Prediction(NamedTuple):
+    """What a student predicts for a micro-batch, and what it was given."""
+
+    tokens: torch.Tensor
+    """[B, T, C]"""
+    images: torch.Tensor
+    """[B, 3, S, S] normalised."""
+    mask: Mask
+    batch: Batch
+    """On the same device."""
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """[B, N, C]: the tokens without the class token."""
+        return self.tokens[:, -self.batch.noise.shape[1] :]
+
+    @property
+    def patch_size(self) -> int:
+        """Edge of the student's patches in pixels."""
+        return self.images.shape[2] // round(self.batch.noise.shape[1] ** 0.5)
+
+
+class Objective(ABC):
+    """What a student is trained to predict from the images and targets of a store."""
+
+    decoder: ClassVar[str]
+    """Kind of the decoder by default: prompt or mae."""
+    masking: ClassVar[str]
+    """How masks are drawn by default: semantic or random."""
+    needs_features: ClassVar[bool]
+    """Whether a batch has to bring the teacher's features."""
+
+    def __init__(self, cache: TargetCache, *, masking: str, mask_ratio: float) -> None:
+        self.cache, self.draw, self.mask_ratio = cache, masking, mask_ratio
+
+    @abstractmethod
+    def target_width(self, patch_size: int) -> int:
+        """C, for a student with patches of `patch_size` pixels."""
+
+    @abstractmethod
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        """The loss of a micro-batch, a scalar: a mean over its images. Called under autocast."""
+
+    def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:
+        """Scalars by name for validation images; the loss, and what says more to people."""
+        return {"loss": self.loss(prediction)}
+
+    @abstractmethod
+    def picture(self, prediction: Prediction) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(target, prediction) as pictures: both [B, N, C] float32, shown by common colours.
+
+        Or (None, uint8 pixels [B, S, S, 3]).
+        """
+
+    def mask(self, batch: Batch) -> Mask:
+        """Which patches are masked; a pure function of the batch's noise and attention."""
+        patches = batch.noise.shape[1]
+        visible = visible_count(patches, self.mask_ratio)
+        if self.draw == "random":
+            return random_mask(batch.noise, visible=visible)
+        return importance_mask(attention_of(batch), batch.noise, visible=visible)
+
+    def predict(self, network: nn.Module, batch: Batch) -> Prediction:
+        """Mask a micro-batch and let `network`, the student, predict; all on one device.
+
+        An objective whose student sees more than masked images has its own.
+        """
+        images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
+        return Prediction(network(images, mask), images, mask, batch)
+
+    def __call__(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of `network` on a micro-batch, a scalar."""
+        return self.loss(self.predict(network, batch))
+
+
+def attention_of(batch: Batch) -> torch.Tensor:
+    """The teacher's attention on the student's grid of patches, [B, N], > 0."""
+    patches = batch.noise.shape[1]
+    if batch.attention.shape[1] == patches:
+        return batch.attention
+    return resampled_attention(batch.attention, patches)
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective of that name in `milan.config.OBJECTIVES`, or `package.module:Class`.
+
+    Raises ConfigError if it cannot be imported, or is no Objective.
+    """
+    module, _, attribute = OBJECTIVES.get(name, name).partition(":")
+    try:
+        chosen = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"objective {name} cannot be imported: {error}",
+            expected="package.module:Class, importable in every process of the run",
+        ) from None
+    if not (isinstance(chosen, type) and issubclass(chosen, Objective)):
+        raise ConfigError(f"objective {name} is no subclass of milan.objectives.base.Objective")
+    return chosen

@@ -1,0 +1,79 @@
+"""MAE's objective, the baseline: the pixels of masked patches (arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+import torch
+
+from milan.core.device import MEAN, STD, denormalise
+from milan.objectives.base import Objective, Prediction
+
+
+class PixelRegression(Objective):
+    """Predict the normalised pixels of masked patches."""
+
+    decoder = "mae"
+    masking = "random"
+    needs_features = False
+
+    def target_width(self, patch_size: int) -> int:
+        """Three colours of every pixel of a patch."""
+        return 3 * patch_size**2
+
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        """`pixel_regression`."""
+        return pixel_regression(
+            prediction.tokens,
+            prediction.images,
+            prediction.mask.boolean(),
+            patch=prediction.patch_size,
+        )
+
+    def picture(self, prediction: Prediction) -> tuple[None, torch.Tensor]:
+        """The predicted pixels."""
+        images = unpatchify_prediction(
+            prediction.tokens, prediction.images, patch=prediction.patch_size
+        )
+        return None, denormalise(images, MEAN, STD)
+
+
+def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """[B, 3, S, S] to [B, N, patch * patch * 3], raster order, channels last within a patch."""
+    b, c, height, width = images.shape
+    grid = images.reshape(b, c, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+
+
+def pixel_regression(
+    prediction: torch.Tensor, images: torch.Tensor, masked: torch.Tensor, *, patch: int
+) -> torch.Tensor:
+    """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
+
+    `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
+    normalised, `masked` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
+    """
+    target, mean, deviation = _patches(images, patch)
+    target = (target - mean) / deviation
+    error = (prediction[:, -target.shape[1] :].float() - target).square().mean(dim=-1)
+    return (error * masked).sum() / masked.sum()
+
+
+def unpatchify_prediction(
+    prediction: torch.Tensor, images: torch.Tensor, *, patch: int
+) -> torch.Tensor:
+    """Predicted patches as pictures [B, 3, S, S], normalised as `images` are.
+
+    Mean and deviation of a patch, which the student does not predict, are the image's own.
+    """
+    _, mean, deviation = _patches(images, patch)
+    b, _, size, _ = images.shape
+    grid = size // patch
+    pixels = prediction[:, -mean.shape[1] :].float() * deviation + mean
+    pixels = pixels.reshape(b, grid, grid, patch, patch, 3)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
+
+
+def _patches(images: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(patches [B, N, patch * patch * 3], the mean of each, the deviation of each)"""
+    patches = patchify(images, patch).float()
+    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return patches, patches.mean(dim=-1, keepdim=True), deviation
