@@ -88,7 +88,7 @@ def test_order_is_frozen(tmp_path: Path) -> None:
     for part in ("b", "a"):
         write(tmp_path / f"{part}.tar", named(*[f"{i}.jpg" for i in range(4)]))
     keys = build_manifest(tmp_path, seed=0).table["key"].to_pylist()
-    # The order of 8 files of a folder, in tests/test_manifest.py: 5 3 7 2 4 1 0 6.
+    # The order of 8 files of a folder, in tests/images/test_manifest.py: 5 3 7 2 4 1 0 6.
     assert [f"{key[0]}{key[6]}" for key in keys] == ["b1", "a3", "b3", "a2", "b0", "a1", "a0", "b2"]
     assert build_manifest(tmp_path, seed=0, limit=3).table["key"].to_pylist() == keys[:3]
 

@@ -18,7 +18,7 @@ from milan.store.format import CacheSpec
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify
 
-KEPT = Path(__file__).resolve().parent / "kept"
+KEPT = ROOT / "tests/kept"
 
 
 def example(store: Path, row: int, view: int, out: Path) -> dict[str, np.ndarray]:

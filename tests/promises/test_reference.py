@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from milan.models.encoder import encode
@@ -22,7 +23,7 @@ from milan.objectives.features import feature_regression
 from milan.training.optim import learning_rate
 from pipeline.teachers.load import TeacherSpec, load_teacher
 
-GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or Path(__file__).parent / "golden")
+GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or ROOT / "tests/golden")
 
 
 def vectors(name: str) -> tuple[dict[str, np.ndarray], dict]:

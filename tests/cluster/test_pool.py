@@ -415,7 +415,7 @@ def test_one_slow_worker_does_not_hold_the_tail(
     done: list[tuple[int, str]] = []
     began = time.monotonic()
     lost = pipeline.cluster.pool.map_blocks(
-        ("tests.paper_worker", "Paper"),
+        ("tests.cluster.paper_worker", "Paper"),
         {"folder": str(tmp_path), "slow": 2, "seconds": 300},
         np.ones((8, 2), bool),
         folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",

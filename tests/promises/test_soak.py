@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_photos, tree
-from test_cluster import STORE, Command, left_behind, local, until
+from test_pool import STORE, Command, left_behind, local, until
 
 from milan.store.format import GENERATION
 

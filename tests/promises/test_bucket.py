@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STUDENT, forget, make_photos, run_here, tree
-from test_cluster import until
+from conftest import ROOT, STUDENT, forget, make_photos, run_here, tree
+from test_pool import until
 
 import milan
 import pipeline.writing.lease
@@ -62,7 +62,7 @@ FORK = multiprocessing.get_context("forkserver")
 def port() -> Iterator[int]:
     """Of a moto server of our own."""
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("s3_server.py"))],
+        [sys.executable, str(ROOT / "tests/s3_server.py")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stdin
