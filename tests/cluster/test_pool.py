@@ -6,12 +6,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -19,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import make_photos, tree
+from helpers import SMALL, STORE, Command, Notes, extract_here, log_of, make_photos, tree, until
 from safetensors.torch import load_file, save_file
 
 from milan.errors import MilanError
@@ -28,98 +23,8 @@ from pipeline.extract import extract_targets
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
 
-MILAN = str(Path(sys.executable).parent / "milan")
-STORE = "t.zarr"
-
 
 # --- processes ------------------------------------------------------------------------------------
-
-
-def tagged(tag: str) -> dict[int, str]:
-    """Processes that inherited `tag` from a command: pid -> its title. Reads /proc."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if tag.encode() in (entry / "environ").read_bytes():
-                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                    if state != "Z":
-                        found[int(entry.name)] = title
-            except OSError:
-                continue  # gone, or somebody else's
-    return found
-
-
-def left_behind(tag: str) -> dict[int, str]:
-    """What is tagged and no agent of Ray's own: killed while they start, those look for their
-    head for some minutes before they give up."""
-    own = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    return {pid: title for pid, title in tagged(tag).items() if not title.startswith(own)}
-
-
-def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
-    """Wait for a truthy answer."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        answer = what()
-        if answer:
-            return answer
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-class Command:
-    """`milan extract-targets` running in a folder, in a session of its own."""
-
-    def __init__(self, data: Path, cwd: Path, teacher_files: dict[str, str], *more: object) -> None:
-        self.tag, self.cwd = f"MILAN_TEST_TAG={uuid.uuid4().hex}", cwd
-        words = ["extract-targets", "--data", data, "--out", STORE, "--views", 2]
-        words += ["--shard-size", 2, "--batch-size", 3, "--num-workers", 1]
-        for key, value in teacher_files.items():
-            words += [f"--{key}", value]
-        name, value = self.tag.split("=")
-        # A user who allows Ray's statistics elsewhere: milan still sends none.
-        env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "1"}
-        env.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [MILAN, *map(str, (*words, *more))], cwd=cwd, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-
-    def records(self) -> int:
-        return len(list((self.cwd / STORE / "generations/000/records").glob("*.json")))
-
-    def actors(self) -> list[int]:
-        return [pid for pid, title in tagged(self.tag).items() if title.startswith("ray::Host")]
-
-    def end(self) -> tuple[int, str, str]:
-        """(exit code, standard output, standard error) when it is over."""
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
-
-    def kill(self) -> None:
-        """Nothing of it is left: neither itself nor what it started."""
-        self.process.kill()
-        self.process.communicate()
-        for pid in tagged(self.tag):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def all_gone(self) -> bool:
-        return not left_behind(self.tag)
-
-    def statistics(self) -> set[str]:
-        """RAY_USAGE_STATS_ENABLED as Ray's own processes have it."""
-        found = set()
-        for pid, title in tagged(self.tag).items():
-            if "raylet" in title or "gcs_server" in title:
-                try:
-                    environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                found |= {e.decode() for e in environ if e.startswith(b"RAY_USAGE_STATS_ENABLED=")}
-        return found
 
 
 @pytest.fixture
@@ -152,16 +57,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_photos(tmp_path_factory.mktemp("many"), count=48, seed=4)
 
 
-def local(data: Path, out: Path, teacher_files: dict[str, str], **more: Any) -> dict[str, bytes]:
-    """The tree that one undisturbed process makes."""
-    torch.set_num_threads(1)
-    extract_targets(
-        str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
-        **{**teacher_files, **more},
-    )  # fmt: skip
-    return tree(out)
-
-
 # --- one machine ----------------------------------------------------------------------------------
 
 
@@ -179,7 +74,7 @@ def test_ray_in_a_folder_with_packages_of_our_names(
     assert "executor: ray, 1 x teacher" in out
     until(command.all_gone, seconds=20)
     (tmp_path / "other").mkdir()
-    assert tree(folder / STORE) == local(photos, tmp_path / "other" / STORE, teacher_files)
+    assert tree(folder / STORE) == extract_here(photos, tmp_path / "other" / STORE, teacher_files)
     assert not (folder / STORE / ".staging").exists()
 
 
@@ -213,7 +108,7 @@ def test_killed_workers_and_drivers_change_no_byte(
     failures = [entry for entry in log if entry["event"] == "failure"]
     assert [entry["attempt"] for entry in failures] == [0]
     (tmp_path / "other").mkdir()
-    assert tree(folder / STORE) == local(many, tmp_path / "other" / STORE, teacher_files)
+    assert tree(folder / STORE) == extract_here(many, tmp_path / "other" / STORE, teacher_files)
     until(second.all_gone, seconds=20)
 
 
@@ -278,7 +173,7 @@ def test_a_node_that_dies(
     log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
     assert any(entry["event"] == "failure" for entry in log)
     (tmp_path / "other").mkdir()
-    assert tree(folder / STORE) == local(many, tmp_path / "other" / STORE, teacher_files)
+    assert tree(folder / STORE) == extract_here(many, tmp_path / "other" / STORE, teacher_files)
     assert not (folder / STORE / ".staging").exists()
 
 
@@ -289,7 +184,6 @@ def test_pretraining_on_two_nodes(
 ) -> None:
     """A rank on each node, told from here; one killed: all start again; one run in any case."""
     from ray.cluster_utils import Cluster
-    from test_pretrain import SMALL, Notes, log_of
 
     import milan
     from pipeline.cluster.pretrain import pretrain_on_cluster
@@ -362,7 +256,7 @@ def test_joining_a_cluster(
     assert (code, err) == (0, ""), err
     assert "executor: ray, 2 x teacher" in out
     (tmp_path / "other").mkdir()
-    assert tree(folder / STORE) == local(photos, tmp_path / "other" / STORE, teacher_files)
+    assert tree(folder / STORE) == extract_here(photos, tmp_path / "other" / STORE, teacher_files)
     assert ray.cluster_resources()["CPU"] >= 1
 
 

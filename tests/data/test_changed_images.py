@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STUDENT
+from helpers import STUDENT
 
 import milan
 from milan.core.progress import NoProgress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_photos
+from helpers import make_photos
 from PIL import Image
 
 from milan.core.progress import NoProgress

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import STUDENT, make_photos, run_here
+from helpers import STUDENT, make_photos, run_here
 from PIL import Image
 from torch.nn import functional as F
 
-import milan
 from milan.config import ProbeConfig
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError
@@ -189,13 +188,9 @@ def test_top5_counts_the_five_best(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(finished_run: Callable[..., Path]) -> Path:
     """A short run; not to be changed."""
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("probe") / "run"
-    settings: dict[str, Any] = {**STUDENT, "epochs": 1, "batch_size": 8, "num_workers": 0}
-    milan.pretrain(str(store), out=str(path), **settings)
-    return path
+    return finished_run(epochs=2)
 
 
 def test_features_are_class_token_and_mean_of_patches(run: Path) -> None:

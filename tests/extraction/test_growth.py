@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STUDENT, make_photos, tree
+from helpers import ROOT, STUDENT, make_photos, tree
 
 from milan.data.dataset import open_cache
 from milan.data.order import order_of

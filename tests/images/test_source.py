@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import forget, run_here, tree
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
+from helpers import forget, run_here, tree
 
 from milan.core.paths import Url, as_path
 from milan.data.dataset import find_root, open_cache, training_loader

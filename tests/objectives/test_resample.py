@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT
+from helpers import STUDENT
 from torch.nn import functional as F
 
 import milan

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import STUDENT, Ran, make_photos, run_here, tree
+from helpers import STUDENT, Ran, make_photos, run_here, tree
 from PIL import Image
 
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, STUDENT, forget, make_photos, run_here, tree
-from test_pool import until
+from helpers import EXTRACTION, ROOT, STUDENT, forget, make_photos, run_here, tree, until
 
 import milan
 import pipeline.writing.lease
@@ -107,9 +106,7 @@ def url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def settings(teacher_files: dict[str, str]) -> dict[str, Any]:
     """Those of the fixture `store`."""
-    return {
-        **teacher_files, "views": 2, "shard_size": 8, "batch_size": 7, "executor": "local"
-    }  # fmt: skip
+    return {**teacher_files, **EXTRACTION}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +129,7 @@ def is_shard(request: Request) -> bool:
 
 
 def remote_tree(url: str) -> dict[str, bytes]:
-    """conftest.tree of a store in a bucket."""
+    """helpers.tree of a store in a bucket."""
     store = as_path(url)
     names = sorted(name for name, _ in files_below(store) if not name.startswith("extract.log"))
     return dict(zip(names, read_files(store, names), strict=True))

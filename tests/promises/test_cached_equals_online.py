@@ -9,7 +9,7 @@ from typing import NamedTuple
 import open_clip
 import pytest
 import torch
-from conftest import STUDENT, TEACHER
+from helpers import STUDENT, TEACHER
 from safetensors.torch import save_file
 
 from milan.config import PretrainConfig

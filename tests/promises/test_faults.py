@@ -19,10 +19,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, tree
+from helpers import SMALL, STUDENT, TEACHER, Notes, log_of, pretrain_line, same_as, tree, weights
 from safetensors.torch import load_file, save_file
-from test_pretrain import SMALL, Notes, log_of, weights
-from test_ranks import _line as command_line
 
 import milan
 from milan.config import PretrainConfig
@@ -52,20 +50,9 @@ class At(Notes):
 
 
 @pytest.fixture(scope="module")
-def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(finished_run: Callable[..., Path]) -> Path:
     """A run of RUN left alone; not to be changed."""
-    torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("alone") / "run"
-    milan.pretrain(str(store), out=str(run), **RUN)
-    return run
-
-
-def same_as(alone: Path, run: Path) -> None:
-    """The bits of a run left alone, and its lines."""
-    assert weights(run) == weights(alone)
-    ours, theirs = log_of(run), log_of(alone)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    return finished_run(**RUN)
 
 
 # --- a loss or a gradient that is not finite ------------------------------------------------------
@@ -344,7 +331,7 @@ def test_a_full_disk_is_one_line(store: Path, tmp_path: Path) -> None:
     """Of the command with all its files, those included that TensorBoard writes in a thread."""
     # A checkpoint's files are smaller than so many pictures, which are flushed after it.
     sets = ["--epochs", 16, "--set", "save_every=1000", "--set", "picture_every=1"]
-    line = command_line(store, tmp_path / "run", *sets)
+    line = pretrain_line(store, tmp_path / "run", *sets)
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 350; exec "$@"', "-", *line],
         capture_output=True, text=True, timeout=120,

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import tree
+from helpers import EXTRACTION, SMALL, Notes, log_of, same_as, tree
 from killed_run import drive
-from test_faults import same_as
-from test_pretrain import SMALL, Notes, log_of
 
 import milan
 from milan.errors import TrainError
@@ -56,12 +53,9 @@ def kill_when(process: Any, what: Callable[[], Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(finished_run: Callable[..., Path]) -> Path:
     """A run of KILLED left alone; not to be changed."""
-    torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("alone") / "run"
-    milan.pretrain(str(store), out=str(run), **KILLED)
-    return run
+    return finished_run(**KILLED)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
@@ -206,10 +200,7 @@ def test_listings_in_any_order(
     def made(name: str) -> tuple[dict[str, bytes], list[float]]:
         (tmp_path / name).mkdir()
         out = tmp_path / name / "t.zarr"
-        extract_targets(
-            str(photos), out=str(out), views=2, shard_size=8, batch_size=7, executor="local",
-            **teacher_files,
-        )  # fmt: skip
+        extract_targets(str(photos), out=str(out), **EXTRACTION, **teacher_files)
         run = tmp_path / name / "run"
         milan.pretrain(str(out), out=str(run), **{**KILLED, "epochs": 2})
         return tree(out), [line["loss"] for line in log_of(run)]

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_photos
-from test_pretrain import SMALL, Notes, log_of, weights
+from helpers import SMALL, Notes, log_of, make_photos, weights
 
 import milan
 from milan.data.order import Stretches, order_of, validation_rows

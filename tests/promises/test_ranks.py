@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, run_here, tree
+from helpers import SMALL, Notes, log_of, pretrain_line, run_here, tree, weights
 from safetensors.torch import load_file
-from test_pretrain import SMALL, Notes, log_of, weights
 from torch.distributed import HashStore
 
 import milan
@@ -60,13 +60,9 @@ def close(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run on one rank, two micro-batches a step."""
-    torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("alone") / "run"
-    one = {**TWO, "devices": 1, "num_workers": 0, "micro_batch": 4}
-    milan.pretrain(str(store), out=str(run), **one)
-    return run
+def alone(finished_run: Callable[..., Path]) -> Path:
+    """An uninterrupted run on one rank, two micro-batches a step; not to be changed."""
+    return finished_run(**TWO | {"devices": 1, "micro_batch": 4})
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -86,7 +82,7 @@ def test_one_two_one(parallel: str, alone: Path, store: Path, tmp_path: Path) ->
 def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
     """All start again from the last checkpoint; told; the losses are those of a quiet run."""
     out = tmp_path / "run"
-    line = _line(store, out, "--devices", 2)
+    line = pretrain_line(store, out, "--devices", 2)
     process = _start(line)
     _wait_for(process, out, 6)
     ranks = _children(process.pid)
@@ -102,7 +98,7 @@ def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
 def test_a_rank_that_dies_too_often(store: Path, tmp_path: Path) -> None:
     """After so many restarts the run ends with one line, and can go on."""
     out = tmp_path / "run"
-    process = _start(_line(store, out, "--devices", 2, "--set", "max_restarts=0"))
+    process = _start(pretrain_line(store, out, "--devices", 2, "--set", "max_restarts=0"))
     _wait_for(process, out, 4)
     os.kill(_children(process.pid)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
@@ -133,7 +129,7 @@ def test_asked_to_stop(number: signal.Signals, store: Path, alone: Path, tmp_pat
 def test_ranks_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
     """All finish the same step; code 75, so that a scheduler requeues; the same line goes on."""
     out = tmp_path / "run"
-    line = _line(store, out, "--devices", 2)
+    line = pretrain_line(store, out, "--devices", 2)
     process = _start(line)
     _wait_for(process, out, 5)
     process.send_signal(signal.SIGTERM)
@@ -172,7 +168,7 @@ def test_asked_to_stop_before_the_first_step(store: Path, tmp_path: Path) -> Non
     """While ranks are still starting: none of them is started again, and nothing is in the way of
     the same line."""
     out = tmp_path / "run"
-    line = _line(store, out, "--devices", 2)
+    line = pretrain_line(store, out, "--devices", 2)
     process, until = _start(line), time.monotonic() + 60
     while len(_children(process.pid)) < 2:
         assert process.poll() is None
@@ -191,7 +187,7 @@ def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> N
     """Ctrl-C reaches loader workers too: they go on until the step in hand has its batches."""
     out = tmp_path / "run"
     more = ("--num-workers", 2, "--set", "micro_batch=1")
-    line = _line(store, out)
+    line = pretrain_line(store, out)
     process = _start([*line, *map(str, more)], start_new_session=True)
     _wait_for(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)
@@ -320,7 +316,11 @@ def test_torchrun(store: Path, alone: Path, tmp_path: Path) -> None:
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [str(torchrun), "--standalone", "--nproc-per-node=2", "--no-python"]
     done = subprocess.run(
-        [*command, *_line(store, out)], capture_output=True, text=True, timeout=180, env=_env()
+        [*command, *pretrain_line(store, out)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=_env(),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("steps: 21 of 8 images (2 x ") == 1
@@ -403,16 +403,6 @@ def test_what_comes_after_an_epoch(ranks: int) -> None:
 def _env() -> dict[str, str]:
     left = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_"))}
     return left | {"OMP_NUM_THREADS": "1"}
-
-
-def _line(store: Path, out: Path, *more: object) -> list[str]:
-    sets = [f"model.{k}={v}" for k, v in STUDENT["model_args"].items()]
-    sets += [f"decoder.{k}={v}" for k, v in STUDENT["decoder"].items()]
-    sets += ["log_every=1", "micro_batch=4", "save_every=2"]
-    flags = {"cache": store, "out": out, "epochs": 7, "batch-size": 8, "num-workers": 0, "lr": 1e-3}
-    line = [str(Path(sys.executable).parent / "milan"), "pretrain"]
-    line += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
 
 
 def _start(line: list[str], **options: Any) -> subprocess.Popen:

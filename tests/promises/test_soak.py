@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_photos, tree
-from test_pool import STORE, Command, left_behind, local, until
+from helpers import STORE, Command, extract_here, left_behind, make_photos, tree, until
 
 from milan.store.format import GENERATION
 
@@ -90,7 +89,7 @@ def test_forty_kills_at_random_moments(
 ) -> None:
     """Half of them anywhere in a run, half just after a commit has begun to be seen."""
     photos = make_photos(tmp_path / "photos", count=24, seed=7)
-    expected = local(photos, tmp_path / STORE, teacher_files)
+    expected = extract_here(photos, tmp_path / STORE, teacher_files)
     shutil.move(tmp_path / STORE, tmp_path / "clean.zarr")
     store = tmp_path / STORE
     began = time.monotonic()
@@ -143,7 +142,7 @@ def test_a_kill_before_every_single_step(
 ) -> None:
     """Each rename, flush, folder and removal of a run, one after the other: the next run heals."""
     photos = make_photos(tmp_path / "photos", count=3, seed=8)
-    expected = local(photos, tmp_path / STORE, teacher_files)
+    expected = extract_here(photos, tmp_path / STORE, teacher_files)
     store = tmp_path / STORE
     steps = 0
     while True:
@@ -178,7 +177,7 @@ def test_kills_of_ray_workers_and_drivers(
     """Eight kills: of a worker, of the driver, of a worker just replaced."""
     photos = make_photos(tmp_path / "photos", count=120, seed=9)
     (tmp_path / "clean").mkdir()
-    expected = local(photos, tmp_path / "clean" / STORE, teacher_files)
+    expected = extract_here(photos, tmp_path / "clean" / STORE, teacher_files)
     folder, moment, kills = tmp_path / "killed", random.Random(2), 0
     folder.mkdir()
     while kills < 8:

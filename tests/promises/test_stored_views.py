@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STUDENT, make_photos, tree
+from helpers import STUDENT, make_photos, tree
 
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError

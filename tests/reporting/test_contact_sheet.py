@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, make_photos, run_here
+from helpers import STUDENT, make_photos, run_here
 from matplotlib import pyplot as plt
 from PIL import Image
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import Ran, run_here
+from helpers import Ran, run_here
 
 COMMANDS = ("plan", "extract-targets", "pretrain", "linear-probe", "visualise", "report")
 STUDENT_FLAGS = (

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, STUDENT, make_photos, run_here, tree
+from helpers import ROOT, STUDENT, make_photos, run_here, tree
 
 pytest.importorskip("dvc", reason="DVC is not installed: pip install milan-pretrain[dvc]")
 

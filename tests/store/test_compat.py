@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_photos, run_here
+from helpers import ROOT, make_photos, run_here
 
 from milan.data.dataset import open_cache
 from milan.errors import CacheError

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, run_here, tree
+from helpers import ROOT, run_here, tree
 from safetensors.torch import load_file, save_file
 
 from milan.core.progress import NoProgress

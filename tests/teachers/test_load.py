@@ -15,7 +15,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import TEACHER
+from helpers import TEACHER
 from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import load_file, save_file
 

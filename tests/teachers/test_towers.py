@@ -18,7 +18,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import TEACHER
+from helpers import TEACHER
 from safetensors.torch import save_file
 from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch.nn import functional as F

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STUDENT, run_here, tree
-from test_pretrain import SMALL
+from helpers import SMALL, STUDENT, run_here, tree
 
 import milan
 from milan.errors import ConfigError

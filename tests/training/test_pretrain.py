@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import STUDENT, Ran, make_photos, run_here, tree
+from helpers import SMALL, STUDENT, Notes, Ran, log_of, make_photos, run_here, tree, weights
 from safetensors.torch import load_file
 
 import milan
@@ -37,59 +38,11 @@ from milan.training.optim import Schedule, learning_rate
 from milan.training.pretrain import in_micro_batches, resolve_defaults
 from pipeline.extract import extract_targets
 
-SMALL: dict[str, Any] = {
-    **STUDENT, "epochs": 7, "batch_size": 8, "num_workers": 0, "lr": 1e-3, "log_every": 4,
-}  # fmt: skip
-"""3 steps an epoch, 21 steps."""
-
-
-class Notes:
-    """A watcher that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.begun: list[tuple[int, int]] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
-        self.begun.append((total, done))
-
-    def advance(self, done: int, figures: str = "") -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def line(self, start: str) -> str:
-        """The one note that begins so."""
-        (found,) = (line for line in self.lines if line.startswith(start))
-        return found
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    """Bytes of the encoder and of the newest checkpoint's parameters and moments."""
-    newest = max((run / "checkpoints").iterdir())
-    return {
-        "encoder": (run / "encoder.safetensors").read_bytes(),
-        "model": (newest / "model.safetensors").read_bytes(),
-        "moments": (newest / "optimiser.safetensors").read_bytes(),
-        "step": newest.name.encode(),
-    }
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
-def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(finished_run: Callable[..., Path]) -> Path:
     """An uninterrupted run of SMALL; not to be changed."""
-    torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("whole") / "run"
-    milan.pretrain(str(store), out=str(run), **SMALL)
-    return run
+    return finished_run()
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -310,14 +263,10 @@ def test_what_changes_no_step_may_change(store: Path, tmp_path: Path) -> None:
 
 
 def test_another_store_is_refused(
-    store: Path, photos: Path, teacher_files: dict[str, str], tmp_path: Path
+    store: Path, finished_store: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A run goes on with the targets it began with: the digest over all records decides."""
-    other = tmp_path / "other.zarr"
-    extract_targets(
-        str(photos), out=str(other), views=2, shard_size=8, seed=4, executor="local",
-        **teacher_files,
-    )  # fmt: skip
+    other = finished_store(seed=4)
     run = {**SMALL, "out": str(tmp_path / "run"), "epochs": 1}
     milan.pretrain(str(store), stop_after=1, **run)
     digests = TargetCache(store).digest, TargetCache(other).digest

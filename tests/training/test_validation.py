@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
@@ -20,11 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, tree
+from helpers import SMALL, Notes, log_of, make_photos, pretrain_line, tree, weights
 from PIL import Image
 from safetensors.torch import load_file
-from test_pretrain import SMALL, Notes, log_of, weights
-from test_ranks import _line as command_line
 from torch.nn import functional as F
 
 import milan
@@ -68,12 +66,9 @@ def student_at_the_end(run: Path, store: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watched(finished_run: Callable[..., Path]) -> Path:
     """An uninterrupted run of WATCHED; not to be changed."""
-    torch.set_num_threads(1)
-    run = tmp_path_factory.mktemp("watched") / "run"
-    milan.pretrain(str(store), out=str(run), **WATCHED)
-    return run
+    return finished_run(**WATCHED)
 
 
 # --- rows held out --------------------------------------------------------------------------------
@@ -586,7 +581,7 @@ def test_wandb_asks_nothing(store: Path, tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "COLUMNS": "500"}
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        command_line(store, run, "--report-to", "wandb", "--overwrite", "--seed", 1),
+        pretrain_line(store, run, "--report-to", "wandb", "--overwrite", "--seed", 1),
         stdin=theirs, stdout=theirs, stderr=theirs, env=left | home,
     )  # fmt: skip
     os.close(theirs)

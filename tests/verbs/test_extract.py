@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_photos, tree
+from helpers import make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -63,17 +64,9 @@ def extract(teacher_files: dict[str, str], tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def halves(
-    tmp_path_factory: pytest.TempPathFactory, photos: Path, teacher_files: dict[str, str]
-) -> TargetCache:
+def halves(finished_store: Callable[..., Path]) -> TargetCache:
     """As the shared store, in float16 and with 3 views."""
-    path = tmp_path_factory.mktemp("halves") / "t.zarr"
-    torch.set_num_threads(1)
-    extract_targets(
-        str(photos), out=str(path), views=3, codec="float16", shard_size=8, batch_size=7,
-        executor="local", **teacher_files,
-    )  # fmt: skip
-    return TargetCache(path)
+    return TargetCache(finished_store(views=3, codec="float16"))
 
 
 def file_of(cache: TargetCache, root: Path, row: int) -> Path:

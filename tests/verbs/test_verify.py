@@ -13,7 +13,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from conftest import make_photos, run_here, tree
+from helpers import make_photos, run_here, tree
 
 from milan.errors import CacheError
 from milan.store.cache import TargetCache

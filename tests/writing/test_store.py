@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import tree
+from helpers import tree
 
 import pipeline.extraction.worker
 import pipeline.writing.disk
