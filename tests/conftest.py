@@ -1,48 +1,23 @@
-"""What the tests share: a small real teacher, real JPEGs, a finished store, the shared data."""
+"""Fixtures that many tests share: a small real teacher, real JPEGs, finished stores and runs."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-# Models here are tiny: a second thread costs more at its barriers than it brings, above all where
-# several processes share the cores. Set before torch is imported; subprocesses inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import EXTRACTION, SHARED, SMALL, TEACHER, make_photos
 from safetensors.torch import save_file
 
-from milan.core import paths
 from milan.store.cache import TargetCache
+from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-
-TEACHER = {
-    "embed_dim": 24,
-    "quick_gelu": True,
-    "vision_cfg": {
-        "image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16
-    },
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
-}  # fmt: skip
-STUDENT = {
-    "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "decoder": {"embed_dim": 16, "depth": 2, "num_heads": 2},
-}
-"""A student that fits TEACHER's grid of 4 x 4 patches."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +46,6 @@ def teacher_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def make_photos(folder: Path, *, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
-    """Class folders of JPEGs: smooth random pictures of several sizes, 40 to 120 pixels."""
-    generator = np.random.default_rng(seed)
-    for i in range(count):
-        height, width = generator.integers(40, 121, 2)
-        coarse = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
-        path = folder / f"class {i % classes}" / f"bild {i:02d} ü.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=90)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 JPEGs in 3 class folders; not to be changed by a test."""
@@ -91,16 +53,51 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(
+def finished_store(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, teacher_files: dict[str, str]
-) -> Path:
+) -> Callable[..., Path]:
+    """finished_store(codec="float16") -> a store of `photos`: 24 rows, shards of 8, 2 views, int8.
+
+    Made once for each set of `changes`; not to be changed by a test, which copies it first.
+    """
+    stores: dict[str, Path] = {}
+
+    def make(**changes: Any) -> Path:
+        key = repr(sorted(changes.items()))
+        if key not in stores:
+            torch.set_num_threads(1)
+            stores[key] = tmp_path_factory.mktemp("store") / "targets.zarr"
+            settings = {**EXTRACTION, **teacher_files, **changes}
+            extract_targets(str(photos), out=str(stores[key]), **settings)
+        return stores[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(finished_store: Callable[..., Path]) -> Path:
     """A finished int8 store of `photos`: 24 rows, 2 views, shards of 8 rows; not to be changed."""
-    path = tmp_path_factory.mktemp("store") / "targets.zarr"
-    extract_targets(
-        str(photos), out=str(path), views=2, shard_size=8, batch_size=7, executor="local",
-        **teacher_files,
-    )  # fmt: skip
-    return path
+    return finished_store()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callable[..., Path]:
+    """finished_run(epochs=2) -> the folder of an uninterrupted run of SMALL on `store`.
+
+    Made once for each set of `changes`; not to be changed by a test, which copies it first.
+    """
+    runs: dict[str, Path] = {}
+
+    def make(**changes: Any) -> Path:
+        settings = {**SMALL, **changes}
+        key = repr(sorted(settings.items()))
+        if key not in runs:
+            torch.set_num_threads(1)
+            runs[key] = tmp_path_factory.mktemp("finished") / "run"
+            pretrain(str(store), out=str(runs[key]), **settings)
+        return runs[key]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -135,49 +132,3 @@ def milan() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """The files of a store that must not vary between runs: arrays, records, manifest, index."""
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-        and not path.relative_to(root).as_posix().startswith((".staging", ".lock", "extract.log"))
-    }
-
-
-def forget() -> None:
-    """Drop connections to buckets and what they know, as in a new process."""
-    import fsspec
-
-    paths._filesystem.cache_clear()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-class Ran(NamedTuple):
-    """What a command run in this process did."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run_here(*arguments: object, cwd: Path | None = None) -> Ran:
-    """`milan` with `arguments`, by its entry point in this process: torch is loaded only once.
-
-    For tests of what a command does and says; those of the process itself use `milan`.
-    """
-    from stages import cli
-
-    torch.set_num_threads(1)
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = ["milan", *map(str, arguments)], 0
-    try:
-        with chdir(cwd or Path.cwd()), redirect_stdout(out), redirect_stderr(err):
-            cli.main()
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else int(left.code is not None)
-    finally:
-        sys.argv = before
-    return Ran(code, out.getvalue(), err.getvalue())

@@ -177,6 +177,13 @@ def test_lightness_is_seen() -> None:
     assert "pyarrow" in loaded_by("import milan.images.manifest")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.stem)
+def test_no_test_imports_another(path: Path) -> None:
+    """What tests share is in tests/helpers.py, fixtures in tests/conftest.py."""
+    names = imported(ast.parse(path.read_text()))
+    assert not {name for name in names if name.startswith(("test_", "conftest"))}
+
+
 @pytest.mark.parametrize("config", [ExtractConfig, PretrainConfig, ProbeConfig])
 def test_every_setting_is_explained(config: type) -> None:
     """Flags take their help from the line below the field; a field without one has no help."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PACKAGES = ("milan", "pipeline", "stages")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, STUDENT
+from helpers import ROOT, STUDENT
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
@@ -29,12 +30,9 @@ SMALL: dict[str, Any] = {**STUDENT, "batch_size": 8, "num_workers": 0}
 
 
 @pytest.fixture(scope="module")
-def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(finished_run: Callable[..., Path]) -> Path:
     """A run of two epochs from the shared store; not to be changed."""
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("api") / "run"
-    milan.pretrain(str(store), out=str(path), epochs=2, lr=1e-3, **SMALL)
-    return path
+    return finished_run(epochs=2)
 
 
 def test_the_lines_of_the_readme(

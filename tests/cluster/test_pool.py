@@ -1,0 +1,327 @@
+"""Tests of pipeline/cluster/pool.py with real Ray: the same bytes, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import SMALL, STORE, Command, Notes, extract_here, log_of, make_photos, tree, until
+from safetensors.torch import load_file, save_file
+
+from milan.errors import MilanError
+from pipeline.extract import extract_targets
+
+pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(teacher_files: dict[str, str]) -> Iterator[Callable[..., Command]]:
+    """start(data, cwd, *flags) -> a running command; nothing of it outlives the test."""
+    begun: list[Command] = []
+
+    def run(data: Path, cwd: Path, *more: object) -> Command:
+        cwd.mkdir(exist_ok=True)
+        begun.append(Command(data, cwd, teacher_files, *more))
+        return begun[-1]
+
+    yield run
+    for command in begun:
+        command.kill()
+
+
+def hostile_folder(path: Path) -> Path:
+    """A user's project that has packages of our names, which must never be imported."""
+    for name in ("pipeline", "stages", "milan"):
+        (path / name).mkdir(parents=True)
+        text = f"raise SystemError('the user's own {name} was imported')\n"
+        (path / name / "__init__.py").write_text(text.replace("user's", "user"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 photos: 24 blocks, time enough to kill somebody in the middle."""
+    return make_photos(tmp_path_factory.mktemp("many"), count=48, seed=4)
+
+
+# --- one machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_ray_in_a_folder_with_packages_of_our_names(
+    photos: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Same bytes as in one process; nothing imported from there, sent anywhere, or left behind."""
+    folder = hostile_folder(tmp_path / "project")
+    command = start(photos, folder)
+    assert until(command.statistics) == {"RAY_USAGE_STATS_ENABLED=0"}
+    until(command.actors)
+    code, out, err = command.end()
+    assert (code, err) == (0, ""), err
+    assert "executor: ray, 1 x teacher" in out
+    until(command.all_gone, seconds=20)
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == extract_here(photos, tmp_path / "other" / STORE, teacher_files)
+    assert not (folder / STORE / ".staging").exists()
+
+
+def test_killed_workers_and_drivers_change_no_byte(
+    many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL of the driver after a commit; the same line again, and SIGKILL of a worker."""
+    folder, moment = tmp_path / "killed", random.Random(3)
+    first = start(many, folder, "--replicas", 2)
+    until(first.records)
+    time.sleep(moment.uniform(0, 0.3))
+    first.process.kill()
+    first.process.communicate()
+    assert 0 < first.records() < 48, "the driver was not killed in the middle"
+    assert not (folder / STORE / "index.json").exists()
+    # Not all_gone: an agent of Ray that was still starting when its raylet died may live on.
+    until(lambda: not first.actors(), seconds=60)
+
+    second = start(many, folder, "--replicas", 2)
+    before = second.records()
+    until(lambda: second.records() > before)
+    victims = second.actors()
+    assert len(victims) == 2
+    os.kill(victims[0], signal.SIGKILL)
+    at = second.records()
+    code, out, err = second.end()
+    assert (code, err) == (0, ""), err
+    assert at < 48, "the worker was not killed in the middle"
+    assert "resuming: " in out
+    log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
+    failures = [entry for entry in log if entry["event"] == "failure"]
+    assert [entry["attempt"] for entry in failures] == [0]
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == extract_here(many, tmp_path / "other" / STORE, teacher_files)
+    until(second.all_gone, seconds=20)
+
+
+def test_an_address_of_nothing(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One clear error at once; left alone, Ray tries for many minutes."""
+    began = time.monotonic()
+    for address in ("127.0.0.1:1", "somewhere"):
+        with pytest.raises(MilanError, match=rf"the Ray cluster at {address} cannot be reached: "):
+            extract_targets(str(photos), out=str(tmp_path / STORE), address=address,
+                            **teacher_files)  # fmt: skip
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    with pytest.raises(MilanError, match=r"127\.0\.0\.1:2 cannot be .*--executor local"):
+        extract_targets(str(photos), out=str(tmp_path / STORE), **teacher_files)
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / STORE).exists()
+
+
+def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that happens to run on this machine, which Ray by itself would join."""
+    import ray
+
+    from pipeline.cluster.pool import _connect
+
+    joined: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: joined.append(given["address"]))
+    assert _connect(None)
+    assert joined == ["local"]
+
+
+# --- several nodes --------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_a_node_that_dies(
+    many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Two nodes, one killed in the middle: the other makes all of it, and no byte differs.
+
+    The worker that replaces the lost one finds no place; what it was given is done by the other.
+    """
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        mortal = nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        folder = tmp_path / "nodes"
+        command = start(many, folder, "--address", nodes.address, "--replicas", 2)
+        until(lambda: command.records() >= 4)
+        nodes.remove_node(mortal, allow_graceful=False)
+        at = command.records()
+        code, out, err = command.end()
+        assert (code, err) == (0, ""), err
+        assert at < 48, "the node was not killed in the middle"
+        assert "executor: ray, 2 x teacher" in out
+    finally:
+        nodes.shutdown()
+    log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
+    assert any(entry["event"] == "failure" for entry in log)
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == extract_here(many, tmp_path / "other" / STORE, teacher_files)
+    assert not (folder / STORE / ".staging").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, True])
+def test_pretraining_on_two_nodes(
+    killed: bool, store: Path, tmp_path: Path, teacher_files: dict[str, str]
+) -> None:
+    """A rank on each node, told from here; one killed: all start again; one run in any case."""
+    from ray.cluster_utils import Cluster
+
+    import milan
+    from pipeline.cluster.pretrain import pretrain_on_cluster
+
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    settings: dict[str, Any] = {**SMALL, "log_every": 1, "save_every": 3, "epochs": 20}
+    milan.pretrain(str(store), out=str(alone), **settings)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    notes = Notes()
+    try:
+        nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        config = milan.PretrainConfig(
+            str(store), out=str(shared), num_nodes=2, address=nodes.address, **settings
+        )
+        if killed:
+            Thread(target=kill_a_rank, args=(shared / "log.jsonl",), daemon=True).start()
+        figures = pretrain_on_cluster(config, progress=notes)
+        with pytest.raises(MilanError, match="3 nodes with 1 cores each, of a cluster with"):
+            pretrain_on_cluster(replace(config, num_nodes=3), progress=notes)
+    finally:
+        nodes.shutdown()
+    assert (figures["finished"], figures["rank"]) == (True, 0)
+    told = [line for line in notes.lines if line.startswith("steps: 60 of 8 images (2 x ")]
+    assert len(told) == 1 + killed
+    assert any("start again from the last checkpoint" in line for line in notes.lines) == killed
+    ours, theirs = ([line["loss"] for line in log_of(run)] for run in (shared, alone))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def kill_a_rank(log: Path) -> None:
+    """SIGKILL one of this test's actors once training is on its way."""
+    until(lambda: log.exists() and '"step": 8,' in log.read_text())
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = b"test_pretraining_on_two_nodes" in (folder / "environ").read_bytes()
+            if ours and b"ray::Host.call" in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
+        except OSError:
+            continue
+
+
+# --- a running cluster ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster that was there before, and stays: its address."""
+    import ray
+
+    from pipeline.cluster.pool import _connect
+
+    assert _connect(None)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.mark.soak
+def test_joining_a_cluster(
+    cluster: str, photos: Path, start: Callable[..., Command], teacher_files: dict[str, str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """--address: the work is done there, from any folder, and the cluster goes on living."""
+    import ray
+
+    folder = hostile_folder(tmp_path / "project")
+    command = start(photos, folder, "--address", cluster, "--replicas", 2)
+    code, out, err = command.end()
+    assert (code, err) == (0, ""), err
+    assert "executor: ray, 2 x teacher" in out
+    (tmp_path / "other").mkdir()
+    assert tree(folder / STORE) == extract_here(photos, tmp_path / "other" / STORE, teacher_files)
+    assert ray.cluster_resources()["CPU"] >= 1
+
+
+def test_what_a_worker_refuses_ends_the_run(
+    cluster: str, photos: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """An error with a cause is told as it is, not tried three times; finished shards stay."""
+    state = load_file(teacher_files["pretrained"])
+    state["visual.proj"] = state["visual.proj"] * float("inf")
+    save_file(state, tmp_path / "loud.safetensors")
+    with pytest.raises(MilanError, match=r"output for row \d+ is not finite") as error:
+        extract_targets(
+            str(photos), out=str(tmp_path / STORE), views=2, batch_size=3,
+            teacher=teacher_files["teacher"], pretrained=str(tmp_path / "loud.safetensors"),
+        )  # fmt: skip
+    assert type(error.value).__name__ == "TeacherError"
+    assert not (tmp_path / STORE / ".staging").exists()
+
+
+def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
+    """A worker that dies each time: three attempts, then the block is named with a reason."""
+    from pipeline.cluster.pool import map_blocks
+
+    failures: list[tuple[int, int]] = []
+    lost = map_blocks(
+        ("os", "_exit"),  # a worker that ends its process as soon as it is made
+        {"status": 1},
+        np.arange(8)[:, None] == [7, 7],  # block 7, both views
+        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+        on_done=lambda *_: pytest.fail("there is nothing to commit"),
+        on_progress=lambda _: None,
+        on_failure=lambda block, attempt, why: failures.append((block, attempt)),
+        replicas=1,
+        gpus=0,
+        address=None,
+        attempts=3,
+    )
+    assert failures == [(7, 0), (7, 1), (7, 2)]
+    assert list(lost) == [7]
+    assert lost[7]
+
+
+def test_one_slow_worker_does_not_hold_the_tail(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block hangs on one worker: an idle one makes it, once, and the run ends."""
+    import pipeline.cluster.pool
+
+    monkeypatch.setattr(pipeline.cluster.pool, "_PATIENCE_SECONDS", 1.0)
+    done: list[tuple[int, str]] = []
+    began = time.monotonic()
+    lost = pipeline.cluster.pool.map_blocks(
+        ("tests.cluster.paper_worker", "Paper"),
+        {"folder": str(tmp_path), "slow": 2, "seconds": 300},
+        np.ones((8, 2), bool),
+        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+        on_done=lambda block, folder, records: done.append((block, folder.name)),
+        on_progress=lambda _: None,
+        on_failure=lambda block, attempt, why: pytest.fail(why),
+        replicas=2,
+        gpus=0,
+        address=None,
+        attempts=3,
+    )
+    assert time.monotonic() - began < 120
+    assert lost == {}
+    assert sorted(block for block, _ in done) == list(range(8))
+    assert dict(done)[2] == "2.1"

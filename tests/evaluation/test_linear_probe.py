@@ -1,0 +1,263 @@
+"""The linear probe: its classifier converges, its features and classes are the right ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import STUDENT, make_photos, run_here
+from PIL import Image
+from torch.nn import functional as F
+
+from milan.config import ProbeConfig
+from milan.core.device import MEAN, STD, normalise
+from milan.errors import ConfigError, DataError
+from milan.evaluation.linear_probe import Frozen, fit_logistic, frozen_encoder, linear_probe
+
+# --- the classifier -------------------------------------------------------------------------------
+
+
+def toy(n: int, features: int, classes: int, *, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian clouds around class centres; the wider, the less separable."""
+    generator = torch.Generator().manual_seed(11)
+    y = torch.arange(n) % classes
+    centres = torch.randn(classes, features, generator=generator)
+    return centres[y] + spread * torch.randn(n, features, generator=generator), y
+
+
+def objective(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, l2: float
+) -> torch.Tensor:
+    """What fit_logistic says it minimises."""
+    return F.cross_entropy(x @ weight + bias, y) + 0.5 * l2 * weight.square().sum()
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1e-2])
+def test_the_classifier_converges(l2: float) -> None:
+    """An unconverged probe would measure its optimiser: compare with a long run in float64."""
+    x, y = toy(600, 40, 5, spread=3.0)
+    weight, bias = fit_logistic(x, y, 5, l2=l2)
+    w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    loss = objective(x, y, w, b, l2)
+    loss.backward()
+    assert w.grad is not None
+    assert b.grad is not None
+    assert max(w.grad.abs().max(), b.grad.abs().max()) < 1e-4
+
+    best = [torch.zeros(40, 5).double().requires_grad_(), torch.zeros(5).double().requires_grad_()]
+    optimiser = torch.optim.LBFGS(
+        best, max_iter=5000, max_eval=50_000, tolerance_grad=1e-12, tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = objective(x.double(), y, best[0], best[1], l2)
+        value.backward()
+        return value
+
+    optimiser.step(closure)  # type: ignore[arg-type]
+    optimum = objective(x.double(), y, best[0], best[1], l2)
+    assert optimum < 1.2  # of log 5 = 1.61: there was something to learn
+    assert loss.item() == pytest.approx(optimum.item(), abs=1e-5)
+
+
+def test_separable_classes_are_separated() -> None:
+    """Nothing in the way of 100 %."""
+    x, y = toy(200, 16, 4, spread=0.05)
+    weight, bias = fit_logistic(x, y, 4, l2=1e-5)
+    assert ((x @ weight + bias).argmax(dim=1) == y).all()
+
+
+# --- a network whose features are the image's colour ----------------------------------------------
+
+
+def mean_colour(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float().mean(dim=(1, 2)) / 255
+
+
+COLOURS = Frozen(mean_colour, 8, "colours")
+PAINTS = {"blue": (20, 30, 200), "green": (20, 200, 30), "red": (200, 20, 30)}
+
+
+def paintings(folder: Path, names: dict[str, str], *, count: int = 12, seed: int = 0) -> Path:
+    """Class folders (name -> paint) of small pictures in nearly one colour."""
+    generator = np.random.default_rng(seed)
+    for name, paint in names.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(PAINTS[paint] + generator.normal(0, 15, (12, 12, 3)), 0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            image.save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_probe_finds_colours(tmp_path: Path) -> None:
+    """The whole probe on features that tell the classes apart; a fifth is kept for measuring."""
+    data = paintings(tmp_path / "a", {paint: paint for paint in PAINTS}, count=20)
+    got = linear_probe(data=str(data), frozen=COLOURS)
+    assert got["top1"] == got["top5"] == 100
+    assert (got["train_images"], got["val_images"]) == (48, 12)
+    assert (got["checkpoint"], got["classes"], got["features"]) == ("colours", 3, 3)
+    again = linear_probe(data=str(data), frozen=COLOURS)
+    assert {**got, "seconds": 0} == {**again, "seconds": 0}
+    other = linear_probe(data=str(data), frozen=COLOURS, seed=1)
+    assert other["val_images"] == 12
+
+
+def test_labels_that_mean_nothing_are_not_learnt(tmp_path: Path) -> None:
+    """The measured images are not the fitted ones: noise scores near chance, not 100 %."""
+    generator = np.random.default_rng(4)
+    for i in range(120):
+        folder = tmp_path / "noise" / f"class {i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    everything = Frozen(lambda p: p.float().flatten(1) / 255, 8, "pixels")
+    got = linear_probe(data=str(tmp_path / "noise"), frozen=everything, crop_share=1.0)
+    assert got["top1"] < 60
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    """Folder numbers differ between the sets: `0 green` of one is no class of the other."""
+    train = paintings(tmp_path / "train", {"blue": "blue", "green": "green", "red": "red"})
+    # Without "blue" the alphabet gives green and red other numbers.
+    val = paintings(tmp_path / "val", {"green": "green", "red": "red"}, count=5, seed=1)
+    got = linear_probe(data=str(train), val_data=str(val), frozen=COLOURS)
+    assert got["top1"] == 100
+    assert (got["train_images"], got["val_images"], got["classes"]) == (36, 10, 3)
+    crossed = paintings(tmp_path / "crossed", {"green": "red", "red": "green"}, count=5)
+    assert linear_probe(data=str(train), val_data=str(crossed), frozen=COLOURS)["top1"] == 0
+
+
+def test_classes_that_training_does_not_know(tmp_path: Path) -> None:
+    """They could never be right: an error, not a low score."""
+    train = paintings(tmp_path / "train", {"blue": "blue", "green": "green"}, count=4)
+    val = paintings(tmp_path / "val", {"blue": "blue", "reddish": "red"}, count=4)
+    with pytest.raises(DataError, match=r"1 classes of --val-data are not in --data.*'reddish'"):
+        linear_probe(data=str(train), val_data=str(val), frozen=COLOURS)
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    """A flat folder has no classes to probe."""
+    data = paintings(tmp_path / "a", {"blue": "blue"}, count=3)
+    with pytest.raises(DataError, match="3 images without a label"):
+        linear_probe(data=str(data / "blue"), frozen=COLOURS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images(count: int, tmp_path: Path) -> None:
+    """Nothing can be fitted on one image; told, not a warning of some library."""
+    data = paintings(tmp_path / "a", {"blue": "blue", "red": "red"}, count=2)
+    with pytest.raises(DataError, match="images to fit on"):
+        linear_probe(data=str(data), limit=count, frozen=COLOURS)
+
+
+def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
+    """Measured on what can be read, and the rest is counted."""
+    data = paintings(tmp_path / "a", {"blue": "blue", "red": "red"}, count=10)
+    (data / "red" / "broken.png").write_text("no image")
+    ran = run_here(
+        "linear-probe", "--checkpoint", "random", "--model", "vit_tiny_patch16_224",
+        "--set", "model.img_size=32", "--set", "model.depth=1", "--data", data,
+        "--out", tmp_path / "out" / "probe.json",
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    assert "1 images left out: the first is row " in ran.out
+    assert "not-an-image" in ran.out
+    metrics = json.loads((tmp_path / "out/probe.json").read_text())
+    assert metrics["train_images"] + metrics["val_images"] == 20
+
+
+def test_top5_counts_the_five_best(tmp_path: Path) -> None:
+    """Seven classes in pairs of one paint: the second best is often right, top-5 always."""
+    names = {f"{i} {paint}": paint for i, paint in enumerate([*PAINTS, *PAINTS])}
+    data = paintings(tmp_path / "a", names, count=15)
+    got = linear_probe(data=str(data), frozen=COLOURS)
+    assert got["classes"] == 6
+    assert 20 < got["top1"] < 90
+    assert got["top5"] == 100
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(finished_run: Callable[..., Path]) -> Path:
+    """A short run; not to be changed."""
+    return finished_run(epochs=2)
+
+
+def test_features_are_class_token_and_mean_of_patches(run: Path) -> None:
+    """Of timm's own forward on the exported encoder, in eval mode, both after the final norm."""
+    frozen = frozen_encoder(ProbeConfig(checkpoint=str(run)), torch.device("cpu"))
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    encoder = timm.create_model(
+        "vit_base_patch16_224", checkpoint_path=str(run / "encoder.safetensors"), num_classes=0,
+        img_size=32, **STUDENT["model_args"],
+    ).eval()  # fmt: skip
+    tokens = encoder.forward_features(normalise(pixels, MEAN, STD))
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+    assert frozen.size == 32
+    got = frozen.features(pixels)
+    assert got.shape == (3, 64)
+    assert not got.requires_grad
+    assert (got - expected).abs().max() <= 1e-5
+
+
+def test_random_like_a_run_has_its_shape_and_other_weights(run: Path) -> None:
+    """The baseline differs in nothing but the training."""
+    like = ProbeConfig(checkpoint="random", like=str(run))
+    frozen = frozen_encoder(like, torch.device("cpu"))
+    trained = frozen_encoder(ProbeConfig(checkpoint=str(run)), torch.device("cpu"))
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    assert frozen.size == trained.size
+    assert frozen.features(pixels).shape == trained.features(pixels).shape
+    assert not torch.equal(frozen.features(pixels), trained.features(pixels))
+    again = frozen_encoder(like, torch.device("cpu"))
+    assert torch.equal(frozen.features(pixels), again.features(pixels))
+
+
+def test_the_teacher_itself(teacher_files: dict[str, str], tmp_path: Path, photos: Path) -> None:
+    """The figure that a student is measured against, by the same command; a folder that bears
+    the word's name is not meant by it."""
+    (tmp_path / "teacher").mkdir()
+    ran = run_here(
+        "linear-probe", "--checkpoint", "teacher", "--teacher", teacher_files["teacher"],
+        "--pretrained", teacher_files["pretrained"], "--teacher-norm", "imagenet",
+        "--data", photos, cwd=tmp_path,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    metrics = json.loads((tmp_path / "runs/teacher/linear_probe.json").read_text())
+    assert metrics["checkpoint"].startswith("teacher ")
+    assert metrics["features"] == 48
+    assert not list((tmp_path / "teacher").iterdir())
+
+
+def test_an_encoder_file_is_a_checkpoint_too(run: Path, photos: Path, tmp_path: Path) -> None:
+    """encoder.safetensors carried away from its run; figures land beside it."""
+    (tmp_path / "carried").mkdir()
+    file = tmp_path / "carried" / "encoder.safetensors"
+    file.write_bytes((run / "encoder.safetensors").read_bytes())
+    ran = run_here("linear-probe", "--checkpoint", file, "--data", photos, cwd=tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+    assert (tmp_path / "carried/linear_probe.json").exists()
+
+
+def test_an_unknown_timm_name() -> None:
+    """Before any network is asked."""
+    with pytest.raises(ConfigError, match="unknown timm model") as refused:
+        linear_probe("timm:vit_bse_patch16_224", data="x")
+    assert "vit_base_patch16_224" in refused.value.fix
+
+
+def test_the_limit_is_of_each_set(tmp_path: Path) -> None:
+    """`--limit` for a quick look: seeded, not one class."""
+    data = make_photos(tmp_path / "data", count=30)
+    got = linear_probe(data=str(data), val_data=str(data), limit=12, frozen=COLOURS)
+    assert (got["train_images"], got["val_images"]) == (12, 12)

@@ -1,0 +1,274 @@
+"""What the tests share: settings of a small teacher, student and run, and plain functions."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Models here are tiny: a second thread costs more at its barriers than it brings, above all where
+# several processes share the cores. Set before torch is imported; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import numpy as np
+import torch
+from PIL import Image
+
+from milan.core import paths
+from pipeline.extract import extract_targets
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+MILAN = str(Path(sys.executable).parent / "milan")
+STORE = "t.zarr"
+"""Where a Command writes."""
+
+TEACHER = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {
+        "image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16
+    },
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}  # fmt: skip
+STUDENT = {
+    "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "decoder": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+"""A student that fits TEACHER's grid of 4 x 4 patches."""
+EXTRACTION: dict[str, Any] = {
+    "views": 2, "shard_size": 8, "batch_size": 7, "executor": "local"
+}  # fmt: skip
+"""Those of the fixture `store`."""
+SMALL: dict[str, Any] = {
+    **STUDENT, "epochs": 7, "batch_size": 8, "num_workers": 0, "lr": 1e-3, "log_every": 4,
+}  # fmt: skip
+"""3 steps an epoch, 21 steps."""
+
+
+def make_photos(folder: Path, *, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
+    """Class folders of JPEGs: smooth random pictures of several sizes, 40 to 120 pixels."""
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = generator.integers(40, 121, 2)
+        coarse = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        path = folder / f"class {i % classes}" / f"bild {i:02d} ü.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+    return folder
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """The files of a store that must not vary between runs: arrays, records, manifest, index."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+        and not path.relative_to(root).as_posix().startswith((".staging", ".lock", "extract.log"))
+    }
+
+
+def forget() -> None:
+    """Drop connections to buckets and what they know, as in a new process."""
+    import fsspec
+
+    paths._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+class Ran(NamedTuple):
+    """What a command run in this process did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(*arguments: object, cwd: Path | None = None) -> Ran:
+    """`milan` with `arguments`, by its entry point in this process: torch is loaded only once.
+
+    For tests of what a command does and says; those of the process itself use `milan`.
+    """
+    from stages import cli
+
+    torch.set_num_threads(1)
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = ["milan", *map(str, arguments)], 0
+    try:
+        with chdir(cwd or Path.cwd()), redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    finally:
+        sys.argv = before
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+class Notes:
+    """Progress that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.begun: list[tuple[int, int]] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.begun.append((total, done))
+
+    def advance(self, done: int, figures: str = "") -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def line(self, start: str) -> str:
+        """The one note that begins so."""
+        (line,) = (line for line in self.lines if line.startswith(start))
+        return line
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Bytes of the encoder and of the newest checkpoint's parameters and moments."""
+    newest = max((run / "checkpoints").iterdir())
+    return {
+        "encoder": (run / "encoder.safetensors").read_bytes(),
+        "model": (newest / "model.safetensors").read_bytes(),
+        "moments": (newest / "optimiser.safetensors").read_bytes(),
+        "step": newest.name.encode(),
+    }
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same_as(alone: Path, run: Path) -> None:
+    """Assert that `run` has the bits and the log of a run left alone."""
+    assert weights(run) == weights(alone)
+    ours, theirs = log_of(run), log_of(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def pretrain_line(store: Path, out: Path, *more: object) -> list[str]:
+    """The command line of a run like SMALL: two micro-batches a step, a checkpoint every second."""
+    sets = [f"model.{k}={v}" for k, v in STUDENT["model_args"].items()]
+    sets += [f"decoder.{k}={v}" for k, v in STUDENT["decoder"].items()]
+    sets += ["log_every=1", "micro_batch=4", "save_every=2"]
+    flags = {"cache": store, "out": out, "epochs": 7, "batch-size": 8, "num-workers": 0, "lr": 1e-3}
+    line = [MILAN, "pretrain"]
+    line += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
+
+
+def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
+    """Wait for a truthy answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = what()
+        if answer:
+            return answer
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def tagged(tag: str) -> dict[int, str]:
+    """Processes that inherited `tag` from a command: pid -> its title. Reads /proc."""
+    titles = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if tag.encode() in (entry / "environ").read_bytes():
+                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state != "Z":
+                        titles[int(entry.name)] = title
+            except OSError:
+                continue  # gone, or somebody else's
+    return titles
+
+
+def left_behind(tag: str) -> dict[int, str]:
+    """What is tagged and no agent of Ray's own: killed while they start, those look for their
+    head for some minutes before they give up."""
+    own = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return {pid: title for pid, title in tagged(tag).items() if not title.startswith(own)}
+
+
+class Command:
+    """`milan extract-targets` running in a folder, in a session of its own."""
+
+    def __init__(self, data: Path, cwd: Path, teacher_files: dict[str, str], *more: object) -> None:
+        self.tag, self.cwd = f"MILAN_TEST_TAG={uuid.uuid4().hex}", cwd
+        words = ["extract-targets", "--data", data, "--out", STORE, "--views", 2]
+        words += ["--shard-size", 2, "--batch-size", 3, "--num-workers", 1]
+        for key, value in teacher_files.items():
+            words += [f"--{key}", value]
+        name, value = self.tag.split("=")
+        # A user who allows Ray's statistics elsewhere: milan still sends none.
+        env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "1"}
+        env.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(
+            [MILAN, *map(str, (*words, *more))], cwd=cwd, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def records(self) -> int:
+        return len(list((self.cwd / STORE / "generations/000/records").glob("*.json")))
+
+    def actors(self) -> list[int]:
+        return [pid for pid, title in tagged(self.tag).items() if title.startswith("ray::Host")]
+
+    def end(self) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error) when it is over."""
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+    def kill(self) -> None:
+        """Nothing of it is left: neither itself nor what it started."""
+        self.process.kill()
+        self.process.communicate()
+        for pid in tagged(self.tag):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def all_gone(self) -> bool:
+        return not left_behind(self.tag)
+
+    def statistics(self) -> set[str]:
+        """RAY_USAGE_STATS_ENABLED as Ray's own processes have it."""
+        values: set[str] = set()
+        for pid, title in tagged(self.tag).items():
+            if "raylet" in title or "gcs_server" in title:
+                try:
+                    environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                values |= {e.decode() for e in environ if e.startswith(b"RAY_USAGE_STATS_ENABLED=")}
+        return values
+
+
+def extract_here(
+    data: Path, out: Path, teacher_files: dict[str, str], **more: Any
+) -> dict[str, bytes]:
+    """The tree that one undisturbed process makes."""
+    torch.set_num_threads(1)
+    extract_targets(
+        str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
+        **{**files, **more},
+    )  # fmt: skip
+    return tree(out)

@@ -1,0 +1,333 @@
+"""The command line: exit codes, what is printed, which files a whole small run leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from helpers import Ran, run_here
+
+COMMANDS = ("plan", "extract-targets", "pretrain", "linear-probe", "visualise", "report")
+STUDENT_FLAGS = (
+    "--set", "model.patch_size=8", "--set", "model.embed_dim=32", "--set", "model.depth=2",
+    "--set", "model.num_heads=2", "--set", "decoder.embed_dim=16", "--set", "decoder.depth=2",
+    "--set", "decoder.num_heads=2",
+)  # fmt: skip
+
+
+# --- help, version, errors ------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """The cause of a slow --help, not its time: torch alone takes seconds."""
+    script = (
+        "import contextlib, io, sys\n"
+        "from stages.cli import main\n"
+        "for command in ([], *([c] for c in sys.argv[1:])):\n"
+        "    sys.argv = ['milan', *command, '--help']\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        try: main()\n"
+        "        except SystemExit as left: assert left.code == 0, command\n"
+        "    assert 'Usage: milan' in out.getvalue(), command\n"
+        "print(*{name.split('.')[0] for name in sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *COMMANDS], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "typer" in loaded
+    heavy = {"torch", "timm", "open_clip", "ray", "zarr", "tensorstore", "pyarrow", "numpy"}
+    assert not loaded & (heavy | {"PIL", "matplotlib", "safetensors", "yaml"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag_with_a_text(command: str) -> None:
+    """A flag without help would be a setting without its docstring."""
+    shown = run_here(command, "--help").out
+    flags = re.findall(r"^  (--[a-z-]+(?: <[^>]+>)?(?: \w+)*)(.*)$", shown, re.MULTILINE)
+    assert flags
+    for flag, rest in flags:
+        following = shown.split(flag, 1)[1].split("\n", 2)
+        assert rest.strip() or following[1].startswith(" " * 10), flag
+
+
+def test_version() -> None:
+    """One version: what is printed is what is installed."""
+    assert run_here("--version") == Ran(0, f"milan-pretrain {version('milan-pretrain')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("no-such-command",),
+        ("pretrain", "--no-such-flag"),
+        ("pretrain", "--epochs", "many"),
+        ("pretrain", "stray"),
+        ("extract-targets", "--scale", "0.2"),
+        ("extract-targets", "--views"),
+        ("visualise",),
+        ("report",),  # a parameter file is read only when it is named
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
+    """A script can tell a mistyped line (2) from a run that failed (1)."""
+    done = run_here(*arguments)
+    assert done.code == 2
+    assert "Usage: " in done.err or "Error: " in done.err
+    assert "Traceback" not in done.err
+
+
+def test_errors_are_one_line_and_exit_with_1(
+    milan: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+) -> None:
+    """The real process: one line on stderr that begins with `milan: `, nothing else, and 1."""
+    done = milan("pretrain", "--cache", tmp_path / "none.zarr", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("milan: no store at ")
+    assert "try: milan extract-targets" in line
+    assert not list(tmp_path.iterdir())
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_a_parameter_file_is_read_only_when_named(tmp_path: Path) -> None:
+    """A params.yaml lying about must not change a run (DVC's own habit)."""
+    for name, section in (("pretrain", "cache"), ("extract", "data")):
+        (tmp_path / "params.yaml").write_text(f"{name}: {{{section}: from-the-file}}\n")
+        command = "extract-targets" if name == "extract" else name
+        silent = run_here(command, f"--{section}", "given", cwd=tmp_path)
+        assert silent.code == 1
+        assert "given" in silent.err
+        named = run_here(command, "--params", "params.yaml", cwd=tmp_path)
+        assert named.code == 1
+        assert "from-the-file" in named.err
+        flag = run_here(command, "--params", "params.yaml", f"--{section}", "given", cwd=tmp_path)
+        assert "from-the-file" not in flag.err
+
+
+def test_a_flag_beats_set_beats_the_file(tmp_path: Path) -> None:
+    """default < parameter file < --set < flag; seen by which store is missed."""
+    (tmp_path / "p.yaml").write_text("pretrain: {cache: of-file}\n")
+    line = ["pretrain", "--params", "p.yaml"]
+    assert "of-file" in run_here(*line, cwd=tmp_path).err
+    line += ["--set", "cache=of-set"]
+    assert "of-set" in run_here(*line, cwd=tmp_path).err
+    assert "of-flag" in run_here(*line, "--cache", "of-flag", cwd=tmp_path).err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "near"),
+    [
+        ("pretrain", ("--set", "batchsize=16"), "batch_size"),
+        ("pretrain", ("--set", "weight_decai=0"), "weight_decay"),
+        ("extract-targets", ("--data", "x", "--set", "view=2"), "views"),
+        ("linear-probe", ("--set", "crop=1"), "crop_share"),
+        ("pretrain", ("--params", "p.yaml"), "epochs"),
+    ],
+)
+def test_an_unknown_parameter_names_the_nearest(
+    command: str, given: tuple[str, ...], near: str, tmp_path: Path
+) -> None:
+    """A mistyped setting that was ignored would cost a run of days."""
+    (tmp_path / "p.yaml").write_text("pretrain: {epoch: 3}\n")
+    done = run_here(command, *given, cwd=tmp_path)
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert "unknown parameter" in line
+    assert near in line.split("try: ")[1]
+
+
+# --- a whole small run ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, teacher_files: dict[str, str]
+) -> Iterator[tuple[Path, dict[str, Ran]]]:
+    """An empty folder after the commands a user types, and what each of them said."""
+    folder = tmp_path_factory.mktemp("project")
+    said: dict[str, Ran] = {}
+    said["dry run"] = run_here(
+        "extract-targets", "--data", photos, "--executor", "local", "--dry-run",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", cwd=folder,
+    )  # fmt: skip
+    said["plan"] = run_here(
+        "plan", "--data", photos, "--executor", "local",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", cwd=folder,
+    )  # fmt: skip
+    assert not list(folder.iterdir())
+    said["extract"] = run_here(
+        "extract-targets", "--data", photos, "--views", 2, "--executor", "local",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", "--shard-size", 16,
+        cwd=folder,
+    )  # fmt: skip
+    train = (
+        "pretrain", "--epochs", 2, "--batch-size", 8, "--num-workers", 0, "--set", "log_every=2",
+        *STUDENT_FLAGS,
+    )  # fmt: skip
+    said["pretrain"] = run_here(*train, cwd=folder)
+    said["metrics"] = Ran(0, (folder / "runs/pretrain/metrics.json").read_text(), "")
+    said["again"] = run_here(*train, cwd=folder)
+    said["probe"] = run_here("linear-probe", "--data", photos, cwd=folder)
+    said["random"] = run_here(
+        "linear-probe", "--checkpoint", "random", "--like", "runs/pretrain", "--data", photos,
+        cwd=folder,
+    )  # fmt: skip
+    said["visualise"] = run_here("visualise", "targets.zarr", "--images", 2, cwd=folder)
+    return folder, said
+
+
+def test_every_command_succeeds(project: tuple[Path, dict[str, Ran]]) -> None:
+    """And says nothing on stderr."""
+    for name, ran in project[1].items():
+        assert (ran.code, ran.err) == (0, ""), name
+
+
+def test_what_a_dry_run_says(project: tuple[Path, dict[str, Ran]]) -> None:
+    """The plan: what it takes, and nothing written (the fixture looked)."""
+    said = project[1]["dry run"].out
+    assert "Planned" in said
+    assert "24 x 4" in said
+    assert "bad images" not in said
+
+
+def test_plan_and_dry_run_say_the_same(project: tuple[Path, dict[str, Ran]]) -> None:
+    """One plan, whichever way it is asked for."""
+    told = [
+        re.findall(r"^│ (\w[^│]*?) +│", project[1][name].out, re.MULTILINE)
+        for name in ("plan", "dry run")
+    ]
+    assert told[0] == told[1]
+    for what in ("images x views", "bytes", "files", "time", "reads", "page cache"):
+        assert what in told[0]
+
+
+def test_above_100_gb_extraction_asks(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a terminal: the plan, one line, exit 1, nothing written; --yes goes ahead."""
+    import pipeline.extract
+
+    monkeypatch.setattr(pipeline.extract, "ASK_ABOVE", 20_000)
+    line = (
+        "extract-targets", "--data", photos, "--views", 2, "--executor", "local",
+        "--teacher", teacher_files["teacher"], "--pretrained", "none", "--shard-size", 16,
+    )  # fmt: skip
+    asked = run_here(*line, cwd=tmp_path)
+    assert asked.code == 1
+    assert "Planned" in asked.out
+    assert asked.err.startswith("milan: targets.zarr would take ")
+    assert "--yes" in asked.err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    assert run_here(*line, cwd=tmp_path).code == 1
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    assert run_here(*line, cwd=tmp_path).code == 0
+    # What was begun was agreed to: growing asks only for what is new.
+    assert run_here(*line, cwd=tmp_path).code == 0
+    more = (*line[:3], "--views", 6, *line[5:])
+    assert run_here(*more, cwd=tmp_path).code == 1
+    assert run_here(*more, "--yes", cwd=tmp_path).code == 0
+
+
+class Terminal(io.StringIO):
+    """Somebody who types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_extraction_says(
+    project: tuple[Path, dict[str, Ran]], photos: Path, teacher_files: dict[str, str]
+) -> None:
+    """The choices made for the user stand in the output."""
+    lines = project[1]["extract"].out.splitlines()
+    assert f"data: {photos.resolve()}" in lines
+    assert "manifest: 24 images, 3 classes" in lines
+    teacher = next(line for line in lines if line.startswith("teacher: "))
+    assert "RANDOM WEIGHTS" in teacher
+    assert "licence of the weights: none (random weights)" in teacher
+    assert "normalisation own" in teacher
+    executor = next(line for line in lines if line.startswith("executor: "))
+    assert re.match(r"executor: local, 1 x teacher, \d+ decoding threads each", executor)
+    table = "\n".join(lines)
+    assert re.search(r"images x views\W+24 x 2\b", table)
+    assert re.search(r"bad images\W+none", table)
+
+
+def test_what_pretraining_says(project: tuple[Path, dict[str, Ran]]) -> None:
+    """First what differs from the published recipe, the flag of random weights, and the steps."""
+    lines = project[1]["pretrain"].out.splitlines()
+    assert lines[0].startswith("cache: targets.zarr, 24 images x 2 views, int8, teacher ")
+    assert "RANDOM WEIGHTS" in lines[0]
+    differs = next(line for line in lines if line.startswith("differs from the published recipe"))
+    for told in ("epochs 2", "batch_size 8", "'embed_dim': 32", "'depth': 2"):
+        assert told in differs
+    for own in ("cache", "beta2", "weight_decay"):
+        assert own not in differs
+    steps = next(line for line in lines if line.startswith("steps: "))
+    assert steps.startswith("steps: 6 of 8 images (1 x 8), 3 an epoch, fp32 on cpu")
+
+
+def test_pretraining_again_keeps_what_is_there(project: tuple[Path, dict[str, Ran]]) -> None:
+    """A finished run is told as finished; its figures stay those of the run that trained."""
+    folder, said = project
+    again = said["again"].out
+    assert "resuming: runs/pretrain at step 6" in again
+    assert "nothing is left to do" in again
+    assert (folder / "runs/pretrain/metrics.json").read_text() == said["metrics"].out
+
+
+def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
+    """Each command leaves what it names, and nothing beside."""
+    folder, _ = project
+    assert sorted(p.name for p in folder.iterdir()) == ["runs", "sheet.png", "targets.zarr"]
+    top = {p.name for p in (folder / "targets.zarr").iterdir()}
+    assert top - {".lock", ".staging"} == {
+        "index.json", "zarr.json", "generations", "extract.log.jsonl"
+    }  # fmt: skip
+    assert sorted(p.name for p in (folder / "runs/pretrain").iterdir()) == [
+        ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "linear_probe.json",
+        "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
+    ]  # fmt: skip
+    steps = [p.name for p in (folder / "runs/pretrain/checkpoints").iterdir()]
+    assert steps == ["step-00000006"]
+    assert [p.name for p in (folder / "runs/random").iterdir()] == ["linear_probe.json"]
+
+
+def test_what_a_probe_leaves(project: tuple[Path, dict[str, Ran]]) -> None:
+    """Figures as JSON that DVC can plot, and the same figures printed."""
+    folder, said = project
+    for name, place in (("probe", "runs/pretrain"), ("random", "runs/random")):
+        metrics = json.loads((folder / place / "linear_probe.json").read_text())
+        assert 0 <= metrics["top1"] <= metrics["top5"] <= 100
+        assert (metrics["train_images"], metrics["val_images"]) == (20, 4)
+        assert (metrics["classes"], metrics["features"]) == (3, 64)
+        assert re.search(rf"top1\W+{re.escape(str(metrics['top1']))}", said[name].out)
+
+
+def test_telemetry_is_off_in_what_a_command_starts() -> None:
+    """Ray, hubs and DVC see these variables; a user's own value does not switch them on."""
+    script = (
+        "import os, stages.cli\n"
+        "print(*(os.environ[k] for k in ('RAY_USAGE_STATS_ENABLED', 'HF_HUB_DISABLE_TELEMETRY',"
+        " 'DVC_NO_ANALYTICS', 'DO_NOT_TRACK')))"
+    )
+    loud = {"RAY_USAGE_STATS_ENABLED": "1", "HF_HUB_DISABLE_TELEMETRY": "0"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("DVC_NO_ANALYTICS", "DO_NOT_TRACK")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**clean, **loud}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["0", "1", "1", "1"]

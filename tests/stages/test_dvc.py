@@ -1,0 +1,275 @@
+"""The pipeline under DVC: the repository's own dvc.yaml on a small project."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from helpers import ROOT, STUDENT, make_photos, run_here, tree
+
+pytest.importorskip("dvc", reason="DVC is not installed: pip install milan-pretrain[dvc]")
+
+
+STAGES = (
+    "extract", "pretrain@milan", "pretrain@pixels", "linear-probe@milan", "linear-probe@pixels",
+    "linear-probe-random", "linear-probe-teacher", "report",
+)  # fmt: skip
+"""In an order in which they can run."""
+
+
+def run_dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """dvc in `project`, with the installed `milan` on its path."""
+    programs = Path(sys.executable).parent
+    env = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(project / ".site"),
+    }
+    return subprocess.run(
+        [str(programs / "dvc"), *arguments],
+        cwd=project, env=env, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+
+
+def write_parquet(path: Path, folder: Path) -> None:
+    """Class folders as a Parquet file in the Hugging Face image schema."""
+    files = sorted(folder.rglob("*.jpg"))
+    classes = sorted({file.parent.name for file in files})
+    images = [{"bytes": f.read_bytes(), "path": f.name} for f in files]
+    labels = [classes.index(file.parent.name) for file in files]
+    info = {"info": {"features": {"label": {"names": classes, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": images, "label": labels})
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
+
+
+def set_params(project: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """Change values of the project's params.yaml; a key that is not there is a mistake."""
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    for section, values in changes.items():
+        params[section] |= values
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, teacher_files: dict[str, str]
+) -> Path:
+    """A folder with the repository's dvc.yaml and params.yaml, the values made small."""
+    folder = tmp_path_factory.mktemp("project")
+    assert run_dvc(folder, "init", "--no-scm").returncode == 0
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copyfile(ROOT / name, folder / name)
+    write_parquet(folder / "data" / "train.parquet", photos)
+    write_parquet(folder / "data" / "test.parquet", make_photos(folder / "test", seed=1))
+    (folder / "teacher").mkdir()
+    for file in teacher_files.values():
+        shutil.copy(file, folder / "teacher")
+    store = "targets.zarr"
+    set_params(folder, {
+        "extract": {
+            "data": "data/train.parquet", "out": store, "teacher": "teacher/config.json",
+            "pretrained": "teacher/model.safetensors", "views": 2, "executor": "local",
+            "scale": [0.6, 1.0],
+            "shard_size": 8,
+        },
+        "pretrain": {
+            "cache": store, **STUDENT, "epochs": 1, "warmup_epochs": 0, "batch_size": 8,
+            "num_workers": 0,
+        },
+        "linear_probe": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
+        "report": {"cache": store},
+        "watched": {"data": "data", "teacher": "teacher"},
+    })  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reproduced(project: Path) -> subprocess.CompletedProcess:
+    """Extraction and one pretraining, run by DVC."""
+    done = run_dvc(project, "repro", "pretrain@milan")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def ran(done: subprocess.CompletedProcess) -> list[str]:
+    """Names of the stages that DVC ran."""
+    lines = done.stdout.splitlines()
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+
+def times(store: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
+
+
+def test_extraction_and_pretraining(project: Path, reproduced: subprocess.CompletedProcess) -> None:
+    """What a stage needs is run first, and only that."""
+    assert ran(reproduced) == ["extract", "pretrain@milan"]
+    assert (project / "runs/milan/encoder.safetensors").exists()
+
+
+def test_the_commands_of_the_other_stages(
+    project: Path, reproduced: subprocess.CompletedProcess
+) -> None:
+    """Each command of dvc.yaml, as DVC would type it, leaves the files that are declared."""
+    script = (
+        "import json; from dvc.repo import Repo; stages = Repo('.').index.stages\n"
+        "print(json.dumps({s.addressing: [s.cmd, [str(o) for o in s.outs]] for s in stages}))"
+    )
+    listed = subprocess.run(
+        [sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True
+    )
+    stages: dict[str, tuple[str, list[str]]] = json.loads(listed.stdout)
+    assert len(stages) == 8
+    for name in sorted(stages.keys() - {"extract", "pretrain@milan"}, key=STAGES.index):
+        command, outs = stages[name]
+        done = run_here(*shlex.split(command)[1:], cwd=project)
+        assert (done.code, done.err) == (0, ""), command
+        assert [out for out in outs if not (project / out).exists()] == []
+    check_results(project)
+
+
+def check_results(project: Path) -> None:
+    """The figures of a whole pipeline."""
+    for name in ("milan", "pixels", "random", "teacher"):
+        probe = json.loads((project / "runs" / name / "linear_probe.json").read_text())
+        assert 0 <= probe["top1"] <= 100
+        assert (probe["train_images"], probe["val_images"]) == (24, 24)
+    report = (project / "report/report.txt").read_text()
+    for told in ("random encoder", "pixels (MAE)", "MILAN", "teacher", "bytes a view"):
+        assert told in report
+    for picture in ("sheet.png", "curves.png", "probes.png"):
+        assert (project / "report" / picture).stat().st_size > 5000
+
+
+def test_a_second_repro_does_nothing(
+    project: Path, reproduced: subprocess.CompletedProcess
+) -> None:
+    """No stage runs, no file of the store or of a run is touched."""
+    before = times(project / "targets.zarr") | times(project / "runs")
+    again = run_dvc(project, "repro", "pretrain@milan")
+    assert again.returncode == 0
+    assert ran(again) == []
+    assert "up to date" in again.stdout
+    assert times(project / "targets.zarr") | times(project / "runs") == before
+
+
+def test_a_training_parameter_does_not_extract_again(
+    project: Path, reproduced: subprocess.CompletedProcess
+) -> None:
+    """Two epochs in place of one: the student is trained anew, the store is left alone."""
+    before = times(project / "targets.zarr")
+    set_params(project, {"pretrain": {"epochs": 2}})
+    again = run_dvc(project, "repro", "pretrain@milan")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert ran(again) == ["pretrain@milan"]
+    assert "'extract' didn't change" in again.stdout
+    assert times(project / "targets.zarr") == before
+    metrics = json.loads((project / "runs/milan/metrics.json").read_text())
+    assert (metrics["step"], metrics["finished"]) == (6, True)
+
+
+def test_another_teacher_and_another_scale_are_not_mixed(
+    project: Path, reproduced: subprocess.CompletedProcess
+) -> None:
+    """DVC runs the stage, the command refuses and says what to do, the store stays; with the
+    old teacher and settings in place again nothing is to be done."""
+    before = tree(project / "targets.zarr")
+    weights = project / "teacher/model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-2] + bytes(2))
+    set_params(project, {"extract": {"scale": [0.2, 1.0]}})
+    refused = run_dvc(project, "repro", "extract")
+    assert refused.returncode != 0
+    assert ran(refused) == ["extract"]
+    (line,) = (x for x in refused.stderr.splitlines() if x.startswith("milan: "))
+    assert "teacher.weights: " in line
+    assert "view_law.scale: [0.6, 1.0] != [0.2, 1.0]" in line
+    assert "--out another.zarr, or delete targets.zarr first" in line
+    assert tree(project / "targets.zarr") == before
+
+    weights.write_bytes(kept)
+    set_params(project, {"extract": {"scale": [0.6, 1.0]}})
+    again = run_dvc(project, "status", "extract")
+    assert "up to date" in again.stdout
+    assert tree(project / "targets.zarr") == before
+
+
+def test_a_killed_extraction_resumes(
+    project: Path, reproduced: subprocess.CompletedProcess
+) -> None:
+    """A store as a killed run leaves it: no index, some shards without their records. The next
+    repro makes only those, and the store is the same to the byte."""
+    store = project / "targets.zarr"
+    before, untouched = tree(store), store / "generations/000/records/00000.00.json"
+    time = untouched.stat().st_mtime_ns
+    (store / "index.json").unlink()
+    for name in ("00001.01.json", "00002.00.json"):
+        (store / "generations/000/records" / name).unlink()
+    again = run_dvc(project, "repro", "extract")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert ran(again) == ["extract"]
+    assert "resuming: 4 of 6 shards are there" in again.stdout
+    assert tree(store) == before
+    assert untouched.stat().st_mtime_ns == time
+
+
+def test_committed_parameters_are_the_demo(project: Path) -> None:
+    """A fresh clone runs on the embedded data; the files named are committed ones."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for path in (params["extract"]["data"], params["linear_probe"]["val_data"]):
+        assert (ROOT / path).is_file()
+    assert params["extract"]["teacher"].startswith("demo/")
+    assert params["extract"]["pretrained"].startswith("demo/")
+    assert params["extract"]["out"] == params["pretrain"]["cache"] == params["report"]["cache"]
+    for section in ("extract", "pretrain", "linear_probe", "report"):
+        assert section in params
+
+
+@pytest.mark.soak
+def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
+    """Every stage by DVC, each once; the second time none; metrics and plots are found."""
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(project / name, tmp_path)
+    for name in ("data", "teacher"):
+        shutil.copytree(project / name, tmp_path / name)
+    assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
+    done = run_dvc(tmp_path, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = ran(done)
+    assert stages[-1] == "report"
+    assert sorted(stages) == sorted(STAGES)
+    check_results(tmp_path)
+    before = times(tmp_path)
+    again = run_dvc(tmp_path, "repro")
+    assert (again.returncode, ran(again)) == (0, [])
+    now = times(tmp_path)
+    assert [
+        path
+        for path in before
+        if now.get(path) != before[path] and not {".dvc", ".site"} & set(Path(path).parts)
+    ] == []
+
+    shown = json.loads(run_dvc(tmp_path, "metrics", "show", "--json").stdout)[""]["data"]
+    names = {"runs/milan/metrics.json", "runs/pixels/metrics.json", "report/metrics.json"}
+    names |= {f"runs/{n}/linear_probe.json" for n in ("milan", "pixels", "random", "teacher")}
+    assert set(shown) == names
+    assert all("data" in value for value in shown.values())
+    plots = run_dvc(tmp_path, "plots", "show", "--out", "plots")
+    assert plots.returncode == 0, plots.stderr
+    html = (tmp_path / "plots/index.html").read_text()
+    assert "milan: loss" in html
+    assert "linear probe" in html

@@ -1,0 +1,60 @@
+"""What a run is said to take before it begins, against what it then takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SMALL, STUDENT, run_here, tree
+
+import milan
+from milan.core.units import parse_bytes
+from milan.errors import ConfigError
+from milan.training.estimate import estimate_run
+
+
+def figures(store: Path, **changes: Any) -> dict[str, str]:
+    return dict(estimate_run(milan.PretrainConfig(str(store), **{**SMALL, **changes})))
+
+
+def test_steps_are_those_of_the_run(store: Path, tmp_path: Path) -> None:
+    """Steps, images and weights as the run has them."""
+    told = figures(store, held_out=0.34)
+    assert told["images"] == "16 an epoch, 8 for validation"
+    assert told["steps"] == "14: 7 epochs of 2"
+    run = milan.pretrain(str(store), out=str(tmp_path), **SMALL, held_out=0.34)
+    assert run["steps"] == 14
+    size = (tmp_path / "checkpoints/step-00000014").iterdir()
+    saved = sum(p.stat().st_size for p in size)
+    assert parse_bytes(told["checkpoint"].split(",")[0]) == pytest.approx(saved, rel=0.1)
+
+
+def test_ranks_share_a_step(store: Path) -> None:
+    """Two ranks take half of each step."""
+    assert figures(store, devices=2)["ranks"] == "2, 1 x 4 images of a step each"
+    assert figures(store, micro_batch=2)["ranks"] == "1, 4 x 2 images of a step each"
+    with pytest.raises(ConfigError, match="batch size 8 over 3 ranks"):
+        figures(store, devices=3)
+
+
+def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
+    """Told of a student with other patches, which can be trained afterwards."""
+    grid = {**SMALL, "model_args": STUDENT["model_args"] | {"patch_size": 4}}
+    told = dict(estimate_run(milan.PretrainConfig(str(store), **grid)))
+    assert told["time"]
+    assert milan.pretrain(str(store), out=str(tmp_path), stop_after=1, **grid)["step"] == 1
+
+
+def test_the_command_writes_nothing(store: Path, tmp_path: Path) -> None:
+    """--dry-run prints a table and leaves no folder; the store is what it was."""
+    before = tree(store)
+    sets = [f"--set=model.{k}={v}" for k, v in STUDENT["model_args"].items()]
+    ran = run_here(
+        "pretrain", "--cache", store, "--out", "run", "--batch-size", 8, "--dry-run", *sets,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    assert "a step" in ran.out
+    assert not list(tmp_path.iterdir())
+    assert tree(store) == before
