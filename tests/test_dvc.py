@@ -21,8 +21,9 @@ pytest.importorskip("dvc", reason="DVC is not installed: pip install milan-pretr
 
 
 STAGES = (
-    "extract", "pretrain@milan", "pretrain@pixels", "linear-probe@milan", "linear-probe@pixels",
-    "linear-probe-random", "linear-probe-teacher", "report",
+    "extract", "pretrain@milan", "pretrain@pixels", "evaluate@linear_probe-milan",
+    "evaluate@linear_probe-pixels", "evaluate-random@linear_probe",
+    "evaluate-teacher@linear_probe", "report",
 )  # fmt: skip
 """In an order in which they can run."""
 
@@ -149,9 +150,9 @@ def check_results(project: Path) -> None:
         assert 0 <= probe["top1"] <= 100
         assert (probe["train_images"], probe["val_images"]) == (24, 24)
     report = (project / "report/report.txt").read_text()
-    for told in ("random encoder", "pixels (MAE)", "MILAN", "teacher", "bytes a view"):
-        assert told in report
-    for picture in ("sheet.png", "curves.png", "probes.png"):
+    for text in ("random encoder", "pixels (MAE)", "MILAN", "teacher", "bytes a view"):
+        assert text in report
+    for picture in ("sheet.png", "curves.png", "evaluation/linear_probe.png"):
         assert (project / "report" / picture).stat().st_size > 5000
 
 
@@ -235,7 +236,7 @@ def test_committed_parameters_are_the_demo(project: Path) -> None:
     assert params["extract"]["teacher"].startswith("demo/")
     assert params["extract"]["pretrained"].startswith("demo/")
     assert params["extract"]["out"] == params["pretrain"]["cache"] == params["report"]["cache"]
-    for section in ("extract", "pretrain", "linear_probe", "report"):
+    for section in ("extract", "pretrain", "report", *params["evaluation"]["protocols"]):
         assert section in params
 
 
@@ -272,4 +273,4 @@ def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
     assert plots.returncode == 0, plots.stderr
     html = (tmp_path / "plots/index.html").read_text()
     assert "milan: loss" in html
-    assert "linear probe" in html
+    assert "linear_probe.csv" in html

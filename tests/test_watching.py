@@ -33,6 +33,7 @@ from milan.core.device import MEAN, STD, denormalise, normalise
 from milan.data.dataset import CachedDataset
 from milan.data.order import JUDGED, order_of, validation_rows
 from milan.errors import ConfigError
+from milan.evaluation.knn import nearest_neighbours
 from milan.models.masking import importance_mask, mask_noise
 from milan.objectives.features import patchify, pixel_regression, unpatchify_prediction
 from milan.reporting import trackers
@@ -41,7 +42,6 @@ from milan.store.cache import TargetCache
 from milan.training import build as task
 from milan.training import checkpoint
 from milan.training.build import student_of
-from milan.training.validation import nearest_neighbours
 from pipeline.extract import extract_targets
 
 WATCHED: dict[str, Any] = {

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from milan.config import PretrainConfig
 from milan.core import rng
@@ -19,13 +18,12 @@ from milan.core.distributed import Ranks
 from milan.data.dataset import Batch, CachedDataset
 from milan.data.order import ASKED, DRAWN, JUDGED, KNOWN, REPEATED, Address, Order, Stream
 from milan.errors import ConfigError
+from milan.evaluation.knn import nearest_neighbours
 from milan.reporting.log import SHEET
 from milan.reporting.panels import SheetInputs, draw_sheet
 
 _SHOWN = 4  # images of a sheet
-_NEIGHBOURS, _TEMPERATURE = 20, 0.07
 _REPEATED = -1  # in place of a label
-_AT_ONCE = 1024  # features whose neighbours are looked for together: 22 k classes take 90 MB
 
 
 class Validation:
@@ -122,20 +120,3 @@ def check_labels(dataset: CachedDataset, order: Order) -> None:
             expected="a store whose images have labels, and held_out above 0",
             fix="--set probe_every=null",
         )
-
-
-def nearest_neighbours(
-    known: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor, truth: torch.Tensor
-) -> float:
-    """Percent of the `asked` features [m, F] whose `truth` [m] their neighbours in `known` name.
-
-    The 20 nearest by cosine vote for their `labels` [n] with weights exp(cosine / 0.07).
-    """
-    known, right = F.normalize(known, dim=1), 0
-    classes = int(max(labels.max(), truth.max())) + 1
-    for some, names in zip(asked.split(_AT_ONCE), truth.split(_AT_ONCE), strict=True):
-        near, at = (F.normalize(some, dim=1) @ known.T).topk(min(_NEIGHBOURS, len(known)), dim=1)
-        votes = torch.zeros(len(some), classes)
-        votes.scatter_add_(1, labels[at], (near / _TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == names).sum())
-    return 100 * right / len(asked)
