@@ -22,6 +22,7 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
         config = resolve(
             protocol.settings, section=protocol.name, params=params, sets=sets, flags=flags
         )
+        config.check()
         path = protocol.metrics_path(config)
         if config.out:
             try:

@@ -83,9 +83,8 @@ def test_arguments_of_models_are_merged(params: Any) -> None:
     assert config.decoder == {"depth": 1, "num_heads": 4}
     assert pretraining().decoder == {}
     assert pretraining(["model=vit_tiny", "model.depth=2"]).model == "vit_tiny"
-    assert resolve(EvaluationConfig, section="probe", sets=["model.depth=2"]).model_args == {
-        "depth": 2
-    }
+    evaluation = resolve(EvaluationConfig, section="probe", sets=["model.depth=2"])
+    assert evaluation.model_args == {"depth": 2}
 
 
 @pytest.mark.parametrize(
