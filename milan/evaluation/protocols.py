@@ -1,12 +1,19 @@
-"""Which evaluations there are, and what all of them are given. No heavy imports.
+"""Evaluation protocols, and the settings they share. No heavy imports.
 
-A protocol is declared once, below in PROTOCOLS. Its command, its section of the parameter file, its
-metrics file, its stage under DVC and its row in the report follow from the declaration:
+A protocol is declared once, in PROTOCOLS below. Its command, its section of the parameter file, its
+metrics file, its DVC stage and its table in the report follow from the declaration:
 
     name linear_probe ─┬─ milan linear-probe --checkpoint RUN --data DATA
                        ├─ section linear_probe of params.yaml
                        ├─ RUN/linear_probe.json
-                       └─ report: table, chart, metrics.json
+                       └─ evaluation: {protocols: [linear_probe]} of params.yaml
+                            ├─ dvc repro: a stage for each encoder
+                            └─ milan report: a table, a chart, metrics.json
+
+Another package declares its protocols in its pyproject.toml:
+
+    [project.entry-points."milan.protocols"]
+    nearest_mean = "some_package.nearest_mean:PROTOCOL"
 """
 
 from __future__ import annotations
@@ -20,12 +27,12 @@ from typing import Any
 from milan.errors import ConfigError, nearest
 
 ENTRY_POINTS = "milan.protocols"
-"""Where an installed package of someone else declares its protocols: name = "module:PROTOCOL"."""
+"""The group of entry points in which other packages declare theirs."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What every evaluation is given: an encoder, labelled images, a place for the metrics."""
+    """Settings of every evaluation: which encoder, which labelled images, where the metrics go."""
 
     checkpoint: str = "runs/pretrain"
     """A run's folder, random (as timm initialises it), timm:NAME, or teacher."""
@@ -36,7 +43,7 @@ class EvaluationConfig:
     data_root: str | None = None
     """Where data names are looked up."""
     out: str | None = None
-    """Where the metrics go (JSON); default: a file named after the command, in the run's folder."""
+    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
     like: str | None = None
     """With random: a run whose encoder's shape is taken."""
     model: str = "vit_base_patch16_224"

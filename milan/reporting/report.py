@@ -52,7 +52,9 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     for key in ("out", "cache", "runs", "encoders"):
         if key not in section:
             raise ConfigError(f"section report of {params} has no {key!r}")
-    names = read_section(params, "evaluation").get("protocols", [])
+    names = read_section(params, "evaluation").get("protocols")
+    if not names:
+        raise ConfigError(f"section evaluation of {params} has no 'protocols'")
     out = Path(section["out"])
     results = {
         protocol: {
