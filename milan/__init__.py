@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from milan.version import __version__
 
 if TYPE_CHECKING:
-    from milan.config import PretrainConfig, ProbeConfig
+    from milan.config import PretrainConfig
     from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
     from milan.evaluation.linear_probe import linear_probe
+    from milan.evaluation.protocols import EvaluationConfig
     from milan.models.export import load_encoder
     from milan.models.published import load_published
     from milan.store.cache import TargetCache
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CachedDataset": "milan.data.dataset",
+    "EvaluationConfig": "milan.evaluation.protocols",
     "MilanError": "milan.errors",
     "PretrainConfig": "milan.config",
-    "ProbeConfig": "milan.config",
     "TargetCache": "milan.store.cache",
     "linear_probe": "milan.evaluation.linear_probe",
     "load_encoder": "milan.models.export",
@@ -42,7 +43,7 @@ __all__ = [
     "load_encoder",
     "load_published",
     "linear_probe",
-    "ProbeConfig",
+    "EvaluationConfig",
     "MilanError",
     "__version__",
 ]

@@ -1,4 +1,4 @@
-"""Look at, check and mend what already exists: inspect, verify, repair, visualise, report."""
+"""Commands on finished stores and runs: inspect, verify, repair, visualise, report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def visualise(
     cache: Annotated[str, typer.Argument(help="A finished store.")],
     out: Annotated[str, typer.Option(help="The picture (PNG).")] = "sheet.png",
     images: Annotated[int, typer.Option(help="How many images.")] = 8,
-    seed: Annotated[int, typer.Option(help="Which images, and which masks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of images and of the masks.")] = 0,
     data_root: Annotated[
         str | None, typer.Option(help="Where the images lie, if not where the store says.")
     ] = None,
 ) -> None:
-    """Draw a sheet: image with its views as boxes, a view, attention, a mask, features."""
+    """Draw a sheet: image with the crops of its views, a view, attention, a mask, features."""
     from milan.reporting.contact_sheet import contact_sheet
     from stages import console
 
@@ -27,15 +27,15 @@ def visualise(
 def report(
     params: Annotated[str, typer.Option(help="The pipeline's parameter file.", show_default=False)],
 ) -> None:
-    """Put a pipeline's figures together: tables (report.txt), metrics.json, and pictures."""
+    """Collect a pipeline's figures: tables (report.txt), metrics.json, and pictures."""
     from milan.reporting.report import build_report
     from stages import console
 
-    found = build_report(params, progress=console.ConsoleProgress())
-    with console.kept_in(found["folder"] + "/report.txt"):
-        console.table("Linear probe", ("encoder", "top-1 %", "top-5 %"), found["probes"])
-        console.table("Cost", ("what", ""), found["costs"])
-        for picture in found["pictures"]:
+    written = build_report(params, progress=console.ConsoleProgress())
+    with console.copied_to(written.folder / "report.txt"):
+        for table in written.tables:
+            console.table(*table)
+        for picture in written.pictures:
             console.out.print(f"picture: {picture}", markup=False)
 
 
@@ -44,14 +44,14 @@ DataRoot = Annotated[
     str | None, typer.Option(help="Where the images lie, if not where the store says.")
 ]
 Teacher = Annotated[
-    str | None, typer.Option(help="The teacher's name or config, if it is not where it was.")
+    str | None, typer.Option(help="The teacher's name or config, if its files moved since.")
 ]
 Pretrained = Annotated[str | None, typer.Option(help="Its weights, as extract-targets takes them.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, cpu, ...")]
 
 
 def inspect(cache: Cache) -> None:
-    """Say what a store is: teacher, data, views, how complete, how faithful, how large."""
+    """Describe a store: teacher, data, views, completeness, fidelity of the codec, size."""
     from milan.store.describe import describe
     from stages import console
 
@@ -61,7 +61,7 @@ def inspect(cache: Cache) -> None:
 def verify(
     cache: Cache,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte.")] = False,
-    audit: Annotated[int, typer.Option(help="Run the teacher again on so many views.")] = 0,
+    audit: Annotated[int, typer.Option(help="Recompute so many views and compare.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the audit's choice.")] = 0,
     data_root: DataRoot = None,
     teacher: Teacher = None,
@@ -82,7 +82,7 @@ def verify(
         device=device,
         progress=console.ConsoleProgress(),
     )
-    _tell(verdict)
+    _print_verdict(verdict)
 
 
 def repair(
@@ -92,7 +92,7 @@ def repair(
     pretrained: Pretrained = None,
     device: Device = "auto",
 ) -> None:
-    """Make the damaged shards of a store again, and no other."""
+    """Rewrite the damaged shards of a store, and no others."""
     from pipeline.repair import repair as run
     from stages import console
 
@@ -103,7 +103,7 @@ def repair(
         device=device,
         progress=console.ConsoleProgress(),
     )
-    _tell(verdict)
+    _print_verdict(verdict)
 
 
 def _teacher(name: str | None, pretrained: str | None) -> Any:
@@ -112,22 +112,22 @@ def _teacher(name: str | None, pretrained: str | None) -> Any:
     return TeacherSpec(name, pretrained) if name else None
 
 
-def _tell(verdict: Any) -> None:
-    """Print a verdict, and end with its exit code."""
+def _print_verdict(verdict: Any) -> None:
+    """Print a verdict, and exit with its code."""
     from stages import console
 
-    kinds = {
+    problems = {
         "corrupt": verdict.corrupt,
         "incomplete": verdict.incomplete,
         "foreign": verdict.foreign,
         "not in it": verdict.missing_features,
     }
-    for kind, found in kinds.items():
-        for line in found:
+    for kind, lines in problems.items():
+        for line in lines:
             console.out.print(f"{kind}: {line}", markup=False)
-    said = {0: "good", 3: "corrupt", 4: "incomplete", 5: "of another teacher or data set"}
+    result = {0: "good", 3: "corrupt", 4: "incomplete", 5: "of another teacher or data set"}
     rows = [(what, f"{number:,}") for what, number in verdict.checked.items()]
-    console.table("Verified", ("what", ""), [*rows, (verdict.path, said[verdict.code])])
+    console.table("Verified", ("what", ""), [*rows, (verdict.path, result[verdict.code])])
     if verdict.code == 3 and verdict.shards:
         console.out.print(f"try: milan repair {verdict.path}", markup=False)
     raise typer.Exit(verdict.code)

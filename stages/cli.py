@@ -1,7 +1,7 @@
 """The `milan` command: registers the stages, turns errors into exit codes.
 
-Exit codes: 0 done; 1 an error that one line explains; 2 a command line that cannot be understood;
-75 asked to stop, and able to go on.
+Exit codes: 0 done; 1 an error, explained in one line; 2 a usage error; 75 stopped by a signal after
+saving, the same line resumes.
 """
 
 from __future__ import annotations
@@ -9,24 +9,41 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from milan.errors import MilanError
-from stages import artifacts, extract_targets, plan, pretrain, transfer
+from milan.evaluation.protocols import PROTOCOLS, find_protocol
+from stages import artifacts, extract_targets, plan, pretrain
+from stages.evaluate import evaluation_command
 
-# Before anything heavy is imported: milan sends nothing anywhere.
+# Set before heavy imports: no telemetry.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DVC_NO_ANALYTICS"] = "1"
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# Loader workers and decoding threads share the cores with the network's threads. Spinning at a
-# barrier for long keeps them from work; not at all makes a small model train half as fast.
+# Loader workers and decoding threads share the cores with the network's threads. Long spinning at
+# an OpenMP barrier slows them down; no spinning makes a small model train half as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+
+
+class _Commands(TyperGroup):
+    """Accepts underscores in command names, and protocols that installed packages declare."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name.replace("_", "-"))
+        if command is None and (protocol := find_protocol(cmd_name.replace("-", "_"))):
+            alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+            alone.command(protocol.command)(evaluation_command(protocol))
+            command = typer.main.get_command(alone)
+        return command
+
 
 app = typer.Typer(
     name="milan",
+    cls=_Commands,
     help="Pretrain vision transformers on cached CLIP targets.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,15 +51,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name, _command, _help in (
-    ("plan", plan.plan, "Say what an extraction will take."),
+    ("plan", plan.plan, "Estimate the cost of an extraction."),
     ("extract-targets", extract_targets.extract_targets, "Run the teacher once; write a store."),
     ("pretrain", pretrain.pretrain, "Train a student from a store."),
-    ("linear-probe", transfer.linear_probe, "Measure an encoder on labelled images."),
-    ("inspect", artifacts.inspect, "Say what a store holds."),
+    *((p.command, evaluation_command(p), p.help) for p in PROTOCOLS.values()),
+    ("inspect", artifacts.inspect, "Describe a store."),
     ("verify", artifacts.verify, "Check a store."),
-    ("repair", artifacts.repair, "Make the damaged shards of a store again."),
-    ("visualise", artifacts.visualise, "Draw images, views, attention, masks, features."),
-    ("report", artifacts.report, "Put a pipeline's figures and pictures together."),
+    ("repair", artifacts.repair, "Rewrite the damaged shards of a store."),
+    ("visualise", artifacts.visualise, "Draw images, crops, attention, masks, features."),
+    ("report", artifacts.report, "Collect a pipeline's figures and pictures."),
 ):
     app.command(_name, short_help=_help)(_command)
 
@@ -58,24 +75,24 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
-    before, threading.excepthook = threading.excepthook, _of_thread
+    previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
         app()
     except MilanError as error:
         _fail(str(error))
-    except OSError as error:  # a disk that is full, a share that is gone: no fault of the code
+    except OSError as error:  # a full disk, a share that is gone: not a bug
         _fail(str(error))
     except KeyboardInterrupt:
-        print("milan: interrupted; run the same line again to go on", file=sys.stderr)
+        print("milan: interrupted; the same line resumes", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous
 
 
-def _of_thread(failed: threading.ExceptHookArgs) -> None:
-    # TensorBoard writes in a thread, and raises what a full disk does there once more in ours.
-    if not isinstance(failed.exc_value, OSError):
-        threading.__excepthook__(failed)
+def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writer thread raises its OSError (a full disk) in the main thread as well.
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _fail(text: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What people see: progress with rate and time left, notes, tables. The one place that prints."""
+"""Output on the terminal: progress with speed and time left, notes, tables. Only stages print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -26,34 +27,33 @@ _PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 class _Progress(Progress):
-    """A bar, and below it a line of figures: beside it, they would be cut off."""
+    """A bar, and a line of figures below it: beside it they would be cut off."""
 
     figures = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What is shown, line by line."""
+        """The bar, then the figures."""
         yield from super().get_renderables()
         yield Text(self.figures)
 
 
 class ConsoleProgress:
-    """A progress bar on a terminal; without one, a plain line a minute.
+    """A progress bar on a terminal; without a terminal, a plain line a minute.
 
-    Rate and time left are of everything since the beginning, so that a pause (a run that is judged)
-    is in both by its share.
+    Speed and time left are averages since the beginning, so that regular pauses (validation) count.
     """
 
     def __init__(self) -> None:
         self._bar: _Progress | None = None
         self._what, self._unit, self._figures, self._total = "", "", "", 0
-        self._started = self._spoke = 0.0
+        self._started = self._printed = 0.0
         self._first = self._done = 0
 
     def __enter__(self) -> ConsoleProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the bar away after an error too: it hides the terminal's cursor."""
+        """Remove the bar after an error too: it hides the terminal's cursor."""
         if self._bar:
             self._bar.stop()
             self._bar = None
@@ -63,9 +63,9 @@ class ConsoleProgress:
         (self._bar.console if self._bar else out).print(text, markup=False)
 
     def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
-        """Show the work begun."""
+        """Start a bar."""
         self._what, self._unit, self._figures, self._total = what, unit, "", int(total)
-        self._started = self._spoke = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._first = self._done = done
         if out.is_terminal:
             self._bar = _Progress(
@@ -84,7 +84,7 @@ class ConsoleProgress:
             )
 
     def advance(self, done: int, figures: str = "") -> None:
-        """Move the bar, or say a line if the last one is a minute old."""
+        """Move the bar; without a terminal, print a line if the last one is a minute old."""
         self._done, self._figures = done, figures or self._figures
         now = time.monotonic()
         rate = (done - self._first) / max(1e-9, now - self._started)
@@ -93,15 +93,15 @@ class ConsoleProgress:
             text = _rate(rate, self._unit)
             self._bar.figures = self._figures
             self._bar.update(self._task, completed=done, rate=text, left=f"{left} left")
-        elif now - self._spoke >= _PLAIN_EVERY:
-            self._spoke = now
-            told = [f"{self._what}: {done:,}/{self._total:,}", _rate(rate, self._unit)]
-            told += [f"{left} left", *([self._figures] if self._figures else [])]
-            out.print(", ".join(told), markup=False)
+        elif now - self._printed >= _PLAIN_EVERY:
+            self._printed = now
+            parts = [f"{self._what}: {done:,}/{self._total:,}", _rate(rate, self._unit)]
+            parts += [f"{left} left", *([self._figures] if self._figures else [])]
+            out.print(", ".join(parts), markup=False)
             sys.stdout.flush()
 
     def end(self) -> None:
-        """Take the bar away and leave one line."""
+        """Remove the bar and print one line."""
         self.__exit__()
         seconds = time.monotonic() - self._started
         count = self._done - self._first
@@ -113,7 +113,7 @@ class ConsoleProgress:
 
 
 def _rate(rate: float, unit: str) -> str:
-    """How much a second; of slow work, how many seconds for one."""
+    """Units a second; for slow work, seconds a unit."""
     if 0 < rate < 0.1:
         return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.1f} {unit}/s"
@@ -138,15 +138,15 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     out.print(shown)
 
 
-def tables(found: Mapping[str, Iterable[Iterable[Any]]]) -> None:
-    """Print tables of two columns by their titles."""
-    for title, rows in found.items():
+def tables(by_title: Mapping[str, Iterable[Iterable[Any]]]) -> None:
+    """Print tables of two columns: title -> rows."""
+    for title, rows in by_title.items():
         table(title, ("what", ""), rows)
 
 
 @contextmanager
-def kept_in(path: str) -> Iterator[None]:
-    """What is printed inside is also written to a text file."""
+def copied_to(path: Path) -> Iterator[None]:
+    """Write what is printed in the block to a text file too."""
     out.record = True
     yield
     with open(path, "w") as file:

@@ -1,7 +1,7 @@
-"""Flags made from settings: a command's flags are fields of its dataclass, their help its docs.
+"""Flags generated from settings: a command's flags are fields of its dataclass.
 
-Help is written once, beside the field, and a flag cannot disagree with what it sets. Settings live
-in modules without heavy imports, so that `--help` stays quick.
+A flag's help is the string below the field, so it is written once, and a flag cannot disagree with
+what it sets. Settings are declared in modules without heavy imports, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import textwrap
 import typing
 from collections.abc import Callable
 from functools import lru_cache
@@ -40,17 +41,18 @@ def settings_command(
         hints = typing.get_type_hints(config)
         docs = field_docs(config)
         defaults = {f.name: f.default for f in dataclasses.fields(config)}
-        added = [_flag(name, hints[name], docs[name], defaults[name]) for name in fields]
-        added += [_parameter("params", Params), _parameter("sets", Sets)]
-        own = inspect.signature(command, eval_str=True)
-        options = [p for p in own.parameters.values() if p.name not in ("flags", "params", "sets")]
+        from_fields = [_flag(name, hints[name], docs[name], defaults[name]) for name in fields]
+        from_fields += [_parameter("params", Params), _parameter("sets", Sets)]
+        signature = inspect.signature(command, eval_str=True)
+        passed = ("flags", "params", "sets")
+        options = [p for p in signature.parameters.values() if p.name not in passed]
 
-        def run(**given: Any) -> None:
-            flags = {name: given.pop(name) for name in fields}
-            command(flags=flags, **given)
+        def run(**arguments: Any) -> None:
+            flags = {name: arguments.pop(name) for name in fields}
+            command(flags=flags, **arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        signature = inspect.Signature([*added, *options])
+        signature = inspect.Signature([*from_fields, *options])
         run.__signature__ = signature  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return run
@@ -58,12 +60,19 @@ def settings_command(
     return decorate
 
 
+def plain_fields(config: type) -> tuple[str, ...]:
+    """The fields of a dataclass that can be flags: all but dictionaries."""
+    hints = typing.get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    return tuple(name for name in names if typing.get_origin(hints[name]) is not dict)
+
+
 def _flag(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
-    none = default is None or default is False or default is dataclasses.MISSING
-    shown = "" if none else f"  [{_text(default)}]"
-    # typer takes `type | None` with default None: not given, so that a parameter file may say.
+    no_default = default is None or default is False or default is dataclasses.MISSING
+    shown = "" if no_default else f"  [{_text(default)}]"
+    # `type | None` with default None means "not given": then the parameter file decides.
     optional = hint if type(None) in typing.get_args(hint) else hint | None
-    # A switch is only ever turned on: all of them are off by default.
+    # A switch can only be turned on: all of them are off by default.
     names = [f"--{name.replace('_', '-')}"] if hint is bool else []
     option = typer.Option(*names, help=doc + shown, show_default=False)
     return _parameter(name, Annotated[optional, option])
@@ -83,11 +92,12 @@ def _text(default: Any) -> str:
 
 @lru_cache
 def field_docs(config: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
-    body = ast.parse(inspect.getsource(config)).body[0].body  # type: ignore[attr-defined]
+    """The string below each field of a dataclass and of the dataclasses it extends."""
     docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            text = ast.literal_eval(below.value)
-            docs[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]
+    for part in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for field, below in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = ast.literal_eval(below.value)
+                docs[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]
     return docs

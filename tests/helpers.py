@@ -269,6 +269,6 @@ def extract_here(
     torch.set_num_threads(1)
     extract_targets(
         str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
-        **{**files, **more},
+        **{**teacher_files, **more},
     )  # fmt: skip
     return tree(out)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import milan
-from milan.config import PretrainConfig, ProbeConfig
+from milan.config import PretrainConfig
+from milan.evaluation.protocols import EvaluationConfig
 from pipeline.config import ExtractConfig
 from stages.options import field_docs
 
@@ -159,7 +160,7 @@ except SystemExit as end:
     "code",
     [
         "import milan, stages.cli",
-        "import milan.config, pipeline.config, milan.core.config_resolver",
+        "import milan.config, milan.evaluation.protocols, pipeline.config",
         RUN.format(arguments=["--help"]),
         RUN.format(arguments=["extract-targets", "--help"]),
         RUN.format(arguments=["pretrain", "--help"]),
@@ -184,7 +185,7 @@ def test_no_test_imports_another(path: Path) -> None:
     assert not {name for name in names if name.startswith(("test_", "conftest"))}
 
 
-@pytest.mark.parametrize("config", [ExtractConfig, PretrainConfig, ProbeConfig])
+@pytest.mark.parametrize("config", [ExtractConfig, PretrainConfig, EvaluationConfig])
 def test_every_setting_is_explained(config: type) -> None:
     """Flags take their help from the line below the field; a field without one has no help."""
     fields = config.__dataclass_fields__  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""What an encoder is worth."""
+"""Evaluation of encoders: protocols, and what they share."""

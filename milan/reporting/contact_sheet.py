@@ -1,4 +1,4 @@
-"""Pictures of views, attention, masks and targets."""
+"""A picture of a store: views, attention, masks and features."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def contact_sheet(
     data_root: str | None = None,
     mask_ratio: float = 0.75,
 ) -> Path:
-    """Draw `images` images of a store, a row each: the image with its K views as boxes, one view,
-    the teacher's attention, a sampled mask, and the patch features.
+    """Draw `images` images of a store, a row each: the image with the crops of its K views, one
+    view, the teacher's attention, a sampled mask, and the patch features.
 
-    Features are shown by their first three principal components as red, green and blue, fitted to
-    all patches on the sheet: like colours are like features. Returns the path of the picture.
+    The first three principal components of the features, fitted to all patches on the sheet, are
+    shown as red, green and blue: similar colours are similar features. Returns the path of the
+    picture. Raises CacheError if it cannot be written.
     """
     import matplotlib
 
@@ -43,9 +44,9 @@ def contact_sheet(
 
     dataset = _open(cache, data_root)
     store = dataset.cache
-    good = dataset.good
-    pick = rng.permutation(seed, rng.SAMPLE, (1,), len(good))[: max(1, images)]
-    rows = np.sort(good[pick])
+    usable = dataset.good
+    chosen = rng.permutation(seed, rng.SAMPLE, (1,), len(usable))[: max(1, images)]
+    rows = np.sort(usable[chosen])
     views = np.arange(len(rows)) % store.views
     targets = store.read(rows, views)
     assert targets.codes is not None
@@ -61,13 +62,15 @@ def contact_sheet(
     )
     visible = hide_patches(pixels, mask.boolean().numpy())
 
-    titles = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]
+    titles = ["image and crops", "a view", "attention", "visible patches", "features"]
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=(2.1 * len(titles), 2.15 * len(rows)), squeeze=False
     )
     for i, row in enumerate(rows.tolist()):
         image = decode(dataset.source.read(row))
-        _boxes(axes[i, 0], image, store.crops(np.full(store.views, row), np.arange(store.views)))
+        _draw_crops(
+            axes[i, 0], image, store.crops(np.full(store.views, row), np.arange(store.views))
+        )
         axes[i, 1].imshow(pixels[i])
         heat = targets.attention[i].reshape(store.grid, store.grid)
         axes[i, 2].imshow(pixels[i].mean(axis=-1), cmap="gray", vmin=0, vmax=255)
@@ -77,8 +80,7 @@ def contact_sheet(
         )  # fmt: skip
         axes[i, 3].imshow(visible[i])
         axes[i, 4].imshow(colours[i], interpolation="nearest")
-        label = _caption(dataset, row)
-        axes[i, 0].set_ylabel(label, fontsize=8)
+        axes[i, 0].set_ylabel(_caption(dataset, row), fontsize=8)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
@@ -116,14 +118,14 @@ def _open(cache: str | AnyPath, data_root: str | None) -> CachedDataset:
     return open_cache(cache, data_root=data_root)
 
 
-def _boxes(axis: Any, image: Any, crops: np.ndarray) -> None:
+def _draw_crops(axis: Any, image: Any, crops: np.ndarray) -> None:
     from matplotlib.patches import Rectangle
 
     axis.imshow(image)
     for view, numbers in enumerate(crops):
         crop = View.of(numbers)
         colour = _COLOURS[view % len(_COLOURS)]
-        # Views of the whole image would hide one another: each is drawn a little further in.
+        # Crops of the whole image would hide one another: each is drawn a little further in.
         inset = 0.012 * view * min(image.size)
         axis.add_patch(
             Rectangle(

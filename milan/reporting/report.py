@@ -1,107 +1,163 @@
-"""The figures of a pipeline put together: tables, one JSON file, pictures."""
+"""A pipeline's report: tables, one JSON file, pictures."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from milan.core.atomic import write_json
 from milan.core.config_resolver import read_section
 from milan.core.paths import AnyPath, names_in, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
+from milan.evaluation.protocols import Protocol, get_protocol
 from milan.reporting.contact_sheet import contact_sheet, save_figure
 from milan.store.cache import TargetCache
 from milan.store.format import LOG, LOGS
 
+Metrics = dict[str, dict[str, Any]]
+"""Of one protocol, or of pretraining: name of the encoder or run -> its metrics."""
 
-def build_report(params: str, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Gather the figures that section `report` of `params` names and draw the pictures.
 
-    The section has `out` (a folder), `cache`, `runs` (name -> folder) and `probes` (name -> JSON
-    of a linear probe). Returns its `folder`, `probes` and `costs` as rows
-    of tables, and `pictures` as paths.
+class Table(NamedTuple):
+    """A table to print."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written to `folder`, and what to print."""
+
+    folder: Path
+    tables: list[Table]
+    pictures: list[Path]
+
+
+def build_report(params: str, *, progress: Progress | None = None) -> Report:
+    """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
+
+    Section `report` has `out` (a folder), `cache`, `runs` and `encoders` (name -> folder);
+    `protocols` of section `evaluation` says which metrics files the encoders have. Raises
+    ConfigError if one of these, or a metrics file, is missing.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
-    for key in ("out", "cache", "runs", "probes"):
+    for key in ("out", "cache", "runs", "encoders"):
         if key not in section:
             raise ConfigError(f"section report of {params} has no {key!r}")
+    names = read_section(params, "evaluation").get("protocols")
+    if not names:
+        raise ConfigError(f"section evaluation of {params} has no 'protocols'")
     out = Path(section["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    probes = {name: _read(path) for name, path in section["probes"].items()}
+    results = {
+        protocol: {
+            encoder: _read(protocol.metrics_file(folder))
+            for encoder, folder in section["encoders"].items()
+        }
+        for protocol in map(get_protocol, names)
+    }
     runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
     cache = TargetCache(section["cache"])
-    rate = _extraction_rate(cache.path)
-    metrics = {
-        "top1": {name: probe["top1"] for name, probe in probes.items()},
-        "bytes_per_view": cache.spec.view_bytes(),
-        "extract_images_per_second": rate,
-        "pretrain_images_per_second": {n: run["images_per_second"] for n, run in runs.items()},
-        "wait_share": {n: run["wait_share"] for n, run in runs.items()},
-    }
-    write_json(out / "metrics.json", metrics)
-    _write_probes(out / "probes.csv", probes)
-    total = cache.spec.total_bytes() / 1e6
-    costs = [
-        ("bytes a view", f"{cache.spec.view_bytes():,} ({cache.spec.codec})"),
-        ("store", f"{cache.rows:,} images x {cache.views} views, {total:,.1f} MB"),
-        ("extraction, images/s", f"{rate:,.0f}" if rate else "-"),
-    ]
-    for name, run in runs.items():
-        costs.append((f"pretraining {name}, images/s", f"{run['images_per_second']:,.0f}"))
-        costs.append((f"pretraining {name}, waiting", f"{run['wait_share']:.1%}"))
+    extraction_speed = _extraction_speed(cache.path)
+    # A folder of its own: DVC tracks it whole, whichever protocols there are.
+    evaluation = out / "evaluation"
+    evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(
+        out / "metrics.json",
+        {
+            **{p.name: _by_column(p, metrics) for p, metrics in results.items()},
+            "bytes_per_view": cache.spec.view_bytes(),
+            "extract_images_per_second": extraction_speed,
+            "pretrain_images_per_second": {n: run["images_per_second"] for n, run in runs.items()},
+            "wait_share": {n: run["wait_share"] for n, run in runs.items()},
+        },
+    )
     pictures = [
         contact_sheet(section["cache"], out=out / "sheet.png", images=6),
         _draw_curves(section["runs"], out / "curves.png"),
-        _draw_probes(probes, out / "probes.png"),
     ]
-    return {
-        "folder": str(out),
-        "probes": [(n, f"{p['top1']:.1f}", f"{p['top5']:.1f}") for n, p in probes.items()],
-        "costs": costs,
-        "pictures": [str(p) for p in pictures],
-    }
+    for protocol, metrics in results.items():
+        _write_chart_data(protocol, metrics, evaluation / f"{protocol.name}.csv")
+        pictures.append(_draw_chart(protocol, metrics, evaluation / f"{protocol.name}.png"))
+    tables = [_protocol_table(protocol, metrics) for protocol, metrics in results.items()]
+    return Report(out, [*tables, _cost_table(cache, extraction_speed, runs)], pictures)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"no figures at {path}", fix="dvc repro")
+        raise ConfigError(f"no metrics at {path}", fix="dvc repro")
     return json.loads(path.read_text())
 
 
-def _extraction_rate(store: AnyPath) -> float | None:
+def _extraction_speed(store: AnyPath) -> float | None:
     """Images a second of the last run that wrote to the store, from its log."""
-    rate = None
+    speed = None
     logs = [store / LOG] if isinstance(store, Path) else [
         store / LOGS / name for name in sorted(names_in(store / LOGS))
     ]  # fmt: skip
     text = b"".join(read_file(log) for log in logs if log.exists())
     for line in text.splitlines():
-        rate = json.loads(line).get("images_per_second") or rate
-    return rate
+        speed = json.loads(line).get("images_per_second") or speed
+    return speed
 
 
-def _write_probes(path: Path, probes: dict[str, dict[str, Any]]) -> None:
+def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """The figures of the report's columns: key -> encoder -> value."""
+    return {
+        column.key: {encoder: values[column.key] for encoder, values in metrics.items()}
+        for column in protocol.columns
+    }
+
+
+def _protocol_table(protocol: Protocol, metrics: Metrics) -> Table:
+    rows = [
+        (encoder, *(column.format.format(values[column.key]) for column in protocol.columns))
+        for encoder, values in metrics.items()
+    ]
+    return Table(protocol.title, ("encoder", *(c.heading for c in protocol.columns)), rows)
+
+
+def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metrics) -> Table:
+    megabytes = cache.spec.total_bytes() / 1e6
+    rows = [
+        ("bytes a view", f"{cache.spec.view_bytes():,} ({cache.spec.codec})"),
+        ("store", f"{cache.rows:,} images x {cache.views} views, {megabytes:,.1f} MB"),
+        ("extraction, images/s", f"{extraction_speed:,.0f}" if extraction_speed else "-"),
+    ]
+    for name, run in runs.items():
+        rows.append((f"pretraining {name}, images/s", f"{run['images_per_second']:,.0f}"))
+        rows.append((f"pretraining {name}, data-loading time", f"{run['wait_share']:.1%}"))
+    return Table("Cost", ("what", ""), rows)
+
+
+def _write_chart_data(protocol: Protocol, metrics: Metrics, path: Path) -> None:
+    """A CSV that `dvc plots` draws, with the same columns for every protocol."""
+    main = protocol.columns[0]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["encoder", "top1", "top5"])
-        writer.writerows([n, p["top1"], p["top5"]] for n, p in probes.items())
+        writer.writerow(["encoder", "metric", "value"])
+        writer.writerows([name, main.heading, m[main.key]] for name, m in metrics.items())
 
 
-def _draw_probes(probes: dict[str, dict[str, Any]], out: Path) -> Path:
+def _draw_chart(protocol: Protocol, metrics: Metrics, out: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(probes)))
-    names = list(probes)[::-1]
-    values = [probes[name]["top1"] for name in names]
+    main = protocol.columns[0]
+    figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(metrics)))
+    names = list(metrics)[::-1]
+    values = [metrics[name][main.key] for name in names]
     bars = axis.barh(names, values, color=["#4363d8" if n == "MILAN" else "#9aa5b1" for n in names])
-    axis.bar_label(bars, labels=[f"{v:.1f}" for v in values], padding=3)
-    axis.set_xlim(0, 108)
-    axis.set_xlabel("linear probe, top-1 %")
+    axis.bar_label(bars, labels=[main.format.format(v) for v in values], padding=3)
+    if main.heading.endswith("%"):
+        axis.set_xlim(0, 108)
+    axis.set_xlabel(f"{protocol.title}, {main.heading}")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return save_figure(figure, out)

@@ -1,18 +1,21 @@
-"""The teacher as a linear probe sees it."""
+"""The teacher as an evaluation sees it."""
 
 from __future__ import annotations
 
 import torch
 
-from milan.evaluation.linear_probe import Frozen
+from milan.evaluation.frozen import Frozen
+from milan.evaluation.protocols import EvaluationConfig
 from pipeline.teachers.load import DEFAULT_TEACHER, TeacherSpec, load_teacher
 
 
-def frozen_teacher(
-    name: str | None, pretrained: str | None, norm: str | None, device: str
-) -> Frozen:
-    """The teacher as a linear probe sees it: class feature and mean of patch features, [B, 2C]."""
-    teacher = load_teacher(TeacherSpec(name or DEFAULT_TEACHER, pretrained, norm), device=device)
+def frozen_teacher(config: EvaluationConfig) -> Frozen:
+    """The teacher that `config` names: class feature and mean of patch features, [B, 2C].
+
+    Raises TeacherError as load_teacher does.
+    """
+    spec = TeacherSpec(config.teacher or DEFAULT_TEACHER, config.pretrained, config.teacher_norm)
+    teacher = load_teacher(spec, device=config.device)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         tokens, _ = teacher.targets(pixels)

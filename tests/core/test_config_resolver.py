@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import milan
-from milan.config import PretrainConfig, ProbeConfig
+from milan.config import PretrainConfig
 from milan.core.config_resolver import deviations, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
+from milan.evaluation.protocols import EvaluationConfig
 from pipeline.config import ExtractConfig
 
 
@@ -82,7 +83,8 @@ def test_arguments_of_models_are_merged(params: Any) -> None:
     assert config.decoder == {"depth": 1, "num_heads": 4}
     assert pretraining().decoder == {}
     assert pretraining(["model=vit_tiny", "model.depth=2"]).model == "vit_tiny"
-    assert resolve(ProbeConfig, section="probe", sets=["model.depth=2"]).model_args == {"depth": 2}
+    evaluation = resolve(EvaluationConfig, section="probe", sets=["model.depth=2"])
+    assert evaluation.model_args == {"depth": 2}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_keys_of_other_sections_are_theirs(params: Any) -> None:
     """One file serves all commands; a missing or an empty section is no error."""
     file = params("pretrain:\nextract: {data: x, no_such: 1}\nother: 3")
     assert pretraining(params=file) == PretrainConfig()
-    assert resolve(ProbeConfig, section="linear-probe", params=file) == ProbeConfig()
+    assert resolve(EvaluationConfig, section="linear-probe", params=file) == EvaluationConfig()
     with pytest.raises(ConfigError, match="no_such"):
         resolve(ExtractConfig, section="extract", params=file)
     assert read_section(params(""), "pretrain") == {}

@@ -14,10 +14,11 @@ from helpers import STUDENT, make_photos, run_here
 from PIL import Image
 from torch.nn import functional as F
 
-from milan.config import ProbeConfig
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError
-from milan.evaluation.linear_probe import Frozen, fit_logistic, frozen_encoder, linear_probe
+from milan.evaluation.frozen import Frozen, frozen_encoder
+from milan.evaluation.linear_probe import fit_logistic, linear_probe
+from milan.evaluation.protocols import EvaluationConfig
 
 # --- the classifier -------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
         "--out", tmp_path / "out" / "probe.json",
     )  # fmt: skip
     assert (ran.code, ran.err) == (0, "")
-    assert "1 images left out: the first is row " in ran.out
+    assert "rejected files: 1, the first is row " in ran.out
     assert "not-an-image" in ran.out
     metrics = json.loads((tmp_path / "out/probe.json").read_text())
     assert metrics["train_images"] + metrics["val_images"] == 20
@@ -195,7 +196,7 @@ def run(finished_run: Callable[..., Path]) -> Path:
 
 def test_features_are_class_token_and_mean_of_patches(run: Path) -> None:
     """Of timm's own forward on the exported encoder, in eval mode, both after the final norm."""
-    frozen = frozen_encoder(ProbeConfig(checkpoint=str(run)), torch.device("cpu"))
+    frozen = frozen_encoder(EvaluationConfig(checkpoint=str(run)), torch.device("cpu"))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     encoder = timm.create_model(
         "vit_base_patch16_224", checkpoint_path=str(run / "encoder.safetensors"), num_classes=0,
@@ -212,9 +213,9 @@ def test_features_are_class_token_and_mean_of_patches(run: Path) -> None:
 
 def test_random_like_a_run_has_its_shape_and_other_weights(run: Path) -> None:
     """The baseline differs in nothing but the training."""
-    like = ProbeConfig(checkpoint="random", like=str(run))
+    like = EvaluationConfig(checkpoint="random", like=str(run))
     frozen = frozen_encoder(like, torch.device("cpu"))
-    trained = frozen_encoder(ProbeConfig(checkpoint=str(run)), torch.device("cpu"))
+    trained = frozen_encoder(EvaluationConfig(checkpoint=str(run)), torch.device("cpu"))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     assert frozen.size == trained.size
     assert frozen.features(pixels).shape == trained.features(pixels).shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from milan.reporting.report import build_report
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
-TITLES = ["image, views as boxes", "a view", "attention", "what the student sees", "features"]
+TITLES = ["image and crops", "a view", "attention", "visible patches", "features"]
 
 
 @pytest.fixture
@@ -197,22 +198,30 @@ def test_the_report(store: Path, photos: Path, tmp_path: Path) -> None:
             num_workers=0, **STUDENT,
         )  # fmt: skip
         assert run_here("linear-probe", "--checkpoint", runs[objective], "--data", photos).code == 0
-    probes = {name: f"{run}/linear_probe.json" for name, run in runs.items()}
-    section = {"out": "rep", "cache": str(store), "runs": runs, "probes": probes}
-    (tmp_path / "p.yaml").write_text(f"report: {section}")
+    section = {"out": "rep", "cache": str(store), "runs": runs, "encoders": runs}
+    protocols = "evaluation: {protocols: [linear_probe]}\n"
+    (tmp_path / "p.yaml").write_text(f"{protocols}report: {section}")
     done = run_here("report", "--params", "p.yaml", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     text = (tmp_path / "rep/report.txt").read_text()
     assert text in done.out
-    for told in ("milan", "pixels", "top-1 %", "bytes a view", "extraction, images/s", "sheet.png"):
-        assert told in text
-    for name in ("sheet.png", "curves.png", "probes.png"):
+    for word in ("milan", "pixels", "top-1 %", "bytes a view", "extraction, images/s", "sheet.png"):
+        assert word in text
+    for name in ("sheet.png", "curves.png", "evaluation/linear_probe.png"):
         with Image.open(tmp_path / "rep" / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10
-    lines = (tmp_path / "rep/probes.csv").read_text().splitlines()
-    assert lines[0] == "encoder,top1,top5"
+    lines = (tmp_path / "rep/evaluation/linear_probe.csv").read_text().splitlines()
+    assert lines[0] == "encoder,metric,value"
     assert [line.split(",")[0] for line in lines[1:]] == ["milan", "pixels"]
-    section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, probes: {{}}}}"
+    metrics = json.loads((tmp_path / "rep/metrics.json").read_text())
+    for name, run in runs.items():
+        probe = json.loads(Path(run, "linear_probe.json").read_text())
+        assert metrics["linear_probe"]["top1"][name] == probe["top1"]
+        assert metrics["linear_probe"]["top5"][name] == probe["top5"]
+    section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, encoders: {{}}}}"
     (tmp_path / "p.yaml").write_text(section)
-    with pytest.raises(milan.MilanError, match="no figures at none"):
+    with pytest.raises(milan.MilanError, match=r"section evaluation of .* has no 'protocols'"):
+        build_report(str(tmp_path / "p.yaml"))
+    (tmp_path / "p.yaml").write_text(protocols + section)
+    with pytest.raises(milan.MilanError, match="no metrics at none"):
         build_report(str(tmp_path / "p.yaml"))

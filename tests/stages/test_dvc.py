@@ -21,8 +21,9 @@ pytest.importorskip("dvc", reason="DVC is not installed: pip install milan-pretr
 
 
 STAGES = (
-    "extract", "pretrain@milan", "pretrain@pixels", "linear-probe@milan", "linear-probe@pixels",
-    "linear-probe-random", "linear-probe-teacher", "report",
+    "extract", "pretrain@milan", "pretrain@pixels", "evaluate@linear_probe-milan",
+    "evaluate@linear_probe-pixels", "evaluate-random@linear_probe",
+    "evaluate-teacher@linear_probe", "report",
 )  # fmt: skip
 """In an order in which they can run."""
 
@@ -111,6 +112,18 @@ def ran(done: subprocess.CompletedProcess) -> list[str]:
     return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
 
 
+def list_stages(project: Path) -> dict[str, tuple[str, list[str]]]:
+    """name -> command and outputs, as DVC resolves dvc.yaml."""
+    script = (
+        "import json; from dvc.repo import Repo; stages = Repo('.').index.stages\n"
+        "print(json.dumps({s.addressing: [s.cmd, [str(o) for o in s.outs]] for s in stages}))"
+    )
+    listed = subprocess.run(
+        [sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True
+    )
+    return json.loads(listed.stdout)
+
+
 def times(store: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
 
@@ -125,14 +138,7 @@ def test_the_commands_of_the_other_stages(
     project: Path, reproduced: subprocess.CompletedProcess
 ) -> None:
     """Each command of dvc.yaml, as DVC would type it, leaves the files that are declared."""
-    script = (
-        "import json; from dvc.repo import Repo; stages = Repo('.').index.stages\n"
-        "print(json.dumps({s.addressing: [s.cmd, [str(o) for o in s.outs]] for s in stages}))"
-    )
-    listed = subprocess.run(
-        [sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True
-    )
-    stages: dict[str, tuple[str, list[str]]] = json.loads(listed.stdout)
+    stages = list_stages(project)
     assert len(stages) == 8
     for name in sorted(stages.keys() - {"extract", "pretrain@milan"}, key=STAGES.index):
         command, outs = stages[name]
@@ -149,9 +155,9 @@ def check_results(project: Path) -> None:
         assert 0 <= probe["top1"] <= 100
         assert (probe["train_images"], probe["val_images"]) == (24, 24)
     report = (project / "report/report.txt").read_text()
-    for told in ("random encoder", "pixels (MAE)", "MILAN", "teacher", "bytes a view"):
-        assert told in report
-    for picture in ("sheet.png", "curves.png", "probes.png"):
+    for text in ("random encoder", "pixels (MAE)", "MILAN", "teacher", "bytes a view"):
+        assert text in report
+    for picture in ("sheet.png", "curves.png", "evaluation/linear_probe.png"):
         assert (project / "report" / picture).stat().st_size > 5000
 
 
@@ -235,8 +241,23 @@ def test_committed_parameters_are_the_demo(project: Path) -> None:
     assert params["extract"]["teacher"].startswith("demo/")
     assert params["extract"]["pretrained"].startswith("demo/")
     assert params["extract"]["out"] == params["pretrain"]["cache"] == params["report"]["cache"]
-    for section in ("extract", "pretrain", "linear_probe", "report"):
+    for section in ("extract", "pretrain", "report", *params["evaluation"]["protocols"]):
         assert section in params
+
+
+def test_a_protocol_is_one_word_of_the_parameters(project: Path, tmp_path: Path) -> None:
+    """Its stages follow: one for each encoder, with its metrics file."""
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(project / name, tmp_path)
+    assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
+    set_params(tmp_path, {"evaluation": {"protocols": ["linear_probe", "knn"]}})
+    stages = list_stages(tmp_path)
+    expected = [name.replace("linear_probe", "knn") for name in STAGES if "linear_probe" in name]
+    assert sorted(stages.keys() - set(STAGES)) == sorted(expected)
+    for name, folder in zip(expected, ("milan", "pixels", "random", "teacher"), strict=True):
+        command, outs = stages[name]
+        assert command.startswith("milan knn --params params.yaml --checkpoint ")
+        assert outs == [f"runs/{folder}/knn.json"]
 
 
 @pytest.mark.soak
@@ -272,4 +293,4 @@ def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
     assert plots.returncode == 0, plots.stderr
     html = (tmp_path / "plots/index.html").read_text()
     assert "milan: loss" in html
-    assert "linear probe" in html
+    assert "linear_probe.csv" in html

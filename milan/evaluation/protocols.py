@@ -1,0 +1,174 @@
+"""Evaluation protocols, and the settings they share. No heavy imports.
+
+A protocol is declared once, in PROTOCOLS below. Its command, its section of the parameter file, its
+metrics file, its DVC stage and its table in the report follow from the declaration:
+
+    name linear_probe ─┬─ milan linear-probe --checkpoint RUN --data DATA
+                       ├─ section linear_probe of params.yaml
+                       ├─ RUN/linear_probe.json
+                       └─ evaluation: {protocols: [linear_probe]} of params.yaml
+                            ├─ dvc repro: a stage for each encoder
+                            └─ milan report: a table, a chart, metrics.json
+
+Another package declares its protocols in its pyproject.toml:
+
+    [project.entry-points."milan.protocols"]
+    nearest_mean = "some_package.nearest_mean:PROTOCOL"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from milan.errors import ConfigError, nearest
+
+ENTRY_POINTS = "milan.protocols"
+"""The group of entry points in which other packages declare theirs."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of every evaluation: which encoder, which labelled images, where the metrics go."""
+
+    checkpoint: str = "runs/pretrain"
+    """A run's folder, random (as timm initialises it), timm:NAME, or teacher."""
+    data: str = "imagenet"
+    """Labelled images to fit on."""
+    val_data: str | None = None
+    """Labelled images to measure on; default: a fifth of --data, by seed."""
+    data_root: str | None = None
+    """Where data names are looked up."""
+    out: str | None = None
+    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
+    like: str | None = None
+    """With random: a run whose encoder's shape is taken."""
+    model: str = "vit_base_patch16_224"
+    """With random and no --like: a ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    crop_share: float = 0.875
+    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    batch_size: int = 256
+    """Images at once."""
+    num_workers: int | None = None
+    """Decoding threads; default: the cores, at most 16."""
+    limit: int | None = None
+    """Only so many images of each set."""
+    device: str = "auto"
+    """auto, cuda, cpu, ..."""
+    seed: int = 0
+    """Of random weights and of the splits."""
+    teacher: str | None = None
+    """With checkpoint teacher: its name or config, as in extract-targets."""
+    pretrained: str | None = None
+    """With checkpoint teacher: its weights, as in extract-targets."""
+    teacher_norm: str | None = None
+    """With checkpoint teacher: imagenet or own, as in extract-targets."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        for name in ("batch_size", "limit", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}", expected="at least 1")
+        if not 0 < self.crop_share <= 1:
+            raise ConfigError(f"crop_share {self.crop_share}", expected="above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a protocol's row in the report."""
+
+    key: str
+    """Of the metrics, such as top1."""
+    heading: str
+    """With its unit, such as top-1 %; a chart of percentages ends at 100."""
+    format: str = "{:.1f}"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to measure an encoder."""
+
+    name: str
+    """In snake case: the section of the parameter file, and the metrics file without .json."""
+    title: str
+    """Of its tables and charts."""
+    help: str
+    """Of its command, one sentence."""
+    run: str
+    """module:function. Called as function(config, frozen=Frozen or None, progress=Progress) with a
+    checked `settings`; returns the metrics as JSON values. Imported when it runs."""
+    columns: tuple[Column, ...]
+    """Of the report; the first is drawn as a chart."""
+    settings: type[EvaluationConfig] = EvaluationConfig
+    """A dataclass that adds settings of its own to EvaluationConfig: they become flags too."""
+
+    @property
+    def command(self) -> str:
+        """The word after `milan`."""
+        return self.name.replace("_", "-")
+
+    def metrics_file(self, folder: str | Path) -> Path:
+        """Where the metrics of the encoder in `folder` are, unless another place was asked for."""
+        return Path(folder) / f"{self.name}.json"
+
+    def metrics_path(self, config: EvaluationConfig) -> Path:
+        """Where the metrics go: `config.out`, else the run's folder, else runs/<checkpoint>."""
+        name, folder = config.checkpoint, Path(config.checkpoint)
+        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
+            folder = Path("runs") / name.replace(":", "-")
+        elif folder.is_file():
+            folder = folder.parent
+        return Path(config.out) if config.out else self.metrics_file(folder)
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        """The function that measures."""
+        module, _, function = self.run.partition(":")
+        return getattr(import_module(module), function)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="linear_probe",
+            title="Linear probe",
+            help="Fit a linear classifier on frozen features and measure it.",
+            run="milan.evaluation.linear_probe:linear_probe",
+            columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+        ),
+    )
+}
+"""By name, in the order of the report."""
+
+
+def find_protocol(name: str) -> Protocol | None:
+    """The protocol of that name, of milan or of an installed package; None if there is none."""
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    entries = _installed()
+    return entries[name].load() if name in entries else None
+
+
+def get_protocol(name: str) -> Protocol:
+    """As find_protocol. Raises ConfigError, which names the nearest, if there is none."""
+    protocol = find_protocol(name)
+    if protocol is None:
+        known = [*PROTOCOLS, *_installed()]
+        raise ConfigError(
+            f"unknown evaluation protocol {name!r}",
+            expected="one of " + ", ".join(known),
+            fix=nearest(name, known),
+        )
+    return protocol
+
+
+def _installed() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
