@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import EXTRACTION, SHARED, SMALL, TEACHER, make_photos
+from helpers import (
+    EXTRACTION,
+    SHARED,
+    SMALL,
+    TEACHER,
+    forking_context,
+    fresh_fork_server,
+    make_photos,
+)
 from safetensors.torch import save_file
 
 from milan.store.cache import TargetCache
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start many processes come first, so that no worker is left alone with one."""
+    first = ("cluster", "promises", "stages")
+    items.sort(key=lambda item: item.path.parent.name not in first)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fork_server() -> None:
+    """One for all tests of this process, started on demand, which has imported everything."""
+    fresh_fork_server()
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that this process starts are forks: what they do is tested, not how they start."""
+    forkserver.ensure_running()  # before signals are blocked, which its forks would inherit
+    monkeypatch.setattr(multiprocessing, "get_context", forking_context)
 
 
 @pytest.fixture(autouse=True)

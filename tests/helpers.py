@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +177,84 @@ def pretrain_line(store: Path, out: Path, *more: object) -> list[str]:
     return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
 
 
+FORK = multiprocessing.get_context("forkserver")
+"""Processes by fork of one that has imported everything: they start in no time. Their hash seed is
+another than here."""
+PRELOADED = ["milan.training.pretrain", "pipeline.extract", "stages.cli", "zarr", "open_clip"]
+
+
+def fresh_fork_server() -> None:
+    """Stop the fork server: the next one, started on demand, has the environment of that moment."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    forkserver._forkserver.set_forkserver_preload(PRELOADED)  # type: ignore[attr-defined]
+    # A loader asks for less, and would get it for all that comes later.
+    forkserver.set_forkserver_preload = lambda modules: None
+
+
+def forking_context(method: str | None = None, get: Any = multiprocessing.get_context) -> Any:
+    """In place of multiprocessing.get_context, it lets ranks be forks."""
+    return get("forkserver" if method == "spawn" else method)
+
+
+class Forked:
+    """`milan` with this command line in a forked process, whose ranks are forks as well.
+
+    As a command of its own, but for the seconds that its imports take.
+    """
+
+    def __init__(self, line: list[str], output: Path) -> None:
+        self.output, self.others = output, children_of_fork_server()
+        self.process = FORK.Process(target=_forked, args=(line, str(output)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def ranks(self) -> list[int]:
+        """Process ids of its ranks."""
+        return [p for p in children_of_fork_server() if p not in (*self.others, self.pid)]
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, what it printed) when it is over."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, "does not end"
+        return self.process.exitcode, self.output.read_text()
+
+
+def _forked(line: list[str], output: str) -> None:
+    from stages import cli
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    multiprocessing.get_context = forking_context
+    # Its forks come of the server that it came from, not of one that imports everything again.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    sys.argv = line
+    cli.main()
+
+
+def children_of_fork_server() -> list[int]:
+    """Process ids; starts the server where there is none."""
+    forkserver.ensure_running()
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_step(process: Any, run: Path, step: int) -> None:
+    """Until the log of a running command speaks of `step`."""
+    log, end = run / "log.jsonl", time.monotonic() + 240
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
 def until(what: Callable[[], Any], *, seconds: float = 120) -> Any:
     """Wait for a truthy answer."""
     end = time.monotonic() + seconds
@@ -262,10 +342,8 @@ class Command:
         return values
 
 
-def extract_here(
-    data: Path, out: Path, teacher_files: dict[str, str], **more: Any
-) -> dict[str, bytes]:
-    """The tree that one undisturbed process makes."""
+def extract_here(data: Path, out: Path, files: dict[str, str], **more: Any) -> dict[str, bytes]:
+    """The tree that one undisturbed process makes, with the teacher's `files`."""
     torch.set_num_threads(1)
     extract_targets(
         str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",

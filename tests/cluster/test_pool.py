@@ -83,7 +83,7 @@ def test_killed_workers_and_drivers_change_no_byte(
 ) -> None:
     """SIGKILL of the driver after a commit; the same line again, and SIGKILL of a worker."""
     folder, moment = tmp_path / "killed", random.Random(3)
-    first = start(many, folder, "--replicas", 2)
+    first = start(many, folder)
     until(first.records)
     time.sleep(moment.uniform(0, 0.3))
     first.process.kill()

@@ -15,7 +15,6 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import forkserver
 from pathlib import Path
 from threading import Thread
 
@@ -28,7 +27,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
-from helpers import forget, run_here, tree
+from helpers import forget, fresh_fork_server, run_here, tree
 
 from milan.core.paths import Url, as_path
 from milan.data.dataset import find_root, open_cache
@@ -107,10 +106,11 @@ def server() -> Iterator[Server]:
         server = Server()
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         # A fork server of an earlier test would hand its own environment to our workers.
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        fresh_fork_server()
         forget()  # another module's server
         yield server
         server.stop()
+        fresh_fork_server()
 
 
 def files_of(root: Path, prefix: str = "") -> dict[str, bytes]:

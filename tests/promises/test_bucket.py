@@ -7,7 +7,6 @@ The server is moto in a process of its own (s3_server.py), behind a proxy that d
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,13 +16,23 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import EXTRACTION, ROOT, STUDENT, forget, make_photos, run_here, tree, until
+from helpers import (
+    EXTRACTION,
+    FORK,
+    ROOT,
+    STUDENT,
+    forget,
+    fresh_fork_server,
+    make_photos,
+    run_here,
+    tree,
+    until,
+)
 
 import milan
 import pipeline.writing.lease
@@ -54,7 +63,6 @@ ENVIRONMENT = {
 }
 GENERATION = "generations/000"
 REMOTE = "s3://models/shared/targets.zarr"
-FORK = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +92,10 @@ def s3(port: int) -> Iterator[Proxy]:
         boto3.client("s3").create_bucket(Bucket="models")
         forget()  # another module's server
         # A fork server of an earlier test would hand its own environment to our workers.
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        fresh_fork_server()
         yield proxy
         proxy.stop()
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        fresh_fork_server()
 
 
 @pytest.fixture(autouse=True)
@@ -477,10 +485,6 @@ def killed_at(
     steps: list[int], photos: Path, out: str, settings: dict[str, Any], scratch: Path
 ) -> None:
     """Runs that die at these steps, one after the other; then one that is left alone."""
-    loaded = ["pipeline.extract", "zarr", "open_clip"]
-    if loaded != forkserver._forkserver._preload_modules:  # type: ignore[attr-defined]
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
-        FORK.set_forkserver_preload(loaded)
     for last_step in steps:
         run = FORK.Process(target=drive, args=(str(photos), out, settings, last_step, str(scratch)))
         run.start()

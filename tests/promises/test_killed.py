@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EXTRACTION, SMALL, Notes, log_of, same_as, tree
+from helpers import EXTRACTION, FORK, SMALL, Notes, log_of, same_as, tree
 from killed_run import drive
 
 import milan
@@ -27,9 +26,6 @@ KILLED: dict[str, Any] = {
     "picture_every": 99,
 }  # fmt: skip
 """20 steps, judged after every second; every other checkpoint is in the middle of a log's line."""
-# Processes by fork of one that has imported everything; its hash seed is another than here.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["milan.training.pretrain"])
 
 
 def begin(store: Path, out: Path, settings: dict[str, Any]) -> Any:

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, Notes, log_of, pretrain_line, run_here, tree, weights
+from helpers import (
+    SMALL,
+    Forked,
+    Notes,
+    log_of,
+    pretrain_line,
+    run_here,
+    tree,
+    wait_for_step,
+    weights,
+)
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
@@ -67,8 +77,12 @@ def alone(finished_run: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_two_one(parallel: str, alone: Path, store: Path, tmp_path: Path) -> None:
+def test_one_two_one(
+    parallel: str, alone: Path, store: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Begun on one rank, continued on two, ended on one: rows, masks and losses are the same."""
+    if parallel == "fsdp":  # ranks of ddp are started as a user's are
+        request.getfixturevalue("forked_ranks")
     run = {**TWO, "out": str(tmp_path / "run"), "parallel": parallel, "micro_batch": 2}
     milan.pretrain(str(store), **run | {"devices": 1, "stop_after": 5})
     notes = Notes()
@@ -81,17 +95,16 @@ def test_one_two_one(parallel: str, alone: Path, store: Path, tmp_path: Path) ->
 
 
 def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
-    """All start again from the last checkpoint; told; the losses are those of a quiet run."""
+    """All start again from the last checkpoint, and say so; the losses are those of a quiet run."""
     out = tmp_path / "run"
-    line = pretrain_line(store, out, "--devices", 2)
-    process = _start(line)
-    _wait_for(process, out, 6)
-    ranks = _children(process.pid)
+    process = Forked(pretrain_line(store, out, "--devices", 2), tmp_path / "output")
+    wait_for_step(process, out, 6)
+    ranks = process.ranks()
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "all start again from the last checkpoint (1 of 3 times)" in said
+    code, output = process.end()
+    assert code == 0, output
+    assert "all start again from the last checkpoint (1 of 3 times)" in output
     close(out, alone)
 
 
@@ -100,7 +113,7 @@ def test_a_rank_that_dies_too_often(store: Path, tmp_path: Path) -> None:
     """After so many restarts the run ends with one line, and can go on."""
     out = tmp_path / "run"
     process = _start(pretrain_line(store, out, "--devices", 2, "--set", "max_restarts=0"))
-    _wait_for(process, out, 4)
+    wait_for_step(process, out, 4)
     os.kill(_children(process.pid)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -131,12 +144,12 @@ def test_ranks_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
     """All finish the same step; code 75, so that a scheduler requeues; the same line goes on."""
     out = tmp_path / "run"
     line = pretrain_line(store, out, "--devices", 2)
-    process = _start(line)
-    _wait_for(process, out, 5)
+    process = Forked(line, tmp_path / "output")
+    wait_for_step(process, out, 5)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
-    assert "the same line goes on" in said
+    code, output = process.end()
+    assert code == 75, output
+    assert "the same line goes on" in output
     stopped = max(int(p.name[5:]) for p in (out / "checkpoints").iterdir())
     assert 5 <= stopped < 21
     assert log_of(out)[-1]["step"] == stopped
@@ -146,6 +159,7 @@ def test_ranks_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
     close(out, alone)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_an_error_of_a_rank_is_the_runs(store: Path, tmp_path: Path) -> None:
     """What a rank finds wrong is said once, by its own words, and nothing is restarted."""
     notes = Notes()
@@ -190,7 +204,7 @@ def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> N
     more = ("--num-workers", 2, "--set", "micro_batch=1")
     line = pretrain_line(store, out)
     process = _start([*line, *map(str, more)], start_new_session=True)
-    _wait_for(process, out, 5)
+    wait_for_step(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
@@ -420,15 +434,6 @@ def _start(line: list[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen(
         line, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
-
-
-def _wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
-    log, until = run / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        if process.poll() is not None:
-            pytest.fail(f"the run ended early: {process.communicate()[0]}")
-        assert time.monotonic() < until
-        time.sleep(0.002)
 
 
 def _children(pid: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,13 +11,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import STORE, Command, extract_here, left_behind, make_photos, tree, until
+from helpers import FORK, STORE, Command, extract_here, left_behind, make_photos, tree, until
 
 from milan.store.format import GENERATION
 
@@ -26,17 +24,6 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc"),
 ]
-
-# Fresh processes by fork of one that has imported everything and used nothing: a tenth of a
-# second each, where a command takes seconds.
-FORK = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """A fork server of an earlier test has imported something else."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    FORK.set_forkserver_preload(["pipeline.extract", "zarr", "open_clip"])
 
 
 def drive(data: str, out: str, settings: dict[str, Any], last_step: int | None = None) -> None:

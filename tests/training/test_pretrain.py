@@ -10,9 +10,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import SMALL, STUDENT, Notes, Ran, log_of, make_photos, run_here, tree, weights
+from helpers import (
+    SMALL,
+    STUDENT,
+    Forked,
+    Notes,
+    Ran,
+    log_of,
+    make_photos,
+    pretrain_line,
+    run_here,
+    tree,
+    wait_for_step,
+    weights,
+)
 from safetensors.torch import load_file
 
 import milan
@@ -84,19 +94,17 @@ def test_a_killed_command_goes_on_to_the_same_bits(store: Path, tmp_path: Path) 
 
     The killed process has a hash seed of its own: no order of a set can be in the result.
     """
-    sets = [f"model.{k}={v}" for k, v in STUDENT["model_args"].items()]
-    sets += [f"decoder.{k}={v}" for k, v in STUDENT["decoder"].items()]
-    sets += ["log_every=1", "save_every=7"]
-    line = ["pretrain", "--cache", str(store), "--epochs", "40", "--batch-size", "8"]
-    line += ["--num-workers", "0", *(part for s in sets for part in ("--set", s))]
-
-    assert run_here(*line, "--out", "left-alone", cwd=tmp_path).code == 0
-    process = start_command([*line, "--out", "killed"], tmp_path)
-    kill_at(process, tmp_path / "killed", random.Random(5).randint(8, 100))
+    line = pretrain_line(store, Path("left-alone"), "--epochs", 40, "--set", "save_every=7")
+    assert run_here(*line[1:], cwd=tmp_path).code == 0
+    again = pretrain_line(store, tmp_path / "killed", *line[-4:])
+    process = Forked(again, tmp_path / "output")
+    wait_for_step(process, tmp_path / "killed", random.Random(5).randint(8, 100))
+    process.send_signal(signal.SIGKILL)
+    assert process.end()[0] == -signal.SIGKILL
     assert not (tmp_path / "killed/encoder.safetensors").exists()
-    done = run_here(*line, "--out", "killed", cwd=tmp_path)
+    done = run_here(*again[1:])
     assert (done.code, done.err) == (0, "")
-    assert "resuming: killed at step " in done.out
+    assert re.search(r"resuming: \S*killed at step ", done.out)
     assert weights(tmp_path / "killed") == weights(tmp_path / "left-alone")
     lines = log_of(tmp_path / "killed")
     assert [line["step"] for line in lines] == list(range(1, 121))
@@ -104,29 +112,6 @@ def test_a_killed_command_goes_on_to_the_same_bits(store: Path, tmp_path: Path) 
     assert [line["loss"] for line in lines] == [line["loss"] for line in unhurried]
     left = [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if p.name[0] != "."]
     assert sorted(left) == ["step-00000119", "step-00000120"]
-
-
-def start_command(line: list[str], cwd: Path) -> subprocess.Popen:
-    command = Path(sys.executable).parent / "milan"
-    return subprocess.Popen(
-        [str(command), *line],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
-    """SIGKILL the whole group of `process` as soon as its log speaks of `step`."""
-    log, until = run / "log.jsonl", time.monotonic() + 240
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def test_a_torn_checkpoint_is_passed_over(whole: Path, store: Path, tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ FSDP = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     "more",
     [
