@@ -246,21 +246,26 @@ def run_part(
         finally:
             torch.set_num_threads(before)  # the caller's own
     else:
-        from pipeline.cluster.pool import map_blocks
+        from pipeline.cluster.connect import RemoteClass
+        from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
+        arguments = init | {"teacher": teacher_spec(config)}
         lost = map_blocks(
-            ("pipeline.extraction.worker", "Extractor"),
-            init | {"teacher": teacher_spec(config)},
+            RemoteClass("pipeline.extraction.worker", "Extractor", arguments),
             todo,
-            folder_of=folder_of,
-            on_done=commit,
-            on_progress=report_images,
-            on_failure=lambda block, attempt, why: store.log(
-                "failure", block=block, attempt=attempt, why=why
+            BlockCallbacks(
+                folder_of=folder_of,
+                on_done=commit,
+                on_progress=report_images,
+                on_failure=lambda block, attempt, why: store.log(
+                    "failure", block=block, attempt=attempt, why=why
+                ),
             ),
-            replicas=replicas,
-            gpus=1 if work.teacher.device.type == "cuda" else 0,
-            address=config.address,
+            Replicas(
+                count=replicas,
+                gpus=1 if work.teacher.device.type == "cuda" else 0,
+                address=config.address,
+            ),
             attempts=_ATTEMPTS,
         )
         if lost:

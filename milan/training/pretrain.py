@@ -151,7 +151,7 @@ def pretrain(
             arguments | {"stop_after": stop_after},
             ranks=count,
             restarts=config.max_restarts,
-            again=runs.again(Path(config.out)),
+            restart_arguments=runs.again(Path(config.out)),
             progress=progress or NoProgress(),
         )
     stop = stop or Stop()
