@@ -32,7 +32,7 @@ FORBIDDEN = {
 }
 # library -> the files that may import it
 ONLY = {
-    "open_clip": {"pipeline/teachers/load.py"},
+    "open_clip": {"pipeline/teachers/clip.py"},
     "ray": {f"pipeline/cluster/{name}.py" for name in ("connect", "pool", "ranks")},
     "zarr": {"pipeline/writing/store.py"},
     "tensorstore": {"milan/store/generation.py"},

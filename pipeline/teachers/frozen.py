@@ -1,17 +1,21 @@
-"""The teacher as a linear probe sees it."""
+"""The teacher as a frozen feature extractor, for a linear probe."""
 
 from __future__ import annotations
 
 import torch
 
 from milan.evaluation.linear_probe import Frozen
-from pipeline.teachers.load import DEFAULT_TEACHER, TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
 
 def frozen_teacher(
     name: str | None, pretrained: str | None, norm: str | None, device: str
 ) -> Frozen:
-    """The teacher as a linear probe sees it: class feature and mean of patch features, [B, 2C]."""
+    """The teacher's class feature and the mean of its patch features, float32 [B, 2C].
+
+    Raises TeacherError, see load_teacher.
+    """
     teacher = load_teacher(TeacherSpec(name or DEFAULT_TEACHER, pretrained, norm), device=device)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
