@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from milan.core.units import parse_bytes
 from milan.errors import ConfigError
 
 OBJECTIVES = ("milan", "pixels")
@@ -147,7 +148,7 @@ class PretrainConfig:
         if (self.local is None) != (self.cache_limit is None):
             raise ConfigError("one of local and cache_limit", expected="both, or neither")
         if self.cache_limit is not None:
-            bytes_of(self.cache_limit)
+            parse_bytes(self.cache_limit)
         if not 0 <= self.held_out <= 0.5:
             raise ConfigError(f"held_out {self.held_out}", expected="a share from 0 to 0.5")
         if not 0 <= self.beta2 < 1:
@@ -157,21 +158,6 @@ class PretrainConfig:
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
                 expected="less than the epochs",
             )
-
-
-def bytes_of(size: str) -> int:
-    """A size such as 20GB, 512 MiB or 1e9 in bytes. Raises ConfigError."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    text = size.strip().upper()
-    unit = next(u for u in sorted(units, key=len, reverse=True) if text.endswith(u))
-    try:
-        count = float(text.removesuffix(unit)) * units[unit]
-        if not 1 <= count < 2**63:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"a size of {size!r}", expected="such as 20GB or 512MiB") from None
-    return int(count)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from milan.core.config_resolver import from_call
 from milan.core.paths import AnyPath, Url, folders_in
 from milan.core.progress import NoProgress, Progress
+from milan.core.units import format_bytes
 from milan.errors import CacheError, ConfigError, DataError
 from milan.images.manifest import Manifest, data_root
 from milan.images.source import ImageSource
@@ -29,7 +30,7 @@ from milan.store.codecs import Codec, codec_of
 from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.store.generation import open_array
 from pipeline.config import ExtractConfig, allowed_bad
-from pipeline.estimate.cost import Tables, amount, measure_cost
+from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.fidelity import check_canaries, demand, prepare
 from pipeline.extraction.growth import Part
 from pipeline.extraction.plan import Plan, Workers, plan, share, teacher_spec
@@ -91,7 +92,9 @@ def extract_targets(
     if not agreed and agree is not None:
         agreed = agree(measure_cost(work, workers, progress))
     if not agreed:
-        raise ConfigError(f"{out} would take {amount(big)}", expected="your consent", fix="--yes")
+        raise ConfigError(
+            f"{out} would take {format_bytes(big)}", expected="your consent", fix="--yes"
+        )
     store = Store(out)
     try:
         _fill(work, store, workers, summary, progress)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan.config import PretrainConfig, bytes_of, choice
+from milan.config import PretrainConfig, choice
 from milan.core.atomic import write_json
 from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device
@@ -21,6 +21,7 @@ from milan.core.distributed import SINGLE, Ranks, parallelise, process_group
 from milan.core.launch import launch
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop, on_stop_signals
+from milan.core.units import parse_bytes
 from milan.data import changed_images
 from milan.data.dataset import CachedDataset, training_loader
 from milan.data.order import Order, StepSampler, Stream, Stretches, order_of, shuffle_quality
@@ -217,7 +218,7 @@ def _train(
         check_labels(dataset, stream.of_epoch(config.epochs))
     _tell(config, targets, published, progress)
     if config.local and config.cache_limit:
-        limit = bytes_of(config.cache_limit)
+        limit = parse_bytes(config.cache_limit)
         check_room(stream.of_epoch(config.epochs), targets, limit)
         targets.use_local(Path(config.local), limit)
         progress.note(f"local copies: {limit:,} bytes of shards at most, below {config.local}")
