@@ -80,8 +80,8 @@ def run_with_restarts(
     """The result of `attempt(arguments) -> (how a rank crashed or None, result)`.
 
     After a crash all ranks are restarted with `restart_arguments()` added, at most `restarts`
-    times, and not if they were asked to `stop`: they go on from the last checkpoint. The law of
-    restarts for processes here and on a cluster. Raises TrainError for one crash too many.
+    times, and not if they were asked to `stop`: they go on from the last checkpoint. Used for
+    processes on this machine and for actors on a cluster. Raises TrainError for one crash too many.
     """
     crash, result = attempt(arguments)
     for restart in range(1, restarts + 1):

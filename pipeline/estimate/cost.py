@@ -171,7 +171,7 @@ def _training(
     all_views = sizes.shards + images * photo_bytes
     cached = (
         "all of it stays there" if all_views < 0.8 * memory
-        else "every epoch reads the disk, for epochs take turns with the views"
+        else "every epoch reads from disk, as each reads another view"
     )  # fmt: skip
     assumed = "" if train else " (assumed: ViT-B/16 on eight A100)"
     photos = f" and {format_bytes(speed * photo_bytes)}/s of images" if photo_bytes else ""
