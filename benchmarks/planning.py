@@ -18,7 +18,7 @@ from milan.core.progress import NoProgress
 from pipeline.config import ExtractConfig
 from pipeline.estimate.cost import seconds_of
 from pipeline.estimate.size import size_of_store
-from pipeline.estimate.throughput import calibrate
+from pipeline.estimate.throughput import measure_throughput
 from pipeline.extract import extract_targets
 from pipeline.extraction.plan import plan, share
 
@@ -38,9 +38,9 @@ def main() -> None:
         )  # fmt: skip
         work = plan(config, NoProgress())
         workers = share(config, work)
-        rates = calibrate(work, workers, NoProgress())
+        throughput = measure_throughput(work, workers, NoProgress())
         left = [part.spec.shards for part in work.parts]
-        seconds, sizes = seconds_of(work, workers, rates, left), size_of_store(work)
+        seconds, sizes = seconds_of(work, workers, throughput, left), size_of_store(work)
         ran = extract_targets(replace(config, yes=True))
         found = list(Path(config.out).rglob("*"))
         total = sum(path.stat().st_size for path in found if path.is_file())
@@ -55,7 +55,7 @@ def main() -> None:
         "|---|---|---|---|",
         *(f"| {what} | {said} | {was} | {ratio:.3f} |" for what, said, was, ratio in rows),
         "",
-        f"Rates: {rates.told}.",
+        f"Throughput: {throughput.source}.",
     ]
     command = f"python -m benchmarks.planning --images {args.images} --views {args.views}"
     report("planning", command, lines, keep=args.keep)

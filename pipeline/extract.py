@@ -21,6 +21,7 @@ import numpy as np
 from milan.core.config_resolver import from_call
 from milan.core.paths import AnyPath, Url, folders_in
 from milan.core.progress import NoProgress, Progress
+from milan.core.units import format_bytes
 from milan.errors import CacheError, ConfigError, DataError
 from milan.images.manifest import Manifest, data_root
 from milan.images.source import ImageSource
@@ -29,7 +30,7 @@ from milan.store.codecs import Codec, codec_of
 from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
 from milan.store.generation import open_array
 from pipeline.config import ExtractConfig, allowed_bad
-from pipeline.estimate.cost import Tables, amount, measure_cost
+from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.fidelity import check_canaries, demand, prepare
 from pipeline.extraction.growth import Part
 from pipeline.extraction.plan import Plan, Workers, plan, share, teacher_spec
@@ -91,7 +92,9 @@ def extract_targets(
     if not agreed and agree is not None:
         agreed = agree(measure_cost(work, workers, progress))
     if not agreed:
-        raise ConfigError(f"{out} would take {amount(big)}", expected="your consent", fix="--yes")
+        raise ConfigError(
+            f"{out} would take {format_bytes(big)}", expected="your consent", fix="--yes"
+        )
     store = Store(out)
     try:
         _fill(work, store, workers, summary, progress)
@@ -246,21 +249,26 @@ def run_part(
         finally:
             torch.set_num_threads(before)  # the caller's own
     else:
-        from pipeline.cluster.pool import map_blocks
+        from pipeline.cluster.connect import RemoteClass
+        from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
+        arguments = init | {"teacher": teacher_spec(config)}
         lost = map_blocks(
-            ("pipeline.extraction.worker", "Extractor"),
-            init | {"teacher": teacher_spec(config)},
+            RemoteClass("pipeline.extraction.worker", "Extractor", arguments),
             todo,
-            folder_of=folder_of,
-            on_done=commit,
-            on_progress=report_images,
-            on_failure=lambda block, attempt, why: store.log(
-                "failure", block=block, attempt=attempt, why=why
+            BlockCallbacks(
+                folder_of=folder_of,
+                on_done=commit,
+                on_progress=report_images,
+                on_failure=lambda block, attempt, why: store.log(
+                    "failure", block=block, attempt=attempt, why=why
+                ),
             ),
-            replicas=replicas,
-            gpus=1 if work.teacher.device.type == "cuda" else 0,
-            address=config.address,
+            Replicas(
+                count=replicas,
+                gpus=1 if work.teacher.device.type == "cuda" else 0,
+                address=config.address,
+            ),
             attempts=_ATTEMPTS,
         )
         if lost:

@@ -107,7 +107,7 @@ def repair(
 
 
 def _teacher(name: str | None, pretrained: str | None) -> Any:
-    from pipeline.teachers.load import TeacherSpec
+    from pipeline.teachers.spec import TeacherSpec
 
     return TeacherSpec(name, pretrained) if name else None
 

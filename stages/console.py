@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from milan.core.units import format_duration
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -88,7 +90,7 @@ class ConsoleProgress:
         self._done, self._figures = done, figures or self._figures
         now = time.monotonic()
         rate = (done - self._first) / max(1e-9, now - self._started)
-        left = _clock((self._total - done) / rate if rate > 0 else float("inf"))
+        left = format_duration((self._total - done) / rate) if rate > 0 else "?"
         if self._bar:
             text = _rate(rate, self._unit)
             self._bar.figures = self._figures
@@ -106,7 +108,7 @@ class ConsoleProgress:
         seconds = time.monotonic() - self._started
         count = self._done - self._first
         out.print(
-            f"{self._what}: {count:,} {self._unit} in {_clock(seconds)}, "
+            f"{self._what}: {count:,} {self._unit} in {format_duration(seconds)}, "
             + _rate(count / max(seconds, 1e-9), self._unit),
             markup=False,
         )
@@ -117,15 +119,6 @@ def _rate(rate: float, unit: str) -> str:
     if 0 < rate < 0.1:
         return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.1f} {unit}/s"
-
-
-def _clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "?"
-    whole = int(seconds)
-    if whole < 100:
-        return f"{seconds:.1f} s"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -152,12 +145,3 @@ def copied_to(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         file.write(out.export_text())
     out.record = False
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1,000."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1000
-    return f"{count:,.2f} TB"

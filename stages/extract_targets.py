@@ -33,6 +33,7 @@ def extract_targets(
     Killed at any moment, the same line goes on where it stopped.
     """
     from milan.core.config_resolver import resolve
+    from milan.core.units import format_bytes
     from pipeline.extract import extract_targets as run
     from stages import console
 
@@ -49,7 +50,7 @@ def extract_targets(
         ("images x views", f"{summary['images']:,} x {summary['views']}"),
         ("shards", f"{summary['shards']:,}"),
         ("bytes a view", f"{summary['bytes_per_view']:,}"),
-        ("bytes", console.size(summary["bytes"])),
+        ("bytes", format_bytes(summary["bytes"])),
         ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
         ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
         ("cosine to the teacher", _faithful(summary["fidelity"])),

@@ -1,4 +1,4 @@
-"""`milan plan`: what an extraction takes, before it is run."""
+"""`milan plan`: the cost of an extraction, before it is run."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ def plan(
     sets: list[str] | None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Propose what fits, such as 2TB: views, codec, stored views."),
+        typer.Option(help="Propose views, codec and stored views that fit, such as 2TB."),
     ] = None,
     images_per_second: Annotated[
         float | None,
-        typer.Option(help="Of one replica, all views of each image; measured otherwise."),
+        typer.Option(help="Of one replica, all views of each image; default: measured."),
     ] = None,
     write_mb_per_second: Annotated[
-        float | None, typer.Option(help="What the store's disk takes; measured otherwise.")
+        float | None, typer.Option(help="Of the store's disk; default: measured.")
     ] = None,
     train_images_per_second: Annotated[
-        float | None, typer.Option(help="Speed of training; 6,000 is assumed otherwise.")
+        float | None, typer.Option(help="Speed of training; default: 6,000 assumed.")
     ] = None,
 ) -> None:
-    """Say what an extraction takes: bytes, files, hours, bandwidth, and when it has paid.
+    """Estimate an extraction: bytes, files, hours, bandwidth, and its break-even.
 
-    Takes the flags that say what a new store holds, as extract-targets does; measures for some
-    seconds, and writes nothing that stays.
+    Takes the flags of extract-targets for a new store; measures for some seconds, and leaves no
+    file.
     """
     from milan.core.config_resolver import resolve
     from pipeline.estimate.cost import estimate_cost
     from stages import console
 
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
-    found = estimate_cost(
+    tables = estimate_cost(
         config,
         budget=budget,
         images_per_second=images_per_second,
@@ -50,4 +50,4 @@ def plan(
         train_images_per_second=train_images_per_second,
         progress=console.ConsoleProgress(),
     )
-    console.tables(found)
+    console.tables(tables)

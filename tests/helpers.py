@@ -347,6 +347,6 @@ def extract_here(data: Path, out: Path, files: dict[str, str], **more: Any) -> d
     torch.set_num_threads(1)
     extract_targets(
         str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
-        **{**teacher_files, **more},
+        **{**files, **more},
     )  # fmt: skip
     return tree(out)

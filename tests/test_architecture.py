@@ -33,8 +33,8 @@ FORBIDDEN = {
 }
 # library -> the files that may import it
 ONLY = {
-    "open_clip": {"pipeline/teachers/load.py"},
-    "ray": {"pipeline/cluster/pool.py"},
+    "open_clip": {"pipeline/teachers/clip.py"},
+    "ray": {f"pipeline/cluster/{name}.py" for name in ("connect", "pool", "ranks")},
     "zarr": {"pipeline/writing/store.py"},
     "tensorstore": {"milan/store/generation.py"},
 }

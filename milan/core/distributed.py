@@ -1,8 +1,8 @@
-"""One process or many: who this one is, and how they agree.
+"""Ranks: which process this is, collective operations, and data-parallel training.
 
-A run has `size` ranks; each has a device, walks its slice of every batch, and holds the same
-weights (`ddp`) or its share of them (`fsdp`). The only module that reads RANK and its kin, and the
-only one that talks between processes.
+A run has `size` ranks. Each has a device, takes its slice of every batch, and has all weights
+(`ddp`) or a shard of them (`fsdp`). The only module that reads RANK, WORLD_SIZE and so on, and the
+only one that uses torch.distributed.
 """
 
 from __future__ import annotations
@@ -22,50 +22,51 @@ from torch import nn
 from milan.errors import ConfigError, MilanError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: a checkpoint, a probe
+_TIMEOUT = timedelta(minutes=30)  # of a rank that waits for another: a checkpoint, a probe
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is, of how many; alone by default."""
+    """Which rank this process is, of how many; by default the only one."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number on its machine: which of the GPUs it sees it has."""
+    """Its number on its machine, and that of its GPU among those it sees."""
     on_node: int = 1
-    """How many of them are on its machine and share its cores."""
+    """How many ranks are on its machine and share its cores."""
 
     @classmethod
     def from_environment(cls) -> Ranks | None:
-        """Who torchrun, srun or a launcher of ours says this is; None if nobody says."""
+        """The rank that torchrun, srun or our own launcher set; None without any of them."""
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
-            given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-            defaults = (0, 1, 0, 1)
-            return cls(*(int(env.get(k, d)) for k, d in zip(given, defaults, strict=True)))
-        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone, not by sbatch
+            return cls(
+                int(env["RANK"]), int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)),
+            )  # fmt: skip
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            which = int(env["SLURM_JOB_ID"]) + 1009 * int(env.get("SLURM_STEP_ID", 0))
-            env.setdefault("MASTER_PORT", str(20_000 + which % 20_000))
+            step = int(env["SLURM_JOB_ID"]) + 1009 * int(env.get("SLURM_STEP_ID", 0))
+            env.setdefault("MASTER_PORT", str(20_000 + step % 20_000))
             size = int(env["SLURM_STEP_NUM_TASKS"])
-            # Slurm may show each task the GPU that is its own alone (--gpus-per-task).
+            # Slurm may show each task only its own GPU (--gpus-per-task).
             local = int(env["SLURM_LOCALID"]) if torch.cuda.device_count() > 1 else 0
             return cls(int(env["SLURM_PROCID"]), size, local)
         return None
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0: it writes and speaks."""
+        """Whether this is rank 0, which writes files and reports progress."""
         return self.rank == 0
 
     def any_flags(self, flags: int) -> int:
-        """The bits that any rank has set."""
+        """Bitwise or of `flags` (8 bits) over the ranks."""
         if self.size == 1:
             return flags
-        both = torch.tensor([flags >> bit & 1 for bit in range(8)], dtype=torch.int32)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        return sum(int(value) << bit for bit, value in enumerate(both.tolist()))
+        bits = torch.tensor([flags >> bit & 1 for bit in range(8)], dtype=torch.int32)
+        dist.all_reduce(bits, op=dist.ReduceOp.MAX)
+        return sum(int(value) << bit for bit, value in enumerate(bits.tolist()))
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Each number summed over the ranks, in float64."""
@@ -76,35 +77,38 @@ class Ranks:
         return total.tolist()
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows [n, ...] of all ranks one after the other, on the CPU; n is the same in all."""
+        """The rows [n, ...] of all ranks in their order, [size * n, ...] on the CPU.
+
+        n must be the same on all ranks.
+        """
         if self.size == 1:
             return tensor.cpu()
         parts = [torch.empty_like(tensor, device="cpu") for _ in range(self.size)]
         dist.all_gather(parts, tensor.cpu().contiguous())
         return torch.cat(parts)
 
-    def gather_objects(self, word: T | None) -> list[tuple[int, T]]:
-        """(rank, word) of each rank that has one, in order; all ranks ask together."""
-        words: list[T | None] = [word]
+    def gather_objects(self, value: T | None) -> list[tuple[int, T]]:
+        """(rank, value) of each rank whose value is not None, in order, on all ranks."""
+        values: list[T | None] = [value]
         if self.size > 1:
-            words = [None] * self.size
-            dist.all_gather_object(words, word)
-        return [(rank, word) for rank, word in enumerate(words) if word is not None]
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return [(rank, value) for rank, value in enumerate(values) if value is not None]
 
     def on_rank0(self, act: Callable[[], T]) -> T:
-        """What `act` returns on rank 0, which alone calls it; its MilanError is raised on all."""
+        """Call `act` on rank 0; its result is returned, its MilanError raised, on all ranks."""
         if self.size == 1:
             return act()
-        told: list[Any] = [None]
+        outcome: list[Any] = [None]
         if self.is_rank0:
             try:
-                told = [act()]
+                outcome = [act()]
             except MilanError as error:
-                told = [error]
-        dist.broadcast_object_list(told)
-        if isinstance(told[0], MilanError):
-            raise told[0]
-        return told[0]
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], MilanError):
+            raise outcome[0]
+        return outcome[0]
 
 
 SINGLE = Ranks()
@@ -114,9 +118,9 @@ SINGLE = Ranks()
 def process_group(
     ranks: Ranks | None, device: torch.device
 ) -> Iterator[tuple[Ranks, torch.device]]:
-    """Inside, this process is one of its ranks; gives them and this one's device.
+    """Inside, this process is a member of torch's process group; yields its ranks and its device.
 
-    Raises ConfigError if this machine has no GPU for it.
+    Without several ranks nothing is set up. Raises ConfigError if the machine has no GPU for it.
     """
     if ranks is None or ranks.size == 1:
         yield SINGLE, device
@@ -130,31 +134,31 @@ def process_group(
             )
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
-    # Numbers and objects travel by gloo, from the CPU; gradients by what suits the device.
-    kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(kind, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE)
+    # Numbers and objects on the CPU go through gloo, gradients through the device's backend.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=_TIMEOUT)
     yield ranks, device
-    # Not after an error: whoever waits for this rank learns it when this process has ended, and
-    # has said why.
+    # Not after an error: ranks that wait for this one fail when this process has ended, and by then
+    # its error is reported.
     dist.destroy_process_group()
 
 
 def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
-    """What to call for a prediction, so that gradients are those of the whole batch.
+    """The module to call for a prediction, so that gradients are those of the whole batch.
 
-    `ddp` gives a wrapper around `student`; `fsdp` shards the student itself, a block at a time, and
-    needs no wrapper. Make the optimiser afterwards.
+    `kind` is `ddp`, which returns a wrapper around `student`, or `fsdp`, which shards the student
+    itself, block by block, and returns it. Build the optimiser afterwards.
     """
     if ranks.size == 1:
         return student
     if kind == "ddp":
-        # Gradients lie in the buffers they are summed in: one copy of them, not two.
+        # Gradients are views of the buffers they are summed in: one copy of them, not two.
         return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    where = next(student.parameters()).device.type
-    mesh = init_device_mesh(where, (ranks.size,))
+    device_type = next(student.parameters()).device.type
+    mesh = init_device_mesh(device_type, (ranks.size,))
     for stack in (student.encoder.blocks, student.decoder.blocks):  # type: ignore[union-attr]
         for block in stack:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
@@ -164,7 +168,7 @@ def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
 
 
 def sync_gradients(network: nn.Module, now: bool) -> AbstractContextManager:
-    """A micro-batch whose gradients are summed over the ranks `now`, or later with the others."""
+    """For a micro-batch: whether its gradients are summed over the ranks `now`, or accumulate."""
     if hasattr(network, "set_requires_gradient_sync"):
         network.set_requires_gradient_sync(now)  # type: ignore[operator]
     elif isinstance(network, nn.parallel.DistributedDataParallel) and not now:
@@ -173,12 +177,12 @@ def sync_gradients(network: nn.Module, now: bool) -> AbstractContextManager:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without its shards: itself, or gathered from the ranks (all must ask)."""
+    """The whole tensor: itself, or its shards gathered from the ranks (all must call this)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`value` where, and sharded as, `parameter` is."""
+    """`value` on the device of `parameter`, and sharded like it."""
     value = value.to(parameter.device)
     if not hasattr(parameter, "device_mesh") or value.ndim != parameter.ndim:
         return value
@@ -188,7 +192,10 @@ def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[07-09,12]-ib` gives gpu07-ib."""
+    """The first host of Slurm's list of nodes: `gpu[07-09,12]-ib` gives gpu07-ib.
+
+    Raises ConfigError if `nodes` is no such list.
+    """
     name = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
     if name is None:
         raise ConfigError(f"SLURM_STEP_NODELIST={nodes}", expected="names of nodes")

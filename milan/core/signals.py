@@ -1,6 +1,6 @@
-"""Being asked to stop: SIGINT, SIGTERM and SIGUSR1 let the work in hand finish.
+"""Stop signals: at SIGINT, SIGTERM and SIGUSR1 a process finishes its current step, then ends.
 
-And the end of a process that another one started, when that one has ended.
+Also child processes: which signals they get, and that they end with their parent.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-_ONE_PRESS = 0.5  # seconds
+_ONE_PRESS = 0.5  # seconds within which two SIGINTs count as one
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75
-"""Exit code of work that was asked to stop and can go on (EX_TEMPFAIL): a scheduler requeues it."""
+"""Exit code of a run that was stopped and can go on (EX_TEMPFAIL): a scheduler requeues it."""
 
 
 class Stop:
-    """Whether, and by what, this process was asked to stop."""
+    """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
-        self.by: str | None = None
+        self.by: str | None = None  # the signal's name
         self._at = 0.0
 
     def request(self, number: int) -> None:
-        """A signal came; the first one counts. Raises KeyboardInterrupt at a second Ctrl-C.
+        """Note the signal `number`; the first counts. Raises KeyboardInterrupt at a second Ctrl-C.
 
-        One Ctrl-C may come twice at once: from the terminal, and passed on by who started this.
+        One Ctrl-C may arrive twice at once: from the terminal, and passed on by the parent.
         """
         if self.by is None:
             self.by, self._at = signal.Signals(number).name, time.monotonic()
@@ -41,9 +41,9 @@ class Stop:
 
 @contextmanager
 def on_stop_signals(act: Callable[[int], None]) -> Iterator[None]:
-    """Inside, `act` gets the number of each such signal, which then does nothing else.
+    """Inside, `act` is called with the number of each stop signal, which then does nothing else.
 
-    Only the main thread can be told; in another, signals stay what they are.
+    Python handles signals in the main thread only; in another thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,8 +58,8 @@ def on_stop_signals(act: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def blocked_stop_signals() -> Iterator[None]:
-    """Inside, such signals wait; processes that are started here begin with them waiting too."""
-    resource_tracker.ensure_running()  # or the first start would let the signals through
+    """Inside, stop signals are blocked; processes that are started here begin with them blocked."""
+    resource_tracker.ensure_running()  # else the first start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -68,14 +68,14 @@ def blocked_stop_signals() -> Iterator[None]:
 
 
 def unblock_stop_signals() -> None:
-    """Let those signals come that waited since this process was started."""
+    """Deliver the stop signals that were blocked when this process was started."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def ignore_stop_signals() -> None:
-    """Let such signals do nothing to this process, but for SIGTERM of the one that started it."""
+    """Ignore stop signals in this process, except for SIGTERM from its parent."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: whoever sends it
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: SIGTERM from anyone
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
 
@@ -89,7 +89,7 @@ def ignore_stop_signals() -> None:
 
 
 def exit_with_parent() -> None:
-    """Wait for the process that started this one, and end with it; for a thread."""
+    """Wait until the parent process has ended, then end this one; to be run in a thread."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -30,8 +30,8 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time for people: 1.2 ms, 3.4 s, and from 100 s on hours:minutes:seconds, 2:05:00."""
-    if seconds < 1:
+    """A time for people: 1.2 ms, 0.0 s, 3.4 s, and from 100 s on hours:minutes:seconds, 2:05:00."""
+    if 0 < seconds < 1:
         return f"{seconds * 1000:,.3g} ms"
     if seconds < 100:
         return f"{seconds:,.1f} s"

@@ -116,7 +116,7 @@ def pretrain(
             {"cache": config, **vars(call)},
             ranks=count,
             restarts=config.max_restarts,
-            again=restart_arguments(Path(config.out)),
+            restart_arguments=restart_arguments(Path(config.out)),
             progress=progress or NoProgress(),
         )
     stop = stop or Stop()

@@ -1,1 +1,1 @@
-"""Where work runs: Ray."""
+"""Ray clusters: extraction's blocks, pretraining's ranks. Only this package imports ray."""

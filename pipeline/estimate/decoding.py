@@ -1,11 +1,11 @@
-"""What training pays for pixels: originals decoded in every epoch, or views kept in the store."""
+"""What training pays for pixels: decoding originals in every epoch, or views kept in the store."""
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
+from milan.core.device import cpu_count
 from milan.errors import DataError, ImageFault
 from milan.images.decode import decode
 from milan.images.manifest import data_root
@@ -13,13 +13,13 @@ from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from pipeline.extraction.plan import Plan
 
-TRAINING = 6_000.0
+TRAINING_SPEED = 6_000.0
 """Images a second that training is assumed to reach: ViT-B/16, 75 % masked, on eight A100."""
-CORES = 96
-"""That such a machine is assumed to have."""
-STORED = "jpeg:95"
+TRAINING_CORES = 96
+"""Cores that such a machine is assumed to have."""
+STORED_VIEWS = "jpeg:95"
 """How views are stored where nothing else was asked for."""
-_IMAGES, _SECONDS = 24, 2.0  # a measurement of so many images, or as long, is enough
+_MAX_IMAGES, _MAX_SECONDS = 24, 2.0  # of a measurement
 
 
 @dataclass(frozen=True)
@@ -27,46 +27,49 @@ class Decoding:
     """What a core of a training machine needs for a view."""
 
     original: float
-    """Seconds for one of an original: read, decoded, cropped, resized, compared."""
+    """Seconds for a view of an original: read, decoded, cropped, resized, compared."""
     stored: float
-    """Seconds for one that the store keeps."""
+    """Seconds for a view that the store keeps."""
     bytes: float
     """Of a view as the store keeps it."""
 
-    def starves(self, train: float | None) -> bool:
-        """Whether decoding originals keeps devices waiting that train at `train` images/s."""
-        return self.original * (train or TRAINING) > cores(train)
+    def is_bottleneck(self, train: float | None) -> bool:
+        """Whether decoding originals is slower than training at `train` images/s.
+
+        None: at TRAINING_SPEED.
+        """
+        return self.original * (train or TRAINING_SPEED) > training_cores(train)
 
 
-def cores(train: float | None) -> int:
-    """Cores that decode: this machine's for a speed that was given, else the assumed one's."""
-    return (os.cpu_count() or 1) if train else CORES
+def training_cores(train: float | None) -> int:
+    """Cores that decode: this machine's if the speed is given, else those of the assumed one."""
+    return cpu_count() if train else TRAINING_CORES
 
 
 def measure_decoding(work: Plan) -> Decoding | None:
     """Both ways on the first images (rows are shuffled); None if none of them can be decoded.
 
-    A thread's own processor time, so that waiting for a disk or for others is not in it.
+    In processor time of this thread, without waiting for the disk or for other processes.
     """
-    part, kept = work.parts[0], work.parts[0].spec.stored_views
-    how = STORED if kept == "none" else kept
-    law = ViewSpec.from_law(part.spec.view_law)
-    source = ImageSource(part.manifest, data_root(work.source))
+    spec, manifest = work.parts[0].spec, work.parts[0].manifest
+    stored_as = STORED_VIEWS if spec.stored_views == "none" else spec.stored_views
+    view_spec = ViewSpec.from_law(spec.view_law)
+    source = ImageSource(manifest, data_root(work.source))
     original, stored, sizes = 0.0, 0.0, list[int]()
     began = time.perf_counter()
-    for row in range(min(_IMAGES, len(part.manifest))):
-        if sizes and time.perf_counter() - began > _SECONDS:
+    for row in range(min(_MAX_IMAGES, len(manifest))):
+        if sizes and time.perf_counter() - began > _MAX_SECONDS:
             break
         started = time.thread_time()
         try:
             image = decode(source.read(row))
         except (ImageFault, DataError):
             continue
-        view = view_of(law, row, view=0, height=image.height, width=image.width)
-        pixels = render(image, view, size=law.size)
+        view = view_of(view_spec, row, view=0, height=image.height, width=image.width)
+        pixels = render(image, view, size=view_spec.size)
         checksum(pixels)
         original += time.thread_time() - started
-        data = pack(pixels, how)
+        data = pack(pixels, stored_as)
         started = time.thread_time()
         checksum(unpack(data))
         stored += time.thread_time() - started

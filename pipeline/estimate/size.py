@@ -1,7 +1,7 @@
-"""What a store takes on its disk: bytes, files and folders, before any of them is there.
+"""What a store takes on its disk: bytes, files and folders, before any of them is written.
 
-Exact but for images that turn out to be bad, captions that are not there, and the digits of some
-numbers: small parts are made and weighed, the rest is the spec's arithmetic.
+Exact but for images that will be rejected, missing captions, and the digits of some numbers: small
+parts are written to a temporary folder and measured, the rest is arithmetic on the spec.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.extraction.plan import Plan
 from pipeline.writing.shard_table import ShardTable
 from pipeline.writing.store import create_arrays, group_attributes
 
-_SAMPLE = 100_000  # rows of a manifest, shards of a table: from there on it is proportion
+_SAMPLE = 100_000  # rows of a manifest, shards of a table; larger ones are extrapolated
 _REPORT, _LOG_LINE, _LOCK = 300, 145, 20  # bytes of fidelity.json, of a line of the log, of .lock
 
 
@@ -58,33 +58,33 @@ class Sizes:
 
 
 def sizes_of(spec: CacheSpec, manifest: Manifest, attributes: dict, *, first: bool) -> Sizes:
-    """What a generation of `spec` takes, its share of the index and the log included.
+    """The sizes of a generation of `spec`, its share of the index and the log included.
 
-    `first` of its layer: it has the codec's tables and the canaries.
+    `first`: of its layer; it has the codec's tables and the canaries.
     """
     last = spec.blocks - 1
     records = 0
     for view, views in ((0, 1), (spec.views - 1, spec.views - 1)):
         full, rest = (len(canonical(made_up_record(spec, b, view))) for b in (0, last))
         records += views * (full * last + rest)
-    some = manifest.head(_SAMPLE)
-    listed = round(len(some.to_parquet()) * len(manifest) / max(1, len(some)))
+    sample = manifest.head(_SAMPLE)
+    manifest_bytes = round(len(sample.to_parquet()) * len(manifest) / max(1, len(sample)))
     other, files, folders = _fixed(spec, attributes, first, len(manifest.classes or []))
-    # A view of a shard has a folder of its own in each array, that of the features one more.
-    arrays, of_views = spec.arrays(), len(spec.view_arrays())
-    deep = sum(len(array.shape) - 2 for array in arrays.values())
+    # Each view of a shard has a folder of its own in each array, and one more in the features'.
+    arrays, view_arrays = spec.arrays(), len(spec.view_arrays())
+    nested = sum(len(array.shape) - 2 for array in arrays.values())
     return Sizes(
         shards=spec.total_bytes(),
         records=records,
-        manifest=listed,
+        manifest=manifest_bytes,
         other=other + _table_bytes(spec) + _LOG_LINE * (spec.blocks + 2),
-        files=files + spec.shards * (of_views + 1) + spec.blocks * (len(arrays) - of_views),
-        folders=folders + spec.shards * deep + (spec.blocks + 1) * len(arrays),
+        files=files + spec.shards * (view_arrays + 1) + spec.blocks * (len(arrays) - view_arrays),
+        folders=folders + spec.shards * nested + (spec.blocks + 1) * len(arrays),
     )
 
 
 def made_up_record(spec: CacheSpec, block: int, view: int) -> dict[str, Any]:
-    """A record like that of a shard of good photographs, of the same size but for some digits."""
+    """A record as of a shard without rejected images, of the same size but for some digits."""
     start, stop = spec.block_rows(block)
     count, noise = stop - start, np.random.default_rng((block, view))
     arrays = spec.arrays() if view == 0 else spec.view_arrays()
@@ -111,17 +111,17 @@ def _table_bytes(spec: CacheSpec) -> int:
 
 
 def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tuple[int, int, int]:
-    """(bytes, files, folders) that a generation has whatever its rows, its index entry included."""
+    """(bytes, files, folders) of a generation without its rows, its index entry included."""
     tables: dict[str, np.ndarray] = {}
     if first:
-        size, few = spec.view_law["size"], min(CANARIES, spec.rows)
+        size, canaries = spec.view_law["size"], min(CANARIES, spec.rows)
         tables = {
             f"codec/{name}": table
             for name, table in stand_in(spec.codec, spec.channels).tables.items()
         }
-        tables["canary/pixels"] = np.zeros((few, size, size, 3), np.uint8)
-        tables["canary/features"] = np.zeros((few, spec.tokens, spec.channels), np.float32)
-        tables["canary/attention"] = np.zeros((few, spec.tokens - 1), np.float32)
+        tables["canary/pixels"] = np.zeros((canaries, size, size, 3), np.uint8)
+        tables["canary/features"] = np.zeros((canaries, spec.tokens, spec.channels), np.float32)
+        tables["canary/attention"] = np.zeros((canaries, spec.tokens - 1), np.float32)
     if spec.texts and classes and spec.first_view == 0:
         sentences = (classes, len(spec.texts["templates"]), spec.texts["context"])
         tables[f"{PROTOTYPES}/features"] = np.zeros((classes, spec.channels), np.float32)
@@ -129,10 +129,10 @@ def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tupl
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         create_arrays(root, spec, attributes, tables)
-        found = [path for path in root.rglob("*") if path.is_file()]
+        files = [path for path in root.rglob("*") if path.is_file()]
         folders = 2 + sum(path.is_dir() for path in root.rglob("*"))  # itself and its records
-        total = sum(path.stat().st_size for path in found)
-        names = [path.relative_to(root).as_posix() for path in found]
+        total = sum(path.stat().st_size for path in files)
+        names = [path.relative_to(root).as_posix() for path in files]
     names += [FIDELITY, MANIFEST, SHARDS]
     entry = Entry(
         "generations/000", f"{attributes['about']['name']}/{spec.codec}", "0" * 64, "0" * 64,
@@ -143,7 +143,7 @@ def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tupl
 
 
 def size_of_store(work: Plan) -> Sizes:
-    """What the layer of a plan takes when it is whole, the store's own few files included."""
+    """The sizes of a plan's finished layer, the store's own few files included."""
     groups = canonical({"attributes": {}, "node_type": "group", "zarr_format": 3})
     total = Sizes(0, 0, 0, 2 * (len(groups) + 12) + _LOCK, 5, 1)
     for part in work.parts:

@@ -1,4 +1,4 @@
-"""How fast this machine makes targets: a few seconds of the real work, thrown away afterwards."""
+"""How fast this machine extracts targets: some seconds of the real work, deleted afterwards."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from pipeline.extraction.plan import Plan, Workers
 from pipeline.extraction.worker import Extractor
 from pipeline.writing.store import create_arrays, stage_shard, writable
 
-_SECONDS = 4.0  # a measurement that takes as long is long enough
-_VIEWS = 8  # of the first, and of a forward pass on a CPU
+_SECONDS = 4.0  # a measurement that takes longer is the last one
+_VIEWS = 8  # of the first measurement, and of a forward pass on a CPU
 
 
 @dataclass(frozen=True)
-class Rates:
+class Throughput:
     """How fast one replica of the teacher and the store's disk are."""
 
-    image: float
-    """Seconds for an image with all its K views: read, decode, render, teacher, encode, stage."""
-    forward: float
-    """Seconds of the teacher alone for a view."""
-    write: float
-    """Bytes a second that the store's disk takes: written, synced and read back. inf: not known."""
-    told: str
-    """How they are known."""
+    image_seconds: float
+    """For an image with all its K views: read, decode, render, teacher, encode, stage."""
+    teacher_seconds: float
+    """For a view, of the teacher alone."""
+    write_rate: float
+    """Bytes a second of the store's disk: written, synced and read back. inf: not known."""
+    source: str
+    """Where these figures come from, for people."""
 
 
-def calibrate(work: Plan, workers: Workers, progress: Progress) -> Rates:
+def measure_throughput(work: Plan, workers: Workers, progress: Progress) -> Throughput:
     """Run a replica on the first images and write one shard, beside where the store will be.
 
-    Runs of twice the images each, until one takes some seconds or is a whole block: the last one
-    counts, so that the first, which is slow, does not. Raises CacheError if the place cannot be
+    Each run has twice the images of the one before, until one takes some seconds or is a whole
+    block. Only the last run counts: the first is slow. Raises CacheError if the folder cannot be
     written, TeacherError for targets that are not finite.
     """
     part = work.parts[-1]
-    whole = part.spec
+    spec = part.spec
     progress.note("measuring: a few images, the teacher, the disk")
     began = time.perf_counter()
-    codec = stand_in(whole.codec, whole.channels)
-    with scratch(writable(work.config.out)) as place, _threads(workers[2]):
+    codec = stand_in(spec.codec, spec.channels)
+    with scratch(writable(work.config.out)) as scratch_folder, _threads(workers[2]):
         extractor = Extractor(
-            spec=whole,
+            spec=spec,
             codec=codec,
             manifest=part.manifest,
             root=str(data_root(work.source).resolve()),
@@ -67,48 +67,50 @@ def calibrate(work: Plan, workers: Workers, progress: Progress) -> Rates:
             threads=workers[1],
             torch_threads=workers[2],
         )
-        most = min(whole.rows, whole.shard_size)
-        runs, rows = 0, min(most, -(-_VIEWS // whole.views))
+        block = min(spec.rows, spec.shard_size)
+        runs, rows = 0, min(block, -(-_VIEWS // spec.views))
         while True:
-            extractor.spec = replace(whole, rows=rows)
-            folder = place / str(runs)
+            extractor.spec = replace(spec, rows=rows)
+            folder = scratch_folder / str(runs)
             create_arrays(folder, extractor.spec, {}, {})
             started = time.perf_counter()
-            extractor.run(0, list(range(whole.views)), str(folder))
+            extractor.run(0, list(range(spec.views)), str(folder))
             seconds = time.perf_counter() - started
-            if seconds > _SECONDS or (runs and rows == most):
+            if seconds > _SECONDS or (runs and rows == block):
                 break
-            runs, rows = runs + 1, min(most, 2 * rows)
-        forward = _forward(work)
-        # What a bucket takes is not tried: it would be written to.
+            runs, rows = runs + 1, min(block, 2 * rows)
+        teacher_seconds = _teacher_seconds(work)
+        # A bucket is not measured: that would write to it.
         remote = isinstance(writable(work.config.out), Url)
-        write = math.inf if remote else _write(replace(whole, rows=most), place / "write")
-    return Rates(
-        image=seconds / rows,
-        forward=forward,
-        write=write,
-        told=f"measured with {rows} images in {time.perf_counter() - began:.0f} s",
+        write_rate = (
+            math.inf if remote else _write_rate(replace(spec, rows=block), scratch_folder / "write")
+        )
+    return Throughput(
+        image_seconds=seconds / rows,
+        teacher_seconds=teacher_seconds,
+        write_rate=write_rate,
+        source=f"measured with {rows} images in {time.perf_counter() - began:.0f} s",
     )
 
 
 @lru_cache
 def stand_in(codec: str, channels: int) -> Codec:
-    """The codec fitted to noise of so many channels: as fast and as large as a real one."""
+    """The codec fitted to noise [*, channels]: as fast and as large as one fitted to features."""
     noise = torch.randn(max(256, channels), channels, generator=torch.Generator())
     return codec_of(codec).fitted(noise)
 
 
 @contextmanager
 def scratch(out: AnyPath) -> Iterator[Path]:
-    """A folder on the file system of the store-to-be, gone afterwards. Raises CacheError.
+    """A folder on the file system of the planned store, deleted afterwards. Raises CacheError.
 
-    For a bucket it is where workers stage: $TMPDIR.
+    For a bucket it is in $TMPDIR, where workers stage.
     """
-    place = Path(tempfile.gettempdir()) if isinstance(out, Url) else out.absolute()
-    while not os.path.isdir(place):
-        place = place.parent
+    parent = Path(tempfile.gettempdir()) if isinstance(out, Url) else out.absolute()
+    while not os.path.isdir(parent):
+        parent = parent.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".milan-plan-", dir=place) as name:
+        with tempfile.TemporaryDirectory(prefix=".milan-plan-", dir=parent) as name:
             yield Path(name)
     except OSError as error:
         raise CacheError(
@@ -116,7 +118,8 @@ def scratch(out: AnyPath) -> Iterator[Path]:
         ) from None
 
 
-def _forward(work: Plan) -> float:
+def _teacher_seconds(work: Plan) -> float:
+    """Seconds of the teacher for a view, the faster of two batches of noise."""
     views = _VIEWS if work.teacher.device.type == "cpu" else work.config.batch_size
     size = work.teacher.size
     pixels = np.random.default_rng(0).integers(0, 256, (views, size, size, 3), np.uint8)
@@ -124,12 +127,12 @@ def _forward(work: Plan) -> float:
     for _ in range(2):
         started = time.perf_counter()
         features, _attention = work.teacher.targets(pixels)
-        features[0, 0, 0].item()  # a device works on its own until it is asked
+        features[0, 0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return min(seconds) / views
 
 
-def _write(spec: CacheSpec, folder: Path) -> float:
+def _write_rate(spec: CacheSpec, folder: Path) -> float:
     """Bytes a second of staging one shard of `spec.rows` rows of noise."""
     create_arrays(folder, spec, {}, {})
     noise = np.random.default_rng(0)
@@ -145,7 +148,7 @@ def _write(spec: CacheSpec, folder: Path) -> float:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """torch with so many threads, and then with the caller's own."""
+    """Inside, torch has `count` threads (None: as many as before); afterwards as many as before."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(count or before)

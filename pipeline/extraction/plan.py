@@ -143,7 +143,7 @@ def share(config: ExtractConfig, work: Plan) -> Workers:
     elif config.replicas:
         replicas = config.replicas
     elif config.address or os.environ.get("RAY_ADDRESS"):
-        from pipeline.cluster.pool import cluster_gpus
+        from pipeline.cluster.connect import cluster_gpus
 
         replicas = max(1, cluster_gpus(config.address))
     else:

@@ -1,1 +1,1 @@
-"""The frozen teachers."""
+"""Frozen teachers: open_clip's CLIPs and the ViTs of timm."""

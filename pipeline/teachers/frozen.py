@@ -6,7 +6,8 @@ import torch
 
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import EvaluationConfig
-from pipeline.teachers.load import DEFAULT_TEACHER, TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
 
 def frozen_teacher(config: EvaluationConfig) -> Frozen:

@@ -26,9 +26,9 @@ TEMPLATES: Final = (
     "a {} far off, small in the frame.",
     "a blurred or dim picture of a {}.",
 )
-"""What a class name is put into; a few short sentences, as OpenAI's way of naming classes asks."""
+"""Prompts for a class name, a few short sentences (prompt ensembling, arXiv 2103.00020, 3.1.4)."""
 
-# By its answers a tokenizer is known: letters of several scripts, digits, marks, length.
+# A tokenizer's identity is its ids of these: several scripts, digits, punctuation, a long text.
 _PROBES: Final = (
     *TEMPLATES,
     "Ångström naïve 東京 Привет 🙂 x=3.14!? it's",
@@ -38,7 +38,7 @@ _BATCH = 256  # texts a forward pass
 
 
 class TextTower:
-    """The text half of a CLIP; always in single precision, for it runs once a text.
+    """The text half of a CLIP; always in float32, for it runs only once a text.
 
     `model` has `encode_text`; `tokenizer` turns sentences into ids [B, L], cut to L with the last
     id kept as end of text. Raises TeacherError for a tokenizer of another vocabulary.
@@ -53,12 +53,13 @@ class TextTower:
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         ids = self.tokenise(_PROBES)
-        words = next(
+        vocabulary = next(
             module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
         )
-        if ids.max() >= words:
+        if ids.max() >= vocabulary:
             raise TeacherError(
-                f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower {words:,}",
+                f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower "
+                f"{vocabulary:,}",
                 expected="a text tower of its tokenizer's vocabulary",
                 fix="without --texts, or mend text_cfg",
             )
@@ -77,7 +78,7 @@ class TextTower:
 
     @torch.inference_mode()
     def features(self, ids: np.ndarray) -> np.ndarray:
-        """Vectors of length 1 of token ids [B, L]: [B, C] float32."""
+        """Unit vectors [B, C] float32 of token ids [B, L]."""
         device = next(self.model.parameters()).device
         parts = [
             self.model.encode_text(torch.from_numpy(part).long().to(device), normalize=True)
@@ -88,14 +89,14 @@ class TextTower:
     def prototypes(self, classes: list[str]) -> dict[str, np.ndarray]:
         """Tables of a store: `features` [P, C], `ids` [P, M, L] of classes by their names.
 
-        A class is the mean of its sentences' vectors, made of length 1 again (arXiv 2103.00020,
-        section 3.1.4). Underlines in names are read as spaces.
+        A class is the mean of its sentences' vectors, scaled to length 1 (arXiv 2103.00020, section
+        3.1.4). Underscores in names are read as spaces.
         """
         names = [name.replace("_", " ") for name in classes]
         sentences = [template.format(name) for name in names for template in TEMPLATES]
         ids = self.tokenise(sentences)
-        each = self.features(ids).reshape(len(names), len(TEMPLATES), -1)
-        mean = each.mean(axis=1)
+        features = self.features(ids).reshape(len(names), len(TEMPLATES), -1)
+        mean = features.mean(axis=1)
         return {
             f"{PROTOTYPES}/features": mean / np.linalg.norm(mean, axis=1, keepdims=True),
             f"{PROTOTYPES}/ids": ids.reshape(len(names), len(TEMPLATES), -1),

@@ -1,6 +1,6 @@
-"""A ViT of timm by its name: built, its weights found and loaded whole, resized.
+"""Teachers `timm:NAME` and `timm:NAME.TAG`: ViTs of timm, without their classifier.
 
-`timm:NAME` or `timm:NAME.TAG`. The classifier is left out: C is the ViT's width.
+C is the ViT's width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from timm.models import (
 from torch import nn
 
 from milan.errors import TeacherError, nearest
-from pipeline.teachers.towers import Loaded, TimmTower, check_vit, patch_of, refuse
+from pipeline.teachers.spec import TeacherSpec
+from pipeline.teachers.text_tower import no_texts
+from pipeline.teachers.towers import Family, Loaded, TimmTower, check_vit, patch_of, refuse
 from pipeline.teachers.weights import (
     do_not_fit,
     not_here,
@@ -27,33 +29,36 @@ from pipeline.teachers.weights import (
     weight_file,
 )
 
-# Modules of timm whose models may have tokens. Others are refused before they are built: some have
-# billions of weights.
-_FAMILIES: Final = (
+# Modules of timm whose models may have tokens. Others are refused before they are built, for some
+# have billions of weights.
+_MODULES: Final = (
     "vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin",
 )  # fmt: skip
 
-# What timm raises over settings, and its conversions over files that are another model's.
-_ODD: Final = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What timm raises for bad settings, and its conversions for the file of another model.
+_TIMM_ERRORS: Final = (
+    AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
-def check_family(name: str, model: str) -> None:
-    """Refuse the teacher `name` if timm's `model` is of a kind without tokens. Builds nothing."""
+def check_module(name: str, model: str) -> None:
+    """Refuse the teacher `name` if timm's `model` is of a module without tokens. Builds nothing."""
     if timm.is_model(model):
-        package, _, family = model_entrypoint(model).__module__.rpartition(".")
-        if package == "timm.models" and family not in _FAMILIES:
+        package, _, module = model_entrypoint(model).__module__.rpartition(".")
+        if package == "timm.models" and module not in _MODULES:
             refuse(name, f"its image tower is timm's {model}")
 
 
-def load_timm_vit(
-    name: str, pretrained: str | None, *, img_size: int | None, offline: bool
-) -> Loaded:
-    """Build `timm:NAME[.TAG]` with the weights `pretrained`: a tag, a file, or `none`.
+def load_timm_vit(spec: TeacherSpec) -> Loaded:
+    """Build `timm:NAME[.TAG]` with the weights `spec.pretrained`: a tag, a file, or `none`.
 
     Left out it means the tag of the name, else timm's default. Raises TeacherError: an unknown
     name (the nearest are named), weights that are not here, or that do not fit to the last tensor,
-    and a model without usable tokens.
+    a model without usable tokens, and for texts, which it has not.
     """
+    name, pretrained = spec.name, spec.pretrained
+    if spec.texts:
+        raise no_texts(f"--teacher {name}")
     model, _, tag = name.removeprefix("timm:").partition(".")
     if not timm.is_model(model):
         known = timm.list_models("*vit*") + timm.list_models("*eva*")
@@ -62,7 +67,7 @@ def load_timm_vit(
             expected="timm:NAME of a ViT",
             fix="--teacher timm:" + (nearest(model, known) or "vit_base_patch14_dinov2"),
         )
-    check_family(name, model)
+    check_module(name, model)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
     if tag and tag not in tags:
         raise TeacherError(
@@ -78,19 +83,20 @@ def load_timm_vit(
     state, label, licence = None, "none", "none (random weights)"
     if pretrained is None:
         label = tag or cfg.tag or "its own"
-        state, licence = _published(cfg, f"{label} of {name}", offline), cfg.license or "unknown"
+        state = _published(cfg, f"{label} of {name}", spec.offline)
+        licence = cfg.license or "unknown"
     elif pretrained != "none":
         file = weight_file(name, pretrained, tags)
         state, label, licence = read_weights(file), file.name, stated_licence(file)
     options: dict[str, Any] = {}
     if state is not None:
-        # Strictly: timm would leave what it does not find random, because the classifier is gone.
+        # Strictly, for without a classifier timm would leave what is missing random.
         heads = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
-        gone = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
+        classifier = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
         state = {
             k: v.float() if isinstance(v, torch.Tensor) else v
             for k, v in state.items()
-            if k not in gone
+            if k not in classifier
         }
         overlay = {"state_dict": state, "num_classes": 0, "custom_load": False, "label_offset": 0}
         options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -98,13 +104,13 @@ def load_timm_vit(
         torch.manual_seed(0)
         try:
             trunk: Any = timm.create_model(model, num_classes=0, **options)
-        except _ODD as error:
+        except _TIMM_ERRORS as error:
             if state is None:
                 raise TeacherError(f"timm cannot build {model}: {error}") from None
             raise do_not_fit(label, name, error) from None
     trunk.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
-    resize(name, trunk, img_size)
-    # A class token is one, even where timm's classifier would average (DINOv3).
+    resize(name, trunk, spec.img_size)
+    # If there is a class token, it is row 0, even where timm's classifier would average (DINOv3).
     pooling = "token" if getattr(trunk, "cls_token", None) is not None else trunk.global_pool
     tower = TimmTower(name, trunk, trunk, nn.Identity(), pooling)
     own = {"mean": cfg.mean, "std": cfg.std}
@@ -124,7 +130,7 @@ def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
     options = {"filename": file} if cfg.hf_hub_filename else {}
     try:
         return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, **options)
-    except Exception as error:  # hub clients raise many kinds; all mean: not to be had
+    except Exception as error:  # hub clients raise many kinds; all mean: cannot be downloaded
         wanted = f"{file} of https://huggingface.co/{cfg.hf_hub_id}"
         raise not_here(what, wanted, offline=offline, error=error) from None
 
@@ -153,19 +159,4 @@ def check_tiling(size: int, patch: int) -> None:
         )
 
 
-def size_options(name: str, config: dict, img_size: int | None) -> dict[str, int]:
-    """What open_clip is told of the image size. Refuses what need not be built to be known.
-
-    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
-    """
-    vision = config["vision_cfg"]
-    if "timm_model_name" in vision:
-        check_family(name, vision["timm_model_name"])
-        return {}
-    if isinstance(vision.get("layers"), list):
-        refuse(name, "its image tower is a ResNet")
-    if not img_size:
-        return {}
-    if vision.get("patch_size"):
-        check_tiling(img_size, vision["patch_size"])
-    return {"force_image_size": img_size}
+FAMILY: Final = Family(lambda name: name.startswith("timm:"), load_timm_vit)

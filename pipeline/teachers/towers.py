@@ -1,7 +1,7 @@
 """How an image tower gives tokens and attention: open_clip's own ViT, and the ViTs of timm.
 
-Row 0 of the features is what the tower itself says of the whole image; rows 1 to N are its patches.
-What that row is, and whose attention is stored, goes by how the tower pools:
+Row 0 of the features is the tower's own vector for the whole image; rows 1 to N are its patches.
+What that row is, and whose attention is stored, depends on how the tower pools:
 
     token   its class token; the class token's attention in the last block
     map     the output of its pooling head (SigLIP); the attention of the head's query
@@ -12,6 +12,7 @@ B views, N patches, T = 1 + N tokens, W the tower's width, C the features' width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from milan.errors import TeacherError
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TextTower
 
 CLASS_TOKEN: Final = {
@@ -37,16 +39,16 @@ ATTENTION: Final = {
     "map": "of the pooling head's query, mean over heads",
     "avg": "mean over the patches' queries, last block, mean over heads",
 }
-"""What a store says of its teacher, by the tower's pooling."""
+"""What a store records of its teacher, by the tower's pooling."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A tower with its weights, and what is known of it."""
+    """A tower with its weights, and where they come from."""
 
     tower: Tower
     architecture: dict
-    """With the weights it determines the outputs."""
+    """Settings that determine the outputs, together with the weights."""
     own: dict
     """`mean` and `std` of its own normalisation."""
     pretrained: str
@@ -54,7 +56,17 @@ class Loaded:
     licence: str
     notes: list[str]
     texts: TextTower | None = None
-    """Its text tower, if that was asked for."""
+    """Its text tower, if `spec.texts`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of teachers: which names are its own, and how one of them is loaded."""
+
+    accepts: Callable[[str], bool]
+    """Whether the teacher of this name is of the family."""
+    load: Callable[[TeacherSpec], Loaded]
+    """Builds the teacher; raises TeacherError, with the nearest names for an unknown one."""
 
 
 class Tower:
@@ -71,14 +83,14 @@ class Tower:
     channels: int
     """C."""
     plain = False
-    """A class token, and nothing left out, of open_clip's own ViT: what most stores hold."""
+    """Whether it is open_clip's own ViT with a class token and nothing left out, as most are."""
 
     def identity(self) -> dict:
-        """What the fingerprint holds of row 0 and of tokens left out; empty for the plain kind."""
+        """Row 0 and the tokens left out, for the fingerprint; empty for the plain kind."""
         return {} if self.plain else {"pooling": self.pooling, "left_out": self.left_out}
 
     def about(self) -> dict:
-        """What the store tells of row 0, of the attention, and how many tokens are left out."""
+        """Row 0, the attention, and how many tokens are left out, for the store's description."""
         return {
             "class_token": CLASS_TOKEN[self.pooling],
             "attention": ATTENTION[self.pooling],
@@ -86,19 +98,21 @@ class Tower:
         }
 
     def notes(self) -> list[str]:
-        """The same for people, where it is not what they would expect."""
+        """The same as lines for people, where it is not what they would expect."""
         if self.plain:
             return []
-        told = f"row 0 is {CLASS_TOKEN[self.pooling]}; attention {ATTENTION[self.pooling]}"
-        left = f"; left out beside the patches: {self.left_out} (registers, an unused class token)"
-        return [told + (left if self.left_out else "")]
+        note = f"row 0 is {CLASS_TOKEN[self.pooling]}; attention {ATTENTION[self.pooling]}"
+        if self.left_out:
+            note += f"; left out beside the patches: {self.left_out}"
+            note += " (registers, an unused class token)"
+        return [note]
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, S, S] to features [B, T, C]; under the caller's autocast."""
         raise NotImplementedError
 
     def attention(self) -> torch.Tensor:
-        """[B, N] float32 of the images just shown, > 0, not renormalised; knows no autocast."""
+        """[B, N] float32 of the last images, > 0, not renormalised; computed without autocast."""
         raise NotImplementedError
 
 
@@ -129,7 +143,7 @@ class NativeTower(Tower):
         self.size, self.patch = int(visual.image_size[0]), int(visual.patch_size[0])
         self.channels = int(visual.proj.shape[1])
         visual.output_tokens = False
-        self._seen: dict[str, torch.Tensor] = {}
+        self._hooked: dict[str, torch.Tensor] = {}
         for each in visual.transformer.resblocks:
             if isinstance(each.attn, nn.MultiheadAttention):
                 each.attention = partial(_attend, each.attn)
@@ -138,28 +152,28 @@ class NativeTower(Tower):
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         pooled = self.module(images)
-        tokens = self.module.ln_post(self._seen.pop("output")) @ self.module.proj
+        tokens = self.module.ln_post(self._hooked.pop("output")) @ self.module.proj
         if self.pooling == "avg":
             tokens = torch.cat([pooled[:, None].to(tokens.dtype), tokens[:, 1:]], dim=1)
         return tokens
 
     def attention(self) -> torch.Tensor:
-        block, x = self.module.transformer.resblocks[-1], self._seen.pop("input")
+        block, x = self.module.transformer.resblocks[-1], self._hooked.pop("input")
         return (class_attention if self.pooling == "token" else mean_attention)(block, x)
 
     def _keep_input(self, _: nn.Module, args: tuple) -> None:
-        self._seen["input"] = args[0]
+        self._hooked["input"] = args[0]
 
     def _keep_output(self, _: nn.Module, __: tuple, output: torch.Tensor) -> None:
-        self._seen["output"] = output
+        self._hooked["output"] = output
 
 
 class TimmTower(Tower):
     """A ViT of timm, alone or inside a CLIP: every token through final norm and projection.
 
     `head` is what a CLIP has behind its timm trunk. The last attention is not written out here for
-    each variant (query and key norms, rotary positions, separate biases, grouped keys): it runs
-    once more in float32, up to where it has its queries and keys.
+    each variant (query and key norms, rotary positions, separate biases, grouped keys): timm's own
+    runs a second time in float32, up to where it has its queries and keys.
     """
 
     def __init__(
@@ -172,9 +186,7 @@ class TimmTower(Tower):
         self.prefix: int = trunk.num_prefix_tokens
         self.left_out = self.prefix - (pooling == "token")
         self.patches: int = embed.num_patches
-        asked: Any = (
-            trunk.attn_pool if pooling == "map" else getattr(trunk.blocks[-1], "attn", None)
-        )
+        attn: Any = trunk.attn_pool if pooling == "map" else getattr(trunk.blocks[-1], "attn", None)
         why = ""
         if embed.img_size[0] != embed.img_size[1]:
             why = f"its images are not square: {embed.img_size}"
@@ -182,38 +194,38 @@ class TimmTower(Tower):
             why = f"{self.patch}-pixel patches do not tile {self.size} pixels"
         elif pooling not in CLASS_TOKEN:
             why = f"it pools by {pooling!r}"
-        elif asked is None:
+        elif attn is None:
             why = "its blocks have no attention of their own"
         if why:
             refuse(name, why)
-        asked.fused_attn = True  # else it would attend without scaled_dot_product_attention
-        self._asked = asked
+        attn.fused_attn = True  # else it would attend without scaled_dot_product_attention
+        self._attn = attn
         count = self.patches + (self.prefix if pooling != "map" else 0)
         example = torch.zeros(1, count, trunk.embed_dim, device=next(trunk.parameters()).device)
         with torch.no_grad():
             try:
-                _queries_and_keys(self._asked, (example,), {})
+                _queries_and_keys(self._attn, (example,), {})
                 self.channels = int(self._project(example).shape[-1])
             except (RuntimeError, TypeError, ValueError) as error:
                 refuse(name, f"its attention is not a plain one ({str(error)[:100]})")
         self._input: tuple[tuple, dict] | None = None
-        self._asked.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        self._attn.register_forward_pre_hook(self._keep_input, with_kwargs=True)
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         x = self.trunk.forward_features(images)
         patches = self._project(x[:, self.prefix :])
         if self.pooling == "token":
-            whole = self._project(x[:, :1])
+            image = self._project(x[:, :1])
         else:
-            whole = self.head(self.trunk.forward_head(x))[:, None]
-        return torch.cat([whole, patches.to(whole.dtype)], dim=1)
+            image = self.head(self.trunk.forward_head(x))[:, None]
+        return torch.cat([image, patches.to(image.dtype)], dim=1)
 
     def attention(self) -> torch.Tensor:
-        assert self._input is not None, "no image was shown"
+        assert self._input is not None, "tokens() has not run"
         (args, kwargs), self._input = self._input, None
-        q, k, bias = _queries_and_keys(self._asked, args, kwargs)
-        averaged = 0 if getattr(self.trunk, "pool_include_prefix", False) else self.prefix
-        rows = slice(averaged, None) if self.pooling == "avg" else slice(0, 1)
+        q, k, bias = _queries_and_keys(self._attn, args, kwargs)
+        first_averaged = 0 if getattr(self.trunk, "pool_include_prefix", False) else self.prefix
+        rows = slice(first_averaged, None) if self.pooling == "avg" else slice(0, 1)
         return mean_softmax(q, k, bias, rows=rows, patches=self.patches)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
@@ -225,19 +237,19 @@ class TimmTower(Tower):
 
 
 def check_vit(name: str, trunk: Any) -> None:
-    """Refuse the teacher `name` unless timm's `trunk` is a ViT as this module knows them."""
+    """Refuse the teacher `name` unless timm's `trunk` is a ViT that this module supports."""
     if not isinstance(trunk, VisionTransformer | Eva | Beit):
         refuse(name, f"its image tower is a {type(trunk).__name__}")
 
 
 def patch_of(trunk: Any) -> int:
-    """Pixels along the edge of a patch; of a hybrid, those that its stem makes one token of."""
+    """Pixels along the edge of a patch; of a hybrid, those that its stem reduces to one token."""
     embed = trunk.patch_embed
     return int(embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size[0])
 
 
-class _Catch(TorchFunctionMode):
-    """Keeps what reaches scaled_dot_product_attention, and does not attend."""
+class _CaptureAttention(TorchFunctionMode):
+    """Records the arguments of scaled_dot_product_attention in place of running it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +260,7 @@ class _Catch(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             self.calls.append((args, kwargs or {}))
-            return args[0]  # of the right shape; nobody looks at what becomes of it
+            return args[0]  # of the right shape; the result is not used
         return func(*args, **(kwargs or {}))
 
 
@@ -260,13 +272,13 @@ def _queries_and_keys(
     Raises ValueError unless `attn` attends exactly once, without a mask.
     """
     args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
-    with torch.autocast(args[0].device.type, enabled=False), _Catch() as caught:
+    with torch.autocast(args[0].device.type, enabled=False), _CaptureAttention() as captured:
         attn.forward(*args, **kwargs)  # not the call: its hooks have run
-    if len(caught.calls) != 1:
-        raise ValueError(f"{len(caught.calls)} calls of scaled_dot_product_attention")
-    (q, k, *_), said = caught.calls[0]
-    bias, scale = said.get("attn_mask"), said.get("scale")
-    if said.get("is_causal") or (bias is not None and bias.dtype == torch.bool):
+    if len(captured.calls) != 1:
+        raise ValueError(f"{len(captured.calls)} calls of scaled_dot_product_attention")
+    (q, k, *_), options = captured.calls[0]
+    bias, scale = options.get("attn_mask"), options.get("scale")
+    if options.get("is_causal") or (bias is not None and bias.dtype == torch.bool):
         raise ValueError("it masks tokens")
     return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, bias
 
@@ -288,7 +300,7 @@ def mean_softmax(
             if bias is not None:
                 logits = logits + bias.expand(*q.shape[:3], k.shape[2])[:, head, rows]
             total += logits.softmax(dim=-1)[..., -patches:].mean(dim=1)
-    # A softmax tail can underflow; sampling must never meet a zero weight.
+    # A softmax tail can underflow; sampling needs weights above zero.
     return (total / heads).clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -301,8 +313,8 @@ def _attend(attn: nn.MultiheadAttention, q_x: torch.Tensor, **_: Any) -> torch.T
     batch, tokens, width = q_x.shape
     qkv = F.linear(q_x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = qkv.view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return attn.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return attn.out_proj(attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
 def _norm_1(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -325,18 +337,17 @@ def class_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
         weight_q, weight_k, _ = attn.in_proj_weight.float().chunk(3)
         q = y[:, 0] @ weight_q.T + attn.in_proj_bias.float()[:width]  # [B, W]
         q = q.view(-1, heads, width // heads)
-        back = torch.einsum("bhd,hdw->bhw", q, weight_k.view(heads, width // heads, width))
-        logits = back @ y.transpose(1, 2) * (width // heads) ** -0.5  # [B, heads, T]
+        query = torch.einsum("bhd,hdw->bhw", q, weight_k.view(heads, width // heads, width))
+        logits = query @ y.transpose(1, 2) * (width // heads) ** -0.5  # [B, heads, T]
         attention = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
-    # A softmax tail can underflow; sampling must never meet a zero weight.
+    # A softmax tail can underflow; sampling needs weights above zero.
     return attention.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def mean_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
     """As `class_attention`, of a tower that averages: the mean over the queries of all patches.
 
-    It is to the average what the class token's attention is to the class token: values are mixed by
-    it into what is averaged.
+    The average weighs the patches' values by it, as the class token weighs them by its own.
     """
     attn = block.attn
     with torch.autocast(x.device.type, enabled=False):
@@ -348,7 +359,7 @@ def mean_attention(block: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def refuse(name: str, why: str) -> NoReturn:
-    """Raise TeacherError: `name` has no usable tokens; it lists those that have."""
+    """Raise TeacherError: the teacher `name` has no usable tokens; it lists some that have."""
     raise TeacherError(
         f"teacher {name} cannot give targets: {why}",
         expected="a ViT of open_clip (ViT-B-16, EVA02-B-16, ViT-B-16-SigLIP2, ViTamin-B) or of "

@@ -1,4 +1,4 @@
-"""Weight files of teachers: found, read without running anything in them, named by a digest."""
+"""Weight files of teachers: where they are, reading them without running code in them, digests."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     A state dict inside a training checkpoint is taken out; `module.` of a wrapped model is cut off.
     No code in the file is run. Raises TeacherError for what is no state dict.
     """
-    found: Any
+    content: Any
     try:
         if file.suffix == ".safetensors":
-            found = load_file(file)
+            content = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
-            if isinstance(found.get(key), dict):
-                found = found[key]
+            if isinstance(content.get(key), dict):
+                content = content[key]
                 break
-        state = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+        state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
         if not state:
             raise ValueError("no tensors in it")
     except Exception as error:  # safetensors, pickle, zip and torch each have their own
-        first = " ".join(str(error).split())[:160] or "an empty file"
+        reason = " ".join(str(error).split())[:160] or "an empty file"
         raise TeacherError(
-            f"{file} cannot be loaded safely: {type(error).__name__}: {first}",
+            f"{file} cannot be loaded safely: {type(error).__name__}: {reason}",
             expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",
         ) from None
     return {k.removeprefix("module."): v for k, v in state.items()}
@@ -60,7 +60,7 @@ def weight_file(name: str, pretrained: str, tags: list[str]) -> Path:
 
 
 def published_licence(tag: str) -> str:
-    """The licence of weights by open_clip's tag, where their publisher states one."""
+    """The licence of the weights with open_clip's `tag`, else `unknown`."""
     return next((text for key, text in _LICENCES.items() if tag.startswith(key)), "unknown")
 
 
@@ -79,7 +79,7 @@ def not_here(
     what: str, wanted: str, *, offline: bool, error: Exception | None = None
 ) -> TeacherError:
     """The error for weights `what` that cannot be fetched; `wanted` is the file to place here."""
-    why = "no file of them is published in a form that is read here, and"
+    why = "they are not published in a format that can be read safely, and"
     if offline:
         why = "--offline, and"
     elif error is not None:
@@ -95,8 +95,10 @@ def do_not_fit(
 ) -> TeacherError:
     """The error for weights of another layout than the tower's."""
     lines = [line.strip() for line in str(error).splitlines()[:3]]
-    told = " ".join(lines)[:300] or type(error).__name__
-    return TeacherError(f"the weights {pretrained} do not fit the {tower} tower of {name}: {told}")
+    reason = " ".join(lines)[:300] or type(error).__name__
+    return TeacherError(
+        f"the weights {pretrained} do not fit the {tower} tower of {name}: {reason}"
+    )
 
 
 def weights_digest(tower: nn.Module, *, without: tuple[str, ...] = ()) -> str:
@@ -114,8 +116,8 @@ def weights_digest(tower: nn.Module, *, without: tuple[str, ...] = ()) -> str:
 
 
 def go_offline() -> None:
-    """No hub is asked from here on, in this process and in those it starts."""
-    # The hub's client reads its switch once, when it is imported, and timm has imported it.
+    """Request nothing of a hub from here on, in this process and in those it starts."""
+    # The hub's client reads the variable once, when it is imported, and timm has imported it.
     import huggingface_hub.constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -123,9 +125,9 @@ def go_offline() -> None:
 
 
 def shown_name(name: str) -> str:
-    """As a store calls the teacher: its name, or that of its config file or folder."""
+    """The teacher's name in a store: `name`, or that of its config file or folder."""
     if not name.endswith(".json"):
         return name
     path = Path(name)
-    plain = path.stem in ("config", "open_clip_config")  # then the folder's name says more
-    return path.resolve().parent.name if plain else path.stem
+    generic = path.stem in ("config", "open_clip_config")  # then the folder's name says more
+    return path.resolve().parent.name if generic else path.stem

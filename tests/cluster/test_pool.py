@@ -1,4 +1,4 @@
-"""Tests of pipeline/cluster/pool.py with real Ray: the same bytes, whatever is killed."""
+"""Tests of pipeline/cluster with real Ray: the same bytes, whatever is killed."""
 
 from __future__ import annotations
 
@@ -132,13 +132,13 @@ def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch
     """Not even one that happens to run on this machine, which Ray by itself would join."""
     import ray
 
-    from pipeline.cluster.pool import _connect
+    from pipeline.cluster.connect import connect
 
     joined: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **given: joined.append(given["address"]))
-    assert _connect(None)
+    assert connect(None)
     assert joined == ["local"]
 
 
@@ -209,7 +209,7 @@ def test_pretraining_on_two_nodes(
     assert (figures["finished"], figures["rank"]) == (True, 0)
     told = [line for line in notes.lines if line.startswith("steps: 60 of 8 images (2 x ")]
     assert len(told) == 1 + killed
-    assert any("start again from the last checkpoint" in line for line in notes.lines) == killed
+    assert any("restart from the last checkpoint" in line for line in notes.lines) == killed
     ours, theirs = ([line["loss"] for line in log_of(run)] for run in (shared, alone))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -235,9 +235,9 @@ def cluster() -> Iterator[str]:
     """A cluster that was there before, and stays: its address."""
     import ray
 
-    from pipeline.cluster.pool import _connect
+    from pipeline.cluster.connect import connect
 
-    assert _connect(None)
+    assert connect(None)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -278,20 +278,20 @@ def test_what_a_worker_refuses_ends_the_run(
 
 def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
     """A worker that dies each time: three attempts, then the block is named with a reason."""
-    from pipeline.cluster.pool import map_blocks
+    from pipeline.cluster.connect import RemoteClass
+    from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
     failures: list[tuple[int, int]] = []
     lost = map_blocks(
-        ("os", "_exit"),  # a worker that ends its process as soon as it is made
-        {"status": 1},
+        RemoteClass("os", "_exit", {"status": 1}),  # ends its process as soon as it is built
         np.arange(8)[:, None] == [7, 7],  # block 7, both views
-        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
-        on_done=lambda *_: pytest.fail("there is nothing to commit"),
-        on_progress=lambda _: None,
-        on_failure=lambda block, attempt, why: failures.append((block, attempt)),
-        replicas=1,
-        gpus=0,
-        address=None,
+        BlockCallbacks(
+            folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+            on_done=lambda *_: pytest.fail("there is nothing to commit"),
+            on_progress=lambda _: None,
+            on_failure=lambda block, attempt, why: failures.append((block, attempt)),
+        ),
+        Replicas(count=1, gpus=0, address=None),
         attempts=3,
     )
     assert failures == [(7, 0), (7, 1), (7, 2)]
@@ -303,22 +303,23 @@ def test_one_slow_worker_does_not_hold_the_tail(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block hangs on one worker: an idle one makes it, once, and the run ends."""
-    import pipeline.cluster.pool
+    from pipeline.cluster.connect import RemoteClass
+    from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
-    monkeypatch.setattr(pipeline.cluster.pool, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.cluster.pool._BACKUP_SECONDS", 1.0)
     done: list[tuple[int, str]] = []
     began = time.monotonic()
-    lost = pipeline.cluster.pool.map_blocks(
-        ("tests.cluster.paper_worker", "Paper"),
-        {"folder": str(tmp_path), "slow": 2, "seconds": 300},
+    arguments = {"folder": str(tmp_path), "slow": 2, "seconds": 300}
+    lost = map_blocks(
+        RemoteClass("tests.cluster.paper_worker", "Paper", arguments),
         np.ones((8, 2), bool),
-        folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
-        on_done=lambda block, folder, records: done.append((block, folder.name)),
-        on_progress=lambda _: None,
-        on_failure=lambda block, attempt, why: pytest.fail(why),
-        replicas=2,
-        gpus=0,
-        address=None,
+        BlockCallbacks(
+            folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+            on_done=lambda block, folder, records: done.append((block, folder.name)),
+            on_progress=lambda _: None,
+            on_failure=lambda block, attempt, why: pytest.fail(why),
+        ),
+        Replicas(count=2, gpus=0, address=None),
         attempts=3,
     )
     assert time.monotonic() - began < 120

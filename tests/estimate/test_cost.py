@@ -11,25 +11,18 @@ from helpers import make_photos
 from PIL import Image
 
 from milan.core.progress import NoProgress
+from milan.core.units import format_bytes, parse_bytes
 from milan.errors import ConfigError
 from milan.store.format import GENERATION, Index
 from pipeline.config import ExtractConfig
-from pipeline.estimate.cost import (
-    amount,
-    cost_of,
-    duration,
-    estimate_cost,
-    parse_size,
-    seconds_of,
-    within,
-)
+from pipeline.estimate.cost import cost_of, estimate_cost, fit_budget, seconds_of
 from pipeline.estimate.decoding import Decoding, measure_decoding
 from pipeline.estimate.size import size_of_store
-from pipeline.estimate.throughput import Rates
+from pipeline.estimate.throughput import Throughput
 from pipeline.extract import extract_targets
 from pipeline.extraction.plan import Plan, plan
 
-RATES = Rates(image=0.5, forward=0.1, write=50e6, told="made up")
+SPEED = Throughput(image_seconds=0.5, teacher_seconds=0.1, write_rate=50e6, source="made up")
 
 
 @pytest.fixture
@@ -83,7 +76,7 @@ def test_the_plan_of_a_growing_store(
     make_photos(tmp_path / "p", count=20)
     config = replace(config, views=4)
     tables = estimate_cost(config, images_per_second=1.0)
-    assert dict(tables["Planned"])["still to make"].startswith("8 shards, ")
+    assert dict(tables["Planned"])["still to write"].startswith("8 shards, ")
     sizes = size_of_store(plan(config, NoProgress()))
     extract_targets(config)
     total, files, folders = on_disk(Path(config.out))
@@ -91,7 +84,7 @@ def test_the_plan_of_a_growing_store(
     assert (sizes.files, sizes.folders) == (files, folders)
     assert "time" in dict(tables["Extraction"])
     done = estimate_cost(config, images_per_second=1.0)
-    assert dict(done["Planned"])["still to make"].startswith("0 shards, 0 B")
+    assert dict(done["Planned"])["still to write"].startswith("0 shards, 0 B")
 
 
 def test_sizes_of_the_published_teacher(planned: Plan) -> None:
@@ -121,22 +114,22 @@ def test_a_plan_of_400_million_images_takes_a_moment(planned: Plan) -> None:
 def test_time_is_that_of_the_teacher_or_of_the_disk(planned: Plan) -> None:
     """The slower of both; replicas share the teacher's part, not the disk."""
     left = [planned.parts[0].spec.shards]
-    assert seconds_of(planned, (1, 1, None), RATES, left) == pytest.approx(24 * 0.5)
-    assert seconds_of(planned, (4, 1, None), RATES, left) == pytest.approx(3)
-    slow = replace(RATES, write=100.0)
+    assert seconds_of(planned, (1, 1, None), SPEED, left) == pytest.approx(24 * 0.5)
+    assert seconds_of(planned, (4, 1, None), SPEED, left) == pytest.approx(3)
+    slow = replace(SPEED, write_rate=100.0)
     disk = planned.parts[0].spec.total_bytes() / 100
     assert seconds_of(planned, (4, 1, None), slow, left) == pytest.approx(disk)
-    assert seconds_of(planned, (1, 1, None), RATES, [3]) == pytest.approx(6)  # half is there
+    assert seconds_of(planned, (1, 1, None), SPEED, [3]) == pytest.approx(6)  # half is there
 
 
 def test_what_training_needs_and_saves(planned: Plan) -> None:
-    """0.5 s once against 0.1 s an epoch: paid back after 5; reads are rate x bytes."""
-    rows = dict(cost_of(planned, (1, 1, None), RATES, train=1000)["Training from it"])
-    assert rows["paid back after"].startswith("5.0 epochs: ")
+    """0.5 s once against 0.1 s an epoch: break-even after 5; reads are rate x bytes."""
+    rows = dict(cost_of(planned, (1, 1, None), SPEED, train=1000)["Training from it"])
+    assert rows["break-even"].startswith("5.0 epochs: ")
     a_view = planned.parts[0].spec.view_bytes()
-    assert rows["reads"].startswith(f"{amount(1000 * a_view)}/s of targets and ")
+    assert rows["reads"].startswith(f"{format_bytes(1000 * a_view)}/s of targets and ")
     assert rows["a step online"].startswith("101.00 times as long")
-    assumed = dict(cost_of(planned, (1, 1, None), RATES)["Training from it"])
+    assumed = dict(cost_of(planned, (1, 1, None), SPEED)["Training from it"])
     assert "assumed" in assumed["training, images/s"]
     assert "a step online" not in assumed
 
@@ -148,7 +141,7 @@ def test_storing_views_is_recommended_where_decoding_starves(
     planned: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """100 ms at 6,000 images/s are 600 cores; with a speed that is given, this machine's count."""
-    rows = dict(cost_of(planned, (1, 1, None), RATES, SLOW)["Training from it"])
+    rows = dict(cost_of(planned, (1, 1, None), SPEED, SLOW)["Training from it"])
     assert rows["decoding"] == (
         "600 cores at 100 ms a view of the originals, 96 assumed: NOT ENOUGH"
     )
@@ -156,19 +149,19 @@ def test_storing_views_is_recommended_where_decoding_starves(
     assert stored == (
         "6 cores at 1 ms a view; about 30 KB more each, 1.44 MB in all, RECOMMENDED for a new store"
     )
-    rows = dict(cost_of(planned, (1, 1, None), RATES, FAST)["Training from it"])
+    rows = dict(cost_of(planned, (1, 1, None), SPEED, FAST)["Training from it"])
     assert rows["decoding"].endswith("96 assumed: enough")
     assert "RECOMMENDED" not in rows["with --store-views jpeg:95"]
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert [SLOW.starves(train) for train in (79, 81)] == [False, True]
-    assert "decoding" not in dict(cost_of(planned, (1, 1, None), RATES)["Training from it"])
+    monkeypatch.setattr("pipeline.estimate.decoding.cpu_count", lambda: 8)
+    assert [SLOW.is_bottleneck(train) for train in (79, 81)] == [False, True]
+    assert "decoding" not in dict(cost_of(planned, (1, 1, None), SPEED)["Training from it"])
 
 
 def test_a_plan_with_stored_views_decodes_these(planned: Plan) -> None:
     """There is nothing left to recommend."""
     part = planned.parts[0]
     kept = replace(planned, parts=[replace(part, spec=replace(part.spec, stored_views="webp"))])
-    rows = dict(cost_of(kept, (1, 1, None), RATES, SLOW)["Training from it"])
+    rows = dict(cost_of(kept, (1, 1, None), SPEED, SLOW)["Training from it"])
     assert rows["decoding"] == "6 cores at 1 ms a view as stored, 96 assumed: enough"
     assert not [what for what in rows if what.startswith("with")]
 
@@ -198,7 +191,7 @@ def test_the_plan_and_the_budget_act_on_it(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured decides what `milan plan --budget` proposes."""
-    monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: RATES)
+    monkeypatch.setattr("pipeline.estimate.cost.measure_throughput", lambda *_: SPEED)
     for found, kept in ((SLOW, " --store-views jpeg:95"), (FAST, "")):
         monkeypatch.setattr("pipeline.estimate.cost.measure_decoding", lambda _, found=found: found)
         tables = estimate_cost(config, budget="2MB")
@@ -211,18 +204,20 @@ def test_the_measurement_leaves_nothing(config: ExtractConfig, tmp_path: Path) -
     """Real images, teacher and disk; then the folder is as it was."""
     tables = estimate_cost(config)
     assert list(tmp_path.iterdir()) == []
-    assert dict(tables["Extraction"])["rates"].startswith("measured with ")
+    assert dict(tables["Extraction"])["throughput"].startswith("measured with ")
 
 
 def test_given_rates_measure_nothing(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--images-per-second replaces the measurement."""
-    monkeypatch.setattr("pipeline.estimate.cost.calibrate", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "pipeline.estimate.cost.measure_throughput", lambda *_: pytest.fail("measured")
+    )
     tables = estimate_cost(config, images_per_second=2.0, write_mb_per_second=10)
     rows = dict(tables["Extraction"])
-    assert (rows["rates"], rows["time"]) == ("given", "12.0 s")
-    with pytest.raises(ConfigError, match="a rate of nothing"):
+    assert (rows["throughput"], rows["time"]) == ("given", "12.0 s")
+    with pytest.raises(ConfigError, match="--images-per-second 0"):
         estimate_cost(config, images_per_second=0)
 
 
@@ -244,9 +239,9 @@ def large(planned: Plan) -> Plan:
 )  # fmt: skip
 def test_a_budget_prefers_views(large: Plan, budget: str, codec: str, views: int) -> None:
     """int8 with at most 16 views; pq where fewer than 4 would fit; and the proposal fits."""
-    chosen, tables = within(large, budget)
+    chosen, tables = fit_budget(large, budget)
     assert (chosen.config.codec, chosen.config.views) == (codec, views)
-    assert size_of_store(chosen).total <= parse_size(budget)
+    assert size_of_store(chosen).total <= parse_bytes(budget)
     (rows,) = tables.values()
     assert rows[-1] == ("proposed", f"--views {views} --codec {codec}")
 
@@ -256,20 +251,20 @@ def test_a_budget_keeps_views_where_decoding_starves(large: Plan) -> None:
     part = large.parts[0]
     spec = replace(part.spec, view_law={**part.spec.view_law, "size": 224})
     large = replace(large, parts=[replace(part, spec=spec)])
-    chosen, tables = within(large, "600GB", store_views=True)
+    chosen, tables = fit_budget(large, "600GB", store_views=True)
     assert (chosen.config.codec, chosen.config.views) == ("int8", 4)
     assert chosen.config.store_views == chosen.parts[0].spec.stored_views == "jpeg:95"
     assert size_of_store(chosen).total <= 600e9
     (rows,) = tables.values()
     assert rows[-1] == ("proposed", "--views 4 --codec int8 --store-views jpeg:95")
-    chosen, _ = within(large, "10GB", store_views=True)
+    chosen, _ = fit_budget(large, "10GB", store_views=True)
     assert (chosen.config.codec, chosen.config.store_views) == ("pq:16", "none")
 
 
 def test_a_budget_too_small(large: Plan) -> None:
     """The least that would do is named."""
-    with pytest.raises(ConfigError, match=r"holds not one view of 1,000,000 images.*GB \(pq:16\)"):
-        within(large, "1GB")
+    with pytest.raises(ConfigError, match=r"not one view of 1,000,000 images fits.*GB \(pq:16\)"):
+        fit_budget(large, "1GB")
 
 
 def test_a_budget_is_for_a_new_store(config: ExtractConfig) -> None:
@@ -277,24 +272,3 @@ def test_a_budget_is_for_a_new_store(config: ExtractConfig) -> None:
     extract_targets(config)
     with pytest.raises(ConfigError, match="which has begun"):
         estimate_cost(config, budget="1GB")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2TB", 2e12), ("1.5 GB", 1.5e9), ("500mb", 5e8), ("1TiB", 2**40), ("7", 7), ("3k", 3e3)],
-)
-def test_sizes_as_people_write_them(text: str, size: float) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "TB", "much", "-1GB", "0", "1..2GB", "2XB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size"):
-        parse_size(text)
-
-
-def test_figures_for_people() -> None:
-    assert [amount(n) for n in (0, 999, 1000, 131.3e9, 2.1e12, 4e16)] == [
-        "0 B", "999 B", "1 KB", "131 GB", "2.1 TB", "40,000 TB"
-    ]  # fmt: skip
-    assert [duration(s) for s in (0.0012, 3.44, 7500)] == ["1.2 ms", "3.4 s", "2:05:00 h"]

@@ -652,8 +652,8 @@ def test_a_plan_writes_nothing(
     planned = dict(summary["costs"]["Planned"])
     assert planned["store"] == url
     assert "objects" in planned
-    assert "free on that disk" not in planned
-    assert dict(summary["costs"]["Extraction"])["the disk takes"] == "not given"
+    assert "free on its disk" not in planned
+    assert dict(summary["costs"]["Extraction"])["the disk writes"] == "unknown"
     assert not [r for r, _ in s3.seen if r.method not in ("GET", "HEAD")]
     assert list(files_below(Url(url))) == []
     with pytest.raises(ConfigError, match=r"--out memory://x/t\.zarr"):

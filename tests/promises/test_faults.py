@@ -147,7 +147,9 @@ def spoilt_rank(cache: str, calls: set[int], **settings: Any) -> dict[str, Any]:
 
 def two_ranks(store: Path, calls: set[int], progress: Progress, **settings: Any) -> dict[str, Any]:
     arguments = {"cache": str(store), "calls": calls, **settings}
-    return launch(spoilt_rank, arguments, ranks=2, restarts=0, again=dict, progress=progress)
+    return launch(
+        spoilt_rank, arguments, ranks=2, restarts=0, restart_arguments=dict, progress=progress
+    )
 
 
 def rows_of(store: Path, run: dict[str, Any], step: int, rank: int) -> str:

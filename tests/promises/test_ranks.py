@@ -104,7 +104,7 @@ def test_a_rank_that_dies(store: Path, alone: Path, tmp_path: Path) -> None:
     os.kill(ranks[-1], signal.SIGKILL)
     code, output = process.end()
     assert code == 0, output
-    assert "all start again from the last checkpoint (1 of 3 times)" in output
+    assert "all ranks restart from the last checkpoint (restart 1 of 3)" in output
     close(out, alone)
 
 
@@ -166,7 +166,7 @@ def test_an_error_of_a_rank_is_the_runs(store: Path, tmp_path: Path) -> None:
     bad = {**TWO, "out": str(tmp_path), "lr": 1e30, "objective": "pixels", "epochs": 20}
     with pytest.raises(TrainError, match="the loss of step"):
         milan.pretrain(str(store), progress=notes, **bad, warmup_epochs=0)
-    assert not [line for line in notes.lines if "start again" in line]
+    assert not [line for line in notes.lines if "ranks restart" in line]
 
 
 def test_what_does_not_fit_is_said_before(store: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_asked_to_stop_before_the_first_step(store: Path, tmp_path: Path) -> Non
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "stopped by SIGTERM" in said
-    assert "start again" not in said
+    assert "ranks restart" not in said
     done = run_here(*line[1:-1], 1, "--max-steps", 1)
     assert done.code == 0, done.err
 

@@ -18,7 +18,6 @@ import pytest
 from helpers import STUDENT
 
 import milan
-from milan.config import bytes_of
 from milan.data.dataset import open_cache
 from milan.data.loader import _windows, training_loader
 from milan.data.order import order_of
@@ -376,22 +375,6 @@ def test_a_window_must_fit(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one of local and cache_limit"):
         milan.pretrain(str(store), **run)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("20GB", 20 * 10**9), ("1.5 TB", 15 * 10**11), ("512MiB", 2**29), ("1e6", 10**6), ("7", 7)],
-)
-def test_sizes(text: str, size: int) -> None:
-    """As people write them."""
-    assert bytes_of(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "many", "-1GB", "nan", "inf", "20 bananas", "0"])
-def test_sizes_that_are_none(text: str) -> None:
-    """Said in one line."""
-    with pytest.raises(ConfigError, match="a size of"):
-        bytes_of(text)
 
 
 def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TeacherError
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
-from pipeline.teachers.towers import class_attention
+from pipeline.teachers.clip import load_clip
+from pipeline.teachers.load import FAMILIES, Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
+from pipeline.teachers.towers import Family, Loaded, class_attention
 from pipeline.teachers.weights import weights_digest
 
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -95,6 +98,21 @@ def test_features_and_attention_are_the_models_own(
     assert attention.std() > 0.01, "this attention is too flat to tell anything apart"
     # Not renormalised: the class token keeps its own share.
     assert (attention.sum(dim=1) < 1 - 1e-4).all()
+
+
+def test_a_family_from_outside(
+    teacher: Teacher, teacher_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family is a test of the name and a loader; `load_teacher` needs nothing else of it."""
+
+    def load_toy(spec: TeacherSpec) -> Loaded:
+        return load_clip(replace(spec, name=spec.name.removeprefix("toy:")))
+
+    toy = Family(lambda name: name.startswith("toy:"), load_toy)
+    monkeypatch.setattr("pipeline.teachers.load.FAMILIES", (toy, *FAMILIES))
+    ours = load({**teacher_files, "teacher": "toy:" + teacher_files["teacher"]})
+    assert ours.identity == teacher.identity
+    assert load(teacher_files).identity == teacher.identity
 
 
 def test_targets_are_those_of_normalised_pixels(teacher: Teacher) -> None:

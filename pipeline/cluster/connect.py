@@ -1,0 +1,155 @@
+"""A Ray cluster: joined by its address, or started on this machine; and the actors that run there.
+
+Milan never joins a cluster that was not named, and sends no usage statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from milan.errors import MilanError
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address` or $RAY_ADDRESS, or start Ray on this machine.
+
+    Returns whether the caller must shut Ray down: False if this process was connected before.
+    Raises MilanError if the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return False
+    target = address or os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
+    try:
+        if target:
+            _probe(target)
+        ray.init(
+            address=target or "local",  # not a cluster that happens to run on this machine
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if target else local),
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"the Ray cluster at {target}" if target else "Ray on this machine"
+        raise MilanError(
+            f"{where} cannot be reached: {str(error).splitlines()[0]}",
+            fix="without Ray: --executor local for extraction, torchrun for pretraining",
+        ) from None
+    return True
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Inside, this process is connected as by `connect`; afterwards as it was before."""
+    ours = connect(address)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def cluster_gpus(address: str | None) -> int:
+    """GPUs of the cluster at `address` or $RAY_ADDRESS."""
+    with connected(address):
+        return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _probe(address: str) -> None:
+    """Raise OSError if nobody answers at host:port; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@dataclass(frozen=True)
+class RemoteClass:
+    """A class by its name, with the arguments it is built with: both are resolved on its node."""
+
+    module: str
+    name: str
+    arguments: dict[str, Any]
+    """Of its constructor; pickled."""
+
+    def starter(self, **options: Any) -> Callable[..., Any]:
+        """A function that starts an actor which hosts an instance, with these options of Ray.
+
+        The function takes further options. Ray never restarts such an actor by itself.
+        """
+        actor: Any = ray.remote(_host_class())
+        payload = (_ROOT, self.module, self.name, pickle.dumps(self.arguments))
+        return lambda **more: actor.options(max_restarts=0, **options, **more).remote(*payload)
+
+
+def value_of(reply: tuple[str, Any]) -> Any:
+    """The value in what `Host.call` returns; raises the MilanError that the call raised."""
+    kind, value = reply
+    if kind == "error":
+        raise pickle.loads(value)
+    return value
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, which in Ray's errors names the cause."""
+    return str(error).strip().splitlines()[-1][:200]
+
+
+def _host_class() -> type:
+    """The actor's class. Local to this function, so that it is pickled by value: loading it on
+    another node imports nothing of ours."""
+
+    class Host:
+        def __init__(self, root: str, module: str, name: str, payload: bytes) -> None:
+            import importlib
+            import os
+            import pickle
+            import sys
+
+            # A worker's path begins with the driver's folder, which may have other packages called
+            # `pipeline`, `stages` or `milan`: put ours first, and forget what came from elsewhere.
+            # On another node `root` may not exist; there the installed package is used, once the
+            # driver's folder is out of the way.
+            installed = os.path.isdir(os.path.join(root, "pipeline"))
+            here = os.path.realpath(os.getcwd())
+            sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != here]
+            if installed:
+                sys.path.insert(0, root)
+            for loaded in list(sys.modules):
+                if loaded.split(".")[0] in ("milan", "pipeline", "stages"):
+                    del sys.modules[loaded]
+            self.worker = getattr(importlib.import_module(module), name)(**pickle.loads(payload))
+
+        def call(self, method: str, *arguments: Any) -> tuple[str, Any]:
+            import pickle
+
+            from milan.errors import MilanError
+
+            try:
+                return "result", getattr(self.worker, method)(*arguments)
+            except MilanError as error:
+                return "error", pickle.dumps(error)
+
+        def read(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+        def node(self) -> str:
+            import ray
+
+            return ray.util.get_node_ip_address()
+
+    return Host

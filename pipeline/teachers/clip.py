@@ -1,0 +1,324 @@
+"""CLIPs of open_clip, by name, hub, folder or config. The only module that imports open_clip.
+
+open_clip is imported inside functions: a teacher of timm does not need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from milan.errors import TeacherError, nearest
+from pipeline.teachers.spec import DEFAULT_PRETRAINED, DEFAULT_TEACHER, TeacherSpec
+from pipeline.teachers.text_tower import TextTower, no_texts
+from pipeline.teachers.timm_vit import check_module, check_tiling, resize
+from pipeline.teachers.towers import Family, Loaded, NativeTower, TimmTower, Tower, refuse
+from pipeline.teachers.weights import (
+    do_not_fit,
+    not_here,
+    published_licence,
+    read_weights,
+    stated_licence,
+    weight_file,
+)
+
+_PUBLISHED: Final = ("hf-hub:", "local-dir:")
+# What OpenAI's converted checkpoints hold beside weights; their models run QuickGELU.
+_OPENAI_KEYS: Final = ("input_resolution", "context_length", "vocab_size")
+# Keys of vision_cfg that do not change what a frozen tower of given weights and size computes.
+_NOT_ARCHITECTURE: Final = (
+    "image_size", "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A CLIP as open_clip builds it, with its weights."""
+
+    model: Any
+    config: dict
+    licence: str
+    """Of the weights."""
+    notes: list[str]
+    tokenizer: Any
+    """None unless texts are asked for."""
+
+
+def _pretrained(spec: TeacherSpec) -> str:
+    """The tag, file or `none` that `spec` means; empty for sources that bring their own weights."""
+    if spec.name.startswith(_PUBLISHED):
+        if spec.pretrained not in (None, "none"):
+            raise TeacherError(
+                f"--pretrained {spec.pretrained} with --teacher {spec.name}",
+                expected="no --pretrained: such a teacher brings its own weights",
+            )
+        return spec.pretrained or ""
+    if spec.pretrained:
+        return spec.pretrained
+    if spec.name == DEFAULT_TEACHER:
+        return DEFAULT_PRETRAINED
+    raise TeacherError(
+        f"--teacher {spec.name} without --pretrained",
+        expected="a tag, a weight file, or none",
+        fix=_tags(spec.name),
+    )
+
+
+def _tags(name: str) -> str:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    return "--pretrained " + " | ".join(tags) if tags else "--pretrained FILE.safetensors"
+
+
+def load_clip(spec: TeacherSpec) -> Loaded:
+    """Build the CLIP that `spec` names, with its weights, and take its image tower.
+
+    Raises TeacherError: an unknown name or tag (the nearest are named), weights that are not here
+    or do not fit, an image tower without usable tokens.
+    """
+    pretrained = _pretrained(spec)
+    published = spec.name.startswith(_PUBLISHED)
+    clip = (_build_published if published else _build_from_config)(spec, pretrained)
+    visual, vision = clip.model.visual, clip.config["vision_cfg"]
+    if "timm_model_name" in vision:
+        # As open_clip does, but of the config's size too: a trunk of another size would not run.
+        resize(spec.name, visual.trunk, spec.img_size or int(visual.image_size[0]))
+    architecture = {key: vision[key] for key in sorted(vision) if key not in _NOT_ARCHITECTURE}
+    if "timm_model_name" not in vision:  # timm's towers run the activation of their own name
+        architecture["quick_gelu"] = bool(clip.config.get("quick_gelu", False))
+    return Loaded(
+        _tower(spec.name, visual), architecture, dict(getattr(visual, "preprocess_cfg", {})),
+        Path(pretrained).name if pretrained else "its own", clip.licence, clip.notes,
+        TextTower(spec.name, clip.model, clip.tokenizer, clip.config) if clip.tokenizer else None,
+    )  # fmt: skip
+
+
+def _build_published(spec: TeacherSpec, pretrained: str) -> _Clip:
+    """A teacher `hf-hub:…` or `local-dir:…`, which brings its config and its weights."""
+    import open_clip
+
+    name = spec.name
+    config = _published_config(name)
+    options = _size_options(name, config, spec.img_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = open_clip.create_model(
+                name, load_weights=pretrained != "none", require_pretrained=not pretrained,
+                force_patch_dropout=0.0, **options,
+            )  # fmt: skip
+        except Exception as error:  # pickle, safetensors, torch and the hub: each has its own
+            reason = " ".join(str(error).split())[:300]
+            raise TeacherError(f"teacher {name} cannot be loaded: {reason}") from None
+    return _Clip(model, config, "unknown", [], _tokenizer(name) if spec.texts else None)
+
+
+def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
+    """A teacher by a name of open_clip or a config file, with the weights of a tag or a file."""
+    import open_clip
+
+    name, notes = spec.name, list[str]()
+    config, preprocess, source = _local_or_named_config(name, texts=spec.texts)
+    options = _size_options(name, config, spec.img_size)
+    state, licence = None, "none (random weights)"
+    if pretrained != "none":
+        tag = open_clip.get_pretrained_cfg(name, pretrained) if not source else {}
+        if tag:
+            preprocess = {key: tag[key] for key in ("mean", "std") if key in tag}
+            quick = bool(tag.get("quick_gelu", False))
+            native = "timm_model_name" not in config["vision_cfg"]
+            if native and quick != bool(config.get("quick_gelu", False)):
+                config = {**config, "quick_gelu": quick}
+                notes.append(
+                    f"{pretrained} weights were trained with {'Quick' if quick else 'exact '}GELU: "
+                    f"{name} runs it"
+                )
+            file = _download(name, pretrained, tag, offline=spec.offline)
+            licence = published_licence(pretrained)
+        else:
+            tags = [] if source else open_clip.list_pretrained_tags_by_model(name)
+            file = weight_file(name, pretrained, tags)
+            licence = stated_licence(file)
+        state = read_weights(file)
+        if any(key in state for key in _OPENAI_KEYS):
+            state = {k: v for k, v in state.items() if k not in _OPENAI_KEYS}
+            if not config.get("quick_gelu", False):
+                config = {**config, "quick_gelu": True}
+                notes.append(f"{file.name} is of OpenAI's making: {name} runs QuickGELU")
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        # open_clip takes a config only from a folder in the layout of its hub.
+        hub_config = {"model_cfg": config, "preprocess_cfg": preprocess}
+        Path(folder, "open_clip_config.json").write_text(json.dumps(hub_config))
+        torch.manual_seed(0)
+        try:
+            model = open_clip.create_model(
+                f"local-dir:{folder}", load_weights=False, force_patch_dropout=0.0, **options
+            )
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise TeacherError(f"the model config of {name} is not usable: {error}") from None
+        tokenizer = None
+        if spec.texts:
+            tokenizer = _tokenizer(f"local-dir:{folder}" if source else name)
+    if state is not None:
+        _load_visual(model, state, name, pretrained)
+        if spec.texts:
+            _load_text(model, state, name, pretrained)
+    return _Clip(model, config, licence, notes, tokenizer)
+
+
+def _tokenizer(name: str) -> Any:
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # transformers and hub clients raise many kinds
+        raise TeacherError(
+            f"the tokenizer of {name} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            fix="without --texts, or the packages and files that it names",
+        ) from None
+
+
+def _published_config(name: str) -> dict:
+    import open_clip
+
+    kind, address = name.split(":", 1)
+    try:
+        if kind == "local-dir":
+            config = json.loads(Path(address, "open_clip_config.json").read_text())["model_cfg"]
+        else:
+            config = open_clip.factory._get_hf_config(address)["model_cfg"]
+        config["vision_cfg"].keys(), config["embed_dim"]
+        return config
+    except Exception as error:  # hub clients raise many kinds; all mean: no such teacher here
+        raise TeacherError(
+            f"teacher {name} cannot be loaded: {type(error).__name__}: {error}",
+            expected="a folder with open_clip_config.json and weights"
+            if kind == "local-dir"
+            else f"{address} on the hub, or in its local cache",
+            fix=f"download {address} elsewhere and use --teacher local-dir:FOLDER"
+            if kind == "hf-hub"
+            else "",
+        ) from None
+
+
+def _local_or_named_config(name: str, *, texts: bool) -> tuple[dict, dict, Path | None]:
+    """(model config, preprocessing, its file) of a JSON path or of a name of open_clip."""
+    import open_clip
+
+    # Where texts are not needed, the smallest text tower takes the place of the model's own.
+    smallest = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+    text_config = {} if texts else {"text_cfg": smallest}
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise TeacherError(f"no model config at {name}", expected="an open_clip model config")
+        try:
+            content = json.loads(path.read_text())
+            config = content.get("model_cfg", content)
+            config["vision_cfg"].keys(), config["embed_dim"]
+            if texts and "text_cfg" not in config:
+                raise no_texts(f"the model config {name}")
+        except (ValueError, KeyError, AttributeError):
+            raise TeacherError(
+                f"{name} is no open_clip model config",
+                expected="JSON with embed_dim, vision_cfg and text_cfg",
+            ) from None
+        return {**config, **text_config}, content.get("preprocess_cfg", {}), path
+    config = open_clip.get_model_config(name)
+    if config is None:
+        known = open_clip.list_models()
+        raise TeacherError(
+            f"unknown teacher {name!r}",
+            expected="an open_clip name, timm:NAME, hf-hub:…, local-dir:… or a config file",
+            fix="--teacher " + (nearest(name, known) or DEFAULT_TEACHER),
+        )
+    return {**config, **text_config}, {}, None
+
+
+def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
+    import open_clip
+
+    repository = entry.get("hf_hub", "").rstrip("/")
+    url = entry.get("url", "")
+    cached = Path("~/.cache/clip").expanduser() / os.path.basename(url) if url else None
+    wanted = (
+        f"open_clip_model.safetensors of https://huggingface.co/{repository}" if repository else url
+    )
+    what = f"{tag} of {name}"
+    if offline and not repository and cached and not cached.exists():
+        raise not_here(what, wanted, offline=True)
+    try:
+        return Path(open_clip.pretrained.download_pretrained(entry))
+    except Exception as error:  # hub clients raise many kinds; all mean: cannot be downloaded
+        raise not_here(what, wanted, offline=offline, error=error) from None
+
+
+def _load_visual(model: Any, state: dict, name: str, pretrained: str) -> None:
+    from open_clip.model import resize_pos_embed
+
+    prefix = "visual."
+    try:
+        visual = {k: v.float() for k, v in state.items() if k.startswith(prefix)}
+        resize_pos_embed(visual, model)  # in float32: there is no interpolation of halves
+        visual = {k.removeprefix(prefix): v for k, v in visual.items()}
+        model.visual.load_state_dict(visual, strict=True)
+    except RuntimeError as error:
+        raise do_not_fit(pretrained, name, error) from None
+
+
+def _load_text(model: Any, state: dict, name: str, pretrained: str) -> None:
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    own = [key for key in model.state_dict() if not key.startswith(("visual.", "logit_"))]
+    if "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    if not any(key in state for key in own):
+        raise no_texts(f"the file {pretrained}")
+    text = {key: state[key].float() for key in own if key in state}
+    try:
+        missing = model.load_state_dict(text, strict=False).missing_keys
+        if len(text) < len(own):
+            raise RuntimeError("missing " + ", ".join(k for k in missing if k in own))
+    except RuntimeError as error:
+        raise do_not_fit(pretrained, name, error, tower="text") from None
+
+
+def _tower(name: str, visual: Any) -> Tower:
+    """The tower of a CLIP. Raises TeacherError for one without usable tokens."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(visual, VisionTransformer):
+        return NativeTower(name, visual)
+    if not isinstance(visual, TimmModel):
+        refuse(name, f"its image tower is a {type(visual).__name__}")
+    trunk: Any = visual.trunk
+    return TimmTower(name, visual, trunk, visual.head, trunk.global_pool)
+
+
+def _size_options(name: str, config: dict, img_size: int | None) -> dict[str, int]:
+    """open_clip's options for the image size. Refuses unusable towers before they are built.
+
+    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
+    """
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        check_module(name, vision["timm_model_name"])
+        return {}
+    if isinstance(vision.get("layers"), list):
+        refuse(name, "its image tower is a ResNet")
+    if not img_size:
+        return {}
+    if vision.get("patch_size"):
+        check_tiling(img_size, vision["patch_size"])
+    return {"force_image_size": img_size}
+
+
+FAMILY: Final = Family(lambda name: True, load_clip)

@@ -1,0 +1,30 @@
+"""Which teacher to load, as the user names it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
+DEFAULT_PRETRAINED: Final = "openai"
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher's name, its weights, and how to run it. Checked by `load_teacher`."""
+
+    name: str = DEFAULT_TEACHER
+    """An open_clip name, `timm:NAME`, `hf-hub:…`, `local-dir:…`, or a model config (JSON)."""
+    pretrained: str | None = None
+    """A tag of open_clip or timm, a file (.safetensors, or .pt loaded safely), or `none`: random
+    weights. Default: `openai` for the default teacher, timm's own default for a ViT of timm."""
+    norm: str | None = None
+    """`imagenet` (as in the published results; default of the default teacher) or `own`."""
+    img_size: int | None = None
+    """Edge in pixels; position embeddings are interpolated. Default: the teacher's own."""
+    precision: str = "auto"
+    """fp32, bf16 or fp16 (autocast); auto: fp16 on CUDA as published, else fp32."""
+    offline: bool = False
+    """Never use the network; the error says which file to place where."""
+    texts: bool = False
+    """Load the text tower as well."""
