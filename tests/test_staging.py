@@ -21,10 +21,11 @@ import milan
 from milan.config import bytes_of
 from milan.data.dataset import _windows, open_cache, training_loader
 from milan.data.order import StepSampler, order_of
+from milan.data.prefetch import Prefetcher
 from milan.errors import CacheError, ConfigError
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation
-from milan.store.local_cache import LocalCopies, Prefetcher
+from milan.store.local_cache import LocalCopies
 
 ROWS, VIEWS = np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24)
 """Everything of the store: 3 blocks x 2 views."""
@@ -401,6 +402,6 @@ def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:
     with open(part, "a") as copier:
         fcntl.flock(copier, fcntl.LOCK_EX)
         os.truncate(part, shard_bytes(near))
-        assert not generation.fetch(1, 0, kept=[])
+        assert not generation.fetch(1, 0, protected=[])
         assert part.exists()
-    assert generation.fetch(1, 0, kept=[])
+    assert generation.fetch(1, 0, protected=[])

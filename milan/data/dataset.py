@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from milan.core.paths import AnyPath, as_path
 from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
 from milan.data.order import DRAWN, REPEATED, Address, StepSampler
+from milan.data.prefetch import Prefetcher, Shard
 from milan.errors import CacheError, DataError, ImageFault, MilanError, TrainError
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import View, checksum, render, unpack
 from milan.models.masking import mask_noise
 from milan.store.cache import TargetCache
-from milan.store.local_cache import Prefetcher, Shard
 
 
 class Batch(NamedTuple):

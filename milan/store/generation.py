@@ -217,11 +217,11 @@ class Generation:
         local.prepare(self.spec.view_arrays(), self.read_verified)
         self.local = local
 
-    def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
-        """Have a shard (numbers inside the generation) on the local disk, see Local.fetch."""
+    def fetch(self, block: int, view: int, *, protected: Collection[Path] | None = None) -> bool:
+        """Have a shard (numbers inside the generation) on the local disk, see LocalCopies.fetch."""
         if self.local is None or self.local.has(block, view):
             return True
-        return self.local.fetch(block, view, self.proof(block, view).files, kept=kept)
+        return self.local.fetch(block, view, self.proof(block, view).files, protected=protected)
 
     def shards_of(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int]]:
         """(block, view) of each shard that holds some of (rows[i], views[i]), inside it."""
