@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from milan.data import dataset as data
-from milan.data.dataset import Batch, CachedDataset, find_root, open_cache, training_loader
+from milan.data.dataset import Batch, CachedDataset, open_cache, training_loader
 from milan.data.order import StepSampler, order_of
 from milan.errors import CacheError, DataError
 from milan.images.decode import decode
@@ -294,7 +294,7 @@ def test_a_project_may_move_as_a_whole(
     moved = root / store.parent.name / store.name
     shutil.copytree(store, moved)
     shutil.copytree(photos, root / photos.name)
-    assert find_root(TargetCache(moved), None).resolve() == root / photos.name
+    assert TargetCache(moved).find_data_root().resolve() == root / photos.name
     monkeypatch.chdir(moved.parent)
     relative = open_cache(store.name)
     assert relative.root.resolve() == root / photos.name
@@ -323,5 +323,5 @@ def test_images_that_are_nowhere(store: Path, monkeypatch: pytest.MonkeyPatch) -
     gone = {"data_root": "/nowhere/images", "data_root_from_store": "../not here"}
     monkeypatch.setattr(Generation, "origin", gone)
     with pytest.raises(DataError, match=r"not below .*/not here, nor /nowhere/images") as error:
-        find_root(cache, None)
+        cache.find_data_root()
     assert "--data-root" in error.value.fix

@@ -31,7 +31,7 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
 from milan.core.paths import Url, as_path
-from milan.data.dataset import find_root, open_cache, training_loader
+from milan.data.dataset import open_cache, training_loader
 from milan.data.order import StepSampler, order_of
 from milan.errors import DataError, ImageFault
 from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
@@ -581,7 +581,7 @@ def test_they_are_read_back_from_where_they_lie(
     parquet = open_cache(stores["s3://sets/parquet"])
     assert torch.equal(parquet[7]["image"], open_cache(stores["parquet"])[7]["image"])
     with pytest.raises(DataError, match=r"not below s3://sets/nix"):
-        find_root(TargetCache(store), "s3://sets/nix")
+        TargetCache(store).find_data_root("s3://sets/nix")
     origin = json.loads((stores["s3://sets/tars"] / "generations/000/origin.json").read_bytes())
     assert origin["data_root"] == "s3://sets/tars"
     assert origin["data_root_from_store"] is None

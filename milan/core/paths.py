@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from milan.errors import DataError, ImageFault, MilanError
 
@@ -110,6 +110,11 @@ def as_path(where: str | AnyPath) -> AnyPath:
             expected="credentials in the environment: the URL is kept in the store",
         )
     return Url(f"{scheme}://{rest.rstrip('/')}")
+
+
+def is_local(where: AnyPath) -> TypeGuard[Path]:
+    """Whether a path is of the local disk."""
+    return isinstance(where, Path)
 
 
 def read_below(root: AnyPath, below: str, *, offset: int | None = None, size: int | None) -> bytes:

@@ -107,6 +107,15 @@ class TargetCache:
             raise DataError(f"{self.path} has targets of no image: all {self.rows} are bad")
         return np.flatnonzero(good)
 
+    def find_data_root(self, data_root: str | None = None) -> AnyPath:
+        """The folder, or URL, that the manifest's paths are relative to.
+
+        See Generation.find_data_root. Raises DataError if the images are not found.
+        """
+        # Several, because some may have been deleted since.
+        sample = self.manifest.table["path"].take(self.good_rows()[:16])
+        return self.generations[0].find_data_root(sample.to_pylist(), data_root)
+
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """Which shard of a view holds each row, numbered through the store; int64."""
         shards, before = np.zeros(len(rows), np.int64), 0

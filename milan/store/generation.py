@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, Url, read_file, size_of
-from milan.errors import CacheError
+from milan.core.paths import AnyPath, Url, as_path, is_local, read_file, size_of
+from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
 from milan.store.format import (
     FIDELITY,
@@ -69,7 +69,7 @@ class Generation:
     """One committed group of a store; rows and views count through the whole store."""
 
     def __init__(self, store: AnyPath, entry: Entry) -> None:
-        self.entry = entry
+        self.store, self.entry = store, entry
         self.root: AnyPath = store / entry.path
         self.spec, self.attributes = read_group(self.root)
         if self.attributes["fingerprint"] != entry.fingerprint:
@@ -108,6 +108,29 @@ class Generation:
     def origin(self) -> dict:
         """Where and how it was made: data, data_root, data_root_from_store, teacher, versions."""
         return read_json(self.root / ORIGIN)
+
+    def find_data_root(self, sample: list[str], data_root: str | None = None) -> AnyPath:
+        """The folder, or URL, that holds one of the files `sample` (paths of the manifest).
+
+        Looked at: `data_root` if given; else the root recorded at extraction, first relative to
+        the store (store and images moved together), then absolute. Raises DataError listing the
+        folders looked at.
+        """
+        if data_root:
+            roots = [as_path(data_root)]
+        else:
+            origin = self.origin
+            roots = [as_path(origin["data_root"])]
+            if origin["data_root_from_store"] and is_local(self.store):
+                roots.insert(0, self.store.resolve() / origin["data_root_from_store"])
+        for root in roots:
+            if any((root / path).exists() for path in sample):
+                return root
+        raise DataError(
+            f"the images of {self.store} are not below " + ", nor ".join(map(str, roots)),
+            expected=f"{sample[0]} in the data root",
+            fix="--data-root FOLDER (or a URL)",
+        )
 
     @property
     def fidelity(self) -> dict:
@@ -175,7 +198,7 @@ class Generation:
                     f"{self.root / file['path']} is damaged: "
                     + ("it is gone" if size is None else f"{size:,} bytes"),
                     expected=f"{file['bytes']:,} bytes",
-                    fix=f"milan repair {self.root.parent.parent}",
+                    fix=f"milan repair {self.store}",
                 )
         return record
 
@@ -319,7 +342,7 @@ class Generation:
             f"{view + self.spec.first_view} (shard {shard}) cannot be used: {why}",
             expected="what its record says",
             fix=(f"delete {self.local.root}, or " if self.local else "")
-            + f"milan repair {self.root.parent.parent}",
+            + f"milan repair {self.store}",
         )
 
 

@@ -86,5 +86,5 @@ def _damaged(generation: Generation, name: str, blocks: list[int], why: str) -> 
     return CacheError(
         f"{generation.root}: {name} (of shards {shards}) cannot be used: {why}",
         expected="what its record says",
-        fix=f"milan repair {generation.root.parent.parent}",
+        fix=f"milan repair {generation.store}",
     )
