@@ -120,7 +120,6 @@ def _tell(verdict: Any) -> None:
         "corrupt": verdict.corrupt,
         "incomplete": verdict.incomplete,
         "foreign": verdict.foreign,
-        "not in it": verdict.missing_features,
     }
     for kind, found in kinds.items():
         for line in found:

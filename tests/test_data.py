@@ -24,6 +24,7 @@ from milan.images.views import View, render, view_of
 from milan.models.masking import mask_noise
 from milan.store import generation
 from milan.store.cache import TargetCache
+from milan.store.format import GENERATION
 from milan.store.generation import Generation
 
 # --- items ----------------------------------------------------------------------------------------
@@ -315,6 +316,16 @@ def test_images_may_move(store: Path, copied: Path, tmp_path: Path) -> None:
         open_cache(store, data_root=str(tmp_path))
     assert "--data-root" in error.value.fix
     assert "class " in error.value.expected
+
+
+def test_a_store_without_its_origin(store: Path, photos: Path, tmp_path: Path) -> None:
+    """It names folders and may be left out of a published store: then --data-root is needed."""
+    bare = tmp_path / "t.zarr"
+    shutil.copytree(store, bare)
+    (bare / GENERATION / "origin.json").unlink()
+    with pytest.raises(CacheError, match=r"origin\.json"):
+        open_cache(bare)
+    assert open_cache(bare, data_root=str(photos)).pixels(np.array([3]), np.array([1])).any()
 
 
 def test_images_that_are_nowhere(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,11 +109,6 @@ class Manifest:
     def read(cls, path: Path | pa.NativeFile) -> Manifest:
         """The manifest of a store."""
         table = pq.read_table(path, page_checksum_verification=True)
-        if table.schema.names == [name for name in SCHEMA.names if name != "offset"]:
-            # Written before there were tars: nothing in it lies at an offset.
-            column = SCHEMA.field("offset")
-            nulls = pa.nulls(len(table), column.type)
-            table = table.add_column(SCHEMA.names.index("offset"), column, nulls)
         if not table.schema.equals(SCHEMA, check_metadata=False):
             raise DataError(f"{path} is not a manifest", expected=f"columns {SCHEMA.names}")
         meta = (table.schema.metadata or {}).get(b"milan_classes")

@@ -7,7 +7,6 @@ from typing import Any
 from milan.core.paths import AnyPath, as_path, size_of
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
-from milan.store.compat import missing_features
 from milan.store.format import Index
 
 
@@ -30,9 +29,6 @@ def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
-    missing = missing_features(as_path(path))
-    if missing:
-        tables["not in it"] = list(missing)
     return tables
 
 
@@ -61,7 +57,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
 def _data(cache: TargetCache) -> str:
     try:
         return cache.generations[0].origin["data"]
-    except CacheError:
+    except CacheError:  # origin.json names folders, and may be left out of a published store
         return "not known"
 
 
