@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from milan.core import paths
+from milan.core import remote
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
@@ -151,7 +151,7 @@ def forget() -> None:
     """Drop connections to buckets and what they know, as in a new process."""
     import fsspec
 
-    paths._filesystem.cache_clear()
+    remote._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

@@ -10,17 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, files_below, open_below
+from milan.core.paths import AnyPath, files_below, is_local, map_files, open_below
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.tars import PACKED, packed, read_tar
@@ -37,8 +34,6 @@ SCHEMA = pa.schema(
         ("caption", pa.string()),
     ]
 )
-_THREADS = 16  # that wait for a remote store at once while its files are listed
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,15 +96,6 @@ def _check_names(paths: Iterable[str]) -> None:
             ) from None
 
 
-def _of_each(root: AnyPath, names: list[str], do: Callable[[str], T]) -> Iterator[T]:
-    """`do` of every name, in order; of remote files several at once, for each waits on replies."""
-    if isinstance(root, Path):
-        yield from map(do, names)
-        return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="list") as pool:
-        yield from pool.map(do, names)
-
-
 # --- folders ------------------------------------------------------------------------------------
 
 
@@ -149,7 +135,7 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
         ), tar.ignored
 
     _check_names(files)
-    for table, more in _of_each(root, files, rows):
+    for table, more in map_files(root, rows, files):
         tables.append(table)
         counts.update(more)
     return Listing(tables, ignored=dict(counts))
@@ -161,8 +147,8 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
 @contextmanager
 def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
     """The Parquet file `name` below root, its footer read. Raises OSError or pa.ArrowInvalid."""
-    if isinstance(root, Path):
-        with pq.ParquetFile(root / name) as reader:
+    if is_local(root):
+        with pq.ParquetFile(root / name) as reader:  # faster than through a file of Python
             yield reader
         return
     with open_below(root, name) as file, pq.ParquetFile(file) as reader:
@@ -179,7 +165,7 @@ def _list_parquet(root: AnyPath, files: list[str], ignored: dict[str, int]) -> L
             raise DataError(f"{root / name} cannot be read: {error}") from None
 
     parts, classes = [], None
-    for found, names in _of_each(root, files, groups):
+    for found, names in map_files(root, groups, files):
         parts += found
         classes = classes or names
     sizes, tables = [size for size, _ in parts], [table for _, table in parts]

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core import rng
-from milan.core.paths import AnyPath, as_data_error, as_path, folders_in
+from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, is_local
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.listing import SCHEMA, Listing, data_root, list_images
@@ -127,7 +127,7 @@ def resolve_data(name: str, root: str | None = None) -> AnyPath:
     with as_data_error(places[0]):
         if places[0].exists():
             return _training_part(places[0])
-    if isinstance(places[0], Path) and not places[0].is_absolute():
+    if not places[0].is_absolute():
         base = as_path(root or os.environ.get("MILAN_DATA") or "data")
         places += [base / name / "train", base / name]
     for where in places[1:]:
@@ -138,7 +138,7 @@ def resolve_data(name: str, root: str | None = None) -> AnyPath:
         f"no data found for --data {name}; looked at: " + ", ".join(str(p) for p in places),
         expected="a folder of images, Parquet files or tars, or one such file",
         fix="give a path, or name the folder that holds it with --data-root or $MILAN_DATA"
-        if isinstance(places[0], Path)
+        if is_local(places[0])
         else "look at the names of the bucket and the folder",
     )
 

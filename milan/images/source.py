@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 
-from milan.core.paths import AnyPath, as_path, read_below
+from milan.core.paths import AnyPath, as_path, probe, read_below
 from milan.errors import ImageFault
 from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest
@@ -57,8 +56,7 @@ class ImageSource:
         except (FileNotFoundError, NotADirectoryError):
             raise ImageFault("missing", path) from None
         except (OSError, pa.ArrowInvalid, IndexError, KeyError) as error:
-            if not isinstance(self.root, Path):
-                self.root.exists()  # raises DataError unless the store answers
+            probe(self.root)
             kind = type(error.__cause__ or error).__name__
             raise ImageFault("unreadable", f"{path}: {kind}") from None
 

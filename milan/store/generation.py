@@ -12,7 +12,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, singledispatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, Url, as_path, is_local, read_file, size_of
+from milan.core.paths import AnyPath, Url, as_path, is_local, probe, read_file, size_of
 from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
 from milan.store.format import (
@@ -303,8 +303,7 @@ class Generation:
                 # A pool remembers also what was missing.
                 self._open.clear()
                 _context.cache_clear()
-        if isinstance(self.root, Url):
-            read_file(self.root / "zarr.json")  # raises DataError unless the store answers
+        probe(self.root)
         if self.local and not all(self.local.has(*shard) for shard in shards):
             raise CacheError(
                 f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
@@ -368,23 +367,25 @@ def open_array(path: AnyPath) -> Any:
             context=_context(),
         ).result()
     except (ValueError, OSError) as error:
-        if isinstance(path, Url):
-            read_file(path / "zarr.json")  # raises DataError unless the store answers
+        probe(path)
         raise CacheError(
             f"array {path} cannot be opened: {error}", expected="what the store's spec says"
         ) from None
 
 
+@singledispatch
 def _kvstore(path: AnyPath) -> dict[str, Any]:
     """How tensorstore reaches a folder. Raises CacheError for a URL that it cannot read."""
-    if isinstance(path, Path):
-        return {"driver": "file", "path": str(path.resolve()) + "/"}
+    return {"driver": "file", "path": str(path.resolve()) + "/"}
+
+
+@_kvstore.register
+def _(path: Url) -> dict[str, Any]:
     fs, name = path.at()
     bucket, _, key = name.partition("/")
-    kind = path.text.partition(":")[0]
-    if kind in ("gs", "gcs"):
+    if path.scheme in ("gs", "gcs"):
         return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
-    if kind not in ("s3", "s3a"):
+    if path.scheme not in ("s3", "s3a"):
         raise CacheError(f"a store at {path}", expected="a path, or a URL of s3:// or gs://")
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
     fs.connect()
