@@ -182,15 +182,15 @@ def test_without_features(store: Path, alone: list[Batch]) -> None:
 
 
 def test_what_a_reader_holds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proofs of a stated number of shards, whatever the store's size; 72 KB for 1,024 rows."""
-    monkeypatch.setattr(generation, "_HELD_PROOFS", 2)
+    """Checksums of a stated number of shards, whatever the store's size; 72 KB for 1,024 rows."""
+    monkeypatch.setattr(generation, "_CACHED_CHECKSUMS", 2)
     cache = TargetCache(store)
     cache.read(np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24))
-    proofs = cache.generations[0]._proofs
-    assert list(proofs) == [(2, 0), (2, 1)]
+    checksums = cache.generations[0]._checksums
+    assert list(checksums) == [(2, 0), (2, 1)]
     cache.read(np.array([16, 0]), np.array([0, 0]))
-    assert list(proofs) == [(2, 0), (0, 0)] or list(proofs) == [(0, 0), (2, 0)]
-    held = proofs[0, 0]
+    assert list(checksums) == [(2, 0), (0, 0)] or list(checksums) == [(0, 0), (2, 0)]
+    held = checksums[0, 0]
     arrays = [held.pixels, held.digests, *held.crc32c.values()]
     assert len(arrays) == 6
     assert sum(array.nbytes for array in arrays) / 8 * 1024 == 72 * 1024

@@ -520,7 +520,7 @@ def test_bytes_of_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """Of several files and row groups, with many groups held or one at a time."""
     from milan.images import source as sources
 
-    monkeypatch.setattr(sources, "_HELD_BYTES", held)
+    monkeypatch.setattr(sources, "_CACHE_BYTES", held)
     expected = {}
     for part in ("a", "b"):
         rows = [image(f"{i}.jpg", f"{part}{i}".encode()) for i in range(23)]

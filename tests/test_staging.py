@@ -118,7 +118,7 @@ def test_the_limit_holds(
 def test_a_batch_wider_than_the_limit(copied: Path, tmp_path: Path) -> None:
     """Six shards through room for two cannot be: said, not tried for ever."""
     near = local_cache(copied, tmp_path / "fast", 2.5)
-    with pytest.raises(CacheError, match="6 shards of a batch do not stay"):
+    with pytest.raises(CacheError, match="6 shards of a batch do not fit"):
         near.read(ROWS, VIEWS)
     tiny = local_cache(copied, tmp_path / "tiny", 0.5)
     with pytest.raises(CacheError, match="does not fit a cache limit") as error:
@@ -135,7 +135,7 @@ def test_damage_is_found_on_arrival(
     path = copied / "generations/000/features/c/1/0/0/0"
     data = path.read_bytes()
     flipped = data[:100] + bytes([data[100] ^ 4]) + data[101:]
-    near.generations[0].proof(1, 0)  # its sizes were right when it was first touched
+    near.generations[0].checksums(1, 0)  # its sizes were right when it was first touched
     path.write_bytes(flipped if size == "same" else data[:-5])
     with pytest.raises(CacheError, match="features/c/1/0/0/0 is damaged") as error:
         near.read(np.array([9]), np.array([0]))

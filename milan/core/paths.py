@@ -150,7 +150,7 @@ def probe(where: AnyPath) -> None:
 
 @contextmanager
 def as_data_error(where: AnyPath, *, doing: str = "read") -> Iterator[None]:
-    """An OSError inside becomes a DataError that says what cannot be read, and what may help."""
+    """An OSError inside becomes a DataError that names the path and gives a hint."""
     try:
         yield
     except OSError as error:
@@ -255,5 +255,5 @@ _LOCAL, _REMOTE = LocalFiles(), RemoteFiles()
 
 
 def _files(where: AnyPath) -> FileSystem[Any]:
-    """The one place that tells local paths from URLs."""
+    """The implementation for a path: the only place, with is_local, that checks its type."""
     return _LOCAL if isinstance(where, Path) else _REMOTE

@@ -1,7 +1,7 @@
 """Files behind a URL that fsspec reads: s3://, gs://, https://, memory:// and others.
 
 A `Url` has the few methods of a `Path` that milan needs. Whatever a protocol's library raises
-leaves this module as an OSError, or as a DataError that says what may help.
+leaves this module as an OSError, or as a DataError with a hint.
 """
 
 from __future__ import annotations
