@@ -1,4 +1,4 @@
-"""What can go wrong, said once: what was found, what was expected, what to type next.
+"""All error types. A message says what was found, what was expected and what to type next.
 
 MilanError            exit code 1, one message, no traceback
 ├── DataError         images, manifests, data sets; a remote store that does not answer
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class MilanError(Exception):
-    """An error a user can mend. `found` happened, `expected` should have been, `fix` is to type."""
+    """An error a user can fix: what was `found`, what was `expected`, and what to type (`fix`)."""
 
     def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
         self.found, self.expected, self.fix = found, expected, fix
@@ -45,7 +45,7 @@ class TeacherError(MilanError):
 
 
 class CacheError(MilanError):
-    """A store that is missing, incomplete, damaged or made by something else."""
+    """A store that is missing, incomplete, damaged or written by something else."""
 
 
 class ConfigError(MilanError):
@@ -57,7 +57,7 @@ class TrainError(MilanError):
 
 
 class ImageFault(Exception):
-    """One image that cannot be read. `reason` is a short code kept in records and counted."""
+    """One image that cannot be read. `reason` is a short code, stored in records and counted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from milan.core.paths import AnyPath, as_path
+from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
-from milan.errors import CacheError, DataError
+from milan.errors import CacheError
 from milan.store.format import Entry
 from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
@@ -77,15 +76,8 @@ def _remake(
     """
     generation = Generation(store.path, entry)
     origin, spec = generation.origin, generation.spec
-    places = [as_path(root or origin["data_root"])]
-    if not root and origin["data_root_from_store"] and isinstance(store.path, Path):
-        places.insert(0, store.path.resolve() / origin["data_root_from_store"])
-    source = next((where for where in places if where.exists()), None)
-    if source is None:
-        raise DataError(
-            f"the images of {store.path} are not at " + ", nor at ".join(map(str, places)),
-            fix="--data-root FOLDER (or a URL)",
-        )
+    manifest = generation.manifest()
+    source = generation.find_data_root(manifest.table["path"][:16].to_pylist(), root)
     known = replace(teacher or TeacherSpec(**origin["teacher"]), texts=bool(spec.texts))
     loaded = load_teacher(known, device=device)
     if loaded.identity != spec.teacher:

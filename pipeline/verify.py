@@ -22,7 +22,6 @@ from milan.data.dataset import CachedDataset
 from milan.errors import CacheError, DataError, TeacherError
 from milan.images.views import checksum, unpack
 from milan.store.cache import TargetCache
-from milan.store.compat import missing_features
 from milan.store.format import (
     CONTENT,
     GENERATIONS,
@@ -58,8 +57,6 @@ class Verdict:
     """(generation, block, view) of the damaged shards, which can be made again."""
     mendable: bool = True
     """Whether shards are all that is damaged."""
-    missing_features: list[str] = field(default_factory=list)
-    """What this version would have written and the store has not; no fault (milan.store.compat)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How much was looked at."""
 
@@ -118,8 +115,6 @@ def verify(
                 verdict.count("images x views", cache.rows * cache.views)
             except CacheError as error:
                 verdict.damage(str(error))
-    if not verdict.corrupt:
-        verdict.missing_features = [f"{what}: {so}" for what, so in missing_features(store)]
     listed = {entry.path for entry in index.generations}
     for name in sorted(folders_in(store / GENERATIONS)):
         if name[:1].isdecimal() and f"{GENERATIONS}/{name}" not in listed:

@@ -120,7 +120,6 @@ def _print_verdict(verdict: Any) -> None:
         "corrupt": verdict.corrupt,
         "incomplete": verdict.incomplete,
         "foreign": verdict.foreign,
-        "not in it": verdict.missing_features,
     }
     for kind, lines in problems.items():
         for line in lines:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from milan.core import paths
+from milan.core import remote
 from pipeline.extract import extract_targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def forget() -> None:
     """Drop connections to buckets and what they know, as in a new process."""
     import fsspec
 
-    paths._filesystem.cache_clear()
+    remote._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

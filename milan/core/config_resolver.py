@@ -65,7 +65,7 @@ def resolve(
 
 
 def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
-    """What a recipe of milan/recipes/ says of a command: field -> value. Raises ConfigError."""
+    """field -> value: a command's section of a recipe (milan/recipes/). Raises ConfigError."""
     folder = resources.files("milan") / "recipes"
     known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
     if name not in known:
@@ -99,10 +99,10 @@ def read_section(params: str, section: str) -> dict[str, Any]:
         raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
     if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
         raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
-    near = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
-    if section not in read and near:
+    similar = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
+    if section not in read and similar:
         raise ConfigError(
-            f"{params} has a section {near[0]!r} and none {section!r}",
+            f"{params} has a section {similar[0]!r} and none {section!r}",
             expected=f"the settings of this command under {section}",
             fix=f"rename it to {section}",
         )
@@ -113,15 +113,15 @@ def deviations(
     config: Any, *, recipe: dict[str, Any] | None = None, leave: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """field -> (value, expected) where a config differs from its defaults, or a recipe's values."""
-    found, published = {}, recipe or {}
+    changed, published = {}, recipe or {}
     for f in dataclasses.fields(config):
         default = published.get(f.name, f.default)
         if f.default_factory is not dataclasses.MISSING:
             default = published.get(f.name) or f.default_factory()
         value = getattr(config, f.name)
         if f.name not in leave and default is not dataclasses.MISSING and value != default:
-            found[f.name] = (value, default)
-    return found
+            changed[f.name] = (value, default)
+    return changed
 
 
 def _parse(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Where tensors live: the device, the precision, and pixels on their way to a network."""
+"""Device, precision, and the normalisation of pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def cpu_count() -> int:
-    """Cores that this process may use: its affinity, where the system says so."""
+    """CPU cores that this process may use: its affinity mask, where the system has one."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -53,7 +53,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B, S, S, 3] to float32 [B, 3, S, S], (x / 255 - mean) / std, on the same device."""
     channels = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
-    # Not made on the device: that would wait for all that it has still to do.
+    # Made on the CPU: making it on the device would wait for all work queued there.
     scale, shift = torch.tensor(channels).T.to(pixels.device, non_blocking=True)
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
 

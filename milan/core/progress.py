@@ -1,4 +1,4 @@
-"""How long work tells what it is doing: the calls a watcher gets. Only `stages` prints."""
+"""Progress of long work, as calls that a console or another process receives."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """Gets the news of one piece of work at a time."""
+    """Receives the progress of one piece of work at a time. Only `stages` prints."""
 
     def note(self, text: str) -> None:
-        """A line worth reading: a choice made, a file written."""
+        """A line for the user: a choice, a file written."""
 
     def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
-        """Work of `total` units starts; `done` of them were there before."""
+        """Work of `total` units starts; `done` of them were finished before."""
 
     def advance(self, done: int, figures: str = "") -> None:
         """`done` units are finished; `figures` is a short text beside the bar."""
 
     def end(self) -> None:
-        """The work begun last is over."""
+        """The current work is over."""
 
 
 class ForwardedProgress:
-    """A watcher that passes everything on: to another process, which `tell`s its own watcher."""
+    """Sends every call to another process, which calls `replay` on its own Progress."""
 
     def __init__(self, send: Callable[[tuple[str, tuple, dict]], Any]) -> None:
         self._send = send
 
     def note(self, text: str) -> None:
-        """Passed on."""
+        """Sent on."""
         self._send(("note", (text,), {}))
 
     def begin(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
-        """Passed on."""
+        """Sent on."""
         self._send(("begin", (what, total, unit), {"done": done}))
 
     def advance(self, done: int, figures: str = "") -> None:
-        """Passed on."""
+        """Sent on."""
         self._send(("advance", (done, figures), {}))
 
     def end(self) -> None:
-        """Passed on."""
+        """Sent on."""
         self._send(("end", (), {}))
 
 
-def replay(progress: Progress, passed: tuple[str, tuple, dict]) -> None:
-    """Do at `watch` what was passed on."""
-    name, arguments, options = passed
+def replay(progress: Progress, call: tuple[str, tuple, dict]) -> None:
+    """Make a call that a ForwardedProgress sent: (method, arguments, keyword arguments)."""
+    name, arguments, options = call
     getattr(progress, name)(*arguments, **options)
 
 
 class NoProgress:
-    """A watcher that says nothing: the default of every function called from Python."""
+    """Ignores every call: the default of every function called from Python."""
 
     def note(self, text: str) -> None:
         """Nothing."""

@@ -1,4 +1,4 @@
-"""Random numbers by address: every draw is a pure function of (seed, purpose, where).
+"""Random numbers by address: every draw is a pure function of (seed, purpose, address).
 
 Nothing is consumed from a stream, so workers, ranks, order and resumes cannot change a draw.
 Philox's raw bits are guaranteed by numpy across versions and machines (NEP 19); the distributions
@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-# One number a purpose, for ever: changing one changes every store and run made with it.
+# A number per purpose. Never change one: it would change the draws of every store and run.
 MANIFEST: Final = 1
 VIEW: Final = 2
 MASK: Final = 3
@@ -40,7 +40,7 @@ def uniforms(seed: int, purpose: int, address: tuple[int, ...], count: int) -> n
 
 
 def permutation(seed: int, purpose: int, address: tuple[int, ...], n: int) -> np.ndarray:
-    """A permutation of range(n), int64; the same for ever (a stable sort of raw bits)."""
+    """A permutation of range(n), int64; the same with every version (a stable sort of raw bits)."""
     return np.argsort(bits(seed, purpose, address, n), kind="stable")
 
 

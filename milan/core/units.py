@@ -1,4 +1,4 @@
-"""Bytes and durations, read and written in one way. Powers of 1,000, unless KiB says so."""
+"""Bytes and durations as text. KB is 1,000 bytes, KiB is 1,024."""
 
 from __future__ import annotations
 

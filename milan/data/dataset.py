@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from milan.core.paths import AnyPath, as_path
+from milan.core.paths import AnyPath
 from milan.errors import CacheError, DataError, ImageFault
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
@@ -30,7 +29,7 @@ class CachedDataset(Dataset):
         self.cache = cache
         self.stored = cache.spec.stored_views != "none"
         # A store that keeps its views needs no originals.
-        self.root = None if self.stored and not data_root else find_root(cache, data_root)
+        self.root = None if self.stored and not data_root else cache.find_data_root(data_root)
 
     def __getstate__(self) -> dict:
         # What grows with the rows is made again where it is needed.
@@ -45,7 +44,7 @@ class CachedDataset(Dataset):
     def source(self) -> ImageSource:
         """The images; opened in the process that reads them."""
         if self.root is None:
-            self.root = find_root(self.cache, None)
+            self.root = self.cache.find_data_root()
         return ImageSource(self.cache.manifest, self.root)
 
     @cached_property
@@ -147,26 +146,3 @@ def open_cache(
     the images are not found.
     """
     return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
-
-
-def find_root(cache: TargetCache, data_root: str | None) -> AnyPath:
-    """The folder, or URL, that the manifest's paths are relative to.
-
-    `data_root` if given; else as the store recorded it, first relative to the store (a project
-    that was moved as a whole), then absolute. Raises DataError listing the places looked at.
-    """
-    origin = {"data_root": data_root} if data_root else cache.generations[0].origin
-    places = [as_path(origin["data_root"])]
-    if origin.get("data_root_from_store") and isinstance(cache.path, Path):
-        places.insert(0, cache.path.resolve() / origin["data_root_from_store"])
-    good = cache.good_rows()
-    # Several, for one of them may be gone since.
-    looked_for = cache.manifest.table["path"].take(good[:16]).to_pylist()
-    for root in places:
-        if any((root / path).exists() for path in looked_for):
-            return root
-    raise DataError(
-        f"the images of {cache.path} are not below " + ", nor ".join(str(p) for p in places),
-        expected=f"{looked_for[0]} in the data root",
-        fix="--data-root FOLDER (or a URL)",
-    )

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from milan.core.rng import mask_noise
 from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
 from milan.data.dataset import CachedDataset
+from milan.data.prefetch import Prefetcher, Shard
 from milan.data.sampler import Address, StepSampler
 from milan.errors import MilanError, TrainError
 from milan.store.cache import TargetCache
-from milan.store.local_cache import Prefetcher, Shard
 
 
 class Batch(NamedTuple):

@@ -1,1 +1,1 @@
-"""Images: found, listed, decoded, cut into views."""
+"""Images: listing, manifest, decoding, view sampling."""

@@ -1,15 +1,15 @@
-"""Bytes become an oriented RGB image, or a fault with a reason.
+"""Decode bytes to an upright RGB image, or raise ImageFault with a reason.
 
 The rules, the same for teacher and student:
 - EXIF orientation is applied; sizes and crops are in oriented pixels.
 - Palette, grey, CMYK and 8-bit modes are converted to RGB by Pillow. An alpha channel is dropped,
   as torchvision's ImageFolder does.
-- 16-bit samples are scaled by the least of 8, 10, 12, 14 or 16 bits that holds the image's largest
+- 16-bit samples are scaled by the least of 8, 10, 12, 14 or 16 bits that fits the image's largest
   sample, so that a 12-bit picture in a 16-bit PNG is neither a white nor a black square. Samples
   that are fractions up to 1 are scaled by 1. Pillow reads only the high bytes of 16-bit colour
   TIFFs: one that uses no more than 14 bits is refused, for it would come out dark.
 - Files of several pages (animations, multi-page TIFF) are refused. MPO, the JPEG of many phones,
-  holds one photograph and previews of it: its first picture is taken.
+  has one photograph and previews of it: the first picture is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from milan.errors import ImageFault
 
 MAX_PIXELS = 178_956_970
-"""More pixels than this are taken for a decompression bomb (Pillow's own limit, 1/2 GiB of RGB)."""
+"""An image with more pixels is refused as a decompression bomb (Pillow's limit, 1/2 GiB of RGB)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 _DEPTHS = (8, 10, 12, 14, 16)
@@ -38,7 +38,7 @@ _UPRIGHT = {  # EXIF orientation -> what turns the picture upright (EXIF 2.3, ta
     8: Image.Transpose.ROTATE_90,
 }
 
-# Between half its limit and its limit Pillow warns; the limit itself is what we hold to.
+# Pillow warns between half its limit and its limit; only the limit counts here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

@@ -1,4 +1,4 @@
-"""What a source holds: its images in order of names, as rows; nothing is permuted yet.
+"""Lists the images of a source as rows, in order of names; nothing is shuffled yet.
 
 A source is a tree of class folders, a folder of images, one or many Parquet files, or one or many
 WebDataset tars. Which of them it is shows in the names of its files: Parquet before images before
@@ -10,17 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, files_below, open_below
+from milan.core.paths import AnyPath, files_below, is_local, map_files, open_below
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.tars import PACKED, packed, read_tar
@@ -28,17 +25,15 @@ from milan.images.tars import PACKED, packed, read_tar
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # unique name of the image: its path below the root, as POSIX
-        ("path", pa.string()),  # the file below the root that holds it
+        ("path", pa.string()),  # the file with the image, below the root
         ("group", pa.int32()),  # Parquet: row group; else null
         ("index", pa.int32()),  # Parquet: row in that group; else null
-        ("offset", pa.int64()),  # tar: where in the file the image begins; else null
+        ("offset", pa.int64()),  # tar: first byte of the image in the file; else null
         ("bytes", pa.int64()),  # size of the image; null where the listing does not say
         ("label", pa.int32()),  # class number, null if unknown
         ("caption", pa.string()),
     ]
 )
-_THREADS = 16  # that wait for a remote store at once while its files are listed
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Listing:
     """Bytes of each table, where a table is a row group, read as a whole; None: each image is."""
     classes: list[str] | None = None
     ignored: dict[str, int] = field(default_factory=dict)
-    """What gave no row: extension, or what it is -> count."""
+    """Files without a row: extension, or what the file is -> count."""
 
 
 def data_root(source: AnyPath) -> AnyPath:
@@ -86,8 +81,8 @@ def list_images(source: AnyPath) -> Listing:
 
 
 def _others(names: list[str], taken: list[str]) -> dict[str, int]:
-    left = set(names) - set(taken)
-    kinds = (os.path.splitext(name)[1].lower() for name in names if name in left)
+    others = set(names) - set(taken)
+    kinds = (os.path.splitext(name)[1].lower() for name in names if name in others)
     return dict(Counter(kind or "without extension" for kind in kinds))
 
 
@@ -99,15 +94,6 @@ def _check_names(paths: Iterable[str]) -> None:
             raise DataError(
                 f"file name {path!r} is not UTF-8", expected="UTF-8 names", fix="rename the file"
             ) from None
-
-
-def _of_each(root: AnyPath, names: list[str], do: Callable[[str], T]) -> Iterator[T]:
-    """`do` of every name, in order; of remote files several at once, for each waits on replies."""
-    if isinstance(root, Path):
-        yield from map(do, names)
-        return
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="list") as pool:
-        yield from pool.map(do, names)
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -149,7 +135,7 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
         ), tar.ignored
 
     _check_names(files)
-    for table, more in _of_each(root, files, rows):
+    for table, more in map_files(root, rows, files):
         tables.append(table)
         counts.update(more)
     return Listing(tables, ignored=dict(counts))
@@ -161,8 +147,8 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
 @contextmanager
 def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
     """The Parquet file `name` below root, its footer read. Raises OSError or pa.ArrowInvalid."""
-    if isinstance(root, Path):
-        with pq.ParquetFile(root / name) as reader:
+    if is_local(root):
+        with pq.ParquetFile(root / name) as reader:  # faster than through a file of Python
             yield reader
         return
     with open_below(root, name) as file, pq.ParquetFile(file) as reader:
@@ -179,22 +165,22 @@ def _list_parquet(root: AnyPath, files: list[str], ignored: dict[str, int]) -> L
             raise DataError(f"{root / name} cannot be read: {error}") from None
 
     parts, classes = [], None
-    for found, names in _of_each(root, files, groups):
-        parts += found
+    for row_groups, names in map_files(root, groups, files):
+        parts += row_groups
         classes = classes or names
     sizes, tables = [size for size, _ in parts], [table for _, table in parts]
     return Listing(tables, sizes, classes, ignored)
 
 
 def _row_groups(
-    reader: pq.ParquetFile, place: str, name: str, prefix: str
+    reader: pq.ParquetFile, label: str, name: str, prefix: str
 ) -> tuple[list[tuple[int, pa.Table]], list[str] | None]:
     """(bytes, rows) of each row group, and the class names."""
     schema = reader.schema_arrow
     image = schema.field("image").type if "image" in schema.names else pa.null()
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
         raise DataError(
-            f"{place} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
+            f"{label} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
             expected="the Hugging Face image schema: a column image{bytes, path}",
         )
     has_path = image.get_field_index("path") >= 0
@@ -213,7 +199,7 @@ def _row_groups(
             captions = part["caption"].cast(pa.string()) if "caption" in columns else nulls
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(
-                f"a column of {place} cannot be used: {error}",
+                f"a column of {label} cannot be used: {error}",
                 expected="`label` as class numbers, `caption` as text",
             ) from None
         table = pa.table(

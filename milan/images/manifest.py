@@ -1,8 +1,7 @@
-"""The manifest: which images there are, in which order; a row an image, frozen before the first.
+"""The manifest: the images and their order, a row per image, fixed before extraction begins.
 
-Made from a listing alone, never from the pixels: three million files are not read before the first
-batch. Rows are permuted by a seed, so that a shard is not one class. A row number is an image's
-identity everywhere.
+It is built from a listing alone: no image is read for it. Rows are shuffled by a seed, so that a
+shard is not one class. A row number is an image's identity everywhere.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core import rng
-from milan.core.paths import AnyPath, as_data_error, as_path, folders_in
+from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, is_local
 from milan.errors import DataError
 from milan.images.decode import EXTENSIONS
 from milan.images.listing import SCHEMA, Listing, data_root, list_images
 
 __all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
 
-# Parquet row groups are shuffled in windows of about this many bytes: a reader holds one window.
+# Parquet row groups are shuffled in windows of about this many bytes: a reader caches a window.
 _WINDOW_BYTES = 256 << 20
 _PIECE = 1 << 18  # rows of captions looked at at once
 
@@ -40,7 +39,7 @@ class Manifest:
     table: pa.Table
     classes: list[str] | None = None
     ignored: dict[str, int] = field(default_factory=dict)
-    """What gave no row: extension, or what it is -> count. Told, never dropped in silence."""
+    """Files without a row: extension, or what the file is -> count. Reported to the user."""
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -57,26 +56,26 @@ class Manifest:
         return sha.hexdigest()
 
     def labels(self) -> np.ndarray:
-        """[rows] int64; -1 where there is none."""
+        """[rows] int64; -1 where there is no label."""
         column = self.table["label"].combine_chunks().fill_null(-1)
         return column.to_numpy(zero_copy_only=False).astype(np.int64)
 
     def captions(self, first: int, last: int) -> list[str | None]:
-        """The captions of rows [first, last); None where there is none, or only blanks."""
+        """The captions of rows [first, last); None where there is none, or only white space."""
         rows = slice(first, last)
         texts = self.table["caption"].slice(first, last - first).to_pylist()
-        there = self.captioned(rows)
-        return [text if has else None for text, has in zip(texts, there, strict=True)]
+        captioned = self.captioned(rows)
+        return [text if has else None for text, has in zip(texts, captioned, strict=True)]
 
     def captioned(self, rows: slice = slice(None)) -> np.ndarray:
-        """Which of `rows` have a caption, [B] bool; piece by piece, for trimming copies them."""
+        """Which of `rows` have a caption, [B] bool; in pieces, because trimming copies them."""
         first, last, _ = rows.indices(len(self))
-        there = np.zeros(max(0, last - first), bool)
+        captioned = np.zeros(max(0, last - first), bool)
         for at in range(first, last, _PIECE):
             column = self.table["caption"].slice(at, min(_PIECE, last - at))
             filled = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
-            there[at - first : at - first + len(filled)] = filled
-        return there
+            captioned[at - first : at - first + len(filled)] = filled
+        return captioned
 
     def head(self, limit: int) -> Manifest:
         """The first `limit` rows of the same order."""
@@ -109,11 +108,6 @@ class Manifest:
     def read(cls, path: Path | pa.NativeFile) -> Manifest:
         """The manifest of a store."""
         table = pq.read_table(path, page_checksum_verification=True)
-        if table.schema.names == [name for name in SCHEMA.names if name != "offset"]:
-            # Written before there were tars: nothing in it lies at an offset.
-            column = SCHEMA.field("offset")
-            nulls = pa.nulls(len(table), column.type)
-            table = table.add_column(SCHEMA.names.index("offset"), column, nulls)
         if not table.schema.equals(SCHEMA, check_metadata=False):
             raise DataError(f"{path} is not a manifest", expected=f"columns {SCHEMA.names}")
         meta = (table.schema.metadata or {}).get(b"milan_classes")
@@ -123,33 +117,33 @@ class Manifest:
 def resolve_data(name: str, root: str | None = None) -> AnyPath:
     """The folder, file or URL that `--data name` means.
 
-    An existing path or URL wins; else a name means a folder below the data root: `root`, else
-    $MILAN_DATA, else ./data, each a path or a URL; of that its part `train`, where there is one. Of
-    a place that is cut into train, val, ... and nothing else the part `train` is meant too.
-    Raises DataError listing every place looked at.
+    An existing path or URL wins. Else a name means a folder below the data root (`root`, else
+    $MILAN_DATA, else ./data, each a path or a URL), or its `train` if there is one. A path
+    with the folders train, val, ... and no others also means its `train`. Raises DataError listing
+    every path looked at.
     """
-    places = [as_path(name)]
-    with as_data_error(places[0]):
-        if places[0].exists():
-            return _training_part(places[0])
-    if isinstance(places[0], Path) and not places[0].is_absolute():
+    candidates = [as_path(name)]
+    with as_data_error(candidates[0]):
+        if candidates[0].exists():
+            return _training_part(candidates[0])
+    if not candidates[0].is_absolute():
         base = as_path(root or os.environ.get("MILAN_DATA") or "data")
-        places += [base / name / "train", base / name]
-    for where in places[1:]:
+        candidates += [base / name / "train", base / name]
+    for where in candidates[1:]:
         with as_data_error(where):
             if where.exists():
                 return where
     raise DataError(
-        f"no data found for --data {name}; looked at: " + ", ".join(str(p) for p in places),
+        f"no data found for --data {name}; looked at: " + ", ".join(str(p) for p in candidates),
         expected="a folder of images, Parquet files or tars, or one such file",
-        fix="give a path, or name the folder that holds it with --data-root or $MILAN_DATA"
-        if isinstance(places[0], Path)
+        fix="give a path, or name the folder that contains it with --data-root or $MILAN_DATA"
+        if is_local(candidates[0])
         else "look at the names of the bucket and the folder",
     )
 
 
 def _training_part(where: AnyPath) -> AnyPath:
-    """`where`, or its folder `train` where it is cut into splits: those are no classes."""
+    """`where`, or its folder `train` if its folders are splits and not classes."""
     train = where / "train"
     if not (where.is_dir() and train.is_dir()):
         return where
@@ -189,7 +183,7 @@ def build_manifest(source: AnyPath, *, seed: int, limit: int | None = None) -> M
 
 
 def _permute(listing: Listing, seed: int) -> pa.Table:
-    """The rows of a listing in the order that is frozen."""
+    """The rows of a listing, shuffled."""
     if listing.group_bytes is None:
         rows = pa.concat_tables(listing.tables)
         order = rng.permutation(seed, rng.MANIFEST, (0,), len(rows))
@@ -197,13 +191,13 @@ def _permute(listing: Listing, seed: int) -> pa.Table:
     # Groups are permuted, then rows within windows of groups: well mixed, yet a shard touches few
     # groups, so that a reader need not decode a whole file for one image.
     order = rng.permutation(seed, rng.MANIFEST, (1,), len(listing.tables))
-    tables, window, held = [SCHEMA.empty_table()], [], 0
+    tables, window, window_bytes = [SCHEMA.empty_table()], [], 0
     for position, g in enumerate(order):
         window.append(listing.tables[g])
-        held += listing.group_bytes[g]
-        if held >= _WINDOW_BYTES or position == len(order) - 1:
+        window_bytes += listing.group_bytes[g]
+        if window_bytes >= _WINDOW_BYTES or position == len(order) - 1:
             rows = pa.concat_tables(window)
             inner = rng.permutation(seed, rng.MANIFEST, (2, len(tables)), len(rows))
             tables.append(rows.take(pa.array(inner)))
-            window, held = [], 0
+            window, window_bytes = [], 0
     return pa.concat_tables(tables).combine_chunks()

@@ -1,26 +1,25 @@
-"""Bytes of an image by its row: a file, a row of a Parquet row group, or a stretch of a tar."""
+"""Reads the bytes of an image by its row: a file, a row of a Parquet row group, a part of a tar."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 
-from milan.core.paths import AnyPath, as_path, read_below
+from milan.core.paths import AnyPath, as_path, probe, read_below
 from milan.errors import ImageFault
 from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest
 
-_HELD_BYTES = 512 << 20  # two of the manifest's shuffle windows
+_CACHE_BYTES = 512 << 20  # two of the manifest's shuffle windows
 
 
 class ImageSource:
-    """Reads the images of a manifest below `root`, a path or URL; from several threads if need be.
+    """Reads the images of a manifest below `root`, a path or URL. Safe to use from several threads.
 
-    Sent to another process it opens its files and connections there anew.
+    Sent to another process, it opens files and connections there again.
     """
 
     def __init__(self, manifest: Manifest, root: str | AnyPath) -> None:
@@ -31,20 +30,20 @@ class ImageSource:
         self._indices = columns["index"].combine_chunks()
         self._offsets = columns["offset"].combine_chunks()
         self._sizes = columns["bytes"].combine_chunks()
-        self._held: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._groups_read: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": None, "_lock": None}
+        return self.__dict__ | {"_groups_read": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"_held": OrderedDict(), "_lock": Lock()})
+        self.__dict__.update(state | {"_groups_read": OrderedDict(), "_lock": Lock()})
 
     def read(self, row: int) -> bytes:
         """The encoded bytes of the image in `row`.
 
-        Raises ImageFault, missing or unreadable; DataError if a remote store is gone as a whole,
-        for then nothing is known of the image.
+        Raises ImageFault, missing or unreadable; DataError if the server of a URL does not answer:
+        that says nothing about the image.
         """
         path = self._paths[row].as_py()
         try:
@@ -57,8 +56,7 @@ class ImageSource:
         except (FileNotFoundError, NotADirectoryError):
             raise ImageFault("missing", path) from None
         except (OSError, pa.ArrowInvalid, IndexError, KeyError) as error:
-            if not isinstance(self.root, Path):
-                self.root.exists()  # raises DataError unless the store answers
+            probe(self.root)
             kind = type(error.__cause__ or error).__name__
             raise ImageFault("unreadable", f"{path}: {kind}") from None
 
@@ -78,15 +76,16 @@ class ImageSource:
         return data
 
     def _group(self, path: str, group: int) -> pa.Array:
-        """The `bytes` column of a row group; the latest ones are held, up to _HELD_BYTES."""
+        """The `bytes` column of a row group; the latest ones are cached, up to _CACHE_BYTES."""
         with self._lock:
-            if (path, group) in self._held:
-                self._held.move_to_end((path, group))
-                return self._held[path, group]
+            if (path, group) in self._groups_read:
+                self._groups_read.move_to_end((path, group))
+                return self._groups_read[path, group]
             with parquet_below(self.root, path) as reader:
                 table = reader.read_row_group(group, columns=["image.bytes"])
             column = table["image"].combine_chunks().field("bytes")
-            self._held[path, group] = column
-            while len(self._held) > 1 and sum(c.nbytes for c in self._held.values()) > _HELD_BYTES:
-                self._held.popitem(last=False)
+            self._groups_read[path, group] = column
+            groups = self._groups_read
+            while len(groups) > 1 and sum(c.nbytes for c in groups.values()) > _CACHE_BYTES:
+                groups.popitem(last=False)
             return column

@@ -1,4 +1,4 @@
-"""WebDataset tars: which images one holds, by its headers; each is then one read at an offset.
+"""WebDataset tars: lists their images by the headers; each image is then one read at an offset.
 
 A sample is what members of one name up to the first dot belong to (`0001.jpg`, `0001.cls`): the
 rule of WebDataset. Every image of a sample is a row of its own. The label is that of `.cls`, else
@@ -19,13 +19,13 @@ from milan.images.decode import EXTENSIONS
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 """Names of tars that are compressed as a whole."""
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
-_TOLD = (".cls", ".txt", ".json")
+_ANNOTATIONS = (".cls", ".txt", ".json")
 _SMALL = 1 << 20  # bytes of a label or caption member that is read while listing
 
 
 @dataclass
 class Tar:
-    """What a tar holds; lists run in its own order, an entry an image."""
+    """The images of a tar: an entry per image in each list, in the order of the file."""
 
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Tar:
     labels: list[int | None] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    """What gave no row: other members by extension, samples without an image, unreadable labels."""
+    """Members without a row: others by extension, samples without an image, unreadable labels."""
 
 
 def packed(path: str) -> DataError:
@@ -52,12 +52,12 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
     Raises DataError for a tar that is compressed, cut short or damaged, and OSError.
     """
     tar = Tar()
-    facts: dict[str, dict[str, Any]] = {}  # sample -> what .cls, .txt and .json say
+    facts: dict[str, dict[str, Any]] = {}  # sample -> annotations of .cls, .txt, .json
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
                 _take(tar, facts, member, file, path)
-                # Or a tar of a million images would hold a gigabyte of them.
+                # tarfile keeps every member: a gigabyte for a million images.
                 archive.members.clear()  # type: ignore[attr-defined]
             _check_end(file, archive.offset)
     except (tarfile.TarError, ValueError, EOFError) as error:
@@ -72,9 +72,9 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
     pictured = {_split(name)[0] for name in tar.names}
     tar.ignored["samples without an image"] += len(facts.keys() - pictured)
     for name in tar.names:
-        said = facts[_split(name)[0]]
-        tar.labels.append(said.get(".cls", said.get("label")))
-        tar.captions.append(said.get(".txt", said.get("caption")))
+        annotations = facts[_split(name)[0]]
+        tar.labels.append(annotations.get(".cls", annotations.get("label")))
+        tar.captions.append(annotations.get(".txt", annotations.get("caption")))
     tar.ignored = +tar.ignored
     return tar
 
@@ -97,12 +97,12 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
     if not extension:
         tar.ignored["without extension"] += 1
         return
-    said = facts.setdefault(sample, {})
+    annotations = facts.setdefault(sample, {})
     if name.lower().endswith(EXTENSIONS):
         tar.names.append(name)
         tar.offsets.append(member.offset_data)
         tar.sizes.append(member.size)
-    elif (kind := extension.lower()) in _TOLD:
+    elif (kind := extension.lower()) in _ANNOTATIONS:
         data = b""
         if member.size <= _SMALL:
             file.seek(member.offset_data)
@@ -110,7 +110,7 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
         try:
             if member.size > _SMALL or len(data) < member.size:
                 raise ValueError("too long, or cut short")
-            said.update(_facts(kind, data))
+            annotations.update(_facts(kind, data))
         except (ValueError, RecursionError):
             tar.ignored[f"unreadable {kind}"] += 1
     else:
@@ -118,24 +118,24 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
 
 
 def _facts(kind: str, data: bytes) -> dict[str, Any]:
-    """What a member tells of its sample. Raises ValueError if it cannot be understood.
+    """The annotations in a member: label, caption. Raises ValueError if it cannot be parsed.
 
-    JSON is free: of it only a class number and a text are taken, under the names we know.
+    JSON may have any content: only a class number and a caption are taken, under known names.
     """
     text = data.decode()
     if kind == ".txt":
         return {kind: text.strip()}
     if kind == ".cls":
         return {kind: _class_number(int(text))}
-    said = json.loads(text)
-    if not isinstance(said, dict):
+    values = json.loads(text)
+    if not isinstance(values, dict):
         return {}
     facts: dict[str, Any] = {}
-    if isinstance(said.get("caption"), str):
-        facts["caption"] = said["caption"]
+    if isinstance(values.get("caption"), str):
+        facts["caption"] = values["caption"]
     for name in ("label", "cls"):
-        if type(said.get(name)) is int:
-            facts["label"] = _class_number(said[name])
+        if type(values.get(name)) is int:
+            facts["label"] = _class_number(values[name])
     return facts
 
 
@@ -156,5 +156,5 @@ def _check_end(file: BinaryIO, offset: int) -> None:
         raise ValueError(f"it ends at byte {offset} without an end mark")
     while rest:
         if rest.count(0) < len(rest):
-            raise ValueError(f"there is more behind its end at byte {offset}")
+            raise ValueError(f"there is more data after its end at byte {offset}")
         rest = file.read(1 << 20)

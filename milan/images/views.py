@@ -1,8 +1,9 @@
-"""Which rectangle of which image, flipped or not: the law teacher and student share.
+"""View sampling and rendering: the crops and flips that teacher and student share.
 
-A view is data: five integers in source pixels, drawn at the address (seed, row, view), stored in
-the cache, replayed by the one `render` below. The law is RandomResizedCrop's (Szegedy et al. 2015;
-torchvision), with the paper's numbers: area 0.2-1, ratio 3/4-4/3, bicubic, flip 0.5.
+A view is five integers in source pixels. It is drawn at the address (seed, row, view), stored in
+the cache, and rendered by `render` for both. Views are sampled as by RandomResizedCrop
+(Szegedy et al. 2015; torchvision), with the paper's numbers: area 0.2-1, ratio 3/4-4/3, bicubic,
+flip 0.5.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TRIES = 10  # torchvision's; then the largest central crop inside the ratio lim
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """The law of views. Every field is part of a store's fingerprint."""
+    """How views are sampled. Every field is part of a store's fingerprint."""
 
     size: int = 224
     """Edge of a rendered view in pixels."""
@@ -50,12 +51,12 @@ class ViewSpec:
             raise ConfigError(f"view size {self.size}", expected="at least 1 pixel")
 
     def law(self) -> dict:
-        """The law as JSON: what a fingerprint records, the rendering rules included."""
+        """The spec as JSON: `view_law` of a store's spec, the rendering rules included."""
         return {**asdict(self), "interpolation": "bicubic", "renderer": "pillow-crop-resize-1"}
 
     @classmethod
     def from_law(cls, law: dict) -> ViewSpec:
-        """The spec of a stored law."""
+        """The spec of a stored `view_law`."""
         return cls(**{key: law[key] for key in ("size", "scale", "ratio", "hflip", "seed")})
 
 
@@ -124,7 +125,7 @@ def render(image: Image.Image, view: View, *, size: int) -> np.ndarray:
 def pack(pixels: np.ndarray, how: str) -> bytes:
     """Rendered pixels [S, S, 3] uint8 as a picture: `jpeg:95` (lossy), or `webp` (lossless).
 
-    What the teacher is then shown is the picture unpacked again, so that a replay is exact.
+    The teacher is then given the unpacked picture, so that a replay is exact.
     """
     kind, _, quality = how.partition(":")
     sink = io.BytesIO()
@@ -144,7 +145,7 @@ def unpack(data: bytes) -> np.ndarray:
 
 
 def checksum(pixels: np.ndarray) -> int:
-    """crc32c of rendered pixels: the proof that a replay shows what the teacher saw."""
+    """crc32c of rendered pixels: equal if a view renders to the pixels that the teacher saw."""
     return google_crc32c.value(pixels.tobytes())
 
 

@@ -1,7 +1,7 @@
-"""Reading a target cache: what the teacher said of any (row, view), proven on the way.
+"""Reading a target cache: the teacher's targets of any (row, view), verified as they are read.
 
-Opening reads the index and the attributes of each generation, whatever the store's size; what is
-read is checked by milan.store.generation.
+Opening reads the index and the attributes of each generation, whatever the store's size. Values are
+verified by milan.store.generation.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
 
 @dataclass
 class Targets:
-    """What the teacher said of B views, still encoded; numpy arrays."""
+    """The teacher's targets of B views, features still encoded; numpy arrays."""
 
     attention: np.ndarray
     """[B, N] float32, > 0."""
     codes: np.ndarray | None = None
-    """[B, T, width] in the codec's dtype; None if not asked for."""
+    """[B, T, width] in the codec's dtype; None if not requested."""
     scale: np.ndarray | None = field(default=None)
     """[B, T] float32, for codecs that scale."""
 
@@ -38,9 +38,9 @@ class Targets:
 class TargetCache:
     """A finished store, opened for reading; safe to send to another process, not to fork.
 
-    Of a store that holds the targets of several teachers or codecs, one `layer` is read. `pinned`
-    opens it as it was with so many generations: what a run started with, it goes on with. Arrays
-    open in the process that first reads.
+    If the store has targets of several teachers or codecs, one `layer` is read. `pinned` opens only
+    so many of its generations: a run continues with those it started with. Arrays are opened in the
+    process that first reads them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TargetCache:
                 fix="restore the store, or start anew with another --out",
             )
         self.pinned = pinned or len(entries)
-        """How many generations of the store are seen."""
+        """How many generations of the store are visible."""
         self.layers = list(dict.fromkeys(entry.layer for entry in entries[: self.pinned]))
         self.layer = layer or self.layers[0]
         if self.layer not in self.layers:
@@ -80,7 +80,7 @@ class TargetCache:
         self.codec: Codec = codec_of(self.spec.codec).restored(self._tables())
 
     def __getstate__(self) -> dict:
-        # The manifest is read again where it is needed.
+        # The manifest is not sent to other processes; they read it again if they need it.
         return {k: v for k, v in self.__dict__.items() if k != "manifest"}
 
     @property
@@ -95,20 +95,29 @@ class TargetCache:
 
     @cached_property
     def bad(self) -> dict[int, str]:
-        """Rows without targets, with the reason."""
-        found = {row: why for g in self.generations for row, why in g.bad()}
-        return dict(sorted(found.items()))
+        """Rows without targets -> the reason, by row."""
+        reasons = {row: why for g in self.generations for row, why in g.bad()}
+        return dict(sorted(reasons.items()))
 
     def good_rows(self) -> np.ndarray:
-        """Rows that have targets, ascending, int64. Raises DataError if there is none."""
+        """Rows that have targets, ascending, int64. Raises DataError if there are none."""
         good = np.ones(self.rows, bool)
         good[list(self.bad)] = False
         if not good.any():
             raise DataError(f"{self.path} has targets of no image: all {self.rows} are bad")
         return np.flatnonzero(good)
 
+    def find_data_root(self, data_root: str | None = None) -> AnyPath:
+        """The folder, or URL, that the manifest's paths are relative to.
+
+        See Generation.find_data_root. Raises DataError if the images are not found.
+        """
+        # Several, because some may have been deleted since.
+        sample = self.manifest.table["path"].take(self.good_rows()[:16])
+        return self.generations[0].find_data_root(sample.to_pylist(), data_root)
+
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
-        """Which shard of a view holds each row, numbered through the store; int64."""
+        """The shard of each row, counted through the blocks of all generations; int64."""
         shards, before = np.zeros(len(rows), np.int64), 0
         for g in self.generations:
             if g.spec.first_view == 0:
@@ -118,16 +127,16 @@ class TargetCache:
         return shards
 
     def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Targets:
-        """Targets of (rows[i], views[i]), each an int array [B]. Raises CacheError by shard."""
+        """Targets of (rows[i], views[i]), each an int array [B]. CacheError names the shard."""
         names = ["attention"] + (["features"] if features else [])
         names += ["scale"] if features and self.codec.scaled else []
-        got = self._read(names, rows, views)
-        if not (got["attention"] > 0).all():
-            worst = int(np.argmin((got["attention"] > 0).all(axis=1)))
+        values = self._read(names, rows, views)
+        if not (values["attention"] > 0).all():
+            worst = int(np.argmin((values["attention"] > 0).all(axis=1)))
             raise CacheError(
                 f"{self.path}: row {rows[worst]}, view {views[worst]} has attention that is not > 0"
             )
-        return Targets(got["attention"], got.get("features"), got.get("scale"))
+        return Targets(values["attention"], values.get("features"), values.get("scale"))
 
     def crops(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """[B, 5] int32: top, left, height, width, flip of each stored view."""
@@ -147,66 +156,66 @@ class TargetCache:
 
     @property
     def captioned(self) -> np.ndarray:
-        """Rows that have a text, ascending, int64; none in a store made without --texts."""
-        there = self.manifest.captioned() if self.spec.texts else np.zeros(0, bool)
-        return np.flatnonzero(there)
+        """Rows with a caption, ascending, int64; none in a store extracted without --texts."""
+        captioned = self.manifest.captioned() if self.spec.texts else np.zeros(0, bool)
+        return np.flatnonzero(captioned)
 
     def texts(self, rows: np.ndarray) -> Texts:
-        """What the text tower said of the captions of `rows`, an int array [B].
+        """The text tower's output for the captions of `rows`, an int array [B].
 
         Raises CacheError: a row without a caption, a store without texts, damage.
         """
         if not self.spec.texts:
             raise CacheError(
-                f"{self.path} holds no texts",
+                f"{self.path} has no texts",
                 fix="milan extract-targets --texts --out another.zarr",
             )
         rows = np.asarray(rows)
         length = self.spec.texts["context"]
-        found = Texts(
+        texts = Texts(
             np.empty((len(rows), self.spec.channels), np.float32),
             np.empty((len(rows), length), np.int32),
         )
-        left = np.ones(len(rows), bool)
+        missing = np.ones(len(rows), bool)
         for generation in self.generations:
             at = np.flatnonzero(generation.holds_rows(rows) & (generation.spec.first_view == 0))
             if len(at):
-                part, left[at] = read_texts(generation, rows[at]), False
-                found.features[at], found.ids[at] = part.features, part.ids
-        if left.any():
-            raise IndexError(f"{self.path} has no row {rows[left][0]}")
-        return found
+                part, missing[at] = read_texts(generation, rows[at]), False
+                texts.features[at], texts.ids[at] = part.features, part.ids
+        if missing.any():
+            raise IndexError(f"{self.path} has no row {rows[missing][0]}")
+        return texts
 
     @cached_property
     def prototypes(self) -> Prototypes | None:
-        """What the text tower said of the classes, as those who came last name them."""
+        """The text tower's output for the class prompts, of the latest generation that has any."""
         rows = [g for g in self.generations if g.spec.first_view == 0]
-        found = (read_prototypes(generation) for generation in reversed(rows))
-        return next((prototypes for prototypes in found if prototypes), None)
+        latest_first = (read_prototypes(generation) for generation in reversed(rows))
+        return next((prototypes for prototypes in latest_first if prototypes), None)
 
     def use_local(self, folder: Path, limit: int) -> None:
-        """Read copies of whole shards below `folder`, at most `limit` bytes."""
+        """Read from a local cache of whole shards below `folder`, at most `limit` bytes."""
         for generation in self.generations:
             generation.use_local(folder, limit)
 
     def shards_at(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[Generation, int, int]]:
-        """(generation, block, view) of every shard that holds some of (rows[i], views[i])."""
-        found = []
+        """(generation, block, view) of every shard with some of (rows[i], views[i])."""
+        shards = []
         for g in self.generations:
             at = g.holds(rows, views)
-            found += [(g, *shard) for shard in g.shards_of(rows[at], views[at])]
-        return found
+            shards += [(g, *shard) for shard in g.shards_of(rows[at], views[at])]
+        return shards
 
     def check_files(self) -> None:
         """Raises CacheError if a file of any shard is missing or of the wrong size."""
         missing: list[str] = []
         wrong: list[str] = []
         for generation in self.generations:
-            found = sizes_below(generation.root)
+            size_on_disk = sizes_below(generation.root)
             for name, size in generation.files():
-                there = found(name)
-                if there != size:
-                    (missing if there is None else wrong).append(f"{generation.entry.path}/{name}")
+                actual = size_on_disk(name)
+                if actual != size:
+                    (missing if actual is None else wrong).append(f"{generation.entry.path}/{name}")
         if missing or wrong:
             raise CacheError(
                 f"{self.path} is damaged: {len(missing)} files missing and {len(wrong)} of the "
@@ -219,18 +228,19 @@ class TargetCache:
         if len(self.generations) == 1:
             return self.generations[0].read(names, rows, views)
         out: dict[str, np.ndarray] = {}
-        left = np.ones(len(rows), bool)
+        missing = np.ones(len(rows), bool)
         for generation in self.generations:
-            at = np.flatnonzero(left & generation.holds(rows, views))
+            at = np.flatnonzero(missing & generation.holds(rows, views))
             if len(at):
-                left[at] = False
+                missing[at] = False
                 for name, values in generation.read(names, rows[at], views[at]).items():
                     whole = out.setdefault(
                         name, np.empty((len(rows), *values.shape[1:]), values.dtype)
                     )
                     whole[at] = values
-        if left.any():
-            raise IndexError(f"{self.path} has no row {rows[left][0]}, view {views[left][0]}")
+        if missing.any():
+            row, view = rows[missing][0], views[missing][0]
+            raise IndexError(f"{self.path} has no row {row}, view {view}")
         return out
 
     def _holder(self, row: int, view: int) -> Generation:
@@ -238,7 +248,7 @@ class TargetCache:
         return next(g for g in self.generations if g.holds(*at)[0])
 
     def _tables(self) -> dict[str, np.ndarray]:
-        """What the codec learnt, each file proven by the index."""
+        """The tables of the fitted codec, each file verified."""
         first = self.generations[0]
         files = [name for name in first.entry.files if name.startswith("codec/")]
         for name in files:
@@ -247,11 +257,11 @@ class TargetCache:
         return {name: np.asarray(first.array(f"codec/{name}").read().result()) for name in names}
 
     def _check_tiling(self) -> None:
-        """Every (row, view) in exactly one generation."""
+        """Raises CacheError unless every (row, view) is in exactly one generation."""
         area = sum(g.spec.rows * g.spec.views for g in self.generations)
-        law = self.spec.layer()
+        layer = self.spec.layer()
         for i, g in enumerate(self.generations):
-            if g.spec.layer() != law:
+            if g.spec.layer() != layer:
                 raise CacheError(f"{self.path}: {g.entry.path} is of another teacher or codec")
             for other in self.generations[:i]:
                 if _overlap(g.entry.rows, other.entry.rows) * _overlap(

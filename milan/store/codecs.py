@@ -2,7 +2,7 @@
 
 Only the direction of a feature enters the objective; float16 and int8 keep its length too. Codes
 travel to the training device and are decoded there. int8 and pq are fitted to a sample of the
-features before the first is stored; what they learnt lies in the store, as arrays of `codec/`.
+features before the first is stored; their tables are kept in the store as arrays of `codec/`.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from milan.errors import CacheError, ConfigError, nearest
 PQ_BYTES = (16, 32, 64, 128)
 """What `pq:N` may be: bytes a token."""
 _CENTROIDS = 256  # one byte a code
-_TOKENS_AT_ONCE = 4096  # whose distances to all centroids are held
+_TOKENS_AT_ONCE = 4096  # whose distances to all centroids are in memory together
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Turns features into what a store keeps, and back; `fitted` before it encodes."""
+    """Encodes features into what a store keeps and decodes them; `fitted` before it encodes."""
 
     name: str
-    """What the store calls it."""
+    """Its name in a store's spec."""
     dtype: str
     """Of the stored codes."""
     fill: float
-    """What absent chunks would read as; never trusted: records say what exists."""
+    """Fill value of the array. Never read: the records say which rows exist."""
     scaled: bool = False
-    """Whether there is a scale a token."""
+    """Whether there is a scale per token."""
     coded: bool = False
     """Whether a code is an index into tables, not a channel."""
     tables: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    """What the codec learnt from the sample."""
+    """What was fitted to the sample, by name."""
 
     def width(self, channels: int) -> int:
-        """Codes a token."""
+        """Codes per token."""
         return channels
 
     def fitted(self, features: torch.Tensor) -> Codec:
@@ -64,16 +64,16 @@ class Codec:
             self._table(name, device)
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
-        # Copied to a device once; the cache stays behind when the codec is sent elsewhere.
-        held = self.__dict__.setdefault("_held", {})
-        if (name, device) not in held:
+        # Copied to a device once; these copies are not sent to other processes.
+        copies = self.__dict__.setdefault("_copies", {})
+        if (name, device) not in copies:
             if name not in self.tables:
                 raise CacheError(f"codec {self.name} has no {name}: it was not fitted")
-            held[name, device] = torch.from_numpy(self.tables[name].copy()).to(device)
-        return held[name, device]
+            copies[name, device] = torch.from_numpy(self.tables[name].copy()).to(device)
+        return copies[name, device]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_held"}
+        return {k: v for k, v in self.__dict__.items() if k != "_copies"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Int8(Codec):
 
     def fitted(self, features: torch.Tensor) -> Int8:
         rms = features.float().square().mean(dim=0).sqrt()
-        # A channel that is nearly dead in the sample must not blow up where it is not.
+        # A channel that is almost 0 in the sample may be large elsewhere.
         rms = rms.clamp_min(float(rms.square().mean().sqrt()) * 1e-2 or 1.0)
         return replace(self, tables={"channel": rms.cpu().numpy().astype(np.float32)})
 

@@ -7,7 +7,6 @@ from typing import Any
 from milan.core.paths import AnyPath, as_path, size_of
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
-from milan.store.compat import missing_features
 from milan.store.format import Index
 
 
@@ -19,9 +18,9 @@ def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
     for layer in layers:
         cache = TargetCache(path, layer=layer)
         tables[layer] = [*_what(cache), *_size(cache)]
-        faithful = _faithful(cache)
-        if faithful:
-            tables[f"{layer}: fidelity to the teacher"] = faithful
+        fidelity = _fidelity(cache)
+        if fidelity:
+            tables[f"{layer}: fidelity to the teacher"] = fidelity
     tables["generations"] = [
         (
             entry.path,
@@ -30,15 +29,12 @@ def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
         )
         for entry in index.generations
     ]
-    missing = missing_features(as_path(path))
-    if missing:
-        tables["not in it"] = list(missing)
     return tables
 
 
 def _what(cache: TargetCache) -> list[tuple[str, Any]]:
     about, spec = cache.attributes["about"], cache.spec
-    law = cache.view_spec
+    views = cache.view_spec
     weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
     return [
         ("teacher", f"{about['name']} ({weights}), {spec.teacher['precision']}"),
@@ -51,8 +47,9 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("views of each", cache.views),
         (
             "view",
-            f"{law.size} px, area {law.scale[0]:g} to {law.scale[1]:g}, width / height "
-            f"{law.ratio[0]:.3g} to {law.ratio[1]:.3g}, mirrored {law.hflip:.0%}, seed {law.seed}",
+            f"{views.size} px, area {views.scale[0]:g} to {views.scale[1]:g}, width / height "
+            f"{views.ratio[0]:.3g} to {views.ratio[1]:.3g}, mirrored {views.hflip:.0%}, "
+            f"seed {views.seed}",
         ),
         ("identity", cache.digest),
     ]
@@ -61,7 +58,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
 def _data(cache: TargetCache) -> str:
     try:
         return cache.generations[0].origin["data"]
-    except CacheError:
+    except CacheError:  # origin.json names folders, and may be left out of a published store
         return "not known"
 
 
@@ -69,11 +66,11 @@ def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
     if not cache.spec.texts:
         return []
     prototypes = cache.prototypes
-    told = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
+    summary = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
     if prototypes:
         classes, templates = prototypes.ids.shape[:2]
-        told += f", {classes:,} classes in {templates} templates"
-    return [("texts", told)]
+        summary += f", {classes:,} classes in {templates} templates"
+    return [("texts", summary)]
 
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:
@@ -87,14 +84,14 @@ def _size(cache: TargetCache) -> list[tuple[str, Any]]:
     ]
 
 
-def _faithful(cache: TargetCache) -> list[tuple[str, Any]]:
+def _fidelity(cache: TargetCache) -> list[tuple[str, Any]]:
     report = cache.generations[0].fidelity
     if not report:
         return []
     rows: list[tuple[str, Any]] = [("measured on", f"{report['images']} images held back")]
     for kind, spread in report["cosine"].items():
-        told = f"mean {spread['mean']:.6f}, 1st percentile {spread['p01']:.6f}"
-        rows.append((f"cosine, {kind} tokens", f"{told}, worst {spread['worst']:.6f}"))
+        cosine = f"mean {spread['mean']:.6f}, 1st percentile {spread['p01']:.6f}"
+        rows.append((f"cosine, {kind} tokens", f"{cosine}, worst {spread['worst']:.6f}"))
     return [
         *rows,
         ("loss floor 2 (1 - cos)", f"{report['loss_floor']:.2e}"),

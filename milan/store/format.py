@@ -3,14 +3,14 @@
     targets.zarr/index.json          written last: present means complete; the one file replaced
     targets.zarr/generations/000/    a complete Zarr v3 group with its own rows and views
         zarr.json                    attributes: spec, fingerprint, about the teacher
-        origin.json                  where and with which libraries it was made; not proven
+        origin.json                  where and with which libraries it was made; in no digest
         features/ [scale/] attention/ crop/
         pixels/                      rendered views, if they are stored
-        [text/ text_ids/ prototypes/] captions and class prompts, where rows begin, if asked for
-        codec/ canary/ fidelity.json made before the first shard: the codec's tables, proofs
-        manifest.parquet             a row an image
-        records/00042.01.json        proves shard (block 42, view 1): rows, files, digests, reasons
-        shards.parquet               a row a shard: digest of its record, sizes of its files
+        [text/ text_ids/ prototypes/] captions and class prompts (with --texts), of first views
+        codec/ canary/ fidelity.json written before the first shard: codec tables, checks
+        manifest.parquet             a row per image
+        records/00042.01.json        of shard (block 42, view 1): rows, files, checksums, reasons
+        shards.parquet               shard table: digest of each record, sizes of its files
 
 Growth adds a generation and replaces the index; nothing else that is committed ever changes. Blocks
 and views in names, records and arrays count from 0 inside their generation; the spec says where in
@@ -43,13 +43,13 @@ ORIGIN = "origin.json"
 PIXELS = "pixels"
 """The folder of stored views."""
 TEXT, TEXT_IDS = "text", "text_ids"
-"""The arrays of captions: what the text tower says of each, and its token ids."""
+"""The arrays of captions: the text tower's output, and the token ids."""
 PROTOTYPES = "prototypes"
-"""The group of what it says of each class: `features`, `ids`."""
+"""The group of class prompts: `features`, `ids`."""
 CONTENT = ("codec/", f"{PROTOTYPES}/")
 """Which of a generation's small files are part of its content, as its records are."""
 LOG = "extract.log.jsonl"
-"""Times, hosts, attempts: what varies between runs, outside what is proven."""
+"""Times, hosts, attempts: what varies between runs; in no digest."""
 LOGS = "extract.log"
 """The same in an object store, where nothing is appended to: an object a run."""
 
@@ -77,13 +77,13 @@ class ArraySpec:
 
     @property
     def of_views(self) -> bool:
-        """Whether it has a row for each view of an image; else one for each image."""
+        """Whether it has a value per view of an image; else one per image."""
         return self.dimensions[1] == "view"
 
     def file(self, block: int, view: int) -> str:
-        """Path of the file that holds (block, view), below the array (default key encoding).
+        """Path of the file of (block, view), below the array (default key encoding).
 
-        Arrays without views lie with the block's first view, which is 0 in their path as well.
+        Arrays without views are stored with the block's first view: 0 in their path as well.
         """
         return "/".join(["c", str(block), str(view)] + ["0"] * (len(self.shape) - 2))
 
@@ -112,7 +112,7 @@ class CacheSpec:
     """Of the whole store: the rows of earlier generations come before."""
     first_view: int = 0
     stored_views: str = "none"
-    """Whether rendered views lie beside their targets, and how: none, jpeg:95, webp."""
+    """Whether rendered views are stored beside their targets, and how: none, jpeg:95, webp."""
     texts: dict | None = None
     """The identity of the teacher's text tower (TextTower.identity), if its texts are stored."""
     version: int = VERSION
@@ -124,22 +124,22 @@ class CacheSpec:
     def differences(self, other: CacheSpec) -> list[str]:
         """'field: mine != other's' for each leaf that differs, nested names joined by dots."""
         fields, others = asdict(self), asdict(other)
-        told = []
+        differences = []
         for key in fields:
             if (fields[key] is None) != (others[key] is None):  # its leaves would say no more
-                told.append(
+                differences.append(
                     f"{key}: " + ("without != with" if fields[key] is None else "with != without")
                 )
                 fields[key] = others[key] = None
         mine, theirs = _leaves(fields), _leaves(others)
-        return told + [
+        return differences + [
             f"{key}: {_short(mine.get(key))} != {_short(theirs.get(key))}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
 
     def layer(self) -> bytes:
-        """What generations that hold parts of the same targets share: all but rows and views."""
+        """What the generations of a layer share: every field but the ranges of rows and views."""
         fields = asdict(self)
         ranged = ("manifest", "rows", "views", "first_row", "first_view")
         return canonical({key: value for key, value in fields.items() if key not in ranged})
@@ -159,9 +159,9 @@ class CacheSpec:
         return block * self.shard_size, min(self.rows, (block + 1) * self.shard_size)
 
     def files(self, block: int, view: int) -> dict[str, str]:
-        """The files of a shard by what they hold: each array, and `pixels` if views are stored.
+        """The files of a shard by name: each array, and `pixels` if views are stored.
 
-        Texts are of rows: they lie in the shard of a block's first view.
+        Texts belong to rows: they are in the shard of a block's first view.
         """
         names = {
             name: f"{name}/{array.file(block, view)}"
@@ -212,7 +212,7 @@ class CacheSpec:
         return arrays
 
     def view_arrays(self) -> dict[str, ArraySpec]:
-        """Those of the arrays that hold views: all but the texts."""
+        """The arrays with a value per view: all but the texts."""
         return {name: array for name, array in self.arrays().items() if array.of_views}
 
     def view_bytes(self) -> int:
@@ -226,7 +226,7 @@ class CacheSpec:
     def shard_bytes(self, rows: int, *, view: int) -> int:
         """Bytes of the files of one shard of `rows` good images, each with a caption if any is.
 
-        The index of a shard file has a place for each of `shard_size` rows, whatever `rows` is.
+        The index of a shard file has an entry for each of `shard_size` rows, whatever `rows` is.
         """
         total = 0
         for array in (self.arrays() if view == 0 else self.view_arrays()).values():
@@ -257,7 +257,7 @@ class Entry:
 
     path: str
     layer: str
-    """Whose targets it holds parts of: teacher and codec, such as `ViT-B-16-quickgelu/int8`."""
+    """Name of its teacher and codec, such as `ViT-B-16-quickgelu/int8`."""
     fingerprint: str
     digest: str
     """SHA-256 over the fingerprint, the codec's tables and all records: the content's identity."""
@@ -352,17 +352,17 @@ def read_group(generation: AnyPath) -> tuple[CacheSpec, dict]:
     # Of the spec as it is written, so that a later version's new fields do not change it.
     if hashlib.sha256(canonical(attributes["spec"])).hexdigest() != stated:
         raise CacheError(
-            f"{generation / 'zarr.json'} is damaged: its spec has not the fingerprint it states"
+            f"{generation / 'zarr.json'} is damaged: its spec does not have the stated fingerprint"
         )
     return spec, attributes
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        found: dict[str, Any] = {}
+        leaves: dict[str, Any] = {}
         for key, inner in value.items():
-            found |= _leaves(inner, f"{prefix}{key}.")
-        return found
+            leaves |= _leaves(inner, f"{prefix}{key}.")
+        return leaves
     return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
 
 

@@ -1,7 +1,7 @@
-"""One committed group of a store: its records, its arrays, and the proof of what they say.
+"""One committed generation of a store: its records and arrays, verified as they are read.
 
-A shard is checked when it is first touched (its record's digest, its files' sizes), every chunk by
-its crc32c, every row by the crc32c that its record keeps: a value that was damaged, shifted or
+A shard is checked at its first use (the digest of its record, the sizes of its files), every chunk
+by its crc32c, and every row by the crc32c in its record: a value that was damaged, shifted or
 swapped is never returned. The only module that uses tensorstore.
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, singledispatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, Url, read_file, size_of
-from milan.errors import CacheError
+from milan.core.paths import AnyPath, Url, as_path, is_local, probe, read_file, size_of
+from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
 from milan.store.format import (
     FIDELITY,
@@ -37,24 +37,24 @@ from milan.store.format import (
 )
 from milan.store.local_cache import File, LocalCopies
 
-_HELD_PROOFS = 256  # in each loader worker: two windows of shards, some 20 MB
+_CACHED_CHECKSUMS = 256  # shards, in each loader worker: two windows, some 20 MB
 _TRIES = 8  # a local copy may be evicted by another run between looking for it and reading it
 
 
-class _Proof(NamedTuple):
-    """What reading needs of a record, 72 KB a shard of 1,024 rows; as parsed JSON it is 370 KB."""
+class ShardChecksums(NamedTuple):
+    """The part of a record that reading needs: 72 KB for 1,024 rows; as parsed JSON 370 KB."""
 
     first: int
     """First row, inside the generation."""
     crc32c: dict[str, np.ndarray]
-    """By array, [rows] int64; -1 where there is no target."""
+    """Array name -> [rows] int64; -1 where there is no target."""
     pixels: np.ndarray
-    """[rows] int64"""
+    """[rows] int64: crc32c of the pixels that the teacher saw."""
     digests: np.ndarray
-    """[rows] S32: the content checksums; empty for an image that could not be read."""
+    """[rows] S32: digests of the images' bytes; empty for an image that could not be read."""
     files: tuple[File, ...]
     ends: np.ndarray
-    """[rows] int64: where the stored picture of each row ends in the shard's file of them."""
+    """[rows] int64: the end of each row's picture, in bytes of the shard's file of stored views."""
 
 
 def _numbers(values: list[int | None]) -> np.ndarray:
@@ -62,27 +62,27 @@ def _numbers(values: list[int | None]) -> np.ndarray:
 
 
 _reader: dict[str, int] = {}
-"""The process that uses tensorstore, by `pid`: used again after a fork, it aborts the child."""
+"""`pid` of the process that uses tensorstore: if it is used after a fork, the child aborts."""
 
 
 class Generation:
     """One committed group of a store; rows and views count through the whole store."""
 
     def __init__(self, store: AnyPath, entry: Entry) -> None:
-        self.entry = entry
+        self.store, self.entry = store, entry
         self.root: AnyPath = store / entry.path
         self.spec, self.attributes = read_group(self.root)
         if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
         self._open: dict[str, Any] = {}
-        self._proofs: OrderedDict[tuple[int, int], _Proof] = OrderedDict()
+        self._checksums: OrderedDict[tuple[int, int], ShardChecksums] = OrderedDict()
         self.local: LocalCopies | None = None
-        """Where its shards are copied to and read from; None: they are read where they are."""
+        """The local cache that its shards are read from; None: they are read from the store."""
 
     def __getstate__(self) -> dict:
-        # Handles and tables stay behind.
+        # Open arrays and tables are not sent to other processes.
         state = {k: v for k, v in self.__dict__.items() if k != "shards"}
-        return state | {"_open": {}, "_proofs": OrderedDict()}
+        return state | {"_open": {}, "_checksums": OrderedDict()}
 
     def holds_rows(self, rows: np.ndarray) -> np.ndarray:
         """[B] bool"""
@@ -94,7 +94,7 @@ class Generation:
         return self.holds_rows(rows) & (views >= first) & (views < last)
 
     def read_verified(self, name: str) -> bytes:
-        """A file beside the shards, whose digest agrees with the index."""
+        """A small file of the generation, verified by its digest in the index."""
         path = self.root / name
         try:
             data = read_file(path)
@@ -106,13 +106,39 @@ class Generation:
 
     @property
     def origin(self) -> dict:
-        """Where and how it was made: data, data_root, data_root_from_store, teacher, versions."""
+        """The extraction: data, data_root, data_root_from_store, teacher, batch_size, versions."""
         return read_json(self.root / ORIGIN)
+
+    def find_data_root(self, sample: list[str], data_root: str | None = None) -> AnyPath:
+        """The folder, or URL, that holds one of the files `sample` (paths of the manifest).
+
+        Looked at: `data_root` if given; else the root recorded at extraction, first relative to
+        the store (store and images moved together), then absolute. Raises DataError listing the
+        folders looked at.
+        """
+        if data_root:
+            roots = [as_path(data_root)]
+        else:
+            origin = self.origin
+            roots = [as_path(origin["data_root"])]
+            if origin["data_root_from_store"] and is_local(self.store):
+                roots.insert(0, self.store.resolve() / origin["data_root_from_store"])
+        for root in roots:
+            if any((root / path).exists() for path in sample):
+                return root
+        raise DataError(
+            f"the images of {self.store} are not below " + ", nor ".join(map(str, roots)),
+            expected=f"{sample[0]} in the data root",
+            fix="--data-root FOLDER (or a URL)",
+        )
 
     @property
     def fidelity(self) -> dict:
-        """How near its codec is to the teacher's own output (pipeline.extraction.fidelity)."""
-        return read_json(self.root / FIDELITY) if FIDELITY in self.entry.files else {}
+        """How closely decoded features match the teacher's own (pipeline.extraction.fidelity).
+
+        Empty if no image of the sample could be decoded.
+        """
+        return read_json(self.root / FIDELITY)
 
     def manifest(self) -> Manifest:
         """The images of this generation's rows."""
@@ -123,15 +149,15 @@ class Generation:
 
     @cached_property
     def shards(self) -> pa.Table:
-        """A row a shard, ordered by block and view: `record` (SHA-256), `sizes`, `bad`."""
+        """The shard table, ordered by block and view: `record` (SHA-256), `sizes`, `bad`."""
         return pq.read_table(pa.BufferReader(self.read_verified(SHARDS)))
 
     def bad(self) -> Iterator[tuple[int, str]]:
         """(row, reason) of the images without targets."""
         if not self.entry.bad:
             return
-        holders = np.flatnonzero(np.asarray(self.shards["bad"]))
-        for shard in holders[holders % self.spec.views == 0].tolist():
+        shards = np.flatnonzero(np.asarray(self.shards["bad"]))
+        for shard in shards[shards % self.spec.views == 0].tolist():
             record = self.record(shard // self.spec.views, 0)
             for row, why in record["bad"].items():
                 yield self.spec.first_row + int(row), why
@@ -146,13 +172,15 @@ class Generation:
         names = list(self.spec.files(0, 0))
         for shard, sizes in enumerate(self.sizes().tolist()):
             paths = self.spec.files(*divmod(shard, self.spec.views))
-            held = ((name, size) for name, size in zip(names, sizes, strict=True) if size >= 0)
-            yield from ((paths[name], size) for name, size in held)
+            for name, size in zip(names, sizes, strict=True):
+                if size >= 0:
+                    yield paths[name], size
 
     def record(self, block: int, view: int) -> dict:
-        """The commit record of a shard (numbers inside the generation), proven by the index.
+        """The commit record of a shard (block and view count inside the generation), verified.
 
-        On the way its files are checked: this is the first touch of a shard. Raises CacheError.
+        Its digest is checked against the shard table and the sizes of its files against the record.
+        Raises CacheError.
         """
         name = record_name(block, view)
         expected = self.shards["record"][block * self.spec.views + view].as_py()
@@ -175,96 +203,98 @@ class Generation:
                     f"{self.root / file['path']} is damaged: "
                     + ("it is gone" if size is None else f"{size:,} bytes"),
                     expected=f"{file['bytes']:,} bytes",
-                    fix=f"milan repair {self.root.parent.parent}",
+                    fix=f"milan repair {self.store}",
                 )
         return record
 
-    def proof(self, block: int, view: int) -> _Proof:
-        """What reading needs of a shard's record; those of the latest shards are held."""
-        if (block, view) not in self._proofs:
+    def checksums(self, block: int, view: int) -> ShardChecksums:
+        """Of a shard; those of the shards used last are cached. Raises CacheError."""
+        if (block, view) not in self._checksums:
             record = self.record(block, view)
-            self._proofs[block, view] = _Proof(
+            self._checksums[block, view] = ShardChecksums(
                 record["rows"][0],
-                {name: _numbers(sums) for name, sums in record["crc32c"].items()},
+                {name: _numbers(values) for name, values in record["crc32c"].items()},
                 _numbers(record["pixels"]),
                 np.array([digest or "" for digest in record["digests"]], "S32"),
                 tuple(File(f["path"], f["bytes"], f["sha256"]) for f in record["files"]),
                 _numbers(record.get("ends", [])),
             )
-            if len(self._proofs) > _HELD_PROOFS:
-                self._proofs.popitem(last=False)
-        self._proofs.move_to_end((block, view))
-        return self._proofs[block, view]
+            if len(self._checksums) > _CACHED_CHECKSUMS:
+                self._checksums.popitem(last=False)
+        self._checksums.move_to_end((block, view))
+        return self._checksums[block, view]
 
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw."""
-        proof, at = self._proof_of(row, view)
-        return int(proof.pixels[at])
+        checksums, at = self._checksums_of(row, view)
+        return int(checksums.pixels[at])
 
     def content_digest(self, row: int, view: int) -> str:
-        """The checksum of the image's bytes at extraction; empty if they could not be read."""
-        proof, at = self._proof_of(row, view)
-        return proof.digests[at].decode()
+        """Digest of the image's bytes at extraction; empty if they could not be read."""
+        checksums, at = self._checksums_of(row, view)
+        return checksums.digests[at].decode()
 
-    def _proof_of(self, row: int, view: int) -> tuple[_Proof, int]:
+    def _checksums_of(self, row: int, view: int) -> tuple[ShardChecksums, int]:
+        """The checksums of the shard of a row, and the row's position in them."""
         local = row - self.spec.first_row
-        proof = self.proof(local // self.spec.shard_size, view - self.spec.first_view)
-        return proof, local - proof.first
+        checksums = self.checksums(local // self.spec.shard_size, view - self.spec.first_view)
+        return checksums, local - checksums.first
 
     def use_local(self, folder: Path, limit: int) -> None:
-        """Read from copies below `folder`, which hold at most `limit` bytes."""
+        """Read from a local cache of at most `limit` bytes below `folder`."""
         local = LocalCopies(self.root, folder, self.entry.digest, limit)
         local.prepare(self.spec.view_arrays(), self.read_verified)
         self.local = local
 
-    def fetch(self, block: int, view: int, *, kept: Collection[Path] | None = None) -> bool:
-        """Have a shard (numbers inside the generation) on the local disk, see Local.fetch."""
+    def fetch(self, block: int, view: int, *, protected: Collection[Path] | None = None) -> bool:
+        """Have a shard (numbers inside the generation) in the local cache, if one is used.
+
+        See LocalCopies.fetch.
+        """
         if self.local is None or self.local.has(block, view):
             return True
-        return self.local.fetch(block, view, self.proof(block, view).files, kept=kept)
+        return self.local.fetch(block, view, self.checksums(block, view).files, protected=protected)
 
     def shards_of(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int]]:
-        """(block, view) of each shard that holds some of (rows[i], views[i]), inside it."""
+        """(block, view) inside the generation of each shard with some of (rows[i], views[i])."""
         blocks = (rows - self.spec.first_row) // self.spec.shard_size
         pairs = np.stack([blocks, views - self.spec.first_view], axis=1)
         return [(block, view) for block, view in np.unique(pairs, axis=0).tolist()]
 
     def packed(self, row: int, view: int) -> bytes:
         """The stored picture of a view, as images.views.unpack takes it. Raises CacheError."""
-        proof, at = self._proof_of(row, view)
+        checksums, at = self._checksums_of(row, view)
         local, v = row - self.spec.first_row, view - self.spec.first_view
         block = local // self.spec.shard_size
         path = self.spec.files(block, v)[PIXELS]
-        if not len(proof.ends):
-            raise self._damaged(PIXELS, local, v, "its record does not say where pictures end")
-        start, end = int(proof.ends[at - 1]) if at else 0, int(proof.ends[at])
+        start, end = int(checksums.ends[at - 1]) if at else 0, int(checksums.ends[at])
         why = ""
         for _ in range(_TRIES if self.local else 1):
             self.fetch(block, v)
             try:
-                where = (self.local or self).root / path
-                return read_file(where, first=start, size=end - start)
+                root = (self.local or self).root
+                return read_file(root / path, first=start, size=end - start)
             except OSError as error:
                 why = str(error)
         raise self._damaged(PIXELS, local, v, why)
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of each named array, compared with the checksums of their records."""
+        """array name -> the values of (rows[i], views[i]), each row verified. Raises CacheError."""
         local, view = rows - self.spec.first_row, views - self.spec.first_view
         shards = self.shards_of(rows, views)
-        proofs = {shard: self.proof(*shard) for shard in shards}
-        got = self._values(names, local, view, shards)
+        checksums = {shard: self.checksums(*shard) for shard in shards}
+        values = self._values(names, local, view, shards)
         blocks = local // self.spec.shard_size
         for i, (row, v, block) in enumerate(
             zip(local.tolist(), view.tolist(), blocks.tolist(), strict=True)
         ):
-            proof = proofs[block, v]
+            sums = checksums[block, v]
             for name in names:
-                if google_crc32c.value(got[name][i]) != proof.crc32c[name][row - proof.first]:
+                if google_crc32c.value(values[name][i]) != sums.crc32c[name][row - sums.first]:
                     raise self._damaged(
                         name, row, v, "it is intact, but of another row, view or run"
                     )
-        return got
+        return values
 
     def _values(
         self, names: list[str], local: np.ndarray, views: np.ndarray, shards: list[tuple[int, int]]
@@ -276,21 +306,20 @@ class Generation:
             try:
                 return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
             except (ValueError, RuntimeError, OSError):
-                # A pool remembers also what was missing.
+                # The cache pool also remembers chunks that were missing.
                 self._open.clear()
                 _context.cache_clear()
-        if isinstance(self.root, Url):
-            read_file(self.root / "zarr.json")  # raises DataError unless the store answers
+        probe(self.root)
         if self.local and not all(self.local.has(*shard) for shard in shards):
             raise CacheError(
-                f"{len(shards)} shards of a batch do not stay below {self.local.folder} together",
-                expected=f"room for a window in the limit of {self.local.limit:,} bytes",
+                f"{len(shards)} shards of a batch do not fit below {self.local.folder} together",
+                expected=f"a window of shards within the limit of {self.local.limit:,} bytes",
                 fix="a larger --cache-limit",
             )
         raise self._blame(names, local, views)
 
     def array(self, name: str) -> Any:
-        """The tensorstore of an array, opened in this process. Raises CacheError after a fork."""
+        """An array as a tensorstore, opened in this process. Raises CacheError after a fork."""
         if _reader.setdefault("pid", os.getpid()) != os.getpid():
             raise CacheError(
                 f"{self.root}: a cache was read before this process was forked",
@@ -298,28 +327,28 @@ class Generation:
                 fix='DataLoader(..., multiprocessing_context="forkserver")',
             )
         if name not in self._open:
-            copied = self.local if name in self.spec.view_arrays() else None
-            self._open[name] = open_array((copied.root if copied else self.root) / name)
+            local = self.local if name in self.spec.view_arrays() else None
+            self._open[name] = open_array((local or self).root / name)
         return self._open[name]
 
     def _blame(self, names: list[str], local: np.ndarray, views: np.ndarray) -> CacheError:
-        """Something in a batch cannot be read: which row it is."""
+        """The error for a batch that cannot be read: names the first row that cannot."""
         for row, view in zip(local.tolist(), views.tolist(), strict=True):
             for name in names:
                 try:
                     self.array(name)[row, view].read().result()
                 except (ValueError, RuntimeError, OSError) as error:
                     return self._damaged(name, row, view, str(error))
-        return CacheError(f"{self.root}: a batch could not be read, though each row of it can")
+        return CacheError(f"{self.root}: a batch could not be read, but each of its rows can")
 
     def _damaged(self, name: str, local: int, view: int, why: str) -> CacheError:
         shard = record_name(local // self.spec.shard_size, view)[:-5]
         return CacheError(
             f"{self.root}: {name} of row {local + self.spec.first_row}, view "
             f"{view + self.spec.first_view} (shard {shard}) cannot be used: {why}",
-            expected="what its record says",
+            expected="the checksums of its record",
             fix=(f"delete {self.local.root}, or " if self.local else "")
-            + f"milan repair {self.root.parent.parent}",
+            + f"milan repair {self.store}",
         )
 
 
@@ -332,10 +361,10 @@ def open_array(path: AnyPath) -> Any:
             {
                 "driver": "zarr3",
                 "kvstore": _kvstore(path),
-                # A chunk that is not there is an error, never a fill value.
+                # A missing chunk is an error, never a fill value.
                 "fill_missing_data_reads": False,
-                # A store does not change while it is open, but what was read before may be of
-                # another store that was in this place.
+                # A store does not change while it is open; but the cache pool may have chunks of
+                # another store that was at this path before.
                 "recheck_cached_metadata": "open",
                 "recheck_cached_data": "open",
             },
@@ -344,43 +373,46 @@ def open_array(path: AnyPath) -> Any:
             context=_context(),
         ).result()
     except (ValueError, OSError) as error:
-        if isinstance(path, Url):
-            read_file(path / "zarr.json")  # raises DataError unless the store answers
+        probe(path)
         raise CacheError(
-            f"array {path} cannot be opened: {error}", expected="what the store's spec says"
+            f"array {path} cannot be opened: {error}",
+            expected="a Zarr array as the store's spec describes it",
         ) from None
 
 
+@singledispatch
 def _kvstore(path: AnyPath) -> dict[str, Any]:
     """How tensorstore reaches a folder. Raises CacheError for a URL that it cannot read."""
-    if isinstance(path, Path):
-        return {"driver": "file", "path": str(path.resolve()) + "/"}
+    return {"driver": "file", "path": str(path.resolve()) + "/"}
+
+
+@_kvstore.register
+def _(path: Url) -> dict[str, Any]:
     fs, name = path.at()
     bucket, _, key = name.partition("/")
-    kind = path.text.partition(":")[0]
-    if kind in ("gs", "gcs"):
+    if path.scheme in ("gs", "gcs"):
         return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
-    if kind not in ("s3", "s3a"):
+    if path.scheme not in ("s3", "s3a"):
         raise CacheError(f"a store at {path}", expected="a path, or a URL of s3:// or gs://")
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
     fs.connect()
-    # As botocore resolved it from the environment or a profile: tensorstore reads neither.
+    # As botocore found it in the environment or a profile: tensorstore reads neither.
     server = fs.s3.meta
     if not server.endpoint_url.endswith(".amazonaws.com"):
         spec |= {"endpoint": server.endpoint_url, "aws_region": server.region_name or "us-east-1"}
     if fs.anon:
         spec["aws_credentials"] = {"type": "anonymous"}
-    elif "AWS_ACCESS_KEY_ID" in os.environ:  # the default looks for files first, and complains
+    elif "AWS_ACCESS_KEY_ID" in os.environ:  # the default looks for files first, and warns
         spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
 @cache
 def _context() -> Any:
-    """What all arrays of a process share: one small pool.
+    """tensorstore's context, shared by all arrays of a process: one small cache pool.
 
-    It is there for the shard indexes, 16 KB each, 6 MB for the three arrays of a window of shards;
-    chunks pass through it, and none is read twice in an epoch.
+    The pool is for shard indexes: 16 KB each, 6 MB for the three arrays of a window of shards.
+    Chunks pass through it, but none is read twice in an epoch.
     """
     import tensorstore
 
@@ -388,7 +420,7 @@ def _context() -> Any:
         {
             "cache_pool": {"total_bytes_limit": 32 << 20},
             "data_copy_concurrency": {"limit": 2},
-            # Half a minute in all. The default, 32 attempts, waits a quarter of an hour.
+            # Half a minute in total. The default of 32 attempts waits a quarter of an hour.
             "s3_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"},
         }
     )

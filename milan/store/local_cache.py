@@ -1,16 +1,17 @@
-"""Whole shards of a store, copied from a slow disk to a local one as they are needed.
+"""The local cache: whole shards copied from a slow disk to a fast one as they are needed.
 
-    DIR/lock                        held while room is made
+    DIR/lock                        locked while room is made
     DIR/<digest of a generation>/   laid out as the generation itself: arrays open below it
         features/zarr.json features/c/42/1/0/0 ...
-        shards/42.1                 the shard is here, whole and checked: an empty file, as long as
-                                    the shard's bytes (sparse), of the time of its last use
-        shards/42.1.part            the same while one process copies it, and holds its lock
+        shards/42.1                 marker: shard (block 42, view 1) is here, whole and verified. An
+                                    empty file, as long as the shard's bytes (sparse); its
+                                    modification time is the shard's last use
+        shards/42.1.part            the same while a process copies the shard; that process locks it
 
-What is here is told by the files alone, so loader workers, runs and later runs share it, and any of
-them may be killed at any time. Who needs a shard copies it, the others wait at its lock; `Ahead` is
-one more that needs the shards of the next window. Room is made by evicting what was not used for
-longest; a reader whose shard is evicted under it fetches it again.
+The files are the only state, so loader workers, runs and later runs share the folder, and any of
+them may be killed at any time. The process that needs a shard copies it; others wait for its lock.
+milan.data.prefetch copies the shards of the next window early. The least recently used shards are
+evicted first; a reader whose shard is evicted while it reads copies it again.
 """
 
 from __future__ import annotations
@@ -21,66 +22,62 @@ import hashlib
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from milan.core.paths import AnyPath, pieces_of
-from milan.errors import CacheError, MilanError
+from milan.errors import CacheError
 
-if TYPE_CHECKING:
-    from milan.store.generation import Generation
-
-_PAUSE = 0.1  # seconds between two looks for room
-
-
-Shard = tuple["Generation", int, int]
-"""(generation, block, view)"""
+RETRY_SECONDS = 0.1
+"""Pause before room for a shard is looked for again."""
 
 
 class File(NamedTuple):
-    """A file of a shard, as its record proves it."""
+    """A file of a shard, as its record lists it."""
 
     path: str
+    """Below the generation's folder."""
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class LocalCopies:
-    """The local copies of one generation; `limit` bytes hold for everything below `folder`."""
+    """The local copies of one generation; at most `limit` bytes of shards below `folder`."""
 
     source: AnyPath
     """The generation's folder on the slow disk, or in an object store."""
     folder: Path
+    """Shared by all generations, stores and runs that name it."""
     digest: str
+    """Of the generation."""
     limit: int
+    """Bytes."""
 
     @property
     def root(self) -> Path:
-        """Where the arrays of the generation open."""
+        """The folder that the generation's arrays are opened below."""
         return self.folder / self.digest[:16]
 
     def prepare(self, arrays: Iterable[str], read_verified: Callable[[str], bytes]) -> None:
-        """Make the folder, with the metadata of each array. Raises CacheError."""
-        with _told(self.folder):
+        """Make the folder and write the metadata of each array. Raises CacheError."""
+        with _as_cache_error(self.folder):
             (self.root / "shards").mkdir(parents=True, exist_ok=True)
             for name in arrays:
                 (self.root / name).mkdir(exist_ok=True)
-                fresh = self.root / name / f".zarr.json.{os.getpid()}"
-                fresh.write_bytes(read_verified(f"{name}/zarr.json"))
-                os.replace(fresh, self.root / name / "zarr.json")
+                temporary = self.root / name / f".zarr.json.{os.getpid()}"
+                temporary.write_bytes(read_verified(f"{name}/zarr.json"))
+                os.replace(temporary, self.root / name / "zarr.json")
 
     def marker(self, block: int, view: int) -> Path:
-        """The file that says that a shard is here."""
+        """The file whose presence means that a shard is here."""
         return self.root / "shards" / f"{block}.{view}"
 
     def has(self, block: int, view: int) -> bool:
-        """Whether a shard is here; if so it counts as used now."""
+        """Whether a shard is here; if so, it is marked as used now."""
         try:
             os.utime(self.marker(block, view))
         except FileNotFoundError:
@@ -93,30 +90,31 @@ class LocalCopies:
         view: int,
         files: Collection[File],
         *,
-        kept: Collection[Path] | None = None,
+        protected: Collection[Path] | None = None,
     ) -> bool:
-        """Have a shard here, by copying it or by waiting for the process that does.
+        """Have a shard here: copy it, or wait for the process that is copying it.
 
-        With `kept` no shard among these is evicted for it: False if there is no room then. Raises
-        CacheError: a file that is not what its record says, a full disk, a limit far too small.
+        With `protected`, shards with these markers are not evicted to make room; the result is
+        False if there is no room without that. Raises CacheError: a file that differs from its
+        record, a full disk, a limit smaller than one shard.
         """
-        here = self.marker(block, view)
-        part = here.with_name(here.name + ".part")
+        marker = self.marker(block, view)
+        part = marker.with_name(marker.name + ".part")
         size = sum(file.bytes for file in files)
-        with _told(self.folder):
+        with _as_cache_error(self.folder):
             while not self.has(block, view):
                 with open(part, "a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    if not _same(lock.fileno(), part):
-                        continue  # whoever held it is done with it: look again
+                    if not _is_open_file(lock.fileno(), part):
+                        continue  # the process that had the lock removed the file: look again
                     if self.has(block, view):
                         part.unlink()
                         break
-                    if not self._make_room(lock.fileno(), size, kept):
+                    if not self._make_room(lock.fileno(), size, protected):
                         part.unlink()
-                        if kept is not None:
+                        if protected is not None:
                             return False
-                        time.sleep(_PAUSE)  # others are copying
+                        time.sleep(RETRY_SECONDS)  # others are copying
                         continue
                     try:
                         for file in files:
@@ -124,15 +122,15 @@ class LocalCopies:
                     except BaseException:
                         part.unlink()
                         raise
-                    os.rename(part, here)
+                    os.rename(part, marker)
         return True
 
     def _copy(self, file: File) -> None:
         target = self.root / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
-        fresh = target.with_name(target.name + ".part")
-        with open(fresh, "wb") as copy:
+        temporary = target.with_name(target.name + ".part")
+        with open(temporary, "wb") as copy:
             for piece in pieces_of(self.source / file.path):
                 copy.write(piece)
                 digest.update(piece)
@@ -140,16 +138,19 @@ class LocalCopies:
             copy.flush()
             os.fsync(copy.fileno())
         if (size, digest.hexdigest()) != (file.bytes, file.sha256):
-            fresh.unlink()
+            temporary.unlink()
             raise CacheError(
                 f"{self.source / file.path} is damaged: {size:,} bytes arrived",
                 expected=f"the {file.bytes:,} bytes and the SHA-256 of its record",
                 fix=f"milan repair {self.source.parent.parent}",
             )
-        os.replace(fresh, target)
+        os.replace(temporary, target)
 
-    def _make_room(self, part: int, size: int, kept: Collection[Path] | None) -> bool:
-        """Evict until `size` more bytes fit, and take them; False if that cannot be."""
+    def _make_room(self, part: int, size: int, protected: Collection[Path] | None) -> bool:
+        """Evict until `size` more bytes fit and reserve them; False if they cannot fit.
+
+        `part` is the open part file: its length is the reservation.
+        """
         if size > self.limit:
             raise CacheError(
                 f"a shard of {size:,} bytes does not fit a cache limit of {self.limit:,}",
@@ -162,11 +163,11 @@ class LocalCopies:
                 try:
                     stat = entry.stat()
                 except FileNotFoundError:
-                    continue  # a part that has just become whole, or was given up
+                    continue  # a part that was just completed or abandoned
                 if entry.suffix == ".part" and stat.st_size and _abandoned(entry):
                     continue
                 used += stat.st_size
-                if entry.suffix != ".part" and (kept is None or entry not in kept):
+                if entry.suffix != ".part" and (protected is None or entry not in protected):
                     evictable.append((stat.st_mtime_ns, entry, stat.st_size))
             free = sum(bytes for _, _, bytes in evictable)
             if used - free + size > self.limit:
@@ -181,14 +182,15 @@ class LocalCopies:
 
 
 def _evict(entry: Path) -> None:
-    """Remove a shard: first what says that it is here, then its files."""
+    """Remove a shard: its marker first, then its files."""
     entry.unlink(missing_ok=True)
     block, view = entry.name.split(".")[:2]
     for folder in entry.parent.parent.glob(f"*/c/{block}/{view}"):
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
 
-def _same(handle: int, path: Path) -> bool:
+def _is_open_file(handle: int, path: Path) -> bool:
+    """Whether `path` still names the open file `handle`."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
@@ -196,7 +198,7 @@ def _same(handle: int, path: Path) -> bool:
 
 
 def _abandoned(part: Path) -> bool:
-    """Whether the process that copied it is dead, its lock free again; if so, remove its traces."""
+    """Whether the copying process has exited, which frees its lock; if so, remove what it left."""
     with open(part, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,7 +209,8 @@ def _abandoned(part: Path) -> bool:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _as_cache_error(folder: Path) -> Iterator[None]:
+    """An OSError inside becomes a CacheError."""
     try:
         yield
     except OSError as error:
@@ -216,40 +219,3 @@ def _told(folder: Path) -> Iterator[None]:
             f"shards cannot be copied to {folder}: {error}",
             fix="a smaller --cache-limit" if full else "--local a folder of your own",
         ) from None
-
-
-class Prefetcher(Thread):
-    """Fetches the shards of the window in use and of the next one, before they are asked for.
-
-    `windows` gives (batches consumed when the window is over, its shards) in order; `consumed` is
-    set by the run. What cannot be fetched is left to the loader worker that needs it, which then
-    says why.
-    """
-
-    def __init__(self, windows: Iterator[tuple[int, list[Shard]]]) -> None:
-        super().__init__(daemon=True)
-        self.windows, self.consumed, self.stopped = windows, 0, Event()
-
-    def run(self) -> None:
-        """Until the windows end, something fails, or `stopped`."""
-        held: deque[tuple[int, set[Path]]] = deque()
-        try:
-            for end, shards in self.windows:
-                held.append((end, {g.local.marker(b, v) for g, b, v in shards if g.local}))
-                while len(held) > 2 and self._wait(held):
-                    pass
-                for generation, block, view in shards:
-                    kept = set().union(*(places for _, places in held))
-                    while not generation.fetch(block, view, kept=kept) and self._wait(held):
-                        kept = set().union(*(places for _, places in held))
-                    if self.stopped.is_set():
-                        return
-        except MilanError:
-            return
-
-    def _wait(self, held: deque[tuple[int, set[Path]]]) -> bool:
-        """Wait a little, let go of the windows that are behind; False once `stopped`."""
-        stopped = self.stopped.wait(_PAUSE)
-        while len(held) > 1 and held[0][0] <= self.consumed:
-            held.popleft()
-        return not stopped

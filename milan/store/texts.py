@@ -1,7 +1,7 @@
-"""Reading a store's texts: what the teacher's text tower said of captions and of classes.
+"""Reading a store's texts: the text tower's output for captions and for class names.
 
-Texts are of rows, not of views: they lie in the shards of each block's first view, and are read
-where the store is, not from local copies.
+A text belongs to a row, not to a view: texts are in the shards of each block's first view. They
+are read from the store, not from the local cache.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ from milan.store.generation import Generation
 
 @dataclass
 class Texts:
-    """Captions as the text tower sees them; numpy arrays."""
+    """Encoded captions; numpy arrays."""
 
     features: np.ndarray
     """[B, C] float32, of length 1."""
     ids: np.ndarray
-    """[B, L] int32: equal rows are equal captions, as far as the tower reads."""
+    """[B, L] int32: token ids. Equal rows: equal captions, up to the length the tower reads."""
 
 
 @dataclass
 class Prototypes:
-    """Classes as the text tower sees them, in the order of their numbers; numpy arrays."""
+    """Encoded class prompts, in the order of class numbers; numpy arrays."""
 
     classes: list[str]
     features: np.ndarray
-    """[P, C] float32: the mean of a class's sentences, of length 1."""
+    """[P, C] float32, of length 1: the mean over the prompts of a class."""
     ids: np.ndarray
-    """[P, M, L] int32, of each class in each template."""
+    """[P, M, L] int32: token ids of each class in each template."""
 
 
 def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
-    """The texts of rows of the store, all in `generation`. Raises CacheError, with the row.
+    """The texts of rows of the store, all in `generation`. Raises CacheError naming the row.
 
-    Every row is compared with the checksums that its record keeps.
+    Every row is compared with the checksum in its record.
     """
     spec = generation.spec
     local = rows - spec.first_row
     blocks = local // spec.shard_size
-    proofs = {block: generation.proof(block, 0) for block in np.unique(blocks).tolist()}
+    checksums = {block: generation.checksums(block, 0) for block in np.unique(blocks).tolist()}
     for row, block in zip(local.tolist(), blocks.tolist(), strict=True):
-        if proofs[block].crc32c[TEXT][row - proofs[block].first] < 0:
+        if checksums[block].crc32c[TEXT][row - checksums[block].first] < 0:
             raise CacheError(
                 f"row {row + spec.first_row} of {generation.root} has no caption",
                 expected="rows of TargetCache.captioned",
             )
     futures = {name: generation.array(name)[local].read() for name in (TEXT, TEXT_IDS)}
-    got = {}
+    values = {}
     for name, future in futures.items():
         try:
-            got[name] = np.ascontiguousarray(future.result())
+            values[name] = np.ascontiguousarray(future.result())
         except (ValueError, RuntimeError, OSError) as error:
-            raise _damaged(generation, name, sorted(proofs), str(error)) from None
-        for row, block, values in zip(local.tolist(), blocks.tolist(), got[name], strict=True):
-            sums = proofs[block].crc32c[name]
-            if google_crc32c.value(values) != sums[row - proofs[block].first]:
-                why = f"row {row + spec.first_row} is not what its record says"
+            raise _damaged(generation, name, sorted(checksums), str(error)) from None
+        for row, block, value in zip(local.tolist(), blocks.tolist(), values[name], strict=True):
+            expected = checksums[block].crc32c[name][row - checksums[block].first]
+            if google_crc32c.value(value) != expected:
+                why = f"row {row + spec.first_row} differs from the checksum of its record"
                 raise _damaged(generation, name, [block], why)
-    return Texts(got[TEXT], got[TEXT_IDS])
+    return Texts(values[TEXT], values[TEXT_IDS])
 
 
 def read_prototypes(generation: Generation) -> Prototypes | None:
-    """The classes of a generation, each file proven by the index; None if it names none."""
+    """The class prompts of a generation, each file verified; None if it has none."""
     files = [name for name in generation.entry.files if name.startswith(f"{PROTOTYPES}/")]
     if not files:
         return None
@@ -85,6 +85,6 @@ def _damaged(generation: Generation, name: str, blocks: list[int], why: str) -> 
     shards = ", ".join(record_name(block, 0)[:-5] for block in blocks)
     return CacheError(
         f"{generation.root}: {name} (of shards {shards}) cannot be used: {why}",
-        expected="what its record says",
-        fix=f"milan repair {generation.root.parent.parent}",
+        expected="the checksums of its record",
+        fix=f"milan repair {generation.store}",
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from milan.core.paths import Url, as_data_error, os_errors, pieces_of
+from milan.core.paths import Url, as_data_error, pieces_of
+from milan.core.remote import os_errors
 
 _NONE = {"404", "NoSuchKey"}
 _OTHER = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}

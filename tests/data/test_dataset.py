@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from milan.core.rng import mask_noise
 from milan.data import dataset as data
-from milan.data.dataset import CachedDataset, find_root, open_cache
+from milan.data.dataset import CachedDataset, open_cache
 from milan.data.loader import Batch, training_loader
 from milan.data.order import order_of
 from milan.data.sampler import StepSampler
@@ -26,6 +26,7 @@ from milan.images.decode import decode
 from milan.images.views import View, render, view_of
 from milan.store import generation
 from milan.store.cache import TargetCache
+from milan.store.format import GENERATION
 from milan.store.generation import Generation
 
 # --- items ----------------------------------------------------------------------------------------
@@ -183,15 +184,15 @@ def test_without_features(store: Path, alone: list[Batch]) -> None:
 
 
 def test_what_a_reader_holds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proofs of a stated number of shards, whatever the store's size; 72 KB for 1,024 rows."""
-    monkeypatch.setattr(generation, "_HELD_PROOFS", 2)
+    """Checksums of a stated number of shards, whatever the store's size; 72 KB for 1,024 rows."""
+    monkeypatch.setattr(generation, "_CACHED_CHECKSUMS", 2)
     cache = TargetCache(store)
     cache.read(np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24))
-    proofs = cache.generations[0]._proofs
-    assert list(proofs) == [(2, 0), (2, 1)]
+    checksums = cache.generations[0]._checksums
+    assert list(checksums) == [(2, 0), (2, 1)]
     cache.read(np.array([16, 0]), np.array([0, 0]))
-    assert list(proofs) == [(2, 0), (0, 0)] or list(proofs) == [(0, 0), (2, 0)]
-    held = proofs[0, 0]
+    assert list(checksums) == [(2, 0), (0, 0)] or list(checksums) == [(0, 0), (2, 0)]
+    held = checksums[0, 0]
     arrays = [held.pixels, held.digests, *held.crc32c.values()]
     assert len(arrays) == 6
     assert sum(array.nbytes for array in arrays) / 8 * 1024 == 72 * 1024
@@ -296,7 +297,7 @@ def test_a_project_may_move_as_a_whole(
     moved = root / store.parent.name / store.name
     shutil.copytree(store, moved)
     shutil.copytree(photos, root / photos.name)
-    assert find_root(TargetCache(moved), None).resolve() == root / photos.name
+    assert TargetCache(moved).find_data_root().resolve() == root / photos.name
     monkeypatch.chdir(moved.parent)
     relative = open_cache(store.name)
     assert relative.root.resolve() == root / photos.name
@@ -319,11 +320,21 @@ def test_images_may_move(store: Path, copied: Path, tmp_path: Path) -> None:
     assert "class " in error.value.expected
 
 
+def test_a_store_without_its_origin(store: Path, photos: Path, tmp_path: Path) -> None:
+    """It names folders and may be left out of a published store: then --data-root is needed."""
+    bare = tmp_path / "t.zarr"
+    shutil.copytree(store, bare)
+    (bare / GENERATION / "origin.json").unlink()
+    with pytest.raises(CacheError, match=r"origin\.json"):
+        open_cache(bare)
+    assert open_cache(bare, data_root=str(photos)).pixels(np.array([3]), np.array([1])).any()
+
+
 def test_images_that_are_nowhere(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place looked at is told."""
     cache = TargetCache(store)
     gone = {"data_root": "/nowhere/images", "data_root_from_store": "../not here"}
     monkeypatch.setattr(Generation, "origin", gone)
     with pytest.raises(DataError, match=r"not below .*/not here, nor /nowhere/images") as error:
-        find_root(cache, None)
+        cache.find_data_root()
     assert "--data-root" in error.value.fix

@@ -426,16 +426,6 @@ def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:
         assert read.table.equals(good.table), f"byte {at}"
 
 
-def test_manifests_from_before_tars_open(tmp_path: Path) -> None:
-    """They have no column `offset`; stores of then are read for ever."""
-    manifest = build_manifest(put(tmp_path / "f", "a/1.jpg", "b/2.jpg"), seed=0)
-    old = manifest.table.drop_columns(["offset"])
-    pq.write_table(old, tmp_path / "manifest.parquet", write_page_checksum=True)
-    read = Manifest.read(tmp_path / "manifest.parquet")
-    assert read.table.equals(manifest.table)
-    assert read.digest() == manifest.digest()
-
-
 def test_other_parquet_is_no_manifest(tmp_path: Path) -> None:
     """A file of the same name from elsewhere."""
     path = write(tmp_path / "manifest.parquet", [{"key": "a"}])
@@ -530,7 +520,7 @@ def test_bytes_of_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     """Of several files and row groups, with many groups held or one at a time."""
     from milan.images import source as sources
 
-    monkeypatch.setattr(sources, "_HELD_BYTES", held)
+    monkeypatch.setattr(sources, "_CACHE_BYTES", held)
     expected = {}
     for part in ("a", "b"):
         rows = [image(f"{i}.jpg", f"{part}{i}".encode()) for i in range(23)]

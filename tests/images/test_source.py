@@ -30,7 +30,7 @@ from fsspec.spec import AbstractFileSystem
 from helpers import forget, fresh_fork_server, run_here, tree
 
 from milan.core.paths import Url, as_path
-from milan.data.dataset import find_root, open_cache
+from milan.data.dataset import open_cache
 from milan.data.loader import training_loader
 from milan.data.order import order_of
 from milan.data.sampler import StepSampler
@@ -583,7 +583,7 @@ def test_they_are_read_back_from_where_they_lie(
     parquet = open_cache(stores["s3://sets/parquet"])
     assert torch.equal(parquet[7]["image"], open_cache(stores["parquet"])[7]["image"])
     with pytest.raises(DataError, match=r"not below s3://sets/nix"):
-        find_root(TargetCache(store), "s3://sets/nix")
+        TargetCache(store).find_data_root("s3://sets/nix")
     origin = json.loads((stores["s3://sets/tars"] / "generations/000/origin.json").read_bytes())
     assert origin["data_root"] == "s3://sets/tars"
     assert origin["data_root_from_store"] is None

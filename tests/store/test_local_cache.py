@@ -21,11 +21,12 @@ import milan
 from milan.data.dataset import open_cache
 from milan.data.loader import _windows, training_loader
 from milan.data.order import order_of
+from milan.data.prefetch import Prefetcher
 from milan.data.sampler import StepSampler
 from milan.errors import CacheError, ConfigError
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation
-from milan.store.local_cache import LocalCopies, Prefetcher
+from milan.store.local_cache import LocalCopies
 
 ROWS, VIEWS = np.repeat(np.arange(24), 2), np.tile(np.arange(2), 24)
 """Everything of the store: 3 blocks x 2 views."""
@@ -118,7 +119,7 @@ def test_the_limit_holds(
 def test_a_batch_wider_than_the_limit(copied: Path, tmp_path: Path) -> None:
     """Six shards through room for two cannot be: said, not tried for ever."""
     near = local_cache(copied, tmp_path / "fast", 2.5)
-    with pytest.raises(CacheError, match="6 shards of a batch do not stay"):
+    with pytest.raises(CacheError, match="6 shards of a batch do not fit"):
         near.read(ROWS, VIEWS)
     tiny = local_cache(copied, tmp_path / "tiny", 0.5)
     with pytest.raises(CacheError, match="does not fit a cache limit") as error:
@@ -135,7 +136,7 @@ def test_damage_is_found_on_arrival(
     path = copied / "generations/000/features/c/1/0/0/0"
     data = path.read_bytes()
     flipped = data[:100] + bytes([data[100] ^ 4]) + data[101:]
-    near.generations[0].proof(1, 0)  # its sizes were right when it was first touched
+    near.generations[0].checksums(1, 0)  # its sizes were right when it was first touched
     path.write_bytes(flipped if size == "same" else data[:-5])
     with pytest.raises(CacheError, match="features/c/1/0/0/0 is damaged") as error:
         near.read(np.array([9]), np.array([0]))
@@ -386,6 +387,6 @@ def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:
     with open(part, "a") as copier:
         fcntl.flock(copier, fcntl.LOCK_EX)
         os.truncate(part, shard_bytes(near))
-        assert not generation.fetch(1, 0, kept=[])
+        assert not generation.fetch(1, 0, protected=[])
         assert part.exists()
-    assert generation.fetch(1, 0, kept=[])
+    assert generation.fetch(1, 0, protected=[])

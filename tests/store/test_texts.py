@@ -157,7 +157,7 @@ def test_images_are_what_they_are_without_texts(
     np.testing.assert_array_equal(mine.codes, theirs.codes)
     np.testing.assert_array_equal(mine.attention, theirs.attention)
     assert (len(plain.captioned), plain.prototypes) == (0, None)
-    with pytest.raises(CacheError, match=r"holds no texts.*--texts"):
+    with pytest.raises(CacheError, match=r"has no texts.*--texts"):
         plain.texts(np.array([0]))
     with pytest.raises(CacheError, match=r"other settings \(texts: without != with\)"):
         extract(pairs, plain.path)
@@ -263,7 +263,7 @@ def test_texts_of_other_rows_are_refused(copy: Path) -> None:
     path.write_bytes(data[:-size] + table.tobytes() + checksum)
     assert verify(copy, deep=True).code == CORRUPT
     cache = TargetCache(copy)
-    with pytest.raises(CacheError, match=f"row {one} is not what its record says"):
+    with pytest.raises(CacheError, match=f"row {one} differs from the checksum of its record"):
         cache.texts(cache.captioned)
 
 

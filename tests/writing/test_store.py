@@ -348,7 +348,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "spec edited": (
         lambda s: edit_json(s / GROUP, lambda g: g["attributes"]["spec"].update(views=1)),
-        "has not the fingerprint it states",
+        "does not have the stated fingerprint",
     ),
     "index of another store": (
         lambda s: edit_json(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import STUDENT, make_photos, run_here
+from helpers import STUDENT, make_photos, run_here
 
 import milan
 from milan.errors import ConfigError

@@ -1,0 +1,301 @@
+"""Files behind a URL that fsspec reads: s3://, gs://, https://, memory:// and others.
+
+A `Url` has the few methods of a `Path` that milan needs. Whatever a protocol's library raises
+leaves this module as an OSError, or as a DataError with a hint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any, BinaryIO, TypeVar
+
+from milan.errors import DataError, ImageFault, MilanError
+
+_S3 = (
+    "credentials in the environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), "
+    "AWS_ENDPOINT_URL for a server that is not Amazon's, FSSPEC_S3_ANON=true for a public bucket"
+)
+_GS = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
+_HINTS = {"s3": _S3, "s3a": _S3, "gs": _GS, "gcs": _GS}
+_SKIP_BLOCK = 1 << 16  # of a file that is skipped through: one request brings several tar headers
+_PIECE = 8 << 20  # of a file that is read from end to end
+_THREADS = 16  # requests at once, each of which waits for its reply
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Url:
+    """A folder or file behind a URL; only its text, so it may be sent to another process."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __truediv__(self, below: str) -> Url:
+        return Url(self.text + ("" if self.text.endswith("//") else "/") + below)
+
+    @property
+    def scheme(self) -> str:
+        """The protocol, such as s3."""
+        return self.text.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.text.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Url:
+        """The folder that holds it."""
+        scheme, _, rest = self.text.partition("://")
+        return Url(f"{scheme}://{rest.rpartition('/')[0]}")
+
+    def resolve(self) -> Url:
+        """Itself: a URL is absolute."""
+        return self
+
+    def is_absolute(self) -> bool:
+        """True."""
+        return True
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder. Raises DataError if the server does not answer."""
+        return self._info() is not None
+
+    def is_file(self) -> bool:
+        """Whether it is a file. Raises DataError if the server does not answer."""
+        return (self._info() or {}).get("type") == "file"
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder. Raises DataError if the server does not answer."""
+        return (self._info() or {}).get("type") == "directory"
+
+    def at(self, below: str = "") -> tuple[Any, str]:
+        """fsspec's file system, and its name for the file `below`.
+
+        Raises DataError for a protocol that fsspec does not know or whose package is missing.
+        """
+        _, _, rest = self.text.partition("://")
+        fs = _filesystem(self.scheme, rest.partition("/")[0], os.getpid())
+        base = fs._strip_protocol(self.text).rstrip("/")
+        return fs, f"{base}/{below}" if below else base
+
+    def _info(self) -> dict | None:
+        fs, path = self.at()
+        with _as_data_error(self), os_errors():
+            fs.invalidate_cache()  # what was listed a moment ago may be gone
+            try:
+                return fs.info(path)
+            except FileNotFoundError as error:
+                # fsspec's http calls a server that does not answer a missing file.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
+                return None
+
+
+class RemoteFiles:
+    """The file operations of milan.core.paths for a Url."""
+
+    def read_below(self, root: Url, below: str, *, offset: int | None, size: int | None) -> bytes:
+        """One request. Raises OSError."""
+        if offset is not None and not size:
+            return b""
+        fs, path = root.at(below)
+        with os_errors():
+            if offset is not None:
+                return fs.cat_file(path, start=offset, end=offset + (size or 0))
+            # An open range: for a whole file s3fs first requests its size. Empty files have none.
+            return fs.cat_file(path, start=0 if size else None)
+
+    @contextmanager
+    def open_below(self, root: Url, below: str, *, skip: bool) -> Iterator[BinaryIO]:
+        """Raises OSError."""
+        fs, path = root.at(below)
+        options: dict[str, Any] = {"cache_type": "none"}
+        if skip:
+            options = {"block_size": _SKIP_BLOCK, "cache_type": "readahead"}
+        with os_errors(), fs.open(path, "rb", **options) as file:
+            yield file
+
+    def read_file(self, where: Url, *, first: int, size: int | None) -> bytes:
+        """One request. Raises FileNotFoundError or DataError."""
+        with _missing_or_data_error(where):
+            if size is not None:
+                return self.read_below(where, "", offset=first, size=size)
+            try:
+                return self.read_below(where, "", offset=None, size=1)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                if self.size_of(where) == 0:  # an empty file has no range
+                    return b""
+                raise
+
+    def size_of(self, where: Url) -> int | None:
+        """Raises FileNotFoundError or DataError; None for a folder."""
+        with _missing_or_data_error(where):
+            fs, path = where.at()
+            with os_errors():
+                fs.invalidate_cache()
+                info = fs.info(path)
+        return info["size"] if info["type"] == "file" else None
+
+    def sizes_below(self, root: Url) -> Callable[[str], int | None]:
+        """From one listing, made now."""
+        return dict(self.files_below(root)).get
+
+    def pieces_of(self, where: Url) -> Iterator[bytes]:
+        """A request each. Raises FileNotFoundError or DataError."""
+        size = self.size_of(where)
+        if size is None:
+            raise FileNotFoundError(f"{where} is gone")
+        for first in range(0, size, _PIECE):
+            yield self.read_file(where, first=first, size=min(_PIECE, size - first))
+
+    def names_in(self, folder: Url) -> Iterator[str]:
+        """Nothing if there is no folder. Raises DataError."""
+        return (_last_part(entry) for entry in _list(folder))
+
+    def folders_in(self, folder: Url) -> set[str]:
+        """Raises DataError."""
+        return {_last_part(entry) for entry in _list(folder) if entry["type"] == "directory"}
+
+    def files_below(self, root: Url) -> Iterator[tuple[str, int | None]]:
+        """One listing of an object store; else folder by folder. Raises DataError."""
+        fs, base = root.at()
+        with _as_data_error(root), os_errors():
+            fs.invalidate_cache()
+            flat = _lists_flat(fs)
+            entries = fs.find(base, detail=True).values() if flat else _walk(fs, base)
+        for entry in entries:
+            path = entry["name"].removeprefix(base).removeprefix("/")
+            # Some tools make a "folder" of an object store by an empty object, its name ends in /.
+            hidden = any(part.startswith(".") for part in path.split("/"))
+            if path and not hidden and not path.endswith("/"):
+                yield path, entry.get("size")
+
+    def map_files(self, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """In threads: each call waits for replies. A bounded number of results is kept ready."""
+        remaining = iter(items)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="remote") as pool:
+            while batch := list(islice(remaining, 4 * _THREADS)):
+                yield from pool.map(do, batch)
+
+    def probe(self, where: Url) -> None:
+        """Raises DataError unless the server answers."""
+        where.exists()
+
+    def data_error(self, where: Url, error: OSError, *, doing: str) -> DataError:
+        """Names the credentials that the protocol reads."""
+        return cannot_be(where, doing, str(error) or type(error).__name__, _HINTS.get(where.scheme))
+
+
+def cannot_be(where: object, doing: str, why: str, fix: str | None) -> DataError:
+    """The DataError for a file or folder that cannot be read (or what `doing` says)."""
+    return DataError(
+        f"{where} cannot be {doing}: {why}",
+        expected="a folder or file that this user may read" if doing == "read" else "",
+        fix=fix or "",
+    )
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Whatever a protocol's library raises inside becomes an OSError."""
+    try:
+        yield
+    except (OSError, MilanError, ImageFault, MemoryError):
+        raise
+    except Exception as error:
+        # Broad: protocols raise whatever their libraries do, botocore's, aiohttp's, google's own.
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _as_data_error(where: Url) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RemoteFiles().data_error(where, error, doing="read") from None
+
+
+@contextmanager
+def _missing_or_data_error(where: Url) -> Iterator[None]:
+    """A missing file stays a FileNotFoundError; every other error becomes a DataError."""
+    try:
+        with os_errors():
+            yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        with _as_data_error(where):
+            raise error
+
+
+def _list(folder: Url) -> list[dict]:
+    fs, path = folder.at()
+    with _as_data_error(folder), os_errors():
+        fs.invalidate_cache()
+        try:
+            return fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+
+
+def _last_part(entry: dict) -> str:
+    return entry["name"].rstrip("/").rpartition("/")[2]
+
+
+def _lists_flat(fs: Any) -> bool:
+    """Whether it lists everything below a folder at once, as object stores do."""
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    kind: Any = type(fs)
+    own = getattr(kind, "_find", AsyncFileSystem._find)
+    return kind.find is not AbstractFileSystem.find or own is not AsyncFileSystem._find
+
+
+def _walk(fs: Any, base: str) -> list[dict]:
+    """Every file, folder by folder. fsspec's own walk skips folders that it cannot list."""
+    files, folders = [], [base]
+    while folders:
+        folder = folders.pop()
+        for entry in fs.ls(folder, detail=True):
+            if entry["type"] != "directory":
+                files.append(entry)
+            elif entry["name"].rstrip("/") != folder.rstrip("/"):  # some list it in itself
+                folders.append(entry["name"])
+    return files
+
+
+@lru_cache(maxsize=32)
+def _filesystem(scheme: str, host: str, process: int) -> Any:
+    """fsspec's file system, one for all threads: each has its connections and credentials.
+
+    `process`, because connections do not survive a fork.
+    """
+    url = f"{scheme}://{host}"
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(url)[0]
+    except ImportError as error:
+        known = scheme in ("s3", "s3a")
+        raise DataError(
+            f"{url} needs a package that is not installed ({error})",
+            fix="pip install 'milan-pretrain[s3]'" if known else "pip install it",
+        ) from None
+    except ValueError as error:
+        raise DataError(
+            f"{url} cannot be opened: {error}",
+            expected="a path, or a URL of a protocol that fsspec knows, such as s3://bucket/folder",
+        ) from None
