@@ -19,7 +19,8 @@ from milan.images.manifest import build_manifest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, render, view_of
 from milan.store.codecs import CODECS, Int8
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 _DATA = Path(__file__).resolve().parent.parent / "demo" / "data" / "test.parquet"
 

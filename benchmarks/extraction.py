@@ -28,7 +28,8 @@ from milan.images.manifest import Manifest, build_manifest, data_root
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, render, view_of
 from pipeline.extract import extract_targets
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 _BATCH = 16
 

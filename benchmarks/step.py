@@ -29,7 +29,8 @@ from milan.models.kernels import choose_kernels
 from milan.store.codecs import CODECS
 from milan.training.build import micro_batch_of, resolve_defaults, student_of
 from milan.training.optim import adamw, gradient_norm
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
 """Teacher, and the student's patch size."""

@@ -35,7 +35,8 @@ from milan.store.format import (
 )
 from milan.store.generation import Generation
 from milan.store.texts import read_texts
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 GOOD, CORRUPT, INCOMPLETE, FOREIGN = 0, 3, 4, 5
 _BATCH = 64  # rows decoded at once

@@ -21,7 +21,8 @@ from milan.objectives.features import feature_regression
 from milan.training.build import resolve_defaults, student_of
 from milan.training.optim import decay_groups
 from pipeline.extract import extract_targets
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 STEPS, BATCH, VIEWS = 20, 8, 3
 LOSS = 1e-5

@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 DEMO = ROOT / "demo"
 CONFIG, WEIGHTS = DEMO / "teacher/config.json", DEMO / "teacher/model.safetensors"

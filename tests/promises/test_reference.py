@@ -21,7 +21,8 @@ from milan.models.masking import Mask, importance_mask
 from milan.models.published import load_published, our_name
 from milan.objectives.features import feature_regression
 from milan.training.optim import learning_rate
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 GOLDEN = Path(os.environ.get("MILAN_GOLDEN") or ROOT / "tests/golden")
 

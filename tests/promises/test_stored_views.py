@@ -18,7 +18,8 @@ from milan.store.cache import TargetCache
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.verify import CORRUPT, GOOD, verify
 
 

@@ -29,7 +29,8 @@ from pipeline.estimate.size import size_of_store
 from pipeline.extract import extract_targets
 from pipeline.extraction.plan import plan
 from pipeline.repair import repair
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TEMPLATES, TextTower
 from pipeline.verify import CORRUPT, GOOD, verify
 

@@ -28,7 +28,8 @@ from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import TeacherError
 from pipeline.extract import extract_targets
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.towers import TimmTower
 from pipeline.teachers.weights import read_weights, weights_digest
 

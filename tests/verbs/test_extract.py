@@ -32,7 +32,8 @@ from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
 from pipeline.extraction.plan import plan
 from pipeline.extraction.worker import Extractor
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 
 class Heard(NoProgress):

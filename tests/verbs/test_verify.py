@@ -20,7 +20,7 @@ from milan.store.cache import TargetCache
 from milan.store.format import GENERATION
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
-from pipeline.teachers.load import TeacherSpec
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.verify import CORRUPT, FOREIGN, GOOD, INCOMPLETE, verify
 
 
