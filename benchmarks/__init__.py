@@ -1,1 +1,1 @@
-"""Measurements, each a ratio against a baseline in the same run. `make bench` runs them all."""
+"""Measurements, each against a baseline in the same run. `make bench` runs all of them."""

@@ -2,13 +2,13 @@
 
     python -m benchmarks.bookkeeping [--shards 20000] [--rows 4]
 
-A store on paper: records as the planner makes them up, of a few rows instead of 1,024, and no files
-of arrays. Measured one after the other: what
-has to be made of an empty generation; commits (record, digest, sizes; without moving files); what
-a resumed run finds; finish; what the next run finds by the table of shards; opening the store and
-touching one shard. Memory is what the process holds more at the peak of each step than before it,
-as Linux counts it (pages of 4 KB), so Arrow's and the allocator's share is in it. Then one record
-of 1,024 rows, written and parsed.
+The store is artificial: its records are those that the planner uses for its estimate, with a few
+rows instead of 1,024, and there are no array files. The steps, in this order: list the missing
+shards of an empty generation; commit (record, digest, sizes; without moving files); list the
+missing shards in a resumed run; finish; list them in the next run, from the shard table; open the
+store and read the record of one shard. Memory is the peak of each step minus the memory before it,
+as Linux counts it (pages of 4 KB), so the share of Arrow and the allocator is included. Last, one
+record of 1,024 rows is written and parsed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.estimate.size import made_up_record
 from pipeline.writing.store import Store, Writer, group_attributes
 
 
-def paper(shards: int, rows: int, manifest: str) -> CacheSpec:
+def artificial_spec(shards: int, rows: int, manifest: str) -> CacheSpec:
     """A generation of `shards` blocks of `rows` images, one view."""
     return CacheSpec(
         manifest=manifest, rows=shards * rows, views=1, tokens=197, channels=512, codec="float16",
@@ -40,7 +40,7 @@ def paper(shards: int, rows: int, manifest: str) -> CacheSpec:
 
 
 def open_writer(store: Store, spec: CacheSpec, manifest: Manifest) -> Writer:
-    """Its writer; the manifest is that of a few images, whatever the spec says."""
+    """A writer for `spec`; the manifest has a few images only, whatever the spec says."""
     files = {"manifest.parquet": manifest.to_parquet(), "fidelity.json": b"{}"}
     return store.generation(
         "generations/000", spec, lambda: (group_attributes(spec, {"name": "paper"}), {}, files)
@@ -48,15 +48,15 @@ def open_writer(store: Store, spec: CacheSpec, manifest: Manifest) -> Writer:
 
 
 class Steps:
-    """Times of steps, and what each holds at its peak."""
+    """Seconds of steps, and bytes of memory at the peak of each."""
 
     def __init__(self) -> None:
         self.figures = dict[str, tuple[float, int]]()
 
     def run(self, name: str, step: Callable[[], Any]) -> Any:
-        """Do a step and keep its seconds and bytes."""
+        """Run a step and record its seconds and bytes."""
         gc.collect()
-        # What is free is given back, or a step would hide in what the one before it left.
+        # Free memory is returned first, or a step would reuse what the previous one freed.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _resident("VmRSS")
@@ -68,40 +68,40 @@ class Steps:
 
 
 def _resident(name: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at the peak (VmHWM)."""
+    """Resident bytes of this process: now (VmRSS), or at the peak (VmHWM)."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def bookkeeping(shards: int, rows: int, folder: Path) -> dict[str, tuple[float, int]]:
-    """Seconds, and bytes at the peak, of each step by name."""
+    """(seconds, bytes at the peak) of each step, by name."""
     (folder / "images").mkdir()
     (folder / "images" / "0.jpg").touch()
     manifest = build_manifest(folder / "images", seed=0)
     steps, path = Steps(), folder / "t.zarr"
-    spec = paper(shards, rows, manifest.digest())
+    spec = artificial_spec(shards, rows, manifest.digest())
     store = Store(path)
     writer = steps.run("a writer", lambda: open_writer(store, spec, manifest))
-    todo = steps.run("missing, of a new store", writer.missing)
-    assert todo.sum() == shards
+    missing = steps.run("missing, of a new store", writer.missing)
+    assert missing.sum() == shards
     records = writer.root / "records"
-    # Without files: there is no array's data here to have a size.
-    same = {**made_up_record(spec, 0, 0), "files": []}
+    # Without files: there is no array data here.
+    template = {**made_up_record(spec, 0, 0), "files": []}
 
     def record_of(block: int) -> dict[str, Any]:
-        return {**same, "block": block, "rows": list(spec.block_rows(block))}
+        return {**template, "block": block, "rows": list(spec.block_rows(block))}
 
-    def write() -> None:
+    def write_all() -> None:
         for block in range(shards):
             data = canonical(record_of(block))
             (records / record_name(block, 0)).write_bytes(data)
 
-    def note() -> None:
+    def commit_all() -> None:
         for block in range(shards):
             record = record_of(block)
             writer.shard_table.note(record, canonical(record))
 
-    write()
-    steps.run("commits, without files and fsync", note)
+    write_all()
+    steps.run("commits, without files and fsync", commit_all)
     resumed = Writer(store, writer.name, spec)
     steps.run("missing, of a resumed store", resumed.missing)
     assert resumed.shard_table.known.all()
@@ -115,22 +115,22 @@ def bookkeeping(shards: int, rows: int, folder: Path) -> dict[str, tuple[float, 
 
 
 def full_record() -> str:
-    """What one record of 1,024 rows costs."""
-    spec = paper(1, 1024, "none")
+    """A sentence: size and times of one record of 1,024 rows."""
+    spec = artificial_spec(1, 1024, "none")
     record = made_up_record(spec, 0, 0)
     data = canonical(record)
-    turns = 50
+    repeats = 50
     started = time.perf_counter()
-    for _ in range(turns):
+    for _ in range(repeats):
         canonical(record)
     middle = time.perf_counter()
-    for _ in range(turns):
+    for _ in range(repeats):
         json.loads(data)
     ended = time.perf_counter()
     return (
         f"A record of 1,024 rows has {len(data):,} bytes; it is written in "
-        f"{(middle - started) / turns * 1e3:.2f} ms and parsed in "
-        f"{(ended - middle) / turns * 1e3:.2f} ms."
+        f"{(middle - started) / repeats * 1e3:.2f} ms and parsed in "
+        f"{(ended - middle) / repeats * 1e3:.2f} ms."
     )
 
 

@@ -1,10 +1,10 @@
-"""What each change to the published step is worth by itself.
+"""What each change to the published step gains by itself.
 
     python -m benchmarks.changes [--batch 16] [--precision fp32] [--only NAME ...]
 
-Our step (`benchmarks.step`, ViT-B/16 student and teacher) against itself with one thing done the
-other way, in interleaved rounds. A gain above 1 says that our way is the faster one. Micro-batches
-are one at a batch of 16: `--batch 64 --only micro`.
+Our step (`benchmarks.step`, ViT-B/16 student and teacher) is compared with itself with one thing
+done the other way, in interleaved rounds. A ratio above 1 means that our way is faster. A batch of
+16 is a single micro-batch; to compare micro-batches use `--batch 64 --only micro`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ import torch
 
 from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.step import ours
-from milan.models import encoder, kernels
-from milan.models import student as model
+from milan.models import decoder, encoder, kernels
 from milan.models.kernels import choose_kernels, has_onednn
 from milan.training.optim import decay_groups
 
-_STUDENT = "benchmarks.step.choose_kernels"  # is called with the student of a step
+_STUDENT = "benchmarks.step.choose_kernels"  # called with the student of a step
 
 
-def _other_attention(student: torch.nn.Module, *given: Any) -> None:
-    choose_kernels(student, *given)
+def _other_attention(student: torch.nn.Module, *arguments: Any) -> None:
+    choose_kernels(student, *arguments)
     for module in student.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not module.fused_attn
 
 
-def _compiled(student: torch.nn.Module, *given: Any) -> None:
-    choose_kernels(student, *given)
+def _compiled(student: torch.nn.Module, *arguments: Any) -> None:
+    choose_kernels(student, *arguments)
     student.compile()
 
 
@@ -43,8 +42,8 @@ def _all_patches(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> tor
     return patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
 
 
-class _Raster(model.PromptAttention):
-    """Puts its tokens in another order first; which one does not matter to the time."""
+class _Reordering(decoder.PromptAttention):
+    """Reorders its tokens first, as published; which order does not affect the time."""
 
     def forward(self, prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return super().forward(*(t.gather(1, _reversed(t)) for t in (prompts, x)))
@@ -68,7 +67,7 @@ def _at_once(config: Any, *_: Any) -> Any:
     return config.batch_size
 
 
-_PAYS = kernels.prefers_onednn()
+_USES_ONEDNN = kernels.prefers_onednn()
 OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "attention": (
         "attention written out (bf16: fused)",
@@ -80,18 +79,18 @@ OTHERS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     ),
     "order": (
         "tokens reordered in every decoder block",
-        lambda: patch.object(model, "PromptAttention", _Raster),
+        lambda: patch.object(decoder, "PromptAttention", _Reordering),
     ),
     "adamw": ("AdamW by its default", lambda: patch("benchmarks.step.adamw", _plain_adamw)),
     "zeroed": ("gradients zeroed, not freed", lambda: patch.object(torch.optim, "AdamW", _Zeroing)),
     "products": (
-        f"products by {'MKL' if _PAYS else 'oneDNN'}",
-        lambda: patch.object(kernels, "prefers_onednn", lambda: not _PAYS and has_onednn()),
+        f"products by {'MKL' if _USES_ONEDNN else 'oneDNN'}",
+        lambda: patch.object(kernels, "prefers_onednn", lambda: not _USES_ONEDNN and has_onednn()),
     ),
     "micro": ("the batch at once", lambda: patch("benchmarks.step.micro_batch_of", _at_once)),
     "compiled": ("torch.compile", lambda: patch(_STUDENT, _compiled)),
 }
-"""Name: (what is done the other way, a context in which a step is built and run so)."""
+"""Name: (what is done the other way, a context in which such a step is built and run)."""
 
 
 def main() -> None:
@@ -102,13 +101,13 @@ def main() -> None:
     flags.add_argument("--only", nargs="+", choices=OTHERS, default=list(OTHERS), metavar="NAME")
     args = flags.parse_args()
     torch.manual_seed(0)
-    given = (args.precision, args.batch, "ViT-B/16", 16, torch.device("cpu"))
+    arguments = (args.precision, args.batch, "ViT-B/16", 16, torch.device("cpu"))
     lines = ["| the other way | its seconds / ours (range) |", "|---|---|"]
     for name in args.only:
-        what, other = OTHERS[name]
-        with other():
-            reverted = ours(*given)
-        contenders = {"reverted": _within(other, reverted), "ours": ours(*given)}
+        what, other_way = OTHERS[name]
+        with other_way():
+            reverted = ours(*arguments)
+        contenders = {"reverted": _within(other_way, reverted), "ours": ours(*arguments)}
         seconds = interleaved(contenders, args.rounds)
         lines.append(f"| {what} | {ratio(seconds['reverted'], seconds['ours'])} |")
         print(lines[-1], flush=True)
@@ -117,9 +116,9 @@ def main() -> None:
     report("changes", command, lines, keep=args.keep)
 
 
-def _within(other: Callable[[], AbstractContextManager[Any]], step: Callable[[], None]) -> Any:
+def _within(context: Callable[[], AbstractContextManager[Any]], step: Callable[[], None]) -> Any:
     def run() -> None:
-        with other():
+        with context():
             step()
 
     return run

@@ -3,10 +3,10 @@
     python -m benchmarks.extraction [--images 64] [--rounds 3]
 
 ViT-B/16 (random weights: only speed is measured), one view an image, batches of 16, float32. The
-bare loop reads, decodes, renders and runs the teacher, and stores nothing. Ours is the job in one
-process, staging, digests, commits and index included; loading the teacher is left out on both
-sides. Then, under Ray, two replicas of one thread on two cores against one on one core, from the
-first commit to the last.
+bare loop reads, decodes, renders and runs the teacher, and stores nothing. Ours is an extraction in
+one process, with staging, digests, commits and index. Loading the teacher is excluded on both
+sides. Then, under Ray, two replicas of one thread on two cores are compared with one replica on one
+core, from the first commit to the last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BATCH = 16
 
 
 def bare(source: Path, manifest: Manifest, teacher: Teacher) -> None:
-    """What cannot be left out: read, decode, render, forward."""
+    """The least that extraction must do: read, decode, render, forward."""
     images, spec = ImageSource(manifest, data_root(source)), ViewSpec(teacher.size)
     for start in range(0, len(manifest), _BATCH):
         pixels = []
@@ -46,7 +46,7 @@ def bare(source: Path, manifest: Manifest, teacher: Teacher) -> None:
 
 
 def replicas(source: Path, folder: Path, count: int, images: int) -> float:
-    """Images a second between the first commit and the last, with `count` one-thread replicas."""
+    """Images/s between the first commit and the last, with `count` one-thread replicas."""
     out = folder / f"ray-{count}.zarr"
     shutil.rmtree(out, ignore_errors=True)
     cores = sorted(os.sched_getaffinity(0))[:count]
@@ -62,7 +62,7 @@ def replicas(source: Path, folder: Path, count: int, images: int) -> float:
     )  # fmt: skip
     events = [json.loads(line) for line in (out / "extract.log.jsonl").read_text().splitlines()]
     commits = [event["seconds"] for event in events if event["event"] == "commit"]
-    # Replicas do not start together: count from the moment when each has finished a block.
+    # Replicas do not start together: count from the time when each has finished a block.
     return 8 * (len(commits) - count) / (commits[-1] - commits[count - 1])
 
 
@@ -93,7 +93,7 @@ def main() -> None:
             "ours": ours,
         }
         seconds = interleaved(contenders, args.rounds)
-        measured = ours_seconds[1:]  # the first round warms up; loading the teacher is left out
+        measured = ours_seconds[1:]  # the first round warms up; loading the teacher is excluded
         one = replicas(source, folder, 1, args.images)
         two = replicas(source, folder, 2, args.images)
         middle = len(measured) // 2
@@ -105,7 +105,7 @@ def main() -> None:
             f"| one replica, one core | {one:.2f} |",
             f"| two replicas, two cores | {two:.2f} |",
             "",
-            f"Ours at {ratio(seconds['bare'], measured)} of the bare loop's rate; "
+            f"Ours at {ratio(seconds['bare'], measured)} of the bare loop's throughput; "
             f"two replicas at {two / one:.2f} of one.",
         ]
         command = f"python -m benchmarks.extraction --images {args.images} --rounds {args.rounds}"

@@ -1,13 +1,13 @@
-"""The loader's image half against torchvision's ImageFolder with PIL RandomResizedCrop.
+"""Decoding and rendering in the loader, against torchvision's ImageFolder with RandomResizedCrop.
 
     python -m benchmarks.images [--images 96] [--rounds 7]
 
-One process each, one thread, files in the page cache: what one loader worker does. ImageFolder
-decodes, crops at random (bicubic, 224 pixels), mirrors, and makes a normalised float tensor, as
-MAE's and MILAN's published loaders do; also without the last step, up to a uint8 tensor. Ours
-decodes, replays the stored view, compares its checksum, and leaves normalising to the device. Then
-the parts of ours, and what decoding and resizing would take in torchvision and torch, which the
-law of views does not use: torch's resize gives other pixels than Pillow's.
+Both run in one process with one thread and files in the page cache, as one loader worker does.
+ImageFolder decodes, crops at random (bicubic, 224 pixels), flips, and makes a normalised float
+tensor, as the published loaders of MAE and MILAN do; a second variant stops at a uint8 tensor. Ours
+decodes, replays the stored crop, compares the checksum, and leaves normalising to the device. Then
+the parts of ours are timed, and decoding and resizing by torchvision and torch. Views are not
+rendered by these, because torch's resize gives other pixels than Pillow's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def theirs(folder: Path, *, floats: bool) -> ImageFolder:
 
 
 def parts(dataset: CachedDataset) -> dict[str, Callable[[], object]]:
-    """Each step of ours by itself, and the same step by torchvision or torch."""
+    """Each part of ours by itself, and the same part by torchvision or torch."""
     rows = np.arange(len(dataset))
     crops = [View.of(crop) for crop in dataset.cache.crops(rows, np.zeros_like(rows))]
     files = [dataset.source.read(row) for row in rows.tolist()]
@@ -104,8 +104,8 @@ def main() -> None:
         }
         seconds = interleaved(contenders | parts(dataset), args.rounds)
     lines = ["| what | ms an image |", "|---|---|"]
-    for what, took in seconds.items():
-        lines.append(f"| {what} | {statistics.median(took) / count * 1e3:.2f} |")
+    for what, times in seconds.items():
+        lines.append(f"| {what} | {statistics.median(times) / count * 1e3:.2f} |")
     lines += ["", "ImageFolder / ours, seconds (range); the goal is 1.5:", ""]
     for what in list(contenders)[:2]:
         lines.append(f"- {what}: {ratio(seconds[what], seconds['ours'])}")

@@ -1,12 +1,12 @@
-"""What a loader makes of 12-megapixel photographs, with and without stored views.
+"""Throughput of a loader on 12-megapixel photographs, with and without stored views.
 
     python -m benchmarks.large_photos [--images 24] [--rounds 7]
 
-JPEGs of 4000 x 3000 pixels: ImageNet photographs enlarged, where they are at hand, else smooth
-noise, with grain on top, so that the files have the size that cameras give them. A small random
-teacher makes a store of them without views, one with jpeg:95 and one with webp; then one loader
-worker reads each in training's order, files in the page cache, targets included. Also the parts:
-a core's time for a view by either way, as `milan plan` measures it.
+The data are JPEGs of 4000 x 3000 pixels: enlarged ImageNet photographs if they are present, else
+smooth noise. Grain is added, so that the files are as large as those of cameras. A small random
+teacher writes three stores: without stored views, with jpeg:95 and with webp. One loader worker
+reads each in training order, files in the page cache, targets included. The core time of one view
+is measured for both ways too, as `milan plan` does it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ TEACHER = {
 
 
 def enlarge(source: Path, folder: Path, count: int) -> Path:
-    """`count` photographs of 12 megapixels below `folder`, from those of `source`."""
+    """Write `count` photographs of 12 megapixels to `folder`, from those of `source`."""
     folder.mkdir()
     files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     for i in range(count):
-        draw = np.random.default_rng(i)
+        rng = np.random.default_rng(i)
         with Image.open(files[i % len(files)]) as image:
             large = image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 4, (HEIGHT, WIDTH, 1)).astype(np.int8)
+        grain = rng.normal(0, 4, (HEIGHT, WIDTH, 1)).astype(np.int8)
         pixels = np.clip(np.asarray(large).astype(np.int16) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=90)
     return folder
@@ -93,7 +93,9 @@ def main() -> None:
             assert not summary["bad"]
         rates: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(args.rounds):
-            for way in WAYS:  # in turns: a slow minute hits all; stored views need more epochs
+            for (
+                way
+            ) in WAYS:  # interleaved, so that a slow minute hits all; stored views need more epochs
                 rates[way].append(loader_rate(stores[way], 3 if way == "none" else 30))
         parts = measure_decoding(plan(config, NoProgress()))
     assert parts is not None
@@ -104,15 +106,16 @@ def main() -> None:
         "| views are | images/s of a loader worker (range) | against originals | bytes a view |",
         "|---|---|---|---|",
     ]
-    for way, found in rates.items():
-        spread = f"{statistics.median(found):,.1f} ({min(found):,.1f} to {max(found):,.1f})"
-        gain = ratio(found, rates["none"])
-        kept = "" if way == "none" else f"{sizes[way] / args.images:,.0f}"
+    for way, measured in rates.items():
+        low, middle, high = min(measured), statistics.median(measured), max(measured)
+        spread = f"{middle:,.1f} ({low:,.1f} to {high:,.1f})"
+        gain = ratio(measured, rates["none"])
+        size = "" if way == "none" else f"{sizes[way] / args.images:,.0f}"
         what = "rendered from originals" if way == "none" else f"stored, {way}"
-        lines.append(f"| {what} | {spread} | {gain} | {kept} |")
+        lines.append(f"| {what} | {spread} | {gain} | {size} |")
     lines += [
         "",
-        f"A core's time for a view: {parts.original * 1e3:.1f} ms from an original, "
+        f"Core time of a view: {parts.original * 1e3:.1f} ms from an original, "
         f"{parts.stored * 1e3:.2f} ms as jpeg:95, {parts.bytes:,.0f} bytes (`milan plan`).",
     ]
     command = f"python -m benchmarks.large_photos --images {args.images} --rounds {args.rounds}"

@@ -24,8 +24,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one round of warming up.
 
-    The contenders take turns, so that a slow minute of the machine hits all of them. `clock` cpu
-    counts this process's seconds on all cores: what others do on them then matters less.
+    The contenders take turns, so that a slow minute of the machine hits all of them. With `clock`
+    "cpu" seconds are those of this process on all cores; other processes then matter less.
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -46,7 +46,7 @@ def ratio(slow: list[float], fast: list[float]) -> str:
 
 
 def report(name: str, command: str, lines: list[str], *, keep: bool) -> None:
-    """Print a result, and keep it as benchmarks/results/<name>.md if asked to."""
+    """Print a result; with `keep` also write it to benchmarks/results/<name>.md."""
     import timm
 
     head = [
@@ -64,15 +64,15 @@ def report(name: str, command: str, lines: list[str], *, keep: bool) -> None:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--keep", action="store_true", help="write benchmarks/results/NAME.md")
-    made.add_argument("--rounds", type=int, default=7)
-    return made
+    """A parser with the flags that all benchmarks have."""
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--keep", action="store_true", help="write benchmarks/results/NAME.md")
+    flags.add_argument("--rounds", type=int, default=7)
+    return flags
 
 
 def photos(folder: Path, count: int) -> Path:
-    """ImageNet photographs where they are at hand, else JPEGs of noise of the same size."""
+    """A folder of ImageNet photographs if present, else of `count` JPEGs of noise of that size."""
     if PHOTOS.exists():
         return PHOTOS
     folder.mkdir(parents=True, exist_ok=True)

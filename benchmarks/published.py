@@ -1,9 +1,9 @@
-"""The published training step, restated plainly: what ours is measured against.
+"""The published training step, restated: the baseline for ours.
 
-After arXiv 2208.06049 and its code: the teacher runs in every step and its last block gives its
-attention; all patches are embedded, then three quarters dropped; in every decoder block
-the tokens are put back in raster order, and query and key/value are separate products; attention
-is written out; the optimiser is AdamW as torch's constructor gives it. Only speed is measured.
+After arXiv 2208.06049 and its code. The teacher runs in every step, and its last block returns its
+attention. All patches are embedded, then three quarters dropped. In every decoder block the tokens
+return to raster order, and query and key/value are separate products. Attention is written out.
+The optimiser is AdamW with the defaults of torch's constructor. Only speed is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TowerBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, B, W] to the same, and the attention [B, T, T]."""
         y = self.ln_1(x)
-        # Asked for its weights it does not fuse: as it always computed when this was published.
+        # With need_weights it does not fuse, as it always computed when this was published.
         y, attention = self.attn(y, y, y, need_weights=True)
         x = x + y
         return x + self.mlp(self.ln_2(x)), attention
@@ -110,7 +110,7 @@ class Published:
         self.optimiser = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
 
     def predict(self, images: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
-        """Predictions [B, T, C] with patches `keep` [B, V] seen and `drop` [B, M] hidden."""
+        """Predictions [B, T, C] with patches `keep` [B, V] visible and `drop` [B, M] masked."""
         vit, decoder = self.student.encoder, self.student.decoder
         x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
@@ -122,12 +122,12 @@ class Published:
         tokens = torch.cat([z[:, 1:], decoder.mask_token.expand(b, drop.shape[1], -1)], dim=1)
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
         full = torch.cat([z[:, :1], tokens], dim=1) + decoder.pos_embed
-        seen = full[:, 1:].gather(1, keep[..., None].expand(-1, -1, d))
-        prompts = torch.cat([full[:, :1], seen], dim=1)
-        hidden = full[:, 1:].gather(1, drop[..., None].expand(-1, -1, d))
+        visible = full[:, 1:].gather(1, keep[..., None].expand(-1, -1, d))
+        prompts = torch.cat([full[:, :1], visible], dim=1)
+        masked = full[:, 1:].gather(1, drop[..., None].expand(-1, -1, d))
         for block in decoder.blocks:
-            hidden = prompt_block(block, prompts, hidden, restore)
-        tokens = torch.cat([prompts[:, 1:], hidden], dim=1)
+            masked = prompt_block(block, prompts, masked, restore)
+        tokens = torch.cat([prompts[:, 1:], masked], dim=1)
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, d))
         return decoder.pred(decoder.norm(torch.cat([prompts[:, :1], tokens], dim=1)))
 
@@ -138,7 +138,7 @@ class Published:
             with context:
                 loss = self.loss(images) / len(batches)
             loss.backward()
-        # As it was computed when this was published, for the log.
+        # As computed for the log when this was published.
         norms = [p.grad.norm(2) for p in self.student.parameters() if p.grad is not None]
         torch.stack(norms).norm(2).item()
         self.optimiser.step()
@@ -148,7 +148,7 @@ class Published:
         """The objective of images [B, 3, 224, 224], the teacher's part included."""
         with torch.no_grad():
             features, attention = self.teacher(images)
-            if attention.shape[1] != self.student.patches:  # no published way: ours
+            if attention.shape[1] != self.student.patches:  # nothing published for this case: ours
                 features = resampled_features(features, self.student.patches)
                 attention = resampled_attention(attention, self.student.patches)
         drawn = torch.multinomial(attention.float(), attention.shape[1])

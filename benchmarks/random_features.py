@@ -2,7 +2,7 @@
 
     python -m benchmarks.random_features
 
-The demo's encoder and data. Says how much of a probe's accuracy is owed to random features alone.
+On the demo's encoder and data. Shows how much of a probe's accuracy random features alone give.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def main() -> None:
         about = shape | {"mean": MEAN, "std": STD}
         file = Path(folder, ENCODER)
         save_encoder(file, student.encoder, about)
-        timms = linear_probe(checkpoint="random", like=folder, **probe)["top1"]
-        ours = linear_probe(checkpoint=folder, **probe)["top1"]
-    lines = [f"Top-1: {timms} % as timm initialises it, {ours} % with the student's weights."]
+        by_timm = linear_probe(checkpoint="random", like=folder, **probe)["top1"]
+        by_student = linear_probe(checkpoint=folder, **probe)["top1"]
+    lines = [
+        f"Top-1: {by_timm} % as timm initialises it, {by_student} % with the student's weights."
+    ]
     report("random_features", "python -m benchmarks.random_features", lines, keep=args.keep)
 
 

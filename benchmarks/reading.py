@@ -1,13 +1,13 @@
-"""What reading costs: random rows, windows, the loader's two halves, memory.
+"""What reading costs: random rows, windows, targets in the loader, memory.
 
     python -m benchmarks.reading [--rounds 7]
 
-[197, 512] int8 from a warm page cache, shards of 1,024 rows, made-up targets. Random: batches of
-64 rows by TargetCache.read (features, scale, attention, all checked), by tensorstore itself and by
-zarr-python's `oindex`, which read the same rows of the same three arrays and check less. Window:
-all rows of a store in the order of training, against read() of the shard files into fresh memory.
-Loader: photographs with targets, against the same without reading targets. Memory: peak of a
-process that opens a store, holds its manifest and order and reads 100 batches.
+Targets are artificial, [197, 512] int8 in shards of 1,024 rows, in a warm page cache. Random:
+batches of 64 rows by TargetCache.read (features, scale, attention, all verified), against
+tensorstore itself and zarr-python's `oindex`, which read the same rows of the same three arrays and
+verify less. Window: all rows of a store in training order, against read() of the shard files into
+fresh memory. Loader: photographs with targets, against the same without targets. Memory: peak of a
+process that opens a store, loads its manifest and order and reads 100 batches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BATCH = 64
 
 
 def numbered(rows: int) -> Manifest:
-    """A manifest of so many images that are nowhere."""
+    """A manifest of `rows` images that do not exist."""
     keys = [f"class {i % 1000:03d}/image {i:09d}.jpg" for i in range(rows)]
     none: list[Any] = [None] * rows
     columns = dict.fromkeys(SCHEMA.names, none) | {"key": keys, "path": keys}
@@ -48,17 +48,17 @@ def numbered(rows: int) -> Manifest:
 
 
 def random_rows(store: Path) -> dict[str, Callable[[], None]]:
-    """Eight batches of 64 random rows, by each reader."""
+    """Functions that read eight batches of 64 random rows, by each reader."""
     cache = TargetCache(store)
     root = cache.root
     raw = {name: open_array(root / name) for name in _ARRAYS}
     plain = {name: zarr.open_array(root / name, mode="r") for name in _ARRAYS}
     views = np.zeros(_BATCH, np.int64)
-    draws = {name: np.random.default_rng(0) for name in ("ours", "tensorstore", "oindex")}
+    rngs = {name: np.random.default_rng(0) for name in ("ours", "tensorstore", "oindex")}
 
-    def batches(who: str) -> list[np.ndarray]:
-        # Others in every round: rows that were just read would come from the reader's own cache.
-        return [np.sort(draws[who].choice(cache.rows, _BATCH, replace=False)) for _ in range(8)]
+    def batches(reader: str) -> list[np.ndarray]:
+        # New rows in every round: rows just read would come from the reader's own cache.
+        return [np.sort(rngs[reader].choice(cache.rows, _BATCH, replace=False)) for _ in range(8)]
 
     def ours() -> None:
         for rows in batches("ours"):
@@ -79,7 +79,7 @@ def random_rows(store: Path) -> dict[str, Callable[[], None]]:
 
 
 def windows(store: Path) -> dict[str, Callable[[], None]]:
-    """A whole store in the order of training, and as plain files."""
+    """Functions that read a whole store in training order, and as plain files."""
     cache = TargetCache(store)
     rows, views = order_of(cache, seed=0, batch_size=_BATCH).epoch(0)
     files = [
@@ -98,16 +98,16 @@ def windows(store: Path) -> dict[str, Callable[[], None]]:
 
 
 class _NoTargets(TargetCache):
-    """Knows crops and checksums, and reads no targets."""
+    """Has crops and checksums, but reads no targets."""
 
     def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Any:
         return Targets(np.ones((len(rows), 196), np.float32))
 
 
-def loader_rate(store: Path, joint: bool, epochs: int) -> float:
-    """Images a second from the first batch on, one loader worker."""
+def loader_rate(store: Path, targets: bool, epochs: int) -> float:
+    """Images/s of one loader worker, from the first batch on, with or without `targets`."""
     dataset = open_cache(store)
-    if not joint:
+    if not targets:
         dataset.cache.__class__ = _NoTargets
     order = order_of(dataset.cache, seed=0, batch_size=32)
     sampler = StepSampler(order, start=0, stop=epochs * order.steps, micro=32)
@@ -119,7 +119,7 @@ def loader_rate(store: Path, joint: bool, epochs: int) -> float:
 
 
 def peak(store: Path, reading: bool) -> float:
-    """Peak resident MB of a process that opens a store, and reads from it or does not."""
+    """Peak resident MB of a process that opens a store, and with `reading` reads from it."""
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
         "from milan.store.cache import TargetCache; from milan.data.order import *\n"
@@ -146,7 +146,7 @@ def main() -> None:
         folder = Path(name)
         store = make_store(folder / "4.zarr", numbered(4096), shard_size=1024)
         contenders = random_rows(store)
-        # Apart: zarr's copies throw out of the CPU's caches what the other two would find there.
+        # Separately: zarr's copies would evict the other readers' data from the CPU's caches.
         for other, goal, rounds in (("oindex", "10", 1), ("tensorstore", "0.7", 4)):
             pair = {name: contenders[name] for name in (other, "ours")}
             seconds = interleaved(pair, rounds * args.rounds)
@@ -158,11 +158,13 @@ def main() -> None:
         lines.append(f"| window order: read() / ours, seconds | {rate} | >= 0.3 |")
         source = photos(folder / "photos", 96)
         manifest = build_manifest(source, seed=0)
-        joint = make_store(folder / "photos.zarr", manifest, shard_size=len(manifest), root=source)
+        photo_store = make_store(
+            folder / "photos.zarr", manifest, shard_size=len(manifest), root=source
+        )
         rates: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(args.rounds):
-            for both in rates:
-                rates[both].append(loader_rate(joint, both, 12))
+            for targets in rates:
+                rates[targets].append(loader_rate(photo_store, targets, 12))
         rate = ratio(rates[True], rates[False])
         lines.append(f"| loader: with / without targets, images/s | {rate} | >= 0.95 |")
         small = make_store(folder / "s.zarr", numbered(1024), shard_size=1024)

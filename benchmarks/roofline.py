@@ -1,9 +1,9 @@
-"""Floating-point operations of a step, and which share of this machine's rate it reaches.
+"""Floating-point operations of a step, and the share of this machine's throughput that it reaches.
 
     python -m benchmarks.roofline [--batch 16] [--precision fp32 bf16]
 
-Operations are counted by torch while the networks run; products are timed between the rounds of
-the step, as large square ones and in the step's own shapes.
+torch counts operations while the networks run. Matrix products are timed between the rounds of the
+step, as large square ones and in the step's own shapes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ KINDS = {
     "norms": ("layer_norm",),
     "activation": ("gelu",),
 }
-"""Kind of work: parts of its operators' names; the first that fits."""
+"""Kind of work: parts of its operators' names; the first kind that matches counts."""
 
 
 def counted(run: torch.nn.Module, *inputs: object) -> float:
-    """Floating-point operations of a forward pass, in 1e9; a multiplication and addition are 2."""
+    """Floating-point operations of a forward pass, in 1e9; a multiply-add counts as 2."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run(*inputs)
     return counter.get_total_flops() / 1e9
@@ -40,13 +40,13 @@ def counted(run: torch.nn.Module, *inputs: object) -> float:
 
 def kinds(step: object) -> list[tuple[str, float]]:
     """(kind of operation, share of the step's CPU time), the largest first."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()  # type: ignore[operator]
     spent: Counter[str] = Counter()
-    for event in seen.key_averages():
+    for event in profiler.key_averages():
         name = event.key.lower()
-        found = (kind for kind, parts in KINDS.items() if any(part in name for part in parts))
-        spent[next(found, "the rest")] += event.self_cpu_time_total
+        matching = (kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+        spent[next(matching, "the rest")] += event.self_cpu_time_total
     return [(kind, time / sum(spent.values())) for kind, time in spent.most_common()]
 
 
@@ -55,13 +55,13 @@ def main() -> None:
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--batch", type=int, default=16)
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of what")
+    flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what seconds mean")
     args = flags.parse_args()
     device = torch.device("cpu")
     image = torch.zeros(1, 3, 224, 224)
     lines = ["| one image | forward, GFLOP | in a step, GFLOP |", "|---|---|---|"]
     for name, about in TOWERS.items():
-        # Depth is counted out: the blocks are alike, and one more costs the same.
+        # Only two depths are run: the blocks are alike, and each one more costs the same.
         one, two = (counted(Tower(**about | {"depth": d}), image) for d in (1, 2))
         teacher = one + (two - one) * (about["depth"] - 1)
         lines.append(f"| teacher {name}, where it runs online | {teacher:.1f} | {teacher:.1f} |")
@@ -94,8 +94,8 @@ def main() -> None:
             f"| {precision} | {rates[0]:.0f} | {rates[1]:.0f} | {rate:.0f} | "
             f"{rate / rates[0]:.0%} |"
         )
-        told = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds(step))
-        profiles.append(f"Where a step's time goes, {precision}: {told}.")
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds(step))
+        profiles.append(f"Where a step's time goes, {precision}: {shares}.")
     command = f"python -m benchmarks.roofline --batch {args.batch} --rounds {args.rounds}"
     report("roofline", f"{command} --clock {args.clock}", [*lines, "", *profiles], keep=args.keep)
 

@@ -2,12 +2,12 @@
 
     python -m benchmarks.step [--batch 64] [--micro N] [--rounds 7] [--precision fp32 bf16]
 
-ViT-B student and published decoder on both sides, random weights: only speed is measured. The
-published step (`benchmarks/published.py`) is given normalised images; ours starts from what a
-loader worker hands over and is made of pretraining's own parts. `online` is ours behind a forward
-pass of our own teacher, as extraction runs it. All sides compute the gradient's norm; none loads.
-Ours takes the micro-batches that pretraining would, or those of `--micro`; the published step takes
-the batch at once, as published, or in micro-batches of `--published-micro`.
+Both sides have a ViT-B student with the published decoder and random weights: only speed is
+measured. The published step (`benchmarks/published.py`) gets normalised images. Ours gets a batch
+as a loader worker returns it, and uses pretraining's own functions. `online` is ours after a
+forward pass of our own teacher, as extraction runs it. All compute the gradient norm; none loads
+data. Ours uses the micro-batches that pretraining would, or those of `--micro`. The published step
+processes the batch at once, as published, or in micro-batches of `--published-micro`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def ours(
 def online(
     step: Callable[[], None], precision: str, size: int, tower: str, device: torch.device
 ) -> Callable[[], None]:
-    """Our step, and before it what the cache saves: the teacher on the same views."""
+    """Our step after what the cache saves: the teacher on the same views."""
     spec = TeacherSpec(f"{tower.replace('/', '-')}-quickgelu", "none", precision=precision)
     teacher = load_teacher(spec, device=str(device))
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), dtype=np.uint8)
@@ -131,11 +131,11 @@ def main() -> None:
     """Measure and print."""
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--batch", type=int, default=64)
-    flags.add_argument("--micro", type=int, help="by default as pretraining takes them")
-    flags.add_argument("--published-micro", type=int, help="by default the batch at once")
+    flags.add_argument("--micro", type=int, help="default: as pretraining uses")
+    flags.add_argument("--published-micro", type=int, help="default: the batch at once")
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="of PAIRS")
-    flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of what")
+    flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="indexes of PAIRS")
+    flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what seconds mean")
     args = flags.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,11 +146,11 @@ def main() -> None:
     ]
     for precision in args.precision:
         for tower, patch in (PAIRS[i] for i in args.pairs):
-            given = (precision, args.batch, tower, patch, device)
-            cached = ours(*given, micro=args.micro)
+            arguments = (precision, args.batch, tower, patch, device)
+            cached = ours(*arguments, micro=args.micro)
             seconds = interleaved(
                 {
-                    "published": published(*given, micro=args.published_micro),
+                    "published": published(*arguments, micro=args.published_micro),
                     "online": online(cached, precision, args.batch, tower, device),
                     "cached": cached,
                 },

@@ -1,7 +1,7 @@
-"""Made-up stores for benchmarks: real files, records and proofs around targets that mean nothing.
+"""Artificial stores for benchmarks: real files, records and checksums, random targets.
 
-One block of random targets is written; every further block is hard links to it, so that a store of
-a million rows takes the disk of a thousand.
+One block of random targets is written; every further block is hard links to it, so a store of a
+million rows takes the disk space of a thousand.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def make_store(
 ) -> Path:
     """A finished int8 store of one view, [197, 512]; rows must fill its shards.
 
-    With `root` the views of the images there are rendered, and their checksums kept: such a store
-    can be trained on. It holds one block then.
+    With `root`, the views of the images there are rendered and their checksums stored, so the
+    store can be trained on. It then has one block.
     """
     spec = CacheSpec(
         manifest=manifest.digest(), rows=len(manifest), views=1, tokens=197, channels=512,
@@ -44,11 +44,11 @@ def make_store(
     writer = store.generation(
         GENERATION, spec, lambda: (group_attributes(spec, about), tables, files)
     )
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     arrays = {
-        "features": draw.integers(-127, 128, (shard_size, 197, 512), np.int8),
-        "scale": draw.random((shard_size, 197), np.float32),
-        "attention": draw.random((shard_size, 196), np.float32) + 0.1,
+        "features": rng.integers(-127, 128, (shard_size, 197, 512), np.int8),
+        "scale": rng.random((shard_size, 197), np.float32),
+        "attention": rng.random((shard_size, 196), np.float32) + 0.1,
         "crop": np.zeros((shard_size, 5), np.int32),
     }
     pixels, digests = [0] * shard_size, [""] * shard_size
@@ -74,10 +74,10 @@ def make_store(
         folder, linked = store.staging / str(block), []
         for file in written:
             name = file["path"].split("/")[0]
-            place = f"{name}/{spec.arrays()[name].file(block, 0)}"
-            (folder / place).parent.mkdir(parents=True)
-            os.link(first / file["path"], folder / place)
-            linked.append(file | {"path": place})
+            target = f"{name}/{spec.arrays()[name].file(block, 0)}"
+            (folder / target).parent.mkdir(parents=True)
+            os.link(first / file["path"], folder / target)
+            linked.append(file | {"path": target})
         rows = list(spec.block_rows(block))
         writer.commit(folder, record | {"block": block, "rows": rows, "files": linked})
     writer.finish("none/int8")

@@ -1,11 +1,11 @@
-"""Time that training spends waiting for data.
+"""The share of a training step that is data-loading time.
 
     python -m benchmarks.waiting [--images 96] [--steps 10] [--workers 2]
 
 ViT-B/16 student with the published decoder at batch 16, float32, from an int8 store of ImageNet
-photographs (JPEGs decoded, cropped and checked each step; random teacher weights: only speed is
-measured). Prints the share of a step's time spent in `next(batches)`; the first step, in which the
-workers start, is left out.
+photographs. JPEGs are decoded, cropped and verified in each step; teacher weights are random, since
+only speed is measured. Prints the share of a step's time spent in `next(batches)`. The first step,
+in which the workers start, is excluded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     rates = sorted(line["images_per_second"] for line in lines)
     middle = len(shares) // 2
     rows = [
-        f"Waiting for data: median {shares[middle]:.2%} of a step, worst {shares[-1]:.2%} "
+        f"Data-loading time: median {shares[middle]:.2%} of a step, worst {shares[-1]:.2%} "
         f"of {len(shares)} steps, at {rates[middle]:.2f} images/s."
     ]
     command = f"python -m benchmarks.waiting --images {args.images} --steps {args.steps}"
