@@ -76,26 +76,26 @@ def _surface(image: np.ndarray, mask: np.ndarray) -> str:
 def _detail(label: int, mask: np.ndarray) -> str:
     """Name the part of the silhouette which varies most within the class."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = box.shape
+    outline = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = outline.shape
     name = CLASS_NAMES[label]
     if name == "Trouser":
-        gap = 1 - box[height // 2 :, width // 2 - 1 : width // 2 + 1].any(axis=1).mean()
+        gap = 1 - outline[height // 2 :, width // 2 - 1 : width // 2 + 1].any(axis=1).mean()
         return "separate legs" if gap > 0.3 else "legs close together"
     if name == "Bag":
-        # A handle leaves the upper third of the box mostly empty.
-        return "a handle" if box[: max(height // 3, 1)].mean() < 0.5 else "a full body"
+        # A handle leaves the upper third mostly empty.
+        return "a handle" if outline[: max(height // 3, 1)].mean() < 0.5 else "a full body"
     if name in ("Sandal", "Sneaker", "Ankle boot"):
         # A heel leaves a gap between the places where the shoe touches the ground.
-        ground = np.flatnonzero(box[-max(height // 8, 1) :].any(axis=0))
+        ground = np.flatnonzero(outline[-max(height // 8, 1) :].any(axis=0))
         return "a heel" if np.diff(ground).max(initial=1) > 3 else "a flat sole"
     if name == "Dress":
-        waist = box[height // 4 : height // 2].sum(axis=1).min()
-        hem = box[-height // 8 :].sum(axis=1).max()
+        waist = outline[height // 4 : height // 2].sum(axis=1).min()
+        hem = outline[-height // 8 :].sum(axis=1).max()
         return "a flared hem" if hem > 1.5 * waist else "a straight hem"
     # Clothes for the upper body: how far down do the outermost columns reach?
     edge = max(width // 8, 1)
-    sides = box[:, :edge].any(axis=1) & box[:, -edge:].any(axis=1)
+    sides = outline[:, :edge].any(axis=1) & outline[:, -edge:].any(axis=1)
     if sides.any() and np.flatnonzero(sides)[-1] < 0.6 * height:
         return "short sleeves"
     return "long sleeves" if width > 18 else "straight sides"
@@ -106,7 +106,7 @@ def attributes(image: np.ndarray, label: int) -> dict[str, str]:
     image = image.astype(np.float32)
     mask = image > BACKGROUND
     pixels = image[mask]
-    # Two pixels a row or column, so that a stray pixel does not widen the box.
+    # At least two pixels in a row or column, so that a stray pixel does not count.
     rows = np.flatnonzero(mask.sum(axis=1) >= 2)
     columns = np.flatnonzero(mask.sum(axis=0) >= 2)
     middle = (rows[0] + rows[-1] + 1) // 2

@@ -39,11 +39,11 @@ SCHEMA = pa.schema(
 
 def choose(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
     """Draw ``per_class`` numbers of every class, in shuffled order."""
-    drawn = [
+    numbers = [
         rng.choice(np.flatnonzero(labels == label), per_class, replace=False)
         for label in range(len(CLASS_NAMES))
     ]
-    return rng.permutation(np.concatenate(drawn))
+    return rng.permutation(np.concatenate(numbers))
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -4,8 +4,8 @@
 
 DIR holds Fashion-MNIST's four idx files (make_data.py says how to obtain them). After every
 epoch the model is written to ``demo/teacher/model.safetensors`` in half precision, and the
-whole training state to ``--state``, from which a later call with the same options goes on
-(it is deleted after the last epoch).
+whole training state to ``--state``. A later call with the same options resumes from it. It is
+deleted after the last epoch.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.state.parent.mkdir(parents=True, exist_ok=True)
     config = json.loads((args.output / "config.json").read_text())
-    # Only the training drops patches; the module has no weights, so the config need not know.
+    # Patches are dropped in training only; the module has no weights, so the config stays as it is.
     config["vision_cfg"]["patch_dropout"] = args.patch_dropout
     model = build(config)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -111,7 +111,7 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["epoch"], saved["seconds"]
-        print(f"going on after epoch {first} of {args.state}")
+        print(f"resuming after epoch {first} of {args.state}")
 
     for epoch in range(first, args.epochs):
         start = time.monotonic()
@@ -119,7 +119,7 @@ def main() -> None:
         torch.manual_seed(args.seed * 1000 + epoch)
         generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
         rng = np.random.default_rng([args.seed, epoch])
-        # New captions every epoch: each image meets several templates.
+        # New captions every epoch: each image gets several templates.
         tokens = tokenizer([caption(w, rng) for w in words])
         order = torch.from_numpy(rng.permutation(len(images)))
         whole = epoch >= args.epochs - args.whole_epochs
@@ -134,7 +134,7 @@ def main() -> None:
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]
             pixels = images[batch].float() / 255
             pixels = augment(pixels, args.uncropped, args.smallest_crop, generator)
-            # PyTorch's fused attention is slow backwards on a CPU; the plain one halves the time.
+            # PyTorch's fused attention has a slow backward pass on a CPU; the plain one halves the time.
             with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
                 image_features, text_features, scale = model(normalise(pixels), tokens[batch])
             loss = loss_of(image_features.float(), text_features.float(), scale)

@@ -3,7 +3,7 @@
     python demo/zero_shot.py                  # on the embedded 2,000 test images
     python demo/zero_shot.py --source DIR     # on the full test split of 10,000
 
-DIR holds Fashion-MNIST's four idx files (make_data.py says how to obtain them).
+DIR has Fashion-MNIST's four idx files (make_data.py says how to obtain them).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor
 
 DEMO = Path(__file__).parent
 TEACHER = DEMO / "teacher"
-# ImageNet's, because the students which learn from this teacher use them too.
+# ImageNet's, because the students that learn from this teacher use them too.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -100,10 +100,10 @@ def main() -> None:
     else:
         images, labels = read_embedded(DEMO / "data" / "test.parquet")
     model, tokenizer = load_teacher(args.teacher)
-    hit = predict(model, tokenizer, torch.from_numpy(images.copy())).numpy() == labels
+    correct = predict(model, tokenizer, torch.from_numpy(images.copy())).numpy() == labels
     for number, name in enumerate(CLASS_NAMES):
-        print(f"{name:12} {hit[labels == number].mean():6.1%}")
-    print(f"zero-shot accuracy over {len(hit):,} test images: {hit.mean():.2%}")
+        print(f"{name:12} {correct[labels == number].mean():6.1%}")
+    print(f"zero-shot accuracy over {len(correct):,} test images: {correct.mean():.2%}")
 
 
 if __name__ == "__main__":
