@@ -134,7 +134,7 @@ def main() -> None:
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]
             pixels = images[batch].float() / 255
             pixels = augment(pixels, args.uncropped, args.smallest_crop, generator)
-            # PyTorch's fused attention is slow in the backward pass on a CPU; plain takes half the time.
+            # PyTorch's fused attention has a slow backward pass on a CPU: twice the time.
             with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
                 image_features, text_features, scale = model(normalise(pixels), tokens[batch])
             loss = loss_of(image_features.float(), text_features.float(), scale)
