@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError
 from milan.store.format import Entry
 from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
-from pipeline.extract import codec_at, run_part
 from pipeline.extraction.fidelity import check_canaries
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Plan, share
+from pipeline.extraction.plan import Plan, plan_workers
+from pipeline.extraction.run import read_codec, write_shards
 from pipeline.teachers.load import TeacherSpec, load_teacher
 from pipeline.verify import Verdict, verify
-from pipeline.writing.store import Store, Writer, writable
+from pipeline.writing.store import Store, Writer
 
 
 def repair(
@@ -41,7 +41,7 @@ def repair(
         )
     if not before.shards:
         return before
-    store = Store(writable(str(path)))
+    store = Store(as_path(path))
     try:
         for entry in store.entries():
             shards = [(b, v) for name, b, v in before.shards if name == entry.path]
@@ -96,6 +96,7 @@ def _remake(
     writer = Writer(store, entry.path, spec)
     for block, view in shards:
         writer.forget(block, view)
-    codec = codec_at(store.path / first.path, spec)
-    run_part(work, writer, part, codec, writer.missing(), share(config, work), progress)
+    codec = read_codec(store.path / first.path, spec)
+    workers = plan_workers(config, work)
+    write_shards(work, writer, part, codec, writer.missing(), workers, progress)
     return writer.finish(entry.layer).digest == entry.digest

@@ -107,7 +107,7 @@ def fidelity(codec: Codec, features: torch.Tensor, attention: torch.Tensor) -> d
     }
 
 
-def demand(report: dict[str, Any], floor: float | None) -> None:
+def check_min_cosine(report: dict[str, Any], floor: float | None) -> None:
     """Raises CacheError if the mean cosine of class or patch tokens is below `floor`."""
     if floor is None or not report:
         return
