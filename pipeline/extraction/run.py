@@ -52,8 +52,7 @@ def fill_store(
         writer, codec = _open_generation(work, store, part, codec)
         if part is work.parts[0]:
             check_canaries(writer.root, work.teacher)
-        report = writer.root / FIDELITY
-        summary["fidelity"] = read_json(report) if report.exists() else {}
+        summary["fidelity"] = read_json(writer.root / FIDELITY)
         todo = writer.missing()
         shards = int(todo.sum())
         check_space(work.location, part.spec.total_bytes() * shards // part.spec.shards)
