@@ -98,7 +98,7 @@ def bookkeeping(shards: int, rows: int, folder: Path) -> dict[str, tuple[float, 
     def commit_all() -> None:
         for block in range(shards):
             record = record_of(block)
-            writer.shard_table.note(record, canonical(record))
+            writer.shard_table.add(record, canonical(record))
 
     write_all()
     steps.run("commits, without files and fsync", commit_all)

@@ -20,7 +20,7 @@ from pipeline.estimate.cost import seconds_of
 from pipeline.estimate.size import size_of_store
 from pipeline.estimate.throughput import measure_throughput
 from pipeline.extract import extract_targets
-from pipeline.extraction.plan import plan, share
+from pipeline.extraction.plan import plan, plan_workers
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
             executor="local",
         )  # fmt: skip
         work = plan(config, NoProgress())
-        workers = share(config, work)
+        workers = plan_workers(config, work)
         throughput = measure_throughput(work, workers, NoProgress())
         shards = [part.spec.shards for part in work.parts]
         seconds, sizes = seconds_of(work, workers, throughput, shards), size_of_store(work)

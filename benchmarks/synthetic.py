@@ -7,7 +7,6 @@ million rows takes the disk space of a thousand.
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, render, view_of
 from milan.store.codecs import codec_of
 from milan.store.format import GENERATION, CacheSpec, canonical
-from pipeline.extraction.worker import _row_sums
-from pipeline.writing.store import Store, group_attributes, stage_shard
+from pipeline.extraction.worker import _row_checksums
+from pipeline.writing.shards import stage_shard
+from pipeline.writing.store import Store, group_attributes
 
 
 def make_store(
@@ -61,17 +61,14 @@ def make_store(
             arrays["crop"][row] = (view.top, view.left, view.height, view.width, view.flip)
             pixels[row] = checksum(render(image, view, size=224))
             digests[row] = content_digest(data)
-    first = store.staging / "first"
-    for name in spec.arrays():
-        (first / name).mkdir(parents=True)
-        shutil.copyfile(writer.root / name / "zarr.json", first / name / "zarr.json")
+    first = writer.stage("first")
     written = stage_shard(first, spec, 0, 0, arrays)
     record = {
         "view": 0, "bad": {}, "digests": digests, "pixels": pixels,
-        "crc32c": {name: _row_sums(rows, {}, 0) for name, rows in arrays.items()},
+        "crc32c": {name: _row_checksums(rows, {}, 0) for name, rows in arrays.items()},
     }  # fmt: skip
     for block in range(spec.blocks):
-        folder, linked = store.staging / str(block), []
+        folder, linked = store.backend.staging / str(block), []
         for file in written:
             name = file["path"].split("/")[0]
             target = f"{name}/{spec.arrays()[name].file(block, 0)}"

@@ -1,4 +1,4 @@
-"""What `milan extract-targets` can be told. No heavy imports: flags and help are made of it."""
+"""The settings of `milan extract-targets`. Flags and help are made of it: no heavy imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from milan.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """What `milan extract-targets` does; the fields are its flags."""
+    """The settings of `milan extract-targets`; the fields are its flags."""
 
     data: str
     """A path, a URL (s3://…), or a name below --data-root, else $MILAN_DATA, else ./data."""
@@ -32,15 +32,15 @@ class ExtractConfig:
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Least and greatest width / height of a crop."""
     hflip: float = 0.5
-    """Probability of a mirrored view."""
+    """Probability of a horizontal flip."""
     codec: str = "int8"
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
     store_views: str = "none"
-    """Keep the views too (none, jpeg:95, webp): training then needs no originals."""
+    """Store the views too (none, jpeg:95, webp): training then needs no originals."""
     texts: bool = False
-    """Store what the teacher's text tower says of captions and classes too."""
+    """Store the teacher's text features of captions and classes too."""
     min_cosine: float | None = None
-    """Mean cosine to the teacher that the codec must keep, or the run ends before it begins."""
+    """Smallest mean cosine between stored and teacher features; else nothing is written."""
     extend: bool = False
     """Add the targets of another teacher or codec to a store that has some."""
     executor: str = "ray"
@@ -56,15 +56,15 @@ class ExtractConfig:
     precision: str = "auto"
     """fp32, bf16, fp16; auto: fp16 on CUDA, as published, else fp32."""
     batch_size: int = 64
-    """Views a forward pass of the teacher."""
+    """Views in a forward pass of the teacher."""
     shard_size: int = 1024
     """Rows of a block: the unit of work, of files and of resuming."""
     seed: int = 0
-    """Of the order of rows and of the views."""
+    """Of the order of rows and of the crops."""
     limit: int | None = None
-    """Only the first so many rows of the permutation."""
+    """Only so many images, the first of the shuffled order."""
     max_bad: str = "0"
-    """Bad images allowed: a number, or a percentage such as 0.1%."""
+    """Rejected files allowed: a number, or a percentage such as 0.1%."""
     yes: bool = False
     """Do not ask before a store of more than 100 GB."""
     offline: bool = False
@@ -91,7 +91,7 @@ class ExtractConfig:
 
 
 def allowed_bad(text: str, rows: int) -> int:
-    """How many bad images `--max-bad text` allows among `rows`: a number or a percentage."""
+    """How many of `rows` files may be rejected by `--max-bad text`. Raises ConfigError."""
     text = str(text).strip()
     try:
         if text.endswith("%"):

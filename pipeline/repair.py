@@ -1,22 +1,23 @@
-"""Damaged shards made again, and no other: same images, teacher and batches, same bytes."""
+"""Repair a store: write its damaged shards again, with the same images, teacher and batches."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError
 from milan.store.format import Entry
 from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
-from pipeline.extract import codec_at, run_part
 from pipeline.extraction.fidelity import check_canaries
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Plan, share
-from pipeline.teachers.load import TeacherSpec, load_teacher
+from pipeline.extraction.plan import Plan, plan_workers
+from pipeline.extraction.run import read_codec, write_shards
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.verify import Verdict, verify
-from pipeline.writing.store import Store, Writer, writable
+from pipeline.writing.store import Store, Writer
 
 
 def repair(
@@ -27,13 +28,14 @@ def repair(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Verdict:
-    """Make the damaged shards of a store again, and no other; returns the verdict afterwards.
+    """Write the damaged shards of a store again, and no others; returns the verdict afterwards.
 
-    Raises CacheError if what is damaged is not a shard: then a copy of the store is needed.
+    The images and the teacher are those that the store recorded, unless `data_root` or `teacher`
+    is given. Raises CacheError if anything else than shards is damaged: then a copy is needed.
     """
     progress = progress or NoProgress()
     before = verify(path, deep=True, progress=progress)
-    if not before.mendable:
+    if not before.repairable:
         raise CacheError(
             f"{path} cannot be repaired: {before.corrupt[0]}",
             expected="damage inside shards or their records",
@@ -41,26 +43,26 @@ def repair(
         )
     if not before.shards:
         return before
-    store = Store(writable(str(path)))
+    store = Store(as_path(path))
     try:
         for entry in store.entries():
             shards = [(b, v) for name, b, v in before.shards if name == entry.path]
             if shards:
                 progress.note(
-                    f"{entry.path}: {len(shards)} of {entry.shards} shards are made again"
+                    f"{entry.path}: {len(shards)} of {entry.shards} shards are written again"
                 )
-                same = _remake(store, entry, shards, data_root, teacher, device, progress)
+                same = _rewrite(store, entry, shards, data_root, teacher, device, progress)
                 if not same:
                     progress.note(
-                        "they are not the bytes that were lost (another device or library?): "
-                        "runs that began with the old ones will not go on"
+                        "their bytes differ from the lost ones (another device or library?): "
+                        "runs that began with the old ones cannot continue"
                     )
     finally:
         store.close()
     return verify(path, deep=True, progress=progress)
 
 
-def _remake(
+def _rewrite(
     store: Store,
     entry: Entry,
     shards: list[tuple[int, int]],
@@ -69,17 +71,16 @@ def _remake(
     device: str,
     progress: Progress,
 ) -> bool:
-    """Make (block, view) `shards` of a finished generation again; whether the bytes are the same.
+    """Write (block, view) `shards` of a finished generation; returns if the bytes are the same.
 
-    `root` (of the images) and `teacher` are as the store remembers them, unless given. Raises
-    MilanError if the images or the teacher are not those of the store.
+    Raises MilanError if the images at `root`, or the teacher, are not those of the store.
     """
     generation = Generation(store.path, entry)
     origin, spec = generation.origin, generation.spec
     manifest = generation.manifest()
     source = generation.find_data_root(manifest.table["path"][:16].to_pylist(), root)
-    known = replace(teacher or TeacherSpec(**origin["teacher"]), texts=bool(spec.texts))
-    loaded = load_teacher(known, device=device)
+    recorded = replace(teacher or TeacherSpec(**origin["teacher"]), texts=bool(spec.texts))
+    loaded = load_teacher(recorded, device=device)
     if loaded.identity != spec.teacher:
         raise CacheError(
             f"teacher {loaded.about['name']} is not the one of {store.path}",
@@ -96,6 +97,7 @@ def _remake(
     writer = Writer(store, entry.path, spec)
     for block, view in shards:
         writer.forget(block, view)
-    codec = codec_at(store.path / first.path, spec)
-    run_part(work, writer, part, codec, writer.missing(), share(config, work), progress)
+    codec = read_codec(store.path / first.path, spec)
+    workers = plan_workers(config, work)
+    write_shards(work, writer, part, codec, writer.missing(), workers, progress)
     return writer.finish(entry.layer).digest == entry.digest

@@ -69,17 +69,16 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Check a store: exit code 0 good, 3 corrupt, 4 incomplete, 5 another teacher or data set."""
+    from pipeline.verify import Audit
     from pipeline.verify import verify as run
     from stages import console
 
     verdict = run(
         cache,
         deep=deep,
-        audit=audit,
-        seed=seed,
-        data_root=data_root,
-        teacher=_teacher(teacher, pretrained),
-        device=device,
+        audit=Audit(audit, seed, data_root, _teacher(teacher, pretrained), device)
+        if audit
+        else None,
         progress=console.ConsoleProgress(),
     )
     _print_verdict(verdict)

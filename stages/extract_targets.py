@@ -25,12 +25,12 @@ def extract_targets(
     params: str | None,
     sets: list[str] | None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it takes, as milan plan; write nothing.")
+        bool, typer.Option("--dry-run", help="Show the costs, as milan plan does; write nothing.")
     ] = False,
 ) -> None:
     """Run the teacher once over K views of every image and write a target cache.
 
-    Killed at any moment, the same line goes on where it stopped.
+    If it was killed, run the same line again: it continues where it stopped.
     """
     from milan.core.config_resolver import resolve
     from milan.core.units import format_bytes
@@ -43,30 +43,30 @@ def extract_targets(
     if dry_run:
         console.tables(summary["costs"])
         return
-    rate, bad = summary["images_per_second"], summary["bad"]
-    told = ", ".join(f"{n} {why}" for why, n in bad.items())
+    rate, rejected = summary["images_per_second"], summary["bad"]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
     rows = [
         ("store", summary["path"]),
         ("images x views", f"{summary['images']:,} x {summary['views']}"),
         ("shards", f"{summary['shards']:,}"),
         ("bytes a view", f"{summary['bytes_per_view']:,}"),
         ("bytes", format_bytes(summary["bytes"])),
-        ("images/s", f"{rate:,.1f}" if rate else "nothing was left to do"),
-        ("bad images", f"{told} ({summary['bad_csv']})" if bad else "none"),
-        ("cosine to the teacher", _faithful(summary["fidelity"])),
+        ("images/s", f"{rate:,.1f}" if rate else "nothing to do: the store is complete"),
+        ("rejected files", f"{reasons} ({summary['bad_csv']})" if rejected else "none"),
+        ("cosine to the teacher", _fidelity(summary["fidelity"])),
     ]
     console.table("Extracted", ("what", ""), rows)
 
 
 def _agree(costs: dict[str, list[tuple[str, str]]]) -> bool:
-    """Show what it costs; ask, where there is somebody to ask."""
+    """Show the costs and ask; without a terminal the answer is no."""
     from stages import console
 
     console.tables(costs)
     return sys.stdin.isatty() and typer.confirm("extract?")
 
 
-def _faithful(report: dict[str, Any]) -> str:
+def _fidelity(report: dict[str, Any]) -> str:
     if not report:
         return "not measured"
     means = {kind: spread["mean"] for kind, spread in report["cosine"].items()}

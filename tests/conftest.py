@@ -29,6 +29,8 @@ from milan.store.cache import TargetCache
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 
+pytest_plugins = ["s3"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start many processes come first, so that no worker is left alone with one."""

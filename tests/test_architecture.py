@@ -35,7 +35,7 @@ FORBIDDEN = {
 ONLY = {
     "open_clip": {"pipeline/teachers/clip.py"},
     "ray": {f"pipeline/cluster/{name}.py" for name in ("connect", "pool", "ranks")},
-    "zarr": {"pipeline/writing/store.py"},
+    "zarr": {"pipeline/writing/shards.py"},
     "tensorstore": {"milan/store/generation.py"},
 }
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.compute as pc
 
-from milan.core.paths import AnyPath, Url, names_in
+from milan.core.paths import AnyPath, names_in
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration, parse_bytes
 from milan.errors import ConfigError
@@ -28,8 +26,7 @@ from pipeline.estimate.decoding import (
 )
 from pipeline.estimate.size import Sizes, size_of_store
 from pipeline.estimate.throughput import Throughput, measure_throughput
-from pipeline.extraction.plan import Plan, Workers, plan, share
-from pipeline.writing.store import writable
+from pipeline.extraction.plan import Plan, Workers, plan, plan_workers
 
 Tables = dict[str, list[tuple[str, str]]]
 """Tables for people by title: rows of (what, figure)."""
@@ -72,7 +69,7 @@ def estimate_cost(
         # All of an image's time is counted as the teacher's, as if decoding took none.
         seconds = 1 / images_per_second
         throughput = Throughput(seconds, seconds / config.views, write, "given")
-    workers = share(work.config, work)
+    workers = plan_workers(work.config, work)
     if throughput is None:
         throughput = measure_throughput(work, workers, progress or NoProgress())
         if write_mb_per_second:
@@ -99,7 +96,7 @@ def cost_of(
     train: float | None = None,
 ) -> Tables:
     """The tables of a plan at this throughput; `train` is the speed of training, images/s."""
-    out, specs = writable(work.config.out), [part.spec for part in work.parts]
+    out, specs = work.location.path, [part.spec for part in work.parts]
     spec, sizes = specs[0], size_of_store(work)
     images = max(s.first_row + s.rows for s in specs)
     views = max(s.first_view + s.views for s in specs)
@@ -114,13 +111,12 @@ def cost_of(
         ("bytes", f"{format_bytes(sizes.total)}: shards {format_bytes(sizes.shards)}, records "
                   f"{format_bytes(sizes.records)}, manifest {format_bytes(sizes.manifest)}, other "
                   f"{format_bytes(sizes.other)}"),
-        ("objects", f"{sizes.files:,}") if isinstance(out, Url) else
-        ("files", f"{sizes.files:,} in {sizes.folders:,} folders"),
+        ("files", f"{sizes.files:,} in {sizes.folders:,} folders") if work.location.has_folders
+        else ("objects", f"{sizes.files:,}"),
     ]  # fmt: skip
     if sum(missing) < shards:
         planned.append(("still to write", f"{sum(missing):,} shards, {format_bytes(to_write)}"))
-    if isinstance(out, Path):
-        free = _free(out)
+    if (free := work.location.free_bytes()) is not None:
         fits = "enough" if to_write * 1.02 < free else "NOT ENOUGH"
         planned.append(("free on its disk", f"{format_bytes(free)}: {fits}"))
     return {
@@ -138,7 +134,7 @@ def seconds_of(work: Plan, workers: Workers, throughput: Throughput, missing: li
     """
     parts = [(p.spec, n / p.spec.shards) for p, n in zip(work.parts, missing, strict=True)]
     images = sum(s.rows * s.views / work.config.views * part for s, part in parts)
-    teacher = images * throughput.image_seconds / workers[0]
+    teacher = images * throughput.image_seconds / workers.replicas
     disk = sum(s.total_bytes() * part for s, part in parts) / throughput.write_rate
     return max(teacher, disk)
 
@@ -148,7 +144,7 @@ def _extraction(
 ) -> list[tuple[str, str]]:
     seconds = seconds_of(work, workers, throughput, missing)
     needed = to_write / seconds if seconds else 0.0
-    replicas = f"{workers[0]}, each {1 / throughput.image_seconds:,.4g} images/s"
+    replicas = f"{workers.replicas}, each {1 / throughput.image_seconds:,.4g} images/s"
     write_rate = throughput.write_rate
     disk = f"{format_bytes(write_rate)}/s" if write_rate < math.inf else "unknown"
     return [
@@ -234,7 +230,7 @@ def fit_budget(work: Plan, budget: str, *, store_views: bool = False) -> tuple[P
     `store_views` the views' pixels are stored too, unless then not one view would fit. Raises
     ConfigError: for a store that has begun, and if not one view fits.
     """
-    if len(work.parts) > 1 or (writable(work.config.out) / work.parts[0].name).exists():
+    if len(work.parts) > 1 or (work.location.path / work.parts[0].name).exists():
         raise ConfigError(
             f"--budget for the store {work.config.out}, which has begun", fix="--out another.zarr"
         )
@@ -279,13 +275,6 @@ def _with(work: Plan, codec: str, views: int, stored: str) -> Plan:
 
 def _recorded(generation: AnyPath) -> int:
     return sum(1 for _ in names_in(generation / "records"))
-
-
-def _free(out: Path) -> int:
-    folder = out.absolute()
-    while not os.path.exists(folder):
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _memory() -> int:

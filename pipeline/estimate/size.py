@@ -28,7 +28,8 @@ from pipeline.estimate.throughput import stand_in
 from pipeline.extraction.fidelity import CANARIES
 from pipeline.extraction.plan import Plan
 from pipeline.writing.shard_table import ShardTable
-from pipeline.writing.store import create_arrays, group_attributes
+from pipeline.writing.shards import create_arrays
+from pipeline.writing.store import group_attributes
 
 _SAMPLE = 100_000  # rows of a manifest, shards of a table; larger ones are extrapolated
 _REPORT, _LOG_LINE, _LOCK = 300, 145, 20  # bytes of fidelity.json, of a line of the log, of .lock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan.core.paths import AnyPath, Url
 from milan.core.progress import Progress
 from milan.errors import CacheError
 from milan.images.manifest import data_root
@@ -23,7 +21,8 @@ from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
 from pipeline.extraction.plan import Plan, Workers
 from pipeline.extraction.worker import Extractor
-from pipeline.writing.store import create_arrays, stage_shard, writable
+from pipeline.writing.backend import Location
+from pipeline.writing.shards import create_arrays, stage_shard
 
 _SECONDS = 4.0  # a measurement that takes longer is the last one
 _VIEWS = 8  # of the first measurement, and of a forward pass on a CPU
@@ -55,17 +54,15 @@ def measure_throughput(work: Plan, workers: Workers, progress: Progress) -> Thro
     progress.note("measuring: a few images, the teacher, the disk")
     began = time.perf_counter()
     codec = stand_in(spec.codec, spec.channels)
-    with scratch(writable(work.config.out)) as scratch_folder, _threads(workers[2]):
+    with scratch(work.location) as scratch_folder, _threads(workers.torch_threads):
         extractor = Extractor(
-            spec=spec,
+            part=part,
             codec=codec,
-            manifest=part.manifest,
             root=str(data_root(work.source).resolve()),
             teacher=work.teacher,
             device=work.config.device,
             batch_size=work.config.batch_size,
-            threads=workers[1],
-            torch_threads=workers[2],
+            workers=workers,
         )
         block = min(spec.rows, spec.shard_size)
         runs, rows = 0, min(block, -(-_VIEWS // spec.views))
@@ -81,10 +78,9 @@ def measure_throughput(work: Plan, workers: Workers, progress: Progress) -> Thro
             runs, rows = runs + 1, min(block, 2 * rows)
         teacher_seconds = _teacher_seconds(work)
         # A bucket is not measured: that would write to it.
-        remote = isinstance(writable(work.config.out), Url)
-        write_rate = (
-            math.inf if remote else _write_rate(replace(spec, rows=block), scratch_folder / "write")
-        )
+        write_rate = math.inf
+        if work.location.scratch_is_on_store:
+            write_rate = _write_rate(replace(spec, rows=block), scratch_folder / "write")
     return Throughput(
         image_seconds=seconds / rows,
         teacher_seconds=teacher_seconds,
@@ -101,20 +97,18 @@ def stand_in(codec: str, channels: int) -> Codec:
 
 
 @contextmanager
-def scratch(out: AnyPath) -> Iterator[Path]:
+def scratch(location: Location) -> Iterator[Path]:
     """A folder on the file system of the planned store, deleted afterwards. Raises CacheError.
 
     For a bucket it is in $TMPDIR, where workers stage.
     """
-    parent = Path(tempfile.gettempdir()) if isinstance(out, Url) else out.absolute()
-    while not os.path.isdir(parent):
-        parent = parent.parent
+    parent = location.scratch_parent()
     try:
         with tempfile.TemporaryDirectory(prefix=".milan-plan-", dir=parent) as name:
             yield Path(name)
     except OSError as error:
         raise CacheError(
-            f"{out} cannot be written: {error.strerror}", fix="--out a folder of your own"
+            f"{location.path} cannot be written: {error.strerror}", fix="--out a folder of your own"
         ) from None
 
 

@@ -1,9 +1,9 @@
-"""Before the first shard: a sample of images is shown to the teacher, and three things are made.
+"""Before the first shard: the teacher runs on a sample of images, for three purposes.
 
-- The codec is fitted to it (channel sizes, codebooks).
-- The codec's fidelity is measured against the teacher's own output on images held back from that.
-- A few images become canaries: their pixels and what the teacher says of them lie in the store, so
-  that a later run can tell whether its teacher still says the same.
+- The codec is fitted to its output (channel sizes, codebooks).
+- The codec's fidelity to its output is measured, on images that the codec was not fitted to.
+- A few images become canaries: the store keeps their pixels and the teacher's output, so that a
+  later run can check that its teacher is the same.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from milan.store.generation import open_array
 from pipeline.extraction.worker import check_targets
 from pipeline.teachers.load import Teacher
 
-_FITTED, _FITTED_PQ, _HELD_BACK, CANARIES = 32, 256, 32, 4
-# Relative error of a token's features that another kernel or library may cause.
+# Images: to fit a codec, to fit codebooks, to measure fidelity, canaries.
+_FIT, _FIT_PQ, _MEASURE, CANARIES = 32, 256, 32, 4
+# Relative error of a token's features that another kernel or library may cause, by precision.
 _TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 
 @dataclass
 class Prepared:
-    """What a generation starts with beside its spec."""
+    """The content of a new generation beside its spec."""
 
     codec: Codec
     fidelity: dict[str, Any]
     canaries: dict[str, np.ndarray]
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Arrays by name, as a store keeps them."""
-        kept = {f"codec/{name}": values for name, values in self.codec.tables.items()}
-        return kept | {f"canary/{name}": values for name, values in self.canaries.items()}
+        """The arrays that the store keeps, by name."""
+        codec = {f"codec/{name}": values for name, values in self.codec.tables.items()}
+        return codec | {f"canary/{name}": values for name, values in self.canaries.items()}
 
 
 def prepare(
@@ -51,51 +52,53 @@ def prepare(
 ) -> Prepared:
     """Fit, measure and keep canaries, on the first images that can be decoded (rows are shuffled).
 
-    `codec` is that of an earlier generation, which stays.
+    `codec` is that of the layer's first generation, if there is one: then no codec is fitted.
+    Raises TeacherError for targets that are not finite.
     """
-    fresh = codec_of(spec.codec)
-    fitted = _FITTED_PQ if fresh.coded else _FITTED
-    rows, views = _first_views(spec, source, fitted + _HELD_BACK)
+    unfitted = codec_of(spec.codec)
+    fit_images = _FIT_PQ if unfitted.coded else _FIT
+    rows, views = _first_views(spec, source, fit_images + _MEASURE)
     if not len(views):
-        # Not one image to look at: the run itself will say so, image by image.
-        return Prepared(codec or fresh.fitted(torch.eye(spec.channels)), {}, {})
-    said = [teacher.targets(part) for part in np.array_split(views, -(-len(views) // batch))]
-    features = torch.cat([f.cpu() for f, _ in said]).clone()
-    attention = torch.cat([a.cpu() for _, a in said]).clone()
+        # No image can be decoded: the run will list them all as rejected.
+        return Prepared(codec or unfitted.fitted(torch.eye(spec.channels)), {}, {})
+    batches = np.array_split(views, -(-len(views) // batch))
+    outputs = [teacher.targets(pixels) for pixels in batches]
+    features = torch.cat([f.cpu() for f, _ in outputs]).clone()
+    attention = torch.cat([a.cpu() for _, a in outputs]).clone()
     check_targets(features, attention, rows)
-    # Half of a small sample is held back; of a single image, the same is measured on.
-    cut = min(fitted, len(views) // 2) if len(views) > 1 else 1
-    codec = codec or fresh.fitted(features[:cut].flatten(0, 1))
-    held = slice(cut if len(views) > 1 else 0, None)
-    few = views[:CANARIES]
-    told, seen = teacher.targets(few)
+    # Half of a small sample is for measuring; a single image is for both.
+    cut = min(fit_images, len(views) // 2) if len(views) > 1 else 1
+    codec = codec or unfitted.fitted(features[:cut].flatten(0, 1))
+    measured = slice(cut if len(views) > 1 else 0, None)
+    canary_features, canary_attention = teacher.targets(views[:CANARIES])
     canaries = {
-        "pixels": few,
-        "features": told.cpu().numpy().astype(np.float32),
-        "attention": seen.cpu().numpy().astype(np.float32),
+        "pixels": views[:CANARIES],
+        "features": canary_features.cpu().numpy().astype(np.float32),
+        "attention": canary_attention.cpu().numpy().astype(np.float32),
     }
-    return Prepared(codec, fidelity(codec, features[held], attention[held]), canaries)
+    return Prepared(codec, fidelity(codec, features[measured], attention[measured]), canaries)
 
 
 def fidelity(codec: Codec, features: torch.Tensor, attention: torch.Tensor) -> dict[str, Any]:
     """How near stored targets are to the teacher's own: features [B, T, C], attention [B, N].
 
     `cosine` per token (mean, 1st percentile, worst) for class and patch tokens; `loss_floor`, the
-    2 - 2 cos that a perfect student would still show; `attention_rank`, Spearman's correlation of
-    stored and true attention; `mask_overlap`, the share of visible patches that masks drawn from
-    either have in common.
+    loss 2 - 2 cos of a student that predicts the teacher's features exactly; `attention_rank`,
+    Spearman's correlation of stored and true attention; `mask_overlap`, the share of visible
+    patches that masks sampled from either have in common.
     """
     codes, scale = codec.encode(features)
-    back = codec.decode(torch.from_numpy(codes), None if scale is None else torch.from_numpy(scale))
-    cosine = torch.nn.functional.cosine_similarity(back, features, dim=-1).double().clamp(max=1)
-    kept = torch.from_numpy(attention.numpy().astype(np.float32))
-    ranks, kept_ranks = (a.argsort(1).argsort(1).double() for a in (attention, kept))
-    centred, kept_centred = (r - r.mean(1, keepdim=True) for r in (ranks, kept_ranks))
-    rank = torch.nn.functional.cosine_similarity(centred, kept_centred, dim=1)
+    scales = None if scale is None else torch.from_numpy(scale)
+    decoded = codec.decode(torch.from_numpy(codes), scales)
+    cosine = torch.nn.functional.cosine_similarity(decoded, features, dim=-1).double().clamp(max=1)
+    stored = torch.from_numpy(attention.numpy().astype(np.float32))
+    ranks, stored_ranks = (a.argsort(1).argsort(1).double() for a in (attention, stored))
+    centred, stored_centred = (r - r.mean(1, keepdim=True) for r in (ranks, stored_ranks))
+    rank = torch.nn.functional.cosine_similarity(centred, stored_centred, dim=1)
     rows = np.arange(len(features))
     noise = torch.from_numpy(mask_noise(0, rows * 0, rows, rows * 0, attention.shape[1]))
     visible = visible_count(attention.shape[1], 0.75) if attention.shape[1] > 3 else 1
-    masks = [importance_mask(a, noise, visible=visible).boolean() for a in (attention, kept)]
+    masks = [importance_mask(a, noise, visible=visible).boolean() for a in (attention, stored)]
     both = (~masks[0] & ~masks[1]).sum() / (~masks[0]).sum()
     return {
         "images": len(features),
@@ -107,64 +110,67 @@ def fidelity(codec: Codec, features: torch.Tensor, attention: torch.Tensor) -> d
     }
 
 
-def demand(report: dict[str, Any], floor: float | None) -> None:
-    """Raises CacheError if the mean cosine of class or patch tokens is below `floor`."""
-    if floor is None or not report:
+def check_min_cosine(report: dict[str, Any], minimum: float | None) -> None:
+    """Raises CacheError if the mean cosine of class or patch tokens is below `minimum`."""
+    if minimum is None or not report:
         return
     means = {kind: spread["mean"] for kind, spread in report["cosine"].items()}
     worst = min(means, key=lambda kind: means[kind])
-    if means[worst] < floor:
+    if means[worst] < minimum:
         raise CacheError(
             f"codec {report['codec']} keeps {worst} tokens at a mean cosine of {means[worst]:.5f}",
-            expected=f"at least {floor} (--min-cosine)",
+            expected=f"at least {minimum} (--min-cosine)",
             fix="--codec int8 or float16, or pq with more bytes a token",
         )
 
 
 def check_canaries(root: AnyPath, teacher: Teacher) -> None:
-    """Compare the teacher with what it said of the canaries in the generation at `root`.
+    """Compare the teacher's output with that of the canaries in the generation at `root`.
 
-    Raises TeacherError if the relative error of a token's features, or of attention, is beyond
-    what kernels and libraries may differ by.
+    Raises TeacherError if the relative error of a token's features, or of an image's attention, is
+    larger than other kernels and libraries can explain (_TOLERANCE).
     """
     if not (root / "canary").is_dir():
         return
     names = ("pixels", "features", "attention")
-    kept = {n: np.asarray(open_array(root / "canary" / n).read().result()) for n in names}
-    features, attention = teacher.targets(kept["pixels"])
+    canaries = {n: np.asarray(open_array(root / "canary" / n).read().result()) for n in names}
+    features, attention = teacher.targets(canaries["pixels"])
     bound = _TOLERANCE[teacher.identity["precision"]]
-    for name, now in (("features", features), ("attention", attention)):
-        before = torch.from_numpy(kept[name])
-        error = (now.cpu().float() - before).norm(dim=-1) / before.norm(dim=-1)
+    for name, output in (("features", features), ("attention", attention)):
+        stored = torch.from_numpy(canaries[name])
+        error = (output.cpu().float() - stored).norm(dim=-1) / stored.norm(dim=-1)
         if not float(error.max()) <= bound:
             raise TeacherError(
                 f"the teacher's {name} of the store's canary images are off by "
                 f"{float(error.max()):.2g} (relative)",
-                expected=f"at most {bound:.0e}: the teacher that made {root.parent.parent}",
+                expected=f"at most {bound:.0e}: the teacher of {root.parent.parent}",
                 fix="the same weight file, device and libraries, or --out another.zarr",
             )
 
 
 def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [n], pixels uint8 [n, S, S, 3]): first views of the first n <= count good images."""
-    law = ViewSpec.from_law(spec.view_law)
+    """(rows [n], pixels uint8 [n, S, S, 3]): first views of the first n <= `count` images.
+
+    Images that cannot be decoded are skipped.
+    """
+    view_spec = ViewSpec.from_law(spec.view_law)
     rows: list[int] = []
-    found: list[np.ndarray] = []
+    views: list[np.ndarray] = []
     for row in range(min(spec.rows, 2 * count)):
-        if len(found) == count:
+        if len(views) == count:
             break
         try:
             image = decode(source.read(row))
         except ImageFault:
             continue
         address = {"view": spec.first_view, "height": image.height, "width": image.width}
-        view = view_of(law, spec.first_row + row, **address)
+        view = view_of(view_spec, spec.first_row + row, **address)
         rows.append(spec.first_row + row)
-        pixels = render(image, view, size=law.size)
+        pixels = render(image, view, size=view_spec.size)
         stored = spec.stored_views
-        found.append(pixels if stored == "none" else unpack(pack(pixels, stored)))
-    none = np.empty((0, law.size, law.size, 3), np.uint8)
-    return np.array(rows, np.int64), np.stack(found) if found else none
+        views.append(pixels if stored == "none" else unpack(pack(pixels, stored)))
+    empty = np.empty((0, view_spec.size, view_spec.size, 3), np.uint8)
+    return np.array(rows, np.int64), np.stack(views) if views else empty
 
 
 def _spread(cosine: torch.Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""How a store becomes what was asked for: which generations it has and which it still needs.
+"""How a store grows: which generations it has, and which it needs for the images and views asked.
 
-Rows keep their numbers for ever: new images come after the old ones. Each stretch of rows that was
-added at once gets its further views in a generation of its own, so that blocks stay aligned.
+Rows keep their numbers: new images come after the old ones. Each stretch of rows that was added at
+once gets its further views in a generation of its own, so that blocks stay aligned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.writing.store import settings_differ
 
 @dataclass(frozen=True)
 class Part:
-    """A generation, there or to be made."""
+    """A generation that exists or is to be written."""
 
     name: str
     spec: CacheSpec
@@ -33,28 +33,28 @@ def parts_of(
 ) -> tuple[str, list[Part]]:
     """(layer's name, its generations) for `wanted.rows` images and `wanted.views` views.
 
-    `listing` are all images in their seeded order. Finished generations come first and unchanged;
-    an unfinished one must be what is wanted next. Raises CacheError for a store of other targets,
-    unless `extend` asks to add these as another layer.
+    `listing` has all images in their seeded order. Finished generations come first and unchanged;
+    an unfinished one must be the next one wanted. Raises CacheError for a store of other targets,
+    unless `extend` is set: then these become another layer.
     """
     if not (out / INDEX).exists():
         manifest = listing.head(wanted.rows)
         spec = replace(wanted, manifest=manifest.digest())
         return layer, [Part(GENERATION, spec, manifest)]
-    there = [Generation(out, entry) for entry in Index.read(out).generations]
-    same = [g for g in there if g.spec.layer() == wanted.layer()]
-    rows = [g for g in (same or there) if g.spec.first_view == 0]
+    existing = [Generation(out, entry) for entry in Index.read(out).generations]
+    same = [g for g in existing if g.spec.layer() == wanted.layer()]
+    rows = [g for g in (same or existing) if g.spec.first_view == 0]
     if not same:
         if not extend:
-            raise settings_differ(out, there[0].spec, _beside(wanted, there[0].spec))
-        names = {g.entry.layer for g in there}
+            raise settings_differ(out, existing[0].spec, _with_ranges(wanted, existing[0].spec))
+        names = {g.entry.layer for g in existing}
         layer = next(n for n in _numbered(layer) if n not in names)
-        first = there[0].entry.layer
+        first = existing[0].entry.layer
         rows = [g for g in rows if g.entry.layer == first]
-        _check_views(wanted, there[0].spec)
+        _check_views(wanted, existing[0].spec)
     else:
         layer = same[0].entry.layer
-    held = [g.manifest() for g in rows]
+    manifests = [g.manifest() for g in rows]
     views = max((g.entry.views[1] for g in same), default=0)
     if wanted.views < views:
         raise CacheError(
@@ -63,9 +63,9 @@ def parts_of(
             fix=f"--views {views}, or --out another.zarr",
         )
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
-    names_left = _unused(len(there))
+    free_names = _free_names(len(existing))
     if views < wanted.views:
-        for g, manifest in zip(rows, held, strict=True):
+        for g, manifest in zip(rows, manifests, strict=True):
             more = replace(
                 wanted,
                 manifest=manifest.digest(),
@@ -74,19 +74,19 @@ def parts_of(
                 views=wanted.views - views,
                 first_view=views,
             )
-            parts.append(Part(next(names_left), more, manifest))
-    added = _new_rows(out, Manifest.join(held), listing, wanted.rows)
+            parts.append(Part(next(free_names), more, manifest))
+    added = _new_rows(out, Manifest.join(manifests), listing, wanted.rows)
     if len(added):
-        first_row = sum(len(manifest) for manifest in held)
+        first_row = sum(len(manifest) for manifest in manifests)
         spec = replace(wanted, manifest=added.digest(), rows=len(added), first_row=first_row)
-        parts.append(Part(next(names_left), spec, added))
+        parts.append(Part(next(free_names), spec, added))
     return layer, parts
 
 
-def _new_rows(out: AnyPath, held: Manifest, listing: Manifest, rows: int) -> Manifest:
-    """The images that come after those held, up to `rows` in all."""
+def _new_rows(out: AnyPath, stored: Manifest, listing: Manifest, rows: int) -> Manifest:
+    """The images of `listing` that come after those stored, up to `rows` in all."""
     keys = listing.table["key"].to_pylist()
-    old = set(held.table["key"].to_pylist())
+    old = set(stored.table["key"].to_pylist())
     gone = len(old) - len(old & set(keys))
     if gone:
         first = sorted(old - set(keys))[0]
@@ -102,25 +102,25 @@ def _new_rows(out: AnyPath, held: Manifest, listing: Manifest, rows: int) -> Man
             expected=f"--limit {len(old)} or more: a store only grows",
             fix=f"--limit {len(old)}, or --out another.zarr",
         )
-    fresh = [i for i, key in enumerate(keys) if key not in old]
-    return listing.take(np.array(fresh[: rows - len(old)], np.int64))
+    new = [i for i, key in enumerate(keys) if key not in old]
+    return listing.take(np.array(new[: rows - len(old)], np.int64))
 
 
-def _check_views(wanted: CacheSpec, there: CacheSpec) -> None:
-    """Layers share their views: the same rectangles, drawn by one law."""
-    mine, theirs = ({**spec.view_law, "size": None} for spec in (wanted, there))
-    if canonical(mine) != canonical(theirs) or wanted.shard_size != there.shard_size:
+def _check_views(wanted: CacheSpec, existing: CacheSpec) -> None:
+    """Raises ConfigError unless both have the same views: layers share their crops."""
+    mine, theirs = ({**spec.view_law, "size": None} for spec in (wanted, existing))
+    if canonical(mine) != canonical(theirs) or wanted.shard_size != existing.shard_size:
         raise ConfigError(
-            "another law of views or shard size than the store's",
-            expected=f"the store's: {theirs}, --shard-size {there.shard_size}",
+            "another view spec or shard size than the store's",
+            expected=f"the store's: {theirs}, --shard-size {existing.shard_size}",
             fix="--out another.zarr",
         )
 
 
-def _beside(wanted: CacheSpec, there: CacheSpec) -> CacheSpec:
-    """`wanted` with the other's rows and views: what differs then is what makes it another."""
+def _with_ranges(wanted: CacheSpec, existing: CacheSpec) -> CacheSpec:
+    """`wanted` with the other's rows and views: the differences that remain separate layers."""
     ranges = ("manifest", "rows", "views", "first_row", "first_view")
-    return replace(wanted, **{name: getattr(there, name) for name in ranges})
+    return replace(wanted, **{name: getattr(existing, name) for name in ranges})
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _numbered(name: str) -> Iterator[str]:
         number += 1
 
 
-def _unused(count: int) -> Iterator[str]:
+def _free_names(count: int) -> Iterator[str]:
     while True:
         yield f"{GENERATIONS}/{count:03d}"
         count += 1

@@ -1,4 +1,4 @@
-"""What is decided before the first image is read: data, teacher, specs, and who does the work."""
+"""The plan, made before the first image is read: data, teacher, specs, and the workers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
+from milan.core.device import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
@@ -17,14 +17,23 @@ from milan.store.codecs import codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
 from pipeline.extraction.growth import Part, parts_of
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
-from pipeline.writing.store import writable
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
+from pipeline.writing.backend import Location, location_of
 
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
 
 
-Workers = tuple[int, int, int | None]
-"""(replicas, decoding threads each, torch threads each; None: as they are)"""
+@dataclass(frozen=True)
+class Workers:
+    """How many workers run, and with how many threads."""
+
+    replicas: int
+    """Workers, each with its copy of the teacher."""
+    decode_threads: int
+    """Of each worker."""
+    torch_threads: int | None
+    """Of each worker; None: torch's own setting."""
 
 
 @dataclass
@@ -35,23 +44,24 @@ class Plan:
     source: AnyPath
     teacher: Teacher
     layer: str
-    """What the store calls the targets of this teacher and codec."""
+    """The store's name for the targets of this teacher and codec."""
     parts: list[Part]
-    """The generations that the store will have of this layer, the finished ones included."""
+    """The generations that the store will have of this layer, including the finished ones."""
+
+    @property
+    def location(self) -> Location:
+        """Where the store is, or will be."""
+        return location_of(self.config.out)
 
     def origin(self) -> dict:
-        """What differs between machines: told, not compared."""
+        """The content of origin.json: what differs between machines, and is never compared."""
         root = data_root(self.source).resolve()
         versions = {name: version(name) for name in _RECORDED}
         versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
-        out = writable(self.config.out)
         return {
             "data": self.config.data,
             "data_root": str(root),
-            # A URL is where it is, wherever the store goes, and no disk is beside a bucket.
-            "data_root_from_store": os.path.relpath(root, out.resolve())
-            if isinstance(root, Path) and isinstance(out, Path)
-            else None,
+            "data_root_from_store": self.location.relative_root(root),
             "teacher": asdict(teacher_spec(self.config)),
             "batch_size": self.config.batch_size,
             "versions": versions,
@@ -72,33 +82,32 @@ def teacher_spec(config: ExtractConfig) -> TeacherSpec:
 
 
 def plan(config: ExtractConfig, progress: Progress) -> Plan:
-    """Resolve data and teacher and fix the specs; reads no image. Raises MilanError."""
+    """Find data, load the teacher and derive the specs; reads no image. Raises MilanError."""
     config.check()
-    codec_of(config.codec)
-    out = writable(config.out)
+    codec = codec_of(config.codec)
+    out = location_of(config.out).path
     source = resolve_data(config.data, config.data_root)
     progress.note(f"data: {source.resolve()}")
     manifest = build_manifest(source, seed=config.seed)
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-    some = f" of {len(manifest):,}" if config.limit and config.limit < len(manifest) else ""
     rows = min(len(manifest), config.limit or len(manifest))
-    progress.note(f"manifest: {rows:,}{some} images{classes}")
+    of_all = f" of {len(manifest):,}" if rows < len(manifest) else ""
+    progress.note(f"manifest: {rows:,}{of_all} images{classes}")
     if manifest.ignored:
         kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        progress.note(f"no images, left out: {kinds}")
+        progress.note(f"ignored, not images: {kinds}")
     if config.texts:
-        told = int(manifest.head(rows).captioned().sum())
-        if not told and not manifest.classes:
+        captions = int(manifest.head(rows).captioned().sum())
+        if not captions and not manifest.classes:
             raise DataError(
                 f"--texts, and {source} has neither captions nor class names",
                 expected="a column `caption`, texts in tars, or class folders",
                 fix="without --texts",
             )
-        progress.note(f"texts: {told:,} captions, {len(manifest.classes or []):,} classes")
+        progress.note(f"texts: {captions:,} captions, {len(manifest.classes or []):,} classes")
     teacher = load_teacher(teacher_spec(config), device=config.device)
-    law = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed).law()
-    codec = codec_of(config.codec)
-    codec.width(teacher.channels)
+    views = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed)
+    codec.width(teacher.channels)  # raises if it cannot encode so many
     wanted = CacheSpec(
         manifest="",
         rows=rows,
@@ -107,18 +116,18 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         channels=teacher.channels,
         codec=codec.name,
         shard_size=config.shard_size,
-        view_law=law,
+        view_law=views.law(),
         teacher=teacher.identity,
         stored_views=config.store_views,
         texts=teacher.texts.identity if teacher.texts else None,
     )
     about, identity = teacher.about, teacher.identity
-    random = ", RANDOM WEIGHTS (for tests of shape and speed only)"
+    warning = ", RANDOM WEIGHTS (for tests of shape and speed only)"
     progress.note(
         f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
         f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
         f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
-        + (random if about["random_weights"] else "")
+        + (warning if about["random_weights"] else "")
     )
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
@@ -127,12 +136,10 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     return Plan(config, source, teacher, layer, parts)
 
 
-def share(config: ExtractConfig, work: Plan) -> Workers:
-    """(replicas, decoding threads each, torch threads each) on the machine or cluster at hand."""
+def plan_workers(config: ExtractConfig, work: Plan) -> Workers:
+    """The workers for this machine, or for the Ray cluster that is joined. Raises ConfigError."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
     on_gpu = work.teacher.device.type == "cuda"
     if config.executor == "local":
         if config.replicas not in (None, 1):
@@ -148,7 +155,7 @@ def share(config: ExtractConfig, work: Plan) -> Workers:
         replicas = max(1, cluster_gpus(config.address))
     else:
         replicas = torch.cuda.device_count() if on_gpu else 1
-    threads = config.num_workers or max(1, min(16, cores // replicas))
-    # In this process the user's setting holds; Ray would give a worker one thread.
-    here = on_gpu or config.executor == "local"
-    return replicas, threads, None if here else max(1, torch.get_num_threads() // replicas)
+    threads = config.num_workers or max(1, min(16, cpu_count() // replicas))
+    # Ray gives a worker one thread of torch, which on a CPU is too few.
+    keep = on_gpu or config.executor == "local"
+    return Workers(replicas, threads, None if keep else max(1, torch.get_num_threads() // replicas))

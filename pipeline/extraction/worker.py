@@ -1,7 +1,7 @@
-"""The worker: a copy of the teacher and the threads that feed it; stages whole shards.
+"""The worker: a copy of the teacher, and the threads that decode images for it.
 
-A task is a block of rows. Each image of it is read and decoded once, its views are rendered and
-shown to the teacher, and the block's shards, one a view, are staged; the driver commits them.
+A task is a block of rows. Each of its images is read and decoded once, its views are rendered and
+passed to the teacher, and the block's shards, one for each view, are staged for the driver.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ import torch
 from milan.core.paths import as_path
 from milan.errors import ImageFault, TeacherError
 from milan.images.decode import content_digest, decode
-from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import Codec
-from milan.store.format import TEXT, TEXT_IDS, CacheSpec, record_name
-from pipeline.teachers.load import Teacher, TeacherSpec, load_teacher
+from milan.store.format import TEXT, TEXT_IDS, record_name
+from pipeline.extraction.growth import Part
+from pipeline.extraction.plan import Workers
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.disk import as_full_disk_error
-from pipeline.writing.store import stage_shard
+from pipeline.writing.shards import stage_shard
 
 
 @dataclass
 class _Rendered:
-    """An image after decoding: its K views, or why there are none."""
+    """An image after decoding: its K views, or the reason why it was rejected."""
 
     row: int
     pixels: np.ndarray | None = None  # [K, S, S, 3] uint8
@@ -43,45 +45,45 @@ class _Rendered:
 
 
 class Extractor:
-    """A copy of the teacher and the threads that feed it; stages whole shards, one block a call."""
+    """A copy of the teacher and its decoding threads; each call of `run` stages one block."""
 
     def __init__(
         self,
         *,
-        spec: CacheSpec,
+        part: Part,
         codec: Codec,
-        manifest: Manifest,
         root: str,
         teacher: TeacherSpec | Teacher,
         device: str,
         batch_size: int,
-        threads: int,
-        torch_threads: int | None = None,
+        workers: Workers,
     ) -> None:
-        if torch_threads:
-            torch.set_num_threads(torch_threads)
-        self.spec, self.batch_size, self.threads = spec, batch_size, threads
-        self.view_spec = ViewSpec.from_law(spec.view_law)
+        """`root` is where the manifest's paths begin. Raises TeacherError for another teacher."""
+        if workers.torch_threads:
+            torch.set_num_threads(workers.torch_threads)
+        self.spec, self.manifest = part.spec, part.manifest
+        self.batch_size, self.threads = batch_size, workers.decode_threads
+        self.view_spec = ViewSpec.from_law(part.spec.view_law)
         self.codec = codec
-        self.source = ImageSource(manifest, root)
-        self.captions = manifest if spec.texts else None
+        self.source = ImageSource(part.manifest, root)
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
         texts = self.teacher.texts.identity if self.teacher.texts else None
-        if self.teacher.identity != spec.teacher or texts != spec.texts:
+        if self.teacher.identity != self.spec.teacher or texts != self.spec.texts:
             raise TeacherError(
                 "a worker loaded another teacher than the driver",
                 expected="the same weight file and settings on every node",
             )
         self.images = 0
-        """Images dealt with since the start; read by the driver while a block is in work."""
+        """Images processed since the start; the driver reads it while a block is in work."""
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
 
-        All K views are computed whichever are asked for, so that the teacher meets the same
-        batches, and gives the same bits, as in an undisturbed run.
+        All K views are computed, whichever are asked for: the teacher then sees the same batches,
+        and returns the same bits, as in a run without interruption. Raises TeacherError, CacheError
+        (disk full), FileExistsError (Location.upload).
         """
         start, stop = self.spec.block_rows(block)
         count, k = stop - start, self.spec.views
@@ -95,58 +97,52 @@ class Extractor:
             "widths": [0] * count,
         }
         pixel_sums = np.zeros((k, count), np.int64)
-        bad: dict[str, str] = {}
+        rejected: dict[str, str] = {}
         pictures = [[b""] * count for _ in range(k)]
 
         def rendered() -> Iterator[tuple[int, int, np.ndarray]]:
             for image in self._images(range(start, stop)):
-                at = image.row - start
-                record["digests"][at] = image.digest
-                record["heights"][at], record["widths"][at] = image.size
+                row = image.row - start
+                record["digests"][row] = image.digest
+                record["heights"][row], record["widths"][row] = image.size
                 if image.pixels is None or image.crops is None:
-                    bad[str(image.row)] = image.reason or "unreadable"
+                    rejected[str(image.row)] = image.reason or "unreadable"
                     self.images += 1
                     continue
-                arrays["crop"][:, at] = image.crops
+                arrays["crop"][:, row] = image.crops
                 for view, data in enumerate(image.packed or []):
-                    pictures[view][at] = data
+                    pictures[view][row] = data
                 for view, pixels in enumerate(image.pixels):
-                    pixel_sums[view, at] = checksum(pixels)
-                    yield at, view, pixels
+                    pixel_sums[view, row] = checksum(pixels)
+                    yield row, view, pixels
                 self.images += 1
 
         for batch in _batches(rendered(), self.batch_size):
-            at = np.array([item[0] for item in batch])
+            rows = np.array([item[0] for item in batch])
             view = np.array([item[1] for item in batch])
             features, attention = self.teacher.targets(np.stack([item[2] for item in batch]))
-            check_targets(features, attention, self.spec.first_row + at + start)
+            check_targets(features, attention, self.spec.first_row + rows + start)
             codes, scale = self.codec.encode(features)
             if not np.isfinite(codes).all():
                 raise TeacherError("features beyond the range of float16", fix="--codec int8")
-            arrays["features"][view, at] = codes
-            arrays["attention"][view, at] = attention.cpu().numpy()
+            arrays["features"][view, rows] = codes
+            arrays["attention"][view, rows] = attention.cpu().numpy()
             if scale is not None:
-                arrays["scale"][view, at] = scale
+                arrays["scale"][view, rows] = scale
 
         staged = []
         for v in views:
             texts = self._texts(start, stop) if v == 0 else {}
+            shard = {n: a[v] for n, a in arrays.items()} | texts
             with as_full_disk_error(f"staging shard {record_name(block, v)[:-5]}"):
-                files = stage_shard(
-                    as_path(folder),
-                    self.spec,
-                    block,
-                    v,
-                    {n: a[v] for n, a in arrays.items()} | texts,
-                    pictures[v],
-                )
-            sums = {name: _row_sums(values[v], bad, start) for name, values in arrays.items()}
+                files = stage_shard(as_path(folder), self.spec, block, v, shard, pictures[v])
+            sums = {n: _row_checksums(a[v], rejected, start) for n, a in arrays.items()}
             if texts:
                 without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
                 absent = set(map(str, without.tolist()))
-                sums |= {name: _row_sums(values, absent, start) for name, values in texts.items()}
+                sums |= {n: _row_checksums(a, absent, start) for n, a in texts.items()}
             staged.append(
-                {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": bad}
+                {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": rejected}
                 | record
                 | {"pixels": pixel_sums[v].tolist(), "crc32c": sums}
             )
@@ -155,35 +151,35 @@ class Extractor:
         return staged
 
     def _texts(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The arrays of texts for rows [start, stop), whether their images are good or not."""
+        """The text arrays of rows [start, stop), also of rows whose images were rejected."""
         tower, arrays = self.teacher.texts, self.spec.arrays()
-        if tower is None or self.captions is None or TEXT not in arrays:
+        if tower is None or TEXT not in arrays:
             return {}
-        captions = self.captions.captions(start, stop)
-        at = [i for i, text in enumerate(captions) if text is not None]
-        made = {
+        captions = self.manifest.captions(start, stop)
+        rows = [i for i, text in enumerate(captions) if text is not None]
+        texts = {
             name: np.full((stop - start, *arrays[name].shape[1:]), arrays[name].fill, array.dtype)
             for name, array in arrays.items()
             if not array.of_views
         }
-        if at:
+        if rows:
             ids = tower.tokenise([text for text in captions if text is not None])
-            made[TEXT_IDS][at], made[TEXT][at] = ids, tower.features(ids)
-            if not np.isfinite(made[TEXT][at]).all():
+            texts[TEXT_IDS][rows], texts[TEXT][rows] = ids, tower.features(ids)
+            if not np.isfinite(texts[TEXT][rows]).all():
                 raise TeacherError("a text feature is not finite", fix="without --texts")
-        return made
+        return texts
 
     def _images(self, rows: range) -> Iterator[_Rendered]:
         """The images of `rows` in order, decoded by threads a few batches ahead of the teacher."""
         ahead = 2 * max(1, self.batch_size // self.spec.views) + self.threads
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            waiting: deque[Future[_Rendered]] = deque()
+            pending: deque[Future[_Rendered]] = deque()
             for row in rows:
-                waiting.append(pool.submit(self._render, row))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(self._render, row))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def _render(self, row: int) -> _Rendered:
         digest = None
@@ -230,16 +226,22 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _row_sums(values: np.ndarray, bad: Collection[str], start: int) -> list[int | None]:
-    """crc32c of each row's bytes, by which a reader knows that it holds the right row."""
+def _row_checksums(values: np.ndarray, absent: Collection[str], start: int) -> list[int | None]:
+    """crc32c of each row's bytes, by which a reader knows that it has the right row.
+
+    None for the rows `absent`, whose numbers begin at `start`.
+    """
     return [
-        None if str(start + i) in bad else google_crc32c.value(row.tobytes())
+        None if str(start + i) in absent else google_crc32c.value(row.tobytes())
         for i, row in enumerate(values)
     ]
 
 
 def check_targets(features: torch.Tensor, attention: torch.Tensor, rows: np.ndarray) -> None:
-    """Raises TeacherError, with the row, for targets that no store must hold."""
+    """Raises TeacherError, with the row, for targets that a store must not contain.
+
+    `features` [B, T, C] and `attention` [B, N] are finite, attention is above 0; `rows` [B].
+    """
     good = features.isfinite().flatten(1).all(1) & (attention > 0).all(1)
     good &= attention.isfinite().all(1)
     if not bool(good.all()):

@@ -1,4 +1,7 @@
-"""The place of a store on a disk: files that are there whole or not at all, renames, the lock."""
+"""Stores on a disk: workers stage shards in private folders, the driver renames them into place.
+
+Implements Location and Backend of pipeline.writing.backend, where each method is described.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,61 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from milan.core.atomic import lock_folder, sync_folder
+from milan.core.paths import AnyPath
 from milan.errors import CacheError
 from milan.store.format import GENERATION, GENERATIONS, LOG
 
 STAGING = ".staging"
 
 
-class Disk:
-    """A store's folder, for the one driver that holds its lock.
+@dataclass(frozen=True)
+class DiskLocation:
+    """A folder of this machine, or of a disk that all machines share."""
 
-    pipeline.writing.bucket.Bucket has the same methods.
-    """
+    path: Path
+    has_folders = True
+    scratch_is_on_store = True
+
+    def open(self, run: str) -> Disk:
+        """Lock the folder, which is made if need be."""
+        return Disk(self.path, run)
+
+    def free_bytes(self) -> int | None:
+        """Of the file system; None for one without a size, which is no disk."""
+        usage = shutil.disk_usage(self.scratch_parent())
+        return usage.free if usage.total else None
+
+    def scratch_parent(self) -> Path:
+        """The folder itself, or the nearest of its parents that exists."""
+        folder = self.path.absolute()
+        # os.path: where a parent may not be searched, pathlib raises instead of answering.
+        while not os.path.isdir(folder):
+            folder = folder.parent
+        return folder
+
+    def shard_folder(self) -> AbstractContextManager[Path]:
+        """The staging folder itself."""
+        return nullcontext(self.path)
+
+    def upload(self, folder: Path, files: Iterable[dict]) -> None:
+        """Nothing: the driver renames what lies here."""
+
+    def relative_root(self, root: AnyPath) -> str | None:
+        """Of images on a disk."""
+        return os.path.relpath(root, self.path.resolve()) if isinstance(root, Path) else None
+
+
+class Disk:
+    """A locked folder."""
 
     def __init__(self, store: Path, run: str) -> None:
-        """Raises CacheError: no store, a run that holds it, a place that cannot be written."""
+        """Take the lock. Raises CacheError: other content, locked, or not writable."""
         self.path = store
-        # os.path: where a parent may not be searched, pathlib raises instead of answering.
         if os.path.exists(store) and not store.is_dir():
             raise CacheError(f"{store} is a file", expected="a folder for the store", fix="--out …")
         if os.path.isdir(store) and any(store.iterdir()) and not _is_store(store):
@@ -47,49 +84,48 @@ class Disk:
             raise CacheError(
                 f"{store} cannot be written: {error.strerror}", fix="--out a folder of your own"
             ) from None
-        # Absolute: a worker on a cluster that was there before has another working folder.
+        # Absolute: the workers of a cluster have other working directories.
         self.staging = store.absolute() / STAGING / run
-        # We hold the lock, so every other run's staging belongs to the dead.
+        # We hold the lock, so every other staging folder was left by a run that was killed.
         shutil.rmtree(store / STAGING, ignore_errors=True)
         self.staging.mkdir(parents=True)
 
     def read(self, name: str) -> bytes | None:
-        """A file; None if there is none."""
+        """The content of a file; None if there is none."""
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file so that it is there whole or not at all."""
-        folder = (self.path / name).parent
-        if not folder.exists():
-            folder.mkdir()
-        write_whole(self.path / name, data, aside=self.staging)
+        """Create or replace a file by a rename."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / name, data, temporary_folder=self.staging)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         (self.path / name).unlink(missing_ok=True)
         sync_folder((self.path / name).parent)
 
     def clear(self, generation: str, files: Collection[str]) -> None:
-        """Nothing: what is left of shards that are to be made is replaced by renames."""
+        """Nothing: renames replace leftovers."""
 
-    def adopt(self, fresh: Path, name: str) -> None:
-        """Rename a generation that was made in staging into its place."""
+    def add_generation(self, folder: Path, name: str) -> None:
+        """Rename the folder, once everything in it is on the disk."""
         root = self.path / name
         shutil.rmtree(root, ignore_errors=True)
-        (fresh / "records").mkdir()
-        for folder, _, names in os.walk(fresh):
+        (folder / "records").mkdir()
+        for inner, _, names in os.walk(folder):
             for file in names:
-                with open(Path(folder, file), "rb") as opened:
+                with open(Path(inner, file), "rb") as opened:
                     os.fsync(opened.fileno())
-            sync_folder(Path(folder))
-        os.replace(fresh, root)
+            sync_folder(Path(inner))
+        root.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, root)
         sync_folder(root.parent)
 
-    def stage(self, generation: str, attempt: str, arrays: Iterable[str]) -> Path:
-        """A private folder for a worker's shards, with the metadata of the arrays."""
+    def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> Path:
+        """A private folder with the metadata of the arrays."""
         root = self.path / generation
         folder = self.staging / f"{root.name}.{attempt}"
         for name in arrays:
@@ -97,8 +133,9 @@ class Disk:
             shutil.copyfile(root / name / "zarr.json", folder / name / "zarr.json")
         return folder
 
-    def take(self, staged: Any, generation: str, files: list[dict]) -> None:
-        """Rename the files of a shard that a worker staged into their places."""
+    def commit_files(self, folder: AnyPath, generation: str, files: list[dict]) -> None:
+        """Rename the staged files, once all have the sizes that the worker stated."""
+        staged = Path(str(folder))
         for file in files:
             if (staged / file["path"]).stat().st_size != file["bytes"]:
                 raise CacheError(f"staged file {staged / file['path']} has changed since staging")
@@ -110,18 +147,17 @@ class Disk:
             os.replace(staged / file["path"], target)
             sync_folder(target.parent)
 
-    def leave(self, staged: Any) -> None:
-        """Drop a worker's folder."""
-        shutil.rmtree(staged, ignore_errors=True)
+    def drop_staging(self, folder: AnyPath) -> None:
+        """Remove a worker's folder."""
+        shutil.rmtree(str(folder), ignore_errors=True)
 
-    def names(self, below: str, apart: Collection[str] = ()) -> Iterator[str]:
-        """Names below a folder of all files but those in the folders `apart`."""
-        root = self.path / below
-        left_out = {root / folder for folder in apart}
-        for folder, folders, names in os.walk(root):
-            here = Path(folder)
-            folders[:] = [f for f in folders if here / f not in left_out]
-            yield from ((here / name).relative_to(root).as_posix() for name in names)
+    def file_names(self, folder: str, skip: Collection[str] = ()) -> Iterator[str]:
+        """Names of all files in a folder but those in its folders `skip`."""
+        root = self.path / folder
+        skipped = {root / name for name in skip}
+        for inner, folders, names in os.walk(root):
+            folders[:] = [f for f in folders if Path(inner, f) not in skipped]
+            yield from (Path(inner, name).relative_to(root).as_posix() for name in names)
 
     def log(self, line: str) -> None:
         """Append a line to the log."""
@@ -129,25 +165,25 @@ class Disk:
             file.write(line + "\n")
 
     def close(self) -> None:
-        """Drop this run's staging and the lock."""
+        """Remove this run's staging and release the lock."""
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
         self._lock.close()
 
 
 def _is_store(path: Path) -> bool:
-    # A store killed at birth holds only its lock and its staging.
+    # A run that was killed right after its start leaves only its lock and its staging.
     names = {entry.name for entry in path.iterdir()}
     return (path / GENERATION / "zarr.json").exists() or names <= {
         ".lock", STAGING, "zarr.json", GENERATIONS, LOG
     }  # fmt: skip
 
 
-def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut.
+def write_whole(path: Path, data: bytes, *, temporary_folder: Path) -> None:
+    """Write a file so that it exists whole or not at all, even after a power cut.
 
-    It is made in `aside`, a folder of the same file system that the next run clears.
+    `temporary_folder` is on the same file system, and the next run empties it.
     """
-    temporary = aside / f"{path.name}.{os.getpid()}.tmp"
+    temporary = temporary_folder / f"{path.name}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -158,7 +194,7 @@ def write_whole(path: Path, data: bytes, *, aside: Path) -> None:
 
 @contextmanager
 def as_full_disk_error(doing: str) -> Iterator[None]:
-    """A full disk becomes a CacheError: what is committed stays, and the next run goes on."""
+    """Raise CacheError for a full disk: what is committed stays, and the next run continues."""
     try:
         yield
     except OSError as error:

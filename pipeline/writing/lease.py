@@ -1,8 +1,8 @@
-"""The lock of a store in a bucket: an object that its owner keeps putting anew.
+"""The lock of a store in a bucket: a lease, that is an object which its owner renews by PUTs.
 
-It says who holds it and for how many seconds it counts after it was put. Whether these are over is
-told by the server's clock alone, and an expired one is taken over on condition that it is still the
-same object. The owner counts by its own clock from before each request, so that it gives up first.
+It names its owner and for how many seconds it is valid after a PUT. Only the server's clock decides
+whether it has expired; an expired one is replaced on condition that it is still the same object.
+The owner counts by its own clock from before each request, so that it gives up first.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from milan.errors import CacheError, MilanError
 from pipeline.writing.s3 import ObjectInfo, get, put
 
 SECONDS = 60.0
-"""How long a lock counts without renewal: a store waits so long for a driver that was killed."""
+"""How long a lock is valid without renewal: so long a killed driver blocks its store."""
 _RENEWALS = 4  # in that time
-_MARGIN = 2.0  # seconds before the end, in which the owner no longer trusts it: the server counts
-# in whole seconds, and clocks drift
+# The owner stops trusting it so many seconds before its end: the server counts whole seconds, and
+# clocks drift.
+_MARGIN = 2.0
 
 
 class Lease:
-    """A lock that this process holds and renews until `close`, or until it is lost."""
+    """A lock that a thread of this process renews until `close`, or until it is lost."""
 
     def __init__(self, store: Url, run: str) -> None:
-        """Take the lock. Raises CacheError, naming the holder, if another process has it."""
+        """Take the lock. Raises CacheError, naming the owner, if another process has it."""
         self.store, self.where, self.run = store, store / ".lock", run
         self.seconds, self.renewals = SECONDS, 0
         self.until, self.lost = 0.0, ""
@@ -49,7 +50,7 @@ class Lease:
             )
 
     def close(self) -> None:
-        """Give it back: from now on anybody may have it."""
+        """Release it: any process may take it at once."""
         self._ended.set()
         self._thread.join()
         if self._ours():
@@ -62,19 +63,19 @@ class Lease:
         return not self.lost
 
     def _take(self) -> str:
-        began, found = _now(), get(self.where)
-        if found and not _expired(*found):
-            raise self._in_use(*found)
-        etag = put(self.where, self._text(), over=found[1].etag if found else None)
-        if etag is None:  # another was faster
+        began, current = _now(), get(self.where)
+        if current and not _expired(*current):
+            raise self._in_use(*current)
+        etag = put(self.where, self._text(), over=current[1].etag if current else None)
+        if etag is None:  # another process was faster
             raise self._in_use(*(get(self.where) or (b"", None)))
         self.until = began + self.seconds - _MARGIN
         return etag
 
     def _check_server(self) -> None:
-        """Raises CacheError unless the server keeps to conditions: without them nothing is safe."""
-        nothing = self._text() + b" "
-        if put(self.where, nothing, over=None) or put(self.where, nothing, over='"none"'):
+        """Raises CacheError if the server ignores conditions of a PUT: no lock is safe then."""
+        other = self._text() + b" "
+        if put(self.where, other, over=None) or put(self.where, other, over='"none"'):
             raise CacheError(
                 f"the server of {self.store} ignores the conditions of a PUT",
                 expected="S3 with If-None-Match and If-Match",
@@ -84,7 +85,9 @@ class Lease:
     def _renew(self) -> None:
         answered, began = True, 0.0
         while not self._ended.wait(self.seconds / _RENEWALS) and self._ours():
-            if answered:  # else the same again, and as old: the request may have arrived
+            # After a lost answer the same content is sent again, and counts from the first time:
+            # that request may have arrived.
+            if answered:
                 began, self.renewals = _now(), self.renewals + 1
             try:
                 answered = False
@@ -99,40 +102,40 @@ class Lease:
 
     def _text(self) -> bytes:
         owner = f"pid {os.getpid()} on {socket.gethostname()}"
-        told = {"owner": owner, "run": self.run, "seconds": self.seconds, "renewed": self.renewals}
-        return json.dumps(told).encode()
+        lock = {"owner": owner, "run": self.run, "seconds": self.seconds, "renewed": self.renewals}
+        return json.dumps(lock).encode()
 
     def _holder(self) -> str:
         try:
-            found = get(self.where)
+            current = get(self.where)
         except MilanError:
-            found = None
-        return _read(found[0]).get("owner", "nobody") if found else "nobody"
+            current = None
+        return _parse(current[0]).get("owner", "nobody") if current else "nobody"
 
-    def _in_use(self, text: bytes, held: ObjectInfo | None) -> CacheError:
-        told = _read(text)
-        left = max(0.0, told.get("seconds", 0.0) - held.age) if held else 0.0
+    def _in_use(self, text: bytes, info: ObjectInfo | None) -> CacheError:
+        lock = _parse(text)
+        seconds = max(0.0, lock.get("seconds", 0.0) - info.age) if info else 0.0
         return CacheError(
-            f"{self.store} is in use by {told.get('owner', 'another process')}",
+            f"{self.store} is in use by {lock.get('owner', 'another process')}",
             expected="one extraction at a time into a store",
             fix="wait for it, or stop it and run this line again; if it was killed, its lock ends "
-            f"in {left:.0f} s",
+            f"in {seconds:.0f} s",
         )
 
 
-def _expired(text: bytes, held: ObjectInfo) -> bool:
-    return held.age >= _read(text).get("seconds", 0.0)
+def _expired(text: bytes, info: ObjectInfo) -> bool:
+    return info.age >= _parse(text).get("seconds", 0.0)
 
 
-def _read(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(text)
+        lock = json.loads(text)
     except ValueError:
-        told = None
-    return told if isinstance(told, dict) else {}
+        lock = None
+    return lock if isinstance(lock, dict) else {}
 
 
 def _now() -> float:
-    """Seconds that go on counting while the machine sleeps, where the system can say so."""
+    """A clock in seconds that counts while the machine sleeps, where the system has one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

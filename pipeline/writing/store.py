@@ -1,12 +1,12 @@
-"""Writing the cache: shards staged in private, committed whole, the index last.
+"""Writing a store: shards are staged in private, committed whole, and the index comes last.
 
-    worker   stage_shard     -> .staging/<run>/<block>/…   fsync, read back, digest
-    driver   Writer.commit   -> generations/000/…          rename, fsync, then the record
-    driver   Writer.finish   -> index.json                 when no record is missing
+    worker   shards.stage_shard  -> .staging/<run>/<block>/…   fsync, read back, SHA-256
+    driver   Writer.commit       -> generations/000/…          rename, fsync, then the record
+    driver   Writer.finish       -> index.json                 when no record is missing
 
-Only a record makes a shard exist. Killing anything at any time leaves staging (cleaned by the next
-run, which holds the lock) or a whole shard. What a disk and a bucket do differently is said in
-pipeline.writing.disk and pipeline.writing.bucket. The only module that imports zarr.
+Only its record makes a shard exist. Whatever is killed at any time leaves staging, which the next
+run removes once it has the lock, or a whole shard. This is the order for every backend; how a disk
+and a bucket do each step is described in pipeline.writing.backend.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 
-from milan.core.paths import AnyPath, Url, as_path, read_file
-from milan.errors import CacheError, ConfigError
+from milan.core.paths import AnyPath, read_file
+from milan.errors import CacheError
 from milan.images.manifest import Manifest
 from milan.store.format import (
     CONTENT,
@@ -47,143 +43,40 @@ from milan.store.format import (
     read_group,
     record_name,
 )
-from pipeline.writing.bucket import Bucket, upload
-from pipeline.writing.disk import Disk
+from pipeline.writing.backend import open_backend
 from pipeline.writing.shard_table import ShardTable
+from pipeline.writing.shards import create_arrays
 
 BAD_CSV = "bad-images.csv"
 
 
-# --- the worker's side ----------------------------------------------------------------------------
-
-
-def create_arrays(
-    root: Path, spec: CacheSpec, attributes: dict, tables: dict[str, np.ndarray]
-) -> None:
-    """A generation at `root`: its group, its arrays without a chunk, and small `tables` whole."""
-    group = zarr.create_group(zarr.storage.LocalStore(root), zarr_format=3, attributes=attributes)
-    for name, array in spec.arrays().items():
-        group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=array.chunk,
-            shards=array.shard,
-            filters=None,
-            serializer=BytesCodec(),
-            compressors=[Crc32cCodec()],
-            fill_value=array.fill,
-            dimension_names=array.dimensions,
-        )
-    for name, values in tables.items():
-        table = group.create_array(
-            name,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=values.shape,
-            filters=None,
-            serializer=BytesCodec(),
-            compressors=[Crc32cCodec()],
-            config={"write_empty_chunks": True},
-        )
-        table[...] = values
-
-
-def stage_shard(
-    folder: AnyPath,
-    spec: CacheSpec,
-    block: int,
-    view: int,
-    arrays: dict[str, np.ndarray],
-    pictures: Sequence[bytes] = (),
-) -> list[dict]:
-    """Write one shard below `folder`; returns its files: path, bytes, SHA-256.
-
-    `arrays` holds each array of the spec for the block's rows; rows that are the fill value get
-    no chunk. `pictures` are the stored views of the rows, if the spec has them. zarr re-reads a
-    shard that exists, so `folder` must be new. Of a bucket it is the generation itself: the shard
-    is staged on this machine's disk ($TMPDIR) and put to its place (bucket.deliver).
-    """
-    if isinstance(folder, Url):
-        with tempfile.TemporaryDirectory(prefix="milan-shard-") as name:
-            create_arrays(Path(name), spec, {}, {})
-            files = stage_shard(Path(name), spec, block, view, arrays, pictures)
-            upload(Path(name), folder, files)
-        return files
-    start, stop = spec.block_rows(block)
-    for name, values in arrays.items():
-        array = zarr.open_array(
-            zarr.storage.LocalStore(folder / name),
-            mode="r+",
-            zarr_format=3,
-            config={"write_empty_chunks": False},
-        )
-        rows = slice(start, stop)
-        array[(rows, view) if spec.arrays()[name].of_views else rows] = values
-    paths = spec.files(block, view)
-    if PIXELS in paths and any(pictures):
-        (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
-        (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
-    files = []
-    for relative in paths.values():
-        path = folder / relative
-        if not path.exists():
-            continue  # every image of the shard is bad: there is nothing to store
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
-    return files
-
-
-# --- the driver's side ----------------------------------------------------------------------------
-
-
-def writable(out: str) -> AnyPath:
-    """The place that `--out` means. Raises ConfigError for a URL that no store is written to."""
-    where = as_path(out)
-    if isinstance(where, Url) and not where.text.startswith("s3://"):
-        raise ConfigError(
-            f"--out {out}", expected="a path, or a URL of s3://",
-            fix="extract to a disk, and copy the finished store",
-        )  # fmt: skip
-    return where
-
-
 class Store:
-    """A store that this process writes; it holds the lock until `close`."""
+    """A store that this process writes; it has the lock until `close`."""
 
     def __init__(self, path: AnyPath) -> None:
-        """Take the store at `path`, or make an empty one.
-
-        Raises CacheError: a folder that is no store, a run that holds it, or a place that cannot
-        be written.
-        """
+        """Lock the store at `path`, or create an empty one. Raises as Location.open does."""
         self.path = path
         self.run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.files: Disk | Bucket = (
-            Bucket(path, self.run) if isinstance(path, Url) else Disk(path, self.run)
-        )
-        self.staging: Path = self.files.staging
+        self.backend = open_backend(path, self.run)
 
     def generation(
         self,
         name: str,
         spec: CacheSpec,
-        make: Callable[[], tuple[dict, dict[str, np.ndarray], dict[str, bytes]]],
+        initial: Callable[[], tuple[dict, dict[str, np.ndarray], dict[str, bytes]]],
     ) -> Writer:
-        """The generation called `name`, created or taken up again.
+        """The generation called `name`: a new one, or that of an earlier run.
 
-        `make` gives what a new one starts with: attributes, tables, files. Raises CacheError if
-        the one that is there is of another spec, with the fields that differ.
+        `initial` computes what a new one starts with: attributes, tables, files. Raises CacheError,
+        with the fields that differ, if the existing one has another spec.
         """
         root = self.path / name
         if (root / "zarr.json").exists():
-            there, _ = read_group(root)
-            if there.fingerprint() != spec.fingerprint():
-                raise settings_differ(self.path, there, spec)
+            existing, _ = read_group(root)
+            if existing.fingerprint() != spec.fingerprint():
+                raise settings_differ(self.path, existing, spec)
         else:
-            self._create(name, spec, *make())
+            self._create(name, spec, *initial())
         return Writer(self, name, spec)
 
     def _create(
@@ -194,55 +87,58 @@ class Store:
         tables: dict[str, np.ndarray],
         files: dict[str, bytes],
     ) -> None:
-        # Built aside and taken over: a group without its manifest or arrays never exists.
-        fresh = self.staging / "generation"
-        fresh.mkdir(parents=True)
-        create_arrays(fresh, spec, attributes, tables)
+        # Built in staging: a group without its manifest or arrays never exists in the store.
+        folder = self.backend.staging / "generation"
+        folder.mkdir(parents=True)
+        create_arrays(folder, spec, attributes, tables)
         for file, data in files.items():
-            (fresh / file).write_bytes(data)
+            (folder / file).write_bytes(data)
         for group in ("zarr.json", f"{GENERATIONS}/zarr.json"):
-            if self.files.read(group) is None:
+            if self.backend.read(group) is None:
                 meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-                self.files.write(group, json.dumps(meta, indent=2).encode())
-        self.files.adopt(fresh, name)
+                self.backend.write(group, json.dumps(meta, indent=2).encode())
+        self.backend.add_generation(folder, name)
 
     def entries(self) -> tuple[Entry, ...]:
         """The committed generations, oldest first."""
         return Index.read(self.path).generations if (self.path / INDEX).exists() else ()
 
     def publish(self, entry: Entry) -> None:
-        """Put a finished generation into the index, in the place of its earlier self if any."""
-        before = self.files.read(INDEX)
+        """List a finished generation in the index; a repaired one replaces its earlier entry."""
+        before = self.backend.read(INDEX)
         entries = list(self.entries())
-        at = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
-        entries[at : at + 1] = [entry]
+        position = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
+        entries[position : position + 1] = [entry]
         data = Index(tuple(entries)).to_bytes()
         if before != data:
-            self.files.write(INDEX, data)
+            self.backend.write(INDEX, data)
 
     def report_bad(self, bad: dict[int, str], manifest: Manifest) -> AnyPath | None:
-        """Write the list of bad images as CSV beside the index; None if there are none."""
-        before = self.files.read(BAD_CSV)
+        """Write the list of rejected files, row by reason, beside the index as CSV.
+
+        Returns its path; None if no file was rejected, and then there is no list either.
+        """
+        before = self.backend.read(BAD_CSV)
         if not bad:
             if before is not None:
-                self.files.remove(BAD_CSV)
+                self.backend.remove(BAD_CSV)
             return None
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(["row", "key", "reason"])
-        writer.writerows([row, manifest.key(row), why] for row, why in bad.items())
+        writer.writerows([row, manifest.key(row), reason] for row, reason in bad.items())
         if before != text.getvalue().encode():
-            self.files.write(BAD_CSV, text.getvalue().encode())
+            self.backend.write(BAD_CSV, text.getvalue().encode())
         return self.path / BAD_CSV
 
     def log(self, event: str, **facts: Any) -> None:
-        """Append what varies between runs (times, hosts, attempts) to the log."""
+        """Append an event to the log: what varies between runs (times, hosts, attempts)."""
         entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "run": self.run, "event": event}
-        self.files.log(json.dumps(entry | facts))
+        self.backend.log(json.dumps(entry | facts))
 
     def close(self) -> None:
-        """Drop this run's staging and the lock."""
-        self.files.close()
+        """Remove this run's staging and release the lock."""
+        self.backend.close()
 
 
 class Writer:
@@ -254,58 +150,61 @@ class Writer:
         self.shard_table = ShardTable(spec)
 
     def missing(self) -> np.ndarray:
-        """What still has to be made, [blocks, K] bool: no record, or a file gone or cut short."""
-        self.shard_table.look(self.root)
+        """[blocks, K] bool, True = to be written: no record, or a file is gone or cut short."""
+        self.shard_table.read_records(self.root)
         return self.shard_table.missing()
 
     def forget(self, block: int, view: int) -> None:
-        """Take the record of a shard away: it does not exist any more, and is made again."""
-        self.store.files.remove(f"{self.name}/records/{record_name(block, view)}")
+        """Remove the record of a shard, which then no longer exists and is written again."""
+        self.store.backend.remove(f"{self.name}/records/{record_name(block, view)}")
         self.shard_table.forget(block, view)
 
     def clear(self, todo: np.ndarray) -> None:
-        """Make room for the shards `todo` ([blocks, K] bool) where nothing may be replaced."""
+        """Remove leftovers in the way of the shards `todo` ([blocks, K] bool)."""
         files: list[str] = []
         for block, view in np.argwhere(todo).tolist():
-            files.append(f"records/{record_name(block, view)}")  # first: then it does not exist
+            files.append(f"records/{record_name(block, view)}")  # first: the shard exists by it
             files += self.spec.files(block, view).values()
-        self.store.files.clear(self.name, files)
+        self.store.backend.clear(self.name, files)
 
     def stage(self, attempt: str) -> AnyPath:
-        """Where a worker may stage shards (stage_shard)."""
-        return self.store.files.stage(self.name, attempt, self.spec.arrays())
+        """The folder where a worker stages the shards of one attempt (stage_shard)."""
+        return self.store.backend.staging_folder(self.name, attempt, self.spec.arrays())
 
     def commit(self, folder: AnyPath, record: dict) -> None:
-        """Take a staged shard over: check, rename, fsync, and then write its record."""
+        """Commit a staged shard: check it, move its files, and then write its record.
+
+        Raises CacheError if the record or a file is not what was to be staged.
+        """
         block, view = record["block"], record["view"]
         if list(self.spec.block_rows(block)) != record["rows"]:
             raise CacheError(f"a worker staged rows {record['rows']} as block {block}")
-        self.store.files.take(folder, self.name, record["files"])
+        self.store.backend.commit_files(folder, self.name, record["files"])
         data = canonical(record)
-        self.store.files.write(f"{self.name}/records/{record_name(block, view)}", data)
-        self.shard_table.note(record, data)
+        self.store.backend.write(f"{self.name}/records/{record_name(block, view)}", data)
+        self.shard_table.add(record, data)
 
     def bad(self) -> dict[int, str]:
-        """Rows (of this generation) that no target could be made of, with the reason."""
+        """Rejected files: rows (of this generation) without targets, with the reason."""
         return dict(sorted(self.shard_table.reasons.items()))
 
     def finish(self, layer: str) -> Entry:
-        """Write the table of shards, and the index, which makes the generation count.
+        """Write the shard table, and then the index, which makes the generation count.
 
         Raises CacheError if a shard is missing.
         """
         if not self.shard_table.known.all():
-            left = np.argwhere(self.missing())
-            if len(left):
-                block, view = left[0].tolist()
+            missing = np.argwhere(self.missing())
+            if len(missing):
+                block, view = missing[0].tolist()
                 raise CacheError(
-                    f"{len(left)} shards of {self.root} have no record, the first is "
+                    f"{len(missing)} shards of {self.root} have no record, the first is "
                     f"{record_name(block, view)}",
                     fix="run the same extract-targets line again",
                 )
         table = self.shard_table.parquet()
-        if self.store.files.read(f"{self.name}/{SHARDS}") != table:
-            self.store.files.write(f"{self.name}/{SHARDS}", table)
+        if self.store.backend.read(f"{self.name}/{SHARDS}") != table:
+            self.store.backend.write(f"{self.name}/{SHARDS}", table)
         files = self._static_files()
         tables = {name: digest for name, digest in files.items() if name.startswith(CONTENT)}
         spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
@@ -318,7 +217,7 @@ class Writer:
             rows=(spec.first_row, spec.first_row + spec.rows),
             views=(spec.first_view, spec.first_view + spec.views),
             shards=spec.shards,
-            bytes=self.shard_table.total(),
+            bytes=self.shard_table.total_bytes(),
             bad=len(self.shard_table.reasons),
             files=files,
         )
@@ -326,9 +225,9 @@ class Writer:
         return entry
 
     def _static_files(self) -> dict[str, str]:
-        """SHA-256 of every file beside shards, records and the origin."""
-        apart = {f"{name}/c" for name in self.spec.arrays()} | {"records", PIXELS}
-        names = sorted(self.store.files.names(self.name, apart))
+        """SHA-256, by name, of every file but shards, records and the origin."""
+        skip = {f"{name}/c" for name in self.spec.arrays()} | {"records", PIXELS}
+        names = sorted(self.store.backend.file_names(self.name, skip))
         return {
             name: hashlib.sha256(read_file(self.root / name)).hexdigest()
             for name in names
@@ -336,17 +235,17 @@ class Writer:
         }
 
 
-def settings_differ(path: AnyPath, there: CacheSpec, wanted: CacheSpec) -> CacheError:
-    """The refusal to mix, with the fields that differ."""
+def settings_differ(path: AnyPath, existing: CacheSpec, wanted: CacheSpec) -> CacheError:
+    """The error for targets of other settings, with the fields that differ."""
     return CacheError(
-        f"{path} was made with other settings ({'; '.join(there.differences(wanted))})",
-        expected="one teacher, one codec, one law of views: targets are never mixed",
+        f"{path} was made with other settings ({'; '.join(existing.differences(wanted))})",
+        expected="one teacher, one codec, one view spec: targets are never mixed",
         fix=f"--out another.zarr, or delete {path} first, or --extend to keep both in one store",
     )
 
 
 def group_attributes(spec: CacheSpec, about: dict) -> dict:
-    """The attributes of a generation's group: static, written once."""
+    """The attributes of a generation's group, which are written once."""
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -19,7 +19,7 @@ from milan.errors import CacheError, ConfigError, TrainError
 from milan.store.cache import TargetCache
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
-from pipeline.verify import GOOD, verify
+from pipeline.verify import GOOD, Audit, verify
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_another_codec_and_another_teacher(
     assert not np.array_equal(cache.read(rows, views).attention, other.read(rows, views).attention)
     with pytest.raises(CacheError, match=r"no targets called 'int8'.*one of"):
         TargetCache(store, layer="int8")
-    with pytest.raises(ConfigError, match="another law of views"):
+    with pytest.raises(ConfigError, match="another view spec"):
         grow(codec="float16", extend=True, seed=5)
     # Growing goes on in the layer that is named by its settings.
     grow(views=3, codec="float16")
@@ -259,7 +259,7 @@ def test_pq(grow: Callable[..., dict], photos: Path, tmp_path: Path) -> None:
     grow(**demo, limit=40, views=2)
     cache = TargetCache(store)
     assert {g.entry.path for g in cache.generations} == {f"generations/00{i}" for i in range(3)}
-    verdict = verify(store, deep=True, audit=30)
+    verdict = verify(store, deep=True, audit=Audit(30))
     assert (verdict.code, verdict.corrupt) == (GOOD, [])
     report = cache.generations[2].fidelity  # of images that came later, by the first's codebooks
     assert report["cosine"]["patch"]["mean"] > 0.9

@@ -154,7 +154,7 @@ def test_bad_images_are_told_and_all_others_done(
     }
     line = said(
         extract("--data", data),
-        "6 of 30 images are bad", "2 too-large", "all others are done", "bad-images.csv",
+        "6 of 30 images are rejected", "2 too-large", "all others are done", "bad-images.csv",
         "expected: at most 0", "--max-bad 6",
     )  # fmt: skip
     assert "t.zarr/bad-images.csv" in line
@@ -169,7 +169,7 @@ def test_bad_images_are_told_and_all_others_done(
     done = extract("--data", data, "--max-bad", "20%")
     assert (done.code, done.err) == (0, "")
     assert "6 of" not in done.out
-    assert "nothing was left to do" in done.out
+    assert "nothing to do" in done.out
     after = tree(tmp_path / "t.zarr/generations")
     del after["000/shards.parquet"]  # written with the index
     assert after == before
@@ -182,7 +182,7 @@ def test_no_image_can_be_read(extract: Callable[..., Ran], tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     for i in range(3):
         (tmp_path / "data" / f"{i}.jpg").write_text("no image")
-    said(extract("--data", tmp_path / "data"), "3 of 3 images are bad (3 not-an-image)")
+    said(extract("--data", tmp_path / "data"), "3 of 3 images are rejected (3 not-an-image)")
     assert extract("--data", tmp_path / "data", "--max-bad", "100%").code == 0
     said(run_here("pretrain", "--cache", "t.zarr", cwd=tmp_path), "t.zarr", "no image")
     said(run_here("visualise", "t.zarr", cwd=tmp_path), "t.zarr", "no image")
@@ -476,7 +476,7 @@ def test_too_little_disk_is_refused_before_the_run(
         said(
             extract("--data", photos, *few, *dry),
             "the store needs",
-            "0.00 GB free",
+            "9 KB free",
             "fewer --views",
         )
         assert not (tmp_path / "t.zarr").exists()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -24,10 +22,7 @@ import pytest
 from helpers import (
     EXTRACTION,
     FORK,
-    ROOT,
     STUDENT,
-    forget,
-    fresh_fork_server,
     make_photos,
     run_here,
     tree,
@@ -45,7 +40,7 @@ from milan.store.cache import TargetCache
 from milan.store.format import INDEX
 from pipeline.extract import extract_targets
 from pipeline.verify import verify
-from pipeline.writing.bucket import Bucket, upload
+from pipeline.writing.bucket import Bucket, BucketLocation
 from pipeline.writing.lease import Lease
 from pipeline.writing.s3 import delete, get, put
 
@@ -53,49 +48,8 @@ pytest.importorskip("moto", reason="pip install milan-pretrain[test]: buckets ar
 pytest.importorskip("s3fs", reason="pip install milan-pretrain[test]: buckets are not tested")
 from s3_proxy import Proxy, Request
 
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "any",
-    "AWS_SECRET_ACCESS_KEY": "any",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "2",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "NO_PROXY": "127.0.0.1",
-}
 GENERATION = "generations/000"
 REMOTE = "s3://models/shared/targets.zarr"
-
-
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """Of a moto server of our own."""
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/s3_server.py")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert server.stdin
-    assert server.stdout
-    yield int(server.stdout.readline())
-    server.stdin.close()
-    server.wait(10)
-
-
-@pytest.fixture(scope="module")
-def s3(port: int) -> Iterator[Proxy]:
-    """The proxy before it; the environment points there, and there is a bucket `models`."""
-    import boto3
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        proxy = Proxy(port)
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        boto3.client("s3").create_bucket(Bucket="models")
-        forget()  # another module's server
-        # A fork server of an earlier test would hand its own environment to our workers.
-        fresh_fork_server()
-        yield proxy
-        proxy.stop()
-        fresh_fork_server()
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +158,9 @@ def test_stored_views_and_bad_images(
     for path in sorted(photos.rglob("*.jpg"))[:1]:
         path.write_bytes(b"no picture")
     some = {**settings, "store_views": "jpeg:95", "shard_size": 1}
-    with pytest.raises(DataError, match=r"1 of 3 images are bad .* the list is s3://.*bad-images"):
+    with pytest.raises(
+        DataError, match=r"1 of 3 images are rejected .* the list is s3://.*bad-images"
+    ):
         extract_targets(str(photos), out=url, **some)
     again = extract_targets(str(photos), out=url, max_bad="1", **some)
     assert again["images_per_second"] is None
@@ -453,10 +409,10 @@ def test_a_zombie_changes_nothing(s3: Proxy, url: str, tmp_path: Path) -> None:
     staged = tmp_path / "c" / "0"
     for data in (b"first", b"first"):
         staged.write_bytes(data)
-        upload(tmp_path, Url(url), [{"path": "c/0"}])
+        BucketLocation(Url(url)).upload(tmp_path, [{"path": "c/0"}])
     staged.write_bytes(b"other")
     with pytest.raises(FileExistsError, match="is there already, with other bytes"):
-        upload(tmp_path, Url(url), [{"path": "c/0"}])
+        BucketLocation(Url(url)).upload(tmp_path, [{"path": "c/0"}])
     assert read_file(Url(url) / "c/0") == b"first"
 
 

@@ -200,7 +200,7 @@ def test_what_a_dry_run_says(project: tuple[Path, dict[str, Ran]]) -> None:
     said = project[1]["dry run"].out
     assert "Planned" in said
     assert "24 x 4" in said
-    assert "bad images" not in said
+    assert "rejected files" not in said
 
 
 def test_plan_and_dry_run_say_the_same(project: tuple[Path, dict[str, Ran]]) -> None:
@@ -264,7 +264,7 @@ def test_what_extraction_says(
     assert re.match(r"executor: local, 1 x teacher, \d+ decoding threads each", executor)
     table = "\n".join(lines)
     assert re.search(r"images x views\W+24 x 2\b", table)
-    assert re.search(r"bad images\W+none", table)
+    assert re.search(r"rejected files\W+none", table)
 
 
 def test_what_pretraining_says(project: tuple[Path, dict[str, Ran]]) -> None:

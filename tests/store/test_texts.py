@@ -32,7 +32,7 @@ from pipeline.repair import repair
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TEMPLATES, TextTower
-from pipeline.verify import CORRUPT, GOOD, verify
+from pipeline.verify import CORRUPT, GOOD, Audit, verify
 
 DEMO = ROOT / "demo" / "teacher"
 TEACHER = {
@@ -198,7 +198,7 @@ def test_growth_keeps_texts_with_their_rows(pairs: Path, told: TargetCache, tmp_
     mine, theirs = grown.texts(grown.captioned), told.texts(told.captioned)
     np.testing.assert_array_equal(mine.ids, theirs.ids)
     np.testing.assert_allclose(mine.features, theirs.features, atol=1e-6)
-    verdict = verify(out, deep=True, audit=5)
+    verdict = verify(out, deep=True, audit=Audit(5))
     assert (verdict.code, verdict.checked["texts"], verdict.checked["audited texts"]) == (
         GOOD, 21, 5
     )  # fmt: skip
@@ -281,9 +281,9 @@ def test_wrong_texts_under_valid_checksums(
     assert verdict.code == CORRUPT
     assert "texts that are not of length 1" in verdict.corrupt[0]
     assert verify(tmp_path / "mixed", deep=True).code == GOOD
-    verdict = verify(tmp_path / "mixed", audit=24)
+    verdict = verify(tmp_path / "mixed", audit=Audit(24))
     assert verdict.code == CORRUPT
-    assert all("the text tower says something else" in line for line in verdict.corrupt)
+    assert all("the text tower's output differs" in line for line in verdict.corrupt)
 
 
 def test_the_plan_counts_texts(pairs: Path, tmp_path: Path) -> None:

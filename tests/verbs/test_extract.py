@@ -30,7 +30,7 @@ from milan.store.codecs import codec_of
 from milan.store.format import GENERATION, record_name
 from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
-from pipeline.extraction.plan import plan
+from pipeline.extraction.plan import Workers, plan
 from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -335,8 +335,9 @@ def test_bad_images_do_not_stop_a_shard(
     make_bad(data)
     with pytest.raises(DataError) as error:
         extract(data)
-    for part in ("4 of 28 images are bad", "1 truncated", "1 empty", "1 not-an-image", "1 missing"):
+    for part in ("4 of 28 images are rejected", "1 truncated", "1 empty", "1 not-an-image"):
         assert part in str(error.value)
+    assert "1 missing" in str(error.value)
     assert "at most 0 (--max-bad 0)" in str(error.value)
     path = tmp_path / "t.zarr"
     assert not (path / "index.json").exists()
@@ -566,6 +567,6 @@ def test_a_worker_with_another_teacher_is_refused(
     other = TeacherSpec(teacher_files["teacher"], "none")
     with pytest.raises(TeacherError, match="another teacher than the driver"):
         Extractor(
-            spec=part.spec, codec=codec_of("int8"), manifest=part.manifest, root=str(photos),
-            teacher=other, device="cpu", batch_size=4, threads=1,
+            part=part, codec=codec_of("int8"), root=str(photos), teacher=other, device="cpu",
+            batch_size=4, workers=Workers(1, 1, None),
         )  # fmt: skip

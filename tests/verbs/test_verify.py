@@ -21,7 +21,7 @@ from milan.store.format import GENERATION
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
 from pipeline.teachers.spec import TeacherSpec
-from pipeline.verify import CORRUPT, FOREIGN, GOOD, INCOMPLETE, verify
+from pipeline.verify import CORRUPT, FOREIGN, GOOD, INCOMPLETE, Audit, verify
 
 
 def file(store: Path, name: str, block: int, view: int) -> Path:
@@ -142,16 +142,16 @@ def read_everything(store: Path) -> None:
 def test_a_fault_is_found_by_name_and_never_read(copy: Path, fault: str) -> None:
     """verify says which, by the level that sees it; the reader refuses too; repair mends shards."""
     before = tree(copy)
-    damage, said, cheap, mendable = FAULTS[fault]
+    damage, said, cheap, repairable = FAULTS[fault]
     damage(copy)
     assert verify(copy).code == (CORRUPT if cheap else GOOD)
     verdict = verify(copy, deep=True)
     assert verdict.code == CORRUPT
     assert any(re.search(said, line) for line in verdict.corrupt), verdict.corrupt
-    assert verdict.mendable == mendable
+    assert verdict.repairable == repairable
     with pytest.raises(CacheError):
         read_everything(copy)
-    if mendable:
+    if repairable:
         assert repair(copy).code == GOOD
         assert tree(copy) == before
     else:
@@ -161,7 +161,7 @@ def test_a_fault_is_found_by_name_and_never_read(copy: Path, fault: str) -> None
 
 def test_a_good_store(store: Path) -> None:
     """Every image and view counted once; nothing found, by any level."""
-    verdict = verify(store, deep=True, audit=6)
+    verdict = verify(store, deep=True, audit=Audit(6))
     assert (verdict.code, verdict.corrupt, verdict.foreign) == (GOOD, [], [])
     assert verdict.checked["shards"] == 6
     assert verdict.checked["targets"] == verdict.checked["images x views"] == 48
@@ -207,13 +207,13 @@ def test_an_audit_sees_another_teacher_and_other_images(
 ) -> None:
     """Exit code 5; wrong targets under valid checksums are corruption."""
     other = TeacherSpec(teacher_files["teacher"], "none")
-    verdict = verify(store, audit=4, teacher=other)
+    verdict = verify(store, audit=Audit(4, teacher=other))
     assert (verdict.code, len(verdict.foreign)) == (FOREIGN, 1)
     elsewhere = tmp_path / "photos"
     shutil.copytree(photos, elsewhere)
     for path in make_photos(tmp_path / "others", seed=5).rglob("*.jpg"):
         shutil.copyfile(path, elsewhere / path.relative_to(tmp_path / "others"))
-    verdict = verify(store, audit=4, data_root=str(elsewhere))
+    verdict = verify(store, audit=Audit(4, data_root=str(elsewhere)))
     assert verdict.code == FOREIGN
     assert "has changed since extraction" in verdict.foreign[0]
 
@@ -237,9 +237,9 @@ def test_an_audit_sees_targets_of_other_rows(
             str(photos), out=str(out), views=1, shard_size=8, executor="local", **teacher_files
         )
     assert verify(out, deep=True).code == GOOD
-    verdict = verify(out, audit=24)
+    verdict = verify(out, audit=Audit(24))
     assert verdict.code == CORRUPT
-    assert any("the teacher says something else" in line for line in verdict.corrupt)
+    assert any("the teacher's output differs" in line for line in verdict.corrupt)
 
 
 def test_the_commands(copy: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from helpers import tree
 
 import pipeline.extraction.worker
 import pipeline.writing.disk
-import pipeline.writing.store
 from milan.core.atomic import lock_folder
 from milan.core.progress import NoProgress
 from milan.errors import CacheError, ConfigError
@@ -36,8 +35,9 @@ from milan.store.format import GENERATION, CacheSpec, record_name
 from pipeline.config import ExtractConfig
 from pipeline.extract import extract_targets
 from pipeline.extraction.plan import plan
-from pipeline.extraction.worker import _row_sums
-from pipeline.writing.store import Store, Writer, group_attributes, stage_shard
+from pipeline.extraction.worker import _row_checksums
+from pipeline.writing.shards import stage_shard
+from pipeline.writing.store import Store, Writer, group_attributes
 
 ROWS, VIEWS, TOKENS, CHANNELS, SHARD = 10, 2, 5, 4, 4
 """The made-up stores: 10 rows in 3 blocks, the last of 2 rows, so 6 shards."""
@@ -102,7 +102,7 @@ def stage(
 ) -> tuple[Path, dict[str, Any]]:
     """A worker's part: (its staging folder, the record of the shard)."""
     spec = store.spec
-    folder = store.store.staging / f"{block}.{view}"
+    folder = store.store.backend.staging / f"{block}.{view}"
     for name in spec.arrays():
         (folder / name).mkdir(parents=True)
         shutil.copyfile(store.root / name / "zarr.json", folder / name / "zarr.json")
@@ -113,7 +113,7 @@ def stage(
         "block": block, "view": view, "rows": [start, stop],
         "files": stage_shard(folder, spec, block, view, arrays),
         "bad": reasons,
-        "crc32c": {name: _row_sums(rows, reasons, start) for name, rows in arrays.items()},
+        "crc32c": {name: _row_checksums(rows, reasons, start) for name, rows in arrays.items()},
         "digests": ["d"] * (stop - start), "pixels": [0] * (stop - start),
     }  # fmt: skip
     return folder, record
@@ -208,7 +208,9 @@ def test_a_commit_that_dies_leaves_no_record(
     store.commit(*stage(store, 0, 0))
     assert missing(store)[0] == (0, 1)
     outside = [
-        p.name for p in store.store.path.rglob("*.tmp") if store.store.staging not in p.parents
+        p.name
+        for p in store.store.path.rglob("*.tmp")
+        if store.store.backend.staging not in p.parents
     ]
     assert outside == []
     store.store.close()
@@ -283,7 +285,7 @@ def test_staging_of_the_dead_goes_and_the_store_stays(
     (litter / "half").write_bytes(b"x")
     store = open_store(made, spec, manifest)
     assert not litter.exists()
-    assert store.store.staging.is_dir()
+    assert store.store.backend.staging.is_dir()
     assert tree(made) == before
     store.store.close()
 
@@ -723,7 +725,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     needed = TargetCache(store).spec.total_bytes()
     free = needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, free))
-    with pytest.raises(CacheError, match=r"the store needs .* GB free.*--codec int8"):
+    with pytest.raises(CacheError, match=r"the store needs .* free.*--codec int8"):
         extract_targets(str(photos), **settings)
     with pytest.raises(CacheError, match="the store needs"):
         extract_targets(str(photos), dry_run=True, **settings)

@@ -1,0 +1,254 @@
+"""The work of an extraction: each generation of a plan is opened, filled and published.
+
+What is committed is never written again: a run that was killed, or a store that grows, continues
+with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from milan.core.paths import AnyPath, folders_in
+from milan.core.progress import Progress
+from milan.core.units import format_bytes
+from milan.errors import CacheError, DataError
+from milan.images.manifest import Manifest, data_root
+from milan.images.source import ImageSource
+from milan.store.cache import TargetCache
+from milan.store.codecs import Codec, codec_of
+from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
+from milan.store.generation import open_array
+from pipeline.config import allowed_bad
+from pipeline.extraction.fidelity import check_canaries, check_min_cosine, prepare
+from pipeline.extraction.growth import Part
+from pipeline.extraction.plan import Plan, Workers, teacher_spec
+from pipeline.extraction.worker import Extractor
+from pipeline.teachers.load import Teacher
+from pipeline.writing.backend import Location
+from pipeline.writing.store import Store, Writer, group_attributes
+
+_ATTEMPTS = 3  # of one block, before the run gives it up
+
+
+def fill_store(
+    work: Plan, store: Store, workers: Workers, summary: dict, progress: Progress
+) -> None:
+    """Write the missing shards, generation by generation, and publish each when it is complete.
+
+    Adds to `summary`: fidelity, bad (counts by reason), bad_csv, digest, seconds,
+    images_per_second. Raises MilanError.
+    """
+    rejected: dict[int, str] = {}
+    seconds, images = 0.0, 0
+    codec: Codec | None = None
+    for part in work.parts:
+        writer, codec = _open_generation(work, store, part, codec)
+        if part is work.parts[0]:
+            check_canaries(writer.root, work.teacher)
+        summary["fidelity"] = read_json(writer.root / FIDELITY)
+        todo = writer.missing()
+        shards = int(todo.sum())
+        check_space(work.location, part.spec.total_bytes() * shards // part.spec.shards)
+        if 0 < shards < part.spec.shards:
+            finished = part.spec.shards - shards
+            progress.note(f"resuming: {finished} of {part.spec.shards} shards are there")
+        if shards:
+            started = time.perf_counter()
+            write_shards(work, writer, part, codec, todo, workers, progress)
+            seconds += time.perf_counter() - started
+            images += rows_of(part.spec, todo)
+        rejected |= {part.spec.first_row + row: reason for row, reason in writer.bad().items()}
+        _publish(work, writer, rejected, summary)
+    summary["seconds"] = round(seconds, 3)
+    summary["images_per_second"] = round(images / seconds, 2) if images else None
+    cache = TargetCache(store.path, layer=work.layer)
+    summary["digest"] = cache.digest
+    store.log("finish", digest=cache.digest, images_per_second=summary["images_per_second"])
+
+
+def _open_generation(
+    work: Plan, store: Store, part: Part, codec: Codec | None
+) -> tuple[Writer, Codec]:
+    """The generation of `part`, new or that of an earlier run, and the codec of its layer."""
+    images = ImageSource(part.manifest, data_root(work.source))
+
+    def initial() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
+        batch = work.config.batch_size
+        prepared = prepare(part.spec, images, work.teacher, batch=batch, codec=codec)
+        check_min_cosine(prepared.fidelity, work.config.min_cosine)
+        if codec is not None:  # the layer's first generation has its tables and canaries
+            prepared = replace(prepared, codec=replace(codec, tables={}), canaries={})
+        files = {
+            MANIFEST: part.manifest.to_parquet(),
+            FIDELITY: canonical(prepared.fidelity),
+            ORIGIN: canonical(work.origin()),
+        }
+        tables = prepared.tables() | _prototypes(part, work.teacher)
+        return group_attributes(part.spec, work.teacher.about), tables, files
+
+    writer = store.generation(part.name, part.spec, initial)
+    return writer, codec or read_codec(writer.root, part.spec)
+
+
+def _prototypes(part: Part, teacher: Teacher) -> dict[str, np.ndarray]:
+    """The text tower's class prototypes, if texts are stored; once for each stretch of rows."""
+    classes = part.manifest.classes
+    if teacher.texts is None or not classes or part.spec.first_view:
+        return {}
+    return teacher.texts.prototypes(classes)
+
+
+def read_codec(root: AnyPath, spec: CacheSpec) -> Codec:
+    """The codec of `spec` with its tables, which the generation at `root` holds."""
+    folder = root / "codec"
+    names = sorted(folders_in(folder)) if folder.is_dir() else []
+    tables = {n: np.asarray(open_array(folder / n).read().result()) for n in names}
+    return codec_of(spec.codec).restored(tables)
+
+
+def check_space(location: Location, needed: int) -> None:
+    """Raises CacheError if `needed` bytes and 2 % more are not free, where free space is known."""
+    free = location.free_bytes()
+    if free is not None and needed * 1.02 > free:
+        raise CacheError(
+            f"the store needs {format_bytes(needed)}, and the disk of {location.path} has "
+            f"{format_bytes(free)} free",
+            fix="fewer --views, --codec int8, --limit, or --out on a larger disk",
+        )
+
+
+def rows_of(spec: CacheSpec, todo: np.ndarray) -> int:
+    """How many images there are in the blocks with any shard in `todo` ([blocks, K] bool)."""
+    starts = np.flatnonzero(todo.any(axis=1)) * spec.shard_size
+    return int((np.minimum(starts + spec.shard_size, spec.rows) - starts).sum())
+
+
+class _Commits:
+    """Commits blocks as workers finish them, and reports how far the run is."""
+
+    def __init__(self, writer: Writer, todo: np.ndarray, progress: Progress) -> None:
+        self.writer, self.progress = writer, progress
+        self.shards, self.committed, self.bytes = int(todo.sum()), 0, 0
+        self.started = time.perf_counter()
+
+    def folder_of(self, block: int, attempt: int) -> AnyPath:
+        """The staging folder of an attempt at a block."""
+        return self.writer.stage(f"{block:05d}.{attempt}")
+
+    def commit(self, block: int, folder: AnyPath, records: list[dict]) -> None:
+        """Commit the shards of a block."""
+        store = self.writer.store
+        for record in records:
+            self.writer.commit(folder, record)
+            self.committed += 1
+            self.bytes += sum(file["bytes"] for file in record["files"])
+        store.backend.drop_staging(folder)
+        store.log("commit", block=block, seconds=round(time.perf_counter() - self.started, 3))
+
+    def report(self, images: int) -> None:
+        """Show how many images the workers have processed."""
+        self.progress.advance(
+            images, f"{self.committed}/{self.shards} shards, {format_bytes(self.bytes)}"
+        )
+
+    def log_failure(self, block: int, attempt: int, reason: str) -> None:
+        """Log a failed attempt."""
+        self.writer.store.log("failure", block=block, attempt=attempt, why=reason)
+
+
+def write_shards(
+    work: Plan,
+    writer: Writer,
+    part: Part,
+    codec: Codec,
+    todo: np.ndarray,
+    workers: Workers,
+    progress: Progress,
+) -> None:
+    """Write and commit the shards `todo` ([blocks, K] bool) of a generation. Raises MilanError."""
+    config, store = work.config, writer.store
+    init: dict[str, Any] = {
+        "part": part,
+        "codec": codec,
+        "root": str(data_root(work.source).resolve()),
+        "device": config.device,
+        "batch_size": config.batch_size,
+        "workers": workers,
+    }
+    store.log("start", executor=config.executor, host=platform.node(), shards=int(todo.sum()))
+    progress.begin("extract", rows_of(part.spec, todo), "images")
+    commits = _Commits(writer, todo, progress)
+    writer.clear(todo)
+    if config.executor == "local":
+        import torch
+
+        threads = torch.get_num_threads()
+        try:
+            _run_in_process(Extractor(teacher=work.teacher, **init), todo, commits)
+        finally:
+            torch.set_num_threads(threads)  # the caller's own
+    else:
+        from pipeline.cluster.connect import RemoteClass
+        from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
+
+        arguments = init | {"teacher": teacher_spec(config)}
+        gpus = 1 if work.teacher.device.type == "cuda" else 0
+        failed = map_blocks(
+            RemoteClass("pipeline.extraction.worker", "Extractor", arguments),
+            todo,
+            BlockCallbacks(
+                folder_of=commits.folder_of,
+                on_done=commits.commit,
+                on_progress=commits.report,
+                on_failure=commits.log_failure,
+            ),
+            Replicas(workers.replicas, gpus, config.address),
+            attempts=_ATTEMPTS,
+        )
+        if failed:
+            block, reason = next(iter(failed.items()))
+            raise CacheError(
+                f"{len(failed)} blocks failed {_ATTEMPTS} times, the first is {block}: {reason}",
+                fix="run the same line again: finished shards are kept",
+            )
+    progress.end()
+
+
+def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -> None:
+    """The same work in a thread of this process, so that progress is shown within a block."""
+    with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
+        for block in np.flatnonzero(todo.any(axis=1)).tolist():
+            views = np.flatnonzero(todo[block]).tolist()
+            folder = commits.folder_of(block, 0)
+            task = pool.submit(extractor.run, block, views, str(folder))
+            while wait([task], timeout=0.2).not_done:
+                commits.report(extractor.images)
+            commits.commit(block, folder, task.result())
+            commits.report(extractor.images)
+
+
+def _publish(work: Plan, writer: Writer, rejected: dict[int, str], summary: dict) -> None:
+    """List the files rejected so far (reason by row), and publish if they are few enough."""
+    reasons = Counter(reason.split(":")[0] for reason in rejected.values())
+    summary["bad"] = dict(reasons.most_common())
+    manifest = Manifest.join([p.manifest for p in work.parts if p.spec.first_view == 0])
+    path = writer.store.report_bad(rejected, manifest)
+    summary["bad_csv"] = str(path) if path else None
+    allowed = allowed_bad(work.config.max_bad, summary["images"])
+    if len(rejected) > allowed:
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+        writer.store.log("withheld", bad=len(rejected))
+        raise DataError(
+            f"{len(rejected)} of {summary['images']} images are rejected ({counts}); all others "
+            f"are done, the list is {path}",
+            expected=f"at most {allowed} (--max-bad {work.config.max_bad})",
+            fix=f"the same line with --max-bad {len(rejected)}: it then only writes the index",
+        )
+    writer.finish(work.layer)

@@ -1,0 +1,111 @@
+"""Zarr: an empty generation with its arrays, and the files of one shard. Only this file uses zarr.
+
+A shard is written with zarr to a local folder, forced to the disk (fsync), read back for its
+SHA-256, and brought to where the driver commits it from (Location.upload).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from milan.core.paths import AnyPath
+from milan.store.format import PIXELS, CacheSpec
+from pipeline.writing.backend import location_of
+
+
+def create_arrays(
+    root: Path, spec: CacheSpec, attributes: dict, tables: dict[str, np.ndarray]
+) -> None:
+    """Create a generation at `root`: its group, its arrays without chunks, and small `tables`."""
+    group = zarr.create_group(zarr.storage.LocalStore(root), zarr_format=3, attributes=attributes)
+    for name, array in spec.arrays().items():
+        group.create_array(
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=array.chunk,
+            shards=array.shard,
+            filters=None,
+            serializer=BytesCodec(),
+            compressors=[Crc32cCodec()],
+            fill_value=array.fill,
+            dimension_names=array.dimensions,
+        )
+    for name, values in tables.items():
+        table = group.create_array(
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=values.shape,
+            filters=None,
+            serializer=BytesCodec(),
+            compressors=[Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+        table[...] = values
+
+
+def stage_shard(
+    folder: AnyPath,
+    spec: CacheSpec,
+    block: int,
+    view: int,
+    arrays: dict[str, np.ndarray],
+    pictures: Sequence[bytes] = (),
+) -> list[dict]:
+    """Write one shard to a staging folder (Backend.staging_folder); returns its files.
+
+    `arrays` has, for each array of the spec, the values of the block's rows, [rows, ...]; rows of
+    fill values get no chunk. `pictures` are the encoded views of the rows, if the spec stores them.
+    A file is {"path": below `folder`, "bytes": size, "sha256": hexadecimal}. zarr would read a
+    shard that exists before it writes, so the folder must have no file of this shard yet. Raises
+    OSError, and what Location.upload raises.
+    """
+    location = location_of(folder)
+    with location.shard_folder() as local:
+        if not any(local.iterdir()):
+            create_arrays(local, spec, {}, {})
+        files = _write_shard(local, spec, block, view, arrays, pictures)
+        location.upload(local, files)
+    return files
+
+
+def _write_shard(
+    folder: Path,
+    spec: CacheSpec,
+    block: int,
+    view: int,
+    arrays: dict[str, np.ndarray],
+    pictures: Sequence[bytes],
+) -> list[dict]:
+    start, stop = spec.block_rows(block)
+    for name, values in arrays.items():
+        array = zarr.open_array(
+            zarr.storage.LocalStore(folder / name),
+            mode="r+",
+            zarr_format=3,
+            config={"write_empty_chunks": False},
+        )
+        rows = slice(start, stop)
+        array[(rows, view) if spec.arrays()[name].of_views else rows] = values
+    paths = spec.files(block, view)
+    if PIXELS in paths and any(pictures):
+        (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
+    files = []
+    for relative in paths.values():
+        path = folder / relative
+        if not path.exists():
+            continue  # all images of the shard were rejected: there is nothing to store
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
+    return files
