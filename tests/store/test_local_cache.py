@@ -324,9 +324,9 @@ def test_what_the_loader_will_read(copied: Path, tmp_path: Path) -> None:
         ends = [end for end, _ in windows]
         assert ends == sorted(ends)
         assert ends[-1] >= len(sampler)
-        for number, (_, rows, views) in enumerate(sampler):
+        for number, address in enumerate(sampler):
             due = [some for end, some in windows if end > number]
-            read = set(cache.shards_at(rows, views))
+            read = set(cache.shards_at(address.rows, address.views))
             assert read & set(due[0])
             assert read <= {shard for some in due[:2] for shard in some}
 
