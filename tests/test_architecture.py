@@ -31,6 +31,33 @@ FORBIDDEN = {
     "pipeline": {"typer", "stages"},
     "stages": set(),
 }
+# room -> the rooms it may import; the modules beside the rooms are rooms of their own
+MILAN = {
+    "errors": "",
+    "version": "",
+    "core": "errors",
+    "config": "errors core",
+    "images": "errors core",
+    "store": "errors core images",
+    "data": "errors core images store",
+    "models": "errors core",
+    "objectives": "errors core config store data models",
+    "evaluation": "errors core images models",
+    "reporting": "errors core images store data models evaluation",
+    "training": "errors core config images store data models objectives evaluation reporting",
+}
+PIPELINE = {
+    "config": "",
+    "teachers": "",
+    "writing": "",
+    "cluster": "",
+    "extraction": "config teachers writing cluster",
+    "estimate": "config teachers writing cluster extraction",
+    "verify": "config teachers writing cluster extraction estimate",
+    "extract": "config teachers writing cluster extraction estimate",
+    "repair": "config teachers writing cluster extraction estimate verify",
+}
+ROOMS = {"milan": MILAN, "pipeline": PIPELINE}
 # library -> the files that may import it
 ONLY = {
     "open_clip": {"pipeline/teachers/clip.py"},
@@ -57,6 +84,25 @@ def imported(tree: ast.Module) -> set[str]:
             if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                 found.add(node.args[0].value.split(".")[0])
     return found
+
+
+def modules_imported(tree: ast.Module, package: str) -> set[str]:
+    """Modules of `package` that a file imports, by dotted name; those for annotations too."""
+    known = {file.removesuffix(".py").replace("/", ".") for file in FILES}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else str(node.module))
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.split(".")[0] == package}
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room of a module by its dotted name: milan.data.order is in data."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def prints(tree: ast.Module) -> list[int]:
@@ -89,6 +135,48 @@ def test_imports_point_down(file: str) -> None:
     assert not names & FORBIDDEN[file.split("/")[0]]
     for library, allowed in ONLY.items():
         assert library not in names or file in allowed, f"{library} belongs in {allowed}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.split("/")[0] in ROOMS])
+def test_rooms_import_one_way(file: str) -> None:
+    """A room imports itself and those below it, never one above: no circle between rooms."""
+    package, module = file.split("/")[0], file.removesuffix(".py").replace("/", ".")
+    if module == "milan.__init__":
+        return  # public names, loaded on first use from wherever they are
+    if module.endswith(".__init__"):
+        assert len(FILES[file].body) == 1, "an __init__ holds its docstring and nothing else"
+        return
+    room, rule = room_of(module), ROOMS[package]
+    allowed = {room, *rule[room].split()}
+    for name in modules_imported(FILES[file], package):
+        assert not room_of(name) or room_of(name) in allowed, f"{file} imports {name}"
+
+
+def test_the_rooms_are_a_hierarchy() -> None:
+    """Each room is listed after those that it may import; every folder is a room."""
+    for package, rule in ROOMS.items():
+        seen: set[str] = set()
+        for room, below in rule.items():
+            assert set(below.split()) <= seen
+            seen.add(room)
+        modules = {room_of(f.removesuffix(".py").replace("/", ".")) for f in FILES
+                   if f.startswith(package + "/")}  # fmt: skip
+        assert modules - {"__init__"} == seen
+
+
+@pytest.mark.parametrize("package", ["milan", "pipeline", "stages"])
+def test_no_file_imports_itself_in_a_circle(package: str) -> None:
+    """A circle of files cannot be read, tested or moved one at a time."""
+    left = {
+        file.removesuffix(".py").replace("/", "."): modules_imported(tree, package)
+        for file, tree in FILES.items()
+        if file.startswith(package + "/") and file != "milan/__init__.py"
+    }
+    while left:
+        free = [name for name, needs in left.items() if not (needs - {name}) & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
 
 
 def test_each_fenced_library_is_used_where_it_may_be() -> None:
