@@ -12,6 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import helpers  # noqa: F401 - before torch, whose number of threads it sets
 import pytest
 import torch
 from helpers import (
