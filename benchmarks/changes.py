@@ -15,12 +15,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from timm.optim import param_groups_weight_decay
 
 from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.step import ours
 from milan.models import decoder, encoder, kernels
 from milan.models.kernels import choose_kernels, has_onednn
-from milan.training.optim import decay_groups
 
 _STUDENT = "benchmarks.step.choose_kernels"  # called with the student of a step
 
@@ -55,7 +55,9 @@ def _reversed(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_adamw(student: torch.nn.Module, *_: Any, weight_decay: float, **__: Any) -> Any:
-    return torch.optim.AdamW(decay_groups(student, weight_decay), lr=0.0, betas=(0.9, 0.95))
+    return torch.optim.AdamW(
+        param_groups_weight_decay(student, weight_decay), lr=0.0, betas=(0.9, 0.95)
+    )
 
 
 class _Zeroing(torch.optim.AdamW):

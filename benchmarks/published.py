@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
 from milan.models.student import build_student
 from milan.objectives.resample import resampled_attention, resampled_features
-from milan.training.optim import decay_groups
 
 
 class QuickGELU(nn.Module):
@@ -106,7 +106,7 @@ class Published:
         for module in self.student.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
-        groups = decay_groups(self.student, 0.05)
+        groups = param_groups_weight_decay(self.student, 0.05)
         self.optimiser = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
 
     def predict(self, images: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:

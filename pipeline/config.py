@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from milan.core.config_fields import check_fields, setting
 from milan.errors import ConfigError
 
 
@@ -23,9 +24,9 @@ class ExtractConfig:
     """A tag, a file, or none (random, flagged); the default teacher and timm: have their own."""
     teacher_norm: str | None = None
     """imagenet (as published; default of the default teacher) or own."""
-    img_size: int | None = None
+    img_size: int | None = setting(None, least=1)
     """Edge of a view in pixels; default: the teacher's."""
-    views: int = 4
+    views: int = setting(4, least=1)
     """K, views of each image."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Least and greatest share of the area in a crop."""
@@ -43,25 +44,25 @@ class ExtractConfig:
     """Smallest mean cosine between stored and teacher features; else nothing is written."""
     extend: bool = False
     """Add the targets of another teacher or codec to a store that has some."""
-    executor: str = "ray"
+    executor: str = setting("ray", choices=("ray", "local"))
     """ray, or local: the same work in this process."""
     address: str | None = None
     """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray in this machine."""
-    replicas: int | None = None
+    replicas: int | None = setting(None, least=1)
     """Copies of the teacher; default: one per GPU, one on CPU."""
-    num_workers: int | None = None
+    num_workers: int | None = setting(None, least=1)
     """Decoding threads of each copy; default: its share of the cores, at most 16."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: fp16 on CUDA, as published, else fp32."""
-    batch_size: int = 64
+    batch_size: int = setting(64, least=1)
     """Views in a forward pass of the teacher."""
-    shard_size: int = 1024
+    shard_size: int = setting(1024, least=1)
     """Rows of a block: the unit of work, of files and of resuming."""
     seed: int = 0
     """Of the order of rows and of the crops."""
-    limit: int | None = None
+    limit: int | None = setting(None, least=1)
     """Only so many images, the first of the shuffled order."""
     max_bad: str = "0"
     """Rejected files allowed: a number, or a percentage such as 0.1%."""
@@ -72,14 +73,7 @@ class ExtractConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
-        for name in (
-            "views", "batch_size", "shard_size", "replicas", "num_workers", "img_size", "limit"
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}", expected="at least 1")
-        if self.executor not in ("ray", "local"):
-            raise ConfigError(f"--executor {self.executor}", expected="ray or local")
+        check_fields(self)
         kind, _, quality = self.store_views.partition(":")
         if self.store_views not in ("none", "webp") and not (
             kind == "jpeg" and quality.isdecimal() and 1 <= int(quality) <= 100

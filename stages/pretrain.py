@@ -11,15 +11,9 @@ from milan.config import PretrainConfig
 from milan.core.signals import REQUEUE
 from stages.options import settings_command
 
-_JUDGED = {
-    "loss": "loss",
-    "loss, held out": "val_loss",
-    "cosine, held out": "val_cosine",
-    "k-NN top-1 %": "knn_top1",
-}
 _RATES = (
     ("images/s", "images_per_second", "{:,.1f}"),
-    ("waiting for data", "wait_share", "{:.1%}"),
+    ("data-loading time", "wait_share", "{:.1%}"),
 )
 
 
@@ -80,7 +74,7 @@ def pretrain(
     rows = [
         ("run", figures["run"]),
         ("step", f"{figures['step']:,} of {figures['steps']:,}"),
-        *((name, f"{figures[key]:.4f}") for name, key in _JUDGED.items() if key in figures),
+        *_metrics(figures),
         *((name, show.format(figures[key])) for name, key, show in _RATES if key in figures),
         ("encoder", figures["run"] + "/encoder.safetensors"),
     ]
@@ -93,3 +87,16 @@ def pretrain(
             markup=False,
         )
         raise typer.Exit(REQUEUE)
+
+
+def _metrics(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The last loss, and the validation metrics that the objective has."""
+    rows = [("loss", f"{figures['loss']:.4f}")] if "loss" in figures else []
+    for name, value in figures.items():
+        if name.startswith("val_"):
+            rows.append(
+                (f"validation {name.removeprefix('val_').replace('_', ' ')}", f"{value:.4f}")
+            )
+    if "knn_top1" in figures:
+        rows.append(("k-NN top-1 %", f"{figures['knn_top1']:.2f}"))
+    return rows

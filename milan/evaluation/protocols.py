@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from milan.core.config_fields import check_fields, setting
 from milan.errors import ConfigError, nearest
 
 ENTRY_POINTS = "milan.protocols"
@@ -50,13 +51,13 @@ class EvaluationConfig:
     """With random and no --like: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
-    crop_share: float = 0.875
+    crop_share: float = setting(0.875, above=0, most=1)
     """Central square shown, as a share of the shorter edge (224 of 256)."""
-    batch_size: int = 256
+    batch_size: int = setting(256, least=1)
     """Images at once."""
-    num_workers: int | None = None
+    num_workers: int | None = setting(None, least=1)
     """Decoding threads; default: the cores, at most 16."""
-    limit: int | None = None
+    limit: int | None = setting(None, least=1)
     """Only so many images of each set."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
@@ -71,12 +72,7 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
-        for name in ("batch_size", "limit", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value}", expected="at least 1")
-        if not 0 < self.crop_share <= 1:
-            raise ConfigError(f"crop_share {self.crop_share}", expected="above 0, at most 1")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,10 @@ def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # pickle, zip and torch each have their own
             first = (str(error) or type(error).__name__).splitlines()[0][:160]
             raise ConfigError(f"{path} cannot be loaded safely: {first}") from None
-    held = read.get("model", read) if isinstance(read, dict) else None
-    if not isinstance(held, dict):
+    state = read.get("model", read) if isinstance(read, dict) else None
+    if not isinstance(state, dict):
         raise ConfigError(f"{path} holds no state dict", expected="named tensors, or `model`")
-    return held
+    return state
 
 
 def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's pictures, put together of arrays: cheap enough to be made after an epoch."""
+"""The sheet of a run: views, masks, targets and predictions; cheap enough for every epoch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-GREY = 128  # what is hidden is shown as
+GREY = 128  # of masked patches
 _PANEL, _GAP, _HEAD, _MARGIN = 112, 4, 20, 64  # pixels
 
 
 class SheetInputs(NamedTuple):
-    """B views as a student saw them, and what was said of them."""
+    """B views as a student saw them, with the targets and its predictions."""
 
     rows: np.ndarray
     """[B]"""
@@ -19,7 +19,7 @@ class SheetInputs(NamedTuple):
     """[B, S, S, 3] uint8"""
     attention: np.ndarray
     """[B, N]"""
-    hidden: np.ndarray
+    masked: np.ndarray
     """[B, N], True = masked"""
     features: np.ndarray | None
     """[B, N, C] of the teacher; None where the student predicts pixels"""
@@ -74,31 +74,31 @@ def upscale(cells: np.ndarray, size: int) -> np.ndarray:
     return cells[:, at][:, :, at]
 
 
-def hide_patches(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Views [B, S, S, 3] with the `hidden` patches [B, N] in grey."""
+def hide_patches(pixels: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Views [B, S, S, 3] with the `masked` patches [B, N] in grey."""
     shown = pixels.copy()
-    shown[upscale(to_grid(hidden), pixels.shape[1])] = GREY
+    shown[upscale(to_grid(masked), pixels.shape[1])] = GREY
     return shown
 
 
 def draw_sheet(shown: SheetInputs) -> np.ndarray:
     """A row of panels for each view, uint8 [H, W, 3].
 
-    The view, the teacher's attention on it (dark to light), what the student sees of it, and what
-    it says of all patches beside what the teacher said, in the same colours.
+    The view, the teacher's attention on it (dark to light), its visible patches, and the target of
+    all patches beside the student's prediction, in the same colours.
     """
     size = shown.pixels.shape[1]
     columns = {
         "view": shown.pixels,
         "attention": _glowing(shown.pixels, upscale(to_grid(shown.attention), size)),
-        "student sees": hide_patches(shown.pixels, shown.hidden),
+        "visible patches": hide_patches(shown.pixels, shown.masked),
     }
     if shown.features is None:
-        columns["student says"] = shown.prediction
+        columns["prediction"] = shown.prediction
     else:
         colours = Colours(shown.features)
-        said = {"teacher says": shown.features, "student says": shown.prediction}
-        columns |= {k: upscale(_bytes(colours(v)), size) for k, v in said.items()}
+        features = {"target": shown.features, "prediction": shown.prediction}
+        columns |= {k: upscale(_bytes(colours(v)), size) for k, v in features.items()}
     return _page(columns, [f"row {row}" for row in shown.rows])
 
 

@@ -130,10 +130,10 @@ class MLflow:
         with self._answering() as mlflow:
             self._metric, self._fault = mlflow.entities.Metric, mlflow.exceptions.MlflowException
             self.client = mlflow.MlflowClient(uri or f"sqlite:///{beside}/mlflow.db")
-            found = self.client.get_experiment_by_name(name)
-            place = None if uri else (beside / "mlartifacts").as_uri()
+            known = self.client.get_experiment_by_name(name)
+            artifacts = None if uri else (beside / "mlartifacts").as_uri()
             experiment = (
-                found.experiment_id if found else self.client.create_experiment(name, place)
+                known.experiment_id if known else self.client.create_experiment(name, artifacts)
             )
             self.id = about.get("reported", {}).get("mlflow")
             if self.id is None:

@@ -63,12 +63,12 @@ def whole_weights(model: nn.Module, ranks: Ranks = SINGLE) -> dict[str, torch.Te
 
 
 def _gathered(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    found = {}
+    whole = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor.detach())
         if ranks.is_rank0:
-            found[name] = full.cpu().contiguous()
-    return found
+            whole[name] = full.cpu().contiguous()
+    return whole
 
 
 def _write(
@@ -94,7 +94,7 @@ def _write(
                 os.fsync(file.fileno())
         write_json(fresh / "state.json", {"step": step} | state | {"sha256": digests})
         sync_folder(fresh)
-        # One of this step is there only if it was found torn.
+        # One of this step is there only if it is incomplete.
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
         sync_folder(folder.parent)
@@ -106,10 +106,10 @@ def _write(
             expected="room for it; " + (f"that of step {saved[-1]} stays" if saved else ""),
             fix="free some space, and the same line goes on",
         ) from None
-    found = steps(run)
-    # Newer ones were found torn, or the run would not be at this step.
-    torn = [old for old in found if old > step]
-    for old in torn + [old for old in found if old <= step][:-keep]:
+    saved = steps(run)
+    # Newer ones are incomplete, or the run would not be at this step.
+    incomplete = [old for old in saved if old > step]
+    for old in incomplete + [old for old in saved if old <= step][:-keep]:
         shutil.rmtree(run / FOLDER / f"step-{old:08d}", ignore_errors=True)
     return folder
 
@@ -125,10 +125,10 @@ def steps(run: Path) -> list[int]:
 def newest(run: Path, *, note: Callable[[str], None]) -> int | None:
     """The newest step whose checkpoint is whole, None if there is no checkpoint.
 
-    Torn ones are told to `note` and passed over. Raises TrainError if there is none but these.
+    Incomplete ones are named by `note` and skipped. Raises TrainError if there is none but these.
     """
-    found = steps(run)
-    for step in reversed(found):
+    saved = steps(run)
+    for step in reversed(saved):
         folder = run / FOLDER / f"step-{step:08d}"
         try:
             digests = json.loads((folder / "state.json").read_text())["sha256"]
@@ -139,9 +139,9 @@ def newest(run: Path, *, note: Callable[[str], None]) -> int | None:
             return step
         except (OSError, ValueError, LookupError, TypeError) as error:
             note(f"passed over: checkpoint {folder} is torn ({error})")
-    if found:
+    if saved:
         raise TrainError(
-            f"none of the {len(found)} checkpoints of {run} is whole",
+            f"none of the {len(saved)} checkpoints of {run} is whole",
             fix="a copy of one, or --resume never to start anew",
         )
     return None

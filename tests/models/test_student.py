@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from milan.core.device import MEAN, STD
@@ -20,7 +21,6 @@ from milan.models.export import load_encoder, save_encoder
 from milan.models.masking import Mask, random_mask
 from milan.models.student import Student, build_student
 from milan.training.checkpoint import whole_weights
-from milan.training.optim import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -349,7 +349,7 @@ def test_published_sizes(published: Student) -> None:
 
 def test_published_decay_groups(published: Student) -> None:
     """93 tensors decay, the class and mask token among them, 175 do not."""
-    decay, free = decay_groups(published, 0.05)
+    free, decay = param_groups_weight_decay(published, 0.05)
     assert (len(decay["params"]), len(free["params"])) == (93, 175)
     assert (decay["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     ids = {id(p) for p in decay["params"]}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import STUDENT, TEACHER
 from safetensors.torch import save_file
+from timm.optim import param_groups_weight_decay
 
 from milan.config import PretrainConfig
 from milan.data.dataset import CachedDataset, open_cache
@@ -19,7 +20,6 @@ from milan.data.order import order_of
 from milan.data.sampler import StepSampler
 from milan.objectives.features import feature_regression
 from milan.training.build import resolve_defaults, student_of
-from milan.training.optim import decay_groups
 from pipeline.extract import extract_targets
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -97,7 +97,7 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     student = student_of(settings, cache)
     objective = settings.objective(cache)
     optimiser = torch.optim.AdamW(
-        decay_groups(student, settings.config.weight_decay), lr=1e-3, betas=(0.9, 0.95)
+        param_groups_weight_decay(student, settings.config.weight_decay), lr=1e-3, betas=(0.9, 0.95)
     )
     sampler = StepSampler(order, start=0, stop=STEPS, micro=BATCH)
 

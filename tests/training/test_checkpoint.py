@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
 
 from milan.core.atomic import write_json
 from milan.core.device import MEAN, STD
@@ -24,7 +25,6 @@ from milan.models.published import load_published
 from milan.models.student import Student, build_student
 from milan.training import checkpoint
 from milan.training.checkpoint import whole_weights
-from milan.training.optim import decay_groups
 
 VIT = "vit_base_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -39,7 +39,7 @@ def student(seed: int = 0, **changes: Any) -> Student:
 
 
 def adamw(model: Student) -> torch.optim.AdamW:
-    return torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-2, betas=(0.9, 0.95))
+    return torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=1e-2, betas=(0.9, 0.95))
 
 
 def train(model: Student, optimiser: torch.optim.Optimizer, steps: range) -> None:

@@ -33,6 +33,7 @@ from helpers import (
     weights,
 )
 from safetensors.torch import load_file
+from timm.optim import param_groups_weight_decay
 
 import milan
 from milan import PretrainConfig
@@ -45,7 +46,7 @@ from milan.objectives import features as features_module
 from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
 from milan.training.build import micro_batch_of, resolve_defaults
-from milan.training.optim import Schedule, decay_groups, learning_rate
+from milan.training.optim import Schedule, learning_rate
 from pipeline.extract import extract_targets
 
 
@@ -571,7 +572,7 @@ def test_the_optimiser_is_the_published_one(
     monkeypatch.setattr(torch.optim, "AdamW", noted)
     milan.pretrain(str(store), stop_after=1, **{**SMALL, "out": str(tmp_path)})
     (optimiser,) = made
-    decayed, free = optimiser.param_groups
+    free, decayed = optimiser.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     assert decayed["betas"] == free["betas"] == (0.9, 0.95)
     assert {p.ndim for p in free["params"]} == {1}
@@ -588,7 +589,7 @@ def test_decay_groups_of_the_published_model(model: str, decayed: int, free: int
         "prompt", encoder_width=8, grid=14, target_width=512, embed_dim=512, depth=8,
         num_heads=16, mlp_ratio=0.1,
     )  # fmt: skip
-    with_decay, without = decay_groups(torch.nn.ModuleList([encoder, decoder]), 0.05)
+    without, with_decay = param_groups_weight_decay(torch.nn.ModuleList([encoder, decoder]), 0.05)
     assert (len(with_decay["params"]), len(without["params"])) == (decayed, free)
 
 
