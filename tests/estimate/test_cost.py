@@ -114,22 +114,22 @@ def test_a_plan_of_400_million_images_takes_a_moment(planned: Plan) -> None:
 def test_time_is_that_of_the_teacher_or_of_the_disk(planned: Plan) -> None:
     """The slower of both; replicas share the teacher's part, not the disk."""
     left = [planned.parts[0].spec.shards]
-    assert seconds_of(planned, (1, 1, None), SPEED, left) == pytest.approx(24 * 0.5)
-    assert seconds_of(planned, (4, 1, None), SPEED, left) == pytest.approx(3)
+    assert seconds_of(planned, Workers(1, 1, None), SPEED, left) == pytest.approx(24 * 0.5)
+    assert seconds_of(planned, Workers(4, 1, None), SPEED, left) == pytest.approx(3)
     slow = replace(SPEED, write_rate=100.0)
     disk = planned.parts[0].spec.total_bytes() / 100
-    assert seconds_of(planned, (4, 1, None), slow, left) == pytest.approx(disk)
-    assert seconds_of(planned, (1, 1, None), SPEED, [3]) == pytest.approx(6)  # half is there
+    assert seconds_of(planned, Workers(4, 1, None), slow, left) == pytest.approx(disk)
+    assert seconds_of(planned, Workers(1, 1, None), SPEED, [3]) == pytest.approx(6)  # half is there
 
 
 def test_what_training_needs_and_saves(planned: Plan) -> None:
     """0.5 s once against 0.1 s an epoch: break-even after 5; reads are rate x bytes."""
-    rows = dict(cost_of(planned, (1, 1, None), SPEED, train=1000)["Training from it"])
+    rows = dict(cost_of(planned, Workers(1, 1, None), SPEED, train=1000)["Training from it"])
     assert rows["break-even"].startswith("5.0 epochs: ")
     a_view = planned.parts[0].spec.view_bytes()
     assert rows["reads"].startswith(f"{format_bytes(1000 * a_view)}/s of targets and ")
     assert rows["a step online"].startswith("101.00 times as long")
-    assumed = dict(cost_of(planned, (1, 1, None), SPEED)["Training from it"])
+    assumed = dict(cost_of(planned, Workers(1, 1, None), SPEED)["Training from it"])
     assert "assumed" in assumed["training, images/s"]
     assert "a step online" not in assumed
 
@@ -141,7 +141,7 @@ def test_storing_views_is_recommended_where_decoding_starves(
     planned: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """100 ms at 6,000 images/s are 600 cores; with a speed that is given, this machine's count."""
-    rows = dict(cost_of(planned, (1, 1, None), SPEED, SLOW)["Training from it"])
+    rows = dict(cost_of(planned, Workers(1, 1, None), SPEED, SLOW)["Training from it"])
     assert rows["decoding"] == (
         "600 cores at 100 ms a view of the originals, 96 assumed: NOT ENOUGH"
     )
@@ -149,19 +149,19 @@ def test_storing_views_is_recommended_where_decoding_starves(
     assert stored == (
         "6 cores at 1 ms a view; about 30 KB more each, 1.44 MB in all, RECOMMENDED for a new store"
     )
-    rows = dict(cost_of(planned, (1, 1, None), SPEED, FAST)["Training from it"])
+    rows = dict(cost_of(planned, Workers(1, 1, None), SPEED, FAST)["Training from it"])
     assert rows["decoding"].endswith("96 assumed: enough")
     assert "RECOMMENDED" not in rows["with --store-views jpeg:95"]
     monkeypatch.setattr("pipeline.estimate.decoding.cpu_count", lambda: 8)
     assert [SLOW.is_bottleneck(train) for train in (79, 81)] == [False, True]
-    assert "decoding" not in dict(cost_of(planned, (1, 1, None), SPEED)["Training from it"])
+    assert "decoding" not in dict(cost_of(planned, Workers(1, 1, None), SPEED)["Training from it"])
 
 
 def test_a_plan_with_stored_views_decodes_these(planned: Plan) -> None:
     """There is nothing left to recommend."""
     part = planned.parts[0]
     kept = replace(planned, parts=[replace(part, spec=replace(part.spec, stored_views="webp"))])
-    rows = dict(cost_of(kept, (1, 1, None), SPEED, SLOW)["Training from it"])
+    rows = dict(cost_of(kept, Workers(1, 1, None), SPEED, SLOW)["Training from it"])
     assert rows["decoding"] == "6 cores at 1 ms a view as stored, 96 assumed: enough"
     assert not [what for what in rows if what.startswith("with")]
 

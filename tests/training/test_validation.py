@@ -664,7 +664,9 @@ def test_progress_fits_a_terminal(
     assert "…" not in text
     assert re.search(r"train ━+ 16/16 [\d.]+ steps/s \d:\d\d:\d\d [\d.]+ s left", text)
     (last,) = {line for line in lines if line.startswith("epoch 8.0, loss ")}
-    assert re.search(r"lr \d\.\de-\d+, [\d,]+ images/s, waiting \d+%, val_loss \d\.\d{3}", last)
+    assert re.search(
+        r"lr \d\.\de-\d+, [\d,]+ images/s, data loading \d+%, val_loss \d\.\d{3}", last
+    )
     assert shown.getvalue().rstrip().count("\x1b[?25l") == shown.getvalue().count("\x1b[?25h")
 
 
