@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from functools import cache, cached_property, singledispatch
@@ -38,7 +40,8 @@ from milan.store.format import (
 from milan.store.local_cache import File, LocalCopies
 
 _CACHED_CHECKSUMS = 256  # shards, in each loader worker: two windows, some 20 MB
-_TRIES = 8  # a local copy may be evicted by another run between looking for it and reading it
+_TRIES = 8  # another run may evict a local copy before it is read
+_PAUSE = 0.01  # seconds before the second try, doubled for each one more: 1.3 s in all
 
 
 class ShardChecksums(NamedTuple):
@@ -269,7 +272,7 @@ class Generation:
         path = self.spec.files(block, v)[PIXELS]
         start, end = int(checksums.ends[at - 1]) if at else 0, int(checksums.ends[at])
         why = ""
-        for _ in range(_TRIES if self.local else 1):
+        for _ in self._tries():
             self.fetch(block, v)
             try:
                 root = (self.local or self).root
@@ -296,10 +299,20 @@ class Generation:
                     )
         return values
 
+    def _tries(self) -> Iterator[None]:
+        """Once; of local copies several times, with pauses in which another run may be done.
+
+        Pauses are random: two runs that evict each other's shards must not do so in step.
+        """
+        yield
+        for attempt in range(_TRIES - 1 if self.local else 0):
+            time.sleep(_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+            yield
+
     def _values(
         self, names: list[str], local: np.ndarray, views: np.ndarray, shards: list[tuple[int, int]]
     ) -> dict[str, np.ndarray]:
-        for _ in range(_TRIES if self.local else 1):
+        for _ in self._tries():
             for shard in shards if self.local else ():
                 self.fetch(*shard)
             futures = {name: self.array(name)[local, views].read() for name in names}

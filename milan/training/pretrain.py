@@ -206,7 +206,8 @@ def _fit(
 ) -> dict[str, Any]:
     """Put the task together and train."""
     config, ranks, device = settings.config, context.ranks, context.device
-    order: Any = schedule.data
+    order = schedule.data
+    assert isinstance(order, Order | GrownOrder)
     micro_batch = config.batch_size // ranks.size // schedule.accumulate
     choose_kernels(student, device, settings.precision)
     objective = settings.objective(dataset.cache)

@@ -61,7 +61,7 @@ class TextTower:
                 f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower "
                 f"{vocabulary:,}",
                 expected="a text tower of its tokenizer's vocabulary",
-                fix="without --texts, or mend text_cfg",
+                fix="without --texts, or correct text_cfg",
             )
         self.identity = {
             "weights": weights_digest(model, without=("visual.", "logit_")),
