@@ -300,10 +300,13 @@ class Generation:
         return values
 
     def _tries(self) -> Iterator[None]:
-        """Once; of local copies several times, with pauses in which another run may be done.
+        """Twice; of local copies more often, with pauses in which another run may be done.
 
-        Pauses are random: two runs that evict each other's shards must not do so in step.
+        A file that changes while it is read fails a reader that takes the next bytes of it; the
+        second time it is whole, or the damage stays. Pauses are random: two runs that evict each
+        other's shards must not do so in step.
         """
+        yield
         yield
         for attempt in range(_TRIES - 1 if self.local else 0):
             time.sleep(_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
