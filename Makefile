@@ -22,7 +22,7 @@ demo: install
 	@cat report/report.txt
 
 test: install lint types
-	python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 soak: install
 	python -m pytest -m soak --numprocesses 2 --dist loadfile

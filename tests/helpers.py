@@ -343,10 +343,8 @@ class Command:
 
 
 def extract_here(data: Path, out: Path, files: dict[str, str], **more: Any) -> dict[str, bytes]:
-    """The tree that one undisturbed process makes, with the teacher's `files`."""
+    """The tree that this process makes with the teacher's `files`, what a Command would make."""
     torch.set_num_threads(1)
-    extract_targets(
-        str(data), out=str(out), views=2, shard_size=2, batch_size=3, executor="local",
-        **{**files, **more},
-    )  # fmt: skip
+    settings = {"views": 2, "shard_size": 2, "batch_size": 3, "executor": "local"}
+    extract_targets(str(data), out=str(out), **{**settings, **files, **more})
     return tree(out)

@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SMALL, STORE, Command, Notes, extract_here, log_of, make_photos, tree, until
+from helpers import (
+    SMALL,
+    STORE,
+    Command,
+    Notes,
+    extract_here,
+    log_of,
+    make_photos,
+    tagged,
+    tree,
+    until,
+)
 from safetensors.torch import load_file, save_file
 
 from milan.errors import MilanError
@@ -78,6 +89,7 @@ def test_ray_in_a_folder_with_packages_of_our_names(
     assert not (folder / STORE / ".staging").exists()
 
 
+@pytest.mark.soak
 def test_killed_workers_and_drivers_change_no_byte(
     many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -229,6 +241,9 @@ def kill_a_rank(log: Path) -> None:
 
 # --- a running cluster ----------------------------------------------------------------------------
 
+_TAG = "MILAN_TEST_TAG=cluster"
+"""In the environment of the processes of the fixture `cluster`."""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
@@ -237,7 +252,9 @@ def cluster() -> Iterator[str]:
 
     from pipeline.cluster.connect import connect
 
-    assert connect(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*_TAG.split("="))
+        assert connect(None)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -258,6 +275,31 @@ def test_joining_a_cluster(
     (tmp_path / "other").mkdir()
     assert tree(folder / STORE) == extract_here(photos, tmp_path / "other" / STORE, teacher_files)
     assert ray.cluster_resources()["CPU"] >= 1
+
+
+def test_a_killed_worker_changes_no_byte(
+    cluster: str, many: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL after a commit: its block is another worker's, and the log tells of it."""
+    store = tmp_path / "killed" / STORE
+    store.parent.mkdir()
+    killed: list[int] = []
+
+    def kill() -> None:
+        until(lambda: list((store / "generations/000/records").glob("*.json")))
+        killed.extend(pid for pid, name in tagged(_TAG).items() if name.startswith("ray::Host"))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = Thread(target=kill, daemon=True)
+    killer.start()
+    ray = {"executor": "ray", "replicas": 1, "num_workers": 1}
+    files = extract_here(many, store, teacher_files, **ray)
+    killer.join()
+    assert len(killed) == 1
+    log = [json.loads(line) for line in (store / "extract.log.jsonl").open()]
+    assert [entry["attempt"] for entry in log if entry["event"] == "failure"] == [0]
+    (tmp_path / "other").mkdir()
+    assert files == extract_here(many, tmp_path / "other" / STORE, teacher_files)
 
 
 def test_what_a_worker_refuses_ends_the_run(

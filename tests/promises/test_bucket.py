@@ -73,9 +73,8 @@ def settings(teacher_files: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def puts(s3: Proxy, photos: Path, settings: dict[str, Any]) -> list[Request]:
-    """`store` again, in a bucket, by a worker in a process of its own: every PUT of it."""
-    under_ray = {**settings, "executor": "ray", "replicas": 1, "num_workers": 1}
-    extract_targets(str(photos), out=REMOTE, **under_ray)
+    """`store` again, in a bucket: every PUT of it."""
+    extract_targets(str(photos), out=REMOTE, **settings)
     return [r for r, _ in s3.seen if r.method == "PUT" and "targets.zarr" in r.path]
 
 
@@ -147,6 +146,16 @@ def test_every_shard_is_put_once(puts: list[Request]) -> None:
                 start = f"{GENERATION}/{name}/c/{block}/{view}"
                 part = next(path for path in order if path.startswith(start))
                 assert order.index(part) < record < order.index(INDEX)
+
+
+@pytest.mark.soak
+def test_a_worker_of_ray_uploads(
+    s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path
+) -> None:
+    """The same bytes from a worker in a process of its own."""
+    under_ray = {**settings, "executor": "ray", "replicas": 1, "num_workers": 1}
+    extract_targets(str(photos), out=url, **under_ray)
+    assert same_store(url, store)
 
 
 @pytest.mark.soak

@@ -19,7 +19,18 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import SMALL, STUDENT, TEACHER, Notes, log_of, pretrain_line, same_as, tree, weights
+from helpers import (
+    SMALL,
+    STUDENT,
+    TEACHER,
+    Forked,
+    Notes,
+    log_of,
+    pretrain_line,
+    same_as,
+    tree,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 
 import milan
@@ -336,14 +347,14 @@ def test_a_full_disk_is_one_line(store: Path, tmp_path: Path) -> None:
     # A checkpoint's files are smaller than so many pictures, which are flushed after it.
     sets = ["--epochs", 16, "--set", "save_every=1000", "--set", "picture_every=1"]
     line = pretrain_line(store, tmp_path / "run", *sets)
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 350; exec "$@"', "-", *line],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("milan: ")
-    assert "File too large" in line
+    process = Forked(line, tmp_path / "output")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (350 << 10, 350 << 10))
+    code, output = process.end()
+    assert code == 1, output
+    assert "Traceback" not in output
+    (error,) = (line for line in output.splitlines() if line.startswith("milan: "))
+    assert "File too large" in error
+    assert output.rstrip().endswith(error)
 
 
 def test_a_loader_worker_is_killed(

@@ -179,6 +179,7 @@ def test_what_does_not_fit_is_said_before(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.soak
 def test_asked_to_stop_before_the_first_step(store: Path, tmp_path: Path) -> None:
     """While ranks are still starting: none of them is started again, and nothing is in the way of
     the same line."""

@@ -214,6 +214,7 @@ def test_another_teacher_and_another_scale_are_not_mixed(
     assert tree(project / "targets.zarr") == before
 
 
+@pytest.mark.soak
 def test_a_killed_extraction_resumes(
     project: Path, reproduced: subprocess.CompletedProcess
 ) -> None:
