@@ -48,7 +48,7 @@ def enlarge(source: Path, folder: Path, count: int) -> Path:
     files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     for i in range(count):
         rng = np.random.default_rng(i)
-        with Image.open(files[i % len(files)]) as image:
+        with Image.open(files[i % len(files)], formats=["JPEG"]) as image:
             large = image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         grain = rng.normal(0, 4, (HEIGHT, WIDTH, 1)).astype(np.int8)
         pixels = np.clip(np.asarray(large).astype(np.int16) + grain, 0, 255).astype(np.uint8)

@@ -83,7 +83,7 @@ def read_embedded(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return images and labels of a file which make_data.py wrote."""
     table = pq.read_table(path, columns=["image", "label"])
     encoded = (row["bytes"] for row in table.column("image").to_pylist())
-    images = np.stack([np.array(Image.open(io.BytesIO(png))) for png in encoded])
+    images = np.stack([np.array(Image.open(io.BytesIO(png), formats=["PNG"])) for png in encoded])
     return images, table.column("label").to_numpy()
 
 

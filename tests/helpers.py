@@ -30,6 +30,8 @@ from milan.core import remote
 from pipeline.extract import extract_targets
 
 ROOT = Path(__file__).resolve().parent.parent
+CASES = ROOT / "tests" / "cases"
+"""Small inputs of people's own sets that once failed."""
 SHARED = ROOT.parent / "shared" / "data"
 MILAN = str(Path(sys.executable).parent / "milan")
 STORE = "t.zarr"

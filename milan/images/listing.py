@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from milan.core.paths import AnyPath, files_below, is_local, map_files, open_below
 from milan.errors import DataError
-from milan.images.decode import EXTENSIONS
+from milan.images.formats import extensions, kind_of_extension
 from milan.images.tars import PACKED, packed, read_tar
 
 SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ def list_images(source: AnyPath) -> Listing:
     files = [(source.name, 0)] if alone else sorted(files_below(root))
     names = [name for name, _ in files]
     parquet = [name for name in names if name.endswith(".parquet")]
-    images = [(name, size) for name, size in files if name.lower().endswith(EXTENSIONS)]
+    images = [(name, size) for name, size in files if name.lower().endswith(extensions())]
     tars = [name for name in names if name.lower().endswith(".tar")]
     if parquet:
         return _list_parquet(root, parquet, _others(names, parquet))
@@ -82,7 +82,9 @@ def list_images(source: AnyPath) -> Listing:
 
 def _others(names: list[str], taken: list[str]) -> dict[str, int]:
     others = set(names) - set(taken)
-    kinds = (os.path.splitext(name)[1].lower() for name in names if name in others)
+    kinds = (
+        kind_of_extension(os.path.splitext(name)[1].lower()) for name in names if name in others
+    )
     return dict(Counter(kind or "without extension" for kind in kinds))
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from milan.core import rng
 from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, is_local
 from milan.errors import DataError
-from milan.images.decode import EXTENSIONS
+from milan.images.formats import extensions
 from milan.images.listing import SCHEMA, Listing, data_root, list_images
 
 __all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
@@ -166,7 +166,9 @@ def build_manifest(source: AnyPath, *, seed: int, limit: int | None = None) -> M
         names = ", ".join(f"{n} {ext}" for ext, n in manifest.ignored.items()) or "nothing"
         raise DataError(
             f"no images in {source} (it holds {names})",
-            expected="files ending in " + " ".join(EXTENSIONS) + ", Parquet files, or tars of them",
+            expected="files ending in "
+            + " ".join(extensions())
+            + ", Parquet files, or tars of them",
         )
     keys = manifest.table["key"].to_pylist()
     if len(set(keys)) < len(keys):

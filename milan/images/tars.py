@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from milan.errors import DataError
-from milan.images.decode import EXTENSIONS
+from milan.images.formats import extensions, kind_of_extension
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 """Names of tars that are compressed as a whole."""
@@ -98,7 +98,7 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
         tar.ignored["without extension"] += 1
         return
     annotations = facts.setdefault(sample, {})
-    if name.lower().endswith(EXTENSIONS):
+    if name.lower().endswith(extensions()):
         tar.names.append(name)
         tar.offsets.append(member.offset_data)
         tar.sizes.append(member.size)
@@ -114,7 +114,7 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
         except (ValueError, RecursionError):
             tar.ignored[f"unreadable {kind}"] += 1
     else:
-        tar.ignored["." + name.rpartition(".")[2].lower()] += 1
+        tar.ignored[kind_of_extension("." + name.rpartition(".")[2].lower())] += 1
 
 
 def _facts(kind: str, data: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from milan.core import rng
 from milan.errors import ConfigError
+from milan.images.formats import open_picture
 
 _TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
 
@@ -139,7 +140,7 @@ def pack(pixels: np.ndarray, how: str) -> bytes:
 def unpack(data: bytes) -> np.ndarray:
     """The pixels [S, S, 3] uint8 of a stored view. Raises ValueError if it is no picture."""
     try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return np.asarray(open_picture(data).convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"a stored view cannot be decoded: {error}") from None
 

@@ -377,6 +377,7 @@ def test_hostile_bytes_raise_nothing_but_faults(kind: str) -> None:
     data = valid()[kind]
     generator = np.random.default_rng(len(data))
     known = {"empty", "not-an-image", "truncated", "too-large", "multi-page", "unreadable"}
+    known.add("unsupported")
     faults = []
     for turn in range(40):
         broken = bytearray(data)
