@@ -12,46 +12,75 @@ from milan.version import __version__
 
 if TYPE_CHECKING:
     from milan.config import PretrainConfig
+    from milan.core.progress import NoProgress
     from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
     from milan.evaluation.linear_probe import linear_probe
     from milan.evaluation.protocols import EvaluationConfig
     from milan.models.export import load_encoder
     from milan.models.published import load_published
+    from milan.reporting.contact_sheet import contact_sheet
     from milan.store.cache import TargetCache
     from milan.training.pretrain import pretrain
+
+    # Of the pipeline, which milan never imports: loaded by name when it is asked for.
+    ExtractConfig: Any
+    extract_targets: Any
+    verify: Any
+    repair: Any
 
 _HOME = {
     "CachedDataset": "milan.data.dataset",
     "EvaluationConfig": "milan.evaluation.protocols",
+    "ExtractConfig": "pipeline.config",
     "MilanError": "milan.errors",
+    "NoProgress": "milan.core.progress",
     "PretrainConfig": "milan.config",
     "TargetCache": "milan.store.cache",
+    "contact_sheet": "milan.reporting.contact_sheet",
+    "extract_targets": "pipeline.extract",
     "linear_probe": "milan.evaluation.linear_probe",
     "load_encoder": "milan.models.export",
     "load_published": "milan.models.published",
     "open_cache": "milan.data.dataset",
     "pretrain": "milan.training.pretrain",
+    "repair": "pipeline.repair",
+    "verify": "pipeline.verify",
 }
+_SHOW_PROGRESS = ("extract_targets", "pretrain", "linear_probe", "verify", "repair")
 
 __all__ = [
+    "extract_targets",
+    "ExtractConfig",
+    "verify",
+    "repair",
     "open_cache",
     "TargetCache",
     "CachedDataset",
+    "contact_sheet",
     "pretrain",
     "PretrainConfig",
     "load_encoder",
     "load_published",
     "linear_probe",
     "EvaluationConfig",
+    "NoProgress",
     "MilanError",
     "__version__",
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'milan' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
+    from milan.core.beside import ours
+    from milan.core.progress import shown
+
+    with ours():
+        value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value = shown(value) if name in _SHOW_PROGRESS else value
     return value

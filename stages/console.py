@@ -1,4 +1,7 @@
-"""Output on the terminal: progress with speed and time left, notes, tables. Only stages print."""
+"""Output on the terminal or in a notebook: progress with speed and time left, notes, tables.
+
+Only stages print. The public functions of milan show their progress here too (milan.core.progress).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,14 @@ from rich.text import Text
 
 from milan.core.units import format_duration
 
-out = Console(highlight=False, soft_wrap=True)
+_NOTEBOOK = "ipykernel" in sys.modules
+# There a bar is a widget. Without ipywidgets rich would show nothing, so lines are printed.
+_BAR = None if not _NOTEBOOK or find_spec("ipywidgets") else False
+out = Console(highlight=False, soft_wrap=True, force_jupyter=_BAR, force_terminal=_BAR)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
+# Seconds between lines where there is no bar; in a notebook somebody is watching.
+_PLAIN_EVERY = 10.0 if _NOTEBOOK else 60.0
 
 
 class _Progress(Progress):
@@ -40,7 +48,7 @@ class _Progress(Progress):
 
 
 class ConsoleProgress:
-    """A progress bar on a terminal; without a terminal, a plain line a minute.
+    """A progress bar on a terminal or in a notebook; elsewhere a plain line a minute.
 
     Speed and time left are averages since the beginning, so that regular pauses (validation) count.
     """

@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: ZipFile) -> None:
 
 def test_the_wheel_installs_the_command(wheel: ZipFile) -> None:
     """`milan` is what the README types."""
-    assert "milan = stages.cli:main" in metadata(wheel, "entry_points.txt").splitlines()
+    assert "milan = milan.__main__:main" in metadata(wheel, "entry_points.txt").splitlines()
 
 
 def test_the_wheels_metadata(wheel: ZipFile) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pickle
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, STUDENT
+from helpers import ROOT, STUDENT, Notes
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 import milan
 import pipeline.extract
+from milan.core import beside
 from milan.errors import ConfigError
 from milan.images.decode import decode
 from milan.images.views import View, render
@@ -45,10 +50,8 @@ def test_the_lines_of_the_readme(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     blocks.sort(key=lambda block: "milan.pretrain(" not in block)
-    small = partial(
-        pipeline.extract.extract_targets, executor="local", shard_size=8, **teacher_files
-    )
-    monkeypatch.setattr(pipeline.extract, "extract_targets", small)
+    small = partial(milan.extract_targets, executor="local", shard_size=8, **teacher_files)
+    monkeypatch.setattr(milan, "extract_targets", small)
     shortened = milan.pretrain
 
     def short(*arguments: Any, **settings: Any) -> dict[str, Any]:
@@ -70,12 +73,121 @@ def test_the_lines_of_the_readme(
     assert (ours(images) - theirs(images)).abs().max() <= 1e-6
 
 
+def test_the_loop_of_the_docs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, and it learns: the loss is that of one pass over 48 views."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if "import" not in line and line]) <= 10
+    (tmp_path / "targets.zarr").symlink_to(store)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/python.md", "exec"), names)
+    assert 0 < names["loss"].item() < 2
+    assert names["batch"]["image"].dtype == torch.float32
+    assert any(p.grad.abs().sum() > 0 for p in names["student"].parameters())
+
+
 def test_every_public_name_is_there() -> None:
-    """Names load on first use: a misspelt home would show only then."""
+    """Names load on first use: a misspelt home would show only then. dir() lists them."""
     for name in milan.__all__:
         assert getattr(milan, name) is not None
+    assert dir(milan) == sorted(milan.__all__)
+    assert set(milan._HOME) == set(milan.__all__) - {"__version__"}
+    page = (ROOT / "docs/python.md").read_text()
+    assert [name for name in milan.__all__ if f"`{name}`" not in page] == [
+        "NoProgress",
+        "__version__",
+    ]
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         milan.nonsense  # noqa: B018
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_progress_shows_unless_told_otherwise(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands' lines by default; nothing for NoProgress; what another Progress was given."""
+    assert milan.verify(store).code == 0
+    shown = capsys.readouterr().out
+    milan.verify(store, progress=milan.NoProgress())
+    assert capsys.readouterr().out == ""
+    heard = Notes()
+    milan.pretrain(str(store), out=str(tmp_path / "a"), progress=heard, stop_after=1, **SMALL)
+    assert capsys.readouterr().out == ""
+    milan.pretrain(str(store), out=str(tmp_path / "b"), stop_after=1, **SMALL)
+    shown += capsys.readouterr().out
+    assert "train: 1 steps in" in shown
+    assert all(line in shown for line in heard.lines)
+    wrapped = milan.pretrain.__wrapped__  # type: ignore[attr-defined]
+    assert milan.pretrain.__doc__ == wrapped.__doc__
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook(widgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ipykernel asks for colours by FORCE_COLOR; without ipywidgets that must not mean a bar."""
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if widgets:
+        (tmp_path / "ipywidgets.py").touch()
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / "stages/console.py")
+    assert spec
+    assert spec.loader
+    console = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(console)
+    assert console.out.is_terminal == widgets
+    assert console._PLAIN_EVERY <= 10
+
+
+# --- packages of the user's own -------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A program's folder with packages called as ours are; ours are not imported yet."""
+    for name in ("pipeline", "stages"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "own.py").write_text(f"NAME = 'my own {name}'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beside, "_set_aside", {"pipeline": {}, "stages": {}})
+    before = {name: beside._take(name) for name in ("pipeline", "stages")}
+    public = {name: vars(milan).pop(name) for name in milan._HOME if name in vars(milan)}
+    yield tmp_path
+    for name, modules in before.items():
+        beside._take(name)
+        sys.modules.update(modules)
+    vars(milan).update(public)
+
+
+def own_names() -> list[str]:
+    return [importlib.import_module(f"{name}.own").NAME for name in ("pipeline", "stages")]
+
+
+@pytest.mark.parametrize("order", ["theirs first", "ours first"])
+def test_packages_called_as_ours_are(
+    order: str, own_packages: Path, photos: Path, store: Path, teacher_files: dict[str, str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both work in one process, in any order: functions, settings, progress, and the command."""
+    theirs = ["my own pipeline", "my own stages"]
+    if order == "theirs first":
+        assert own_names() == theirs
+    config = milan.ExtractConfig(str(photos), "t.zarr", executor="local", limit=2, **teacher_files)
+    assert milan.extract_targets(config)["images"] == 2
+    assert "extract: 2 images" in capsys.readouterr().out
+    assert own_names() == theirs
+    assert milan.verify("t.zarr").code == 0
+    with pytest.raises(milan.MilanError, match="no data found"):
+        milan.extract_targets("nowhere")
+    monkeypatch.setattr(sys, "argv", ["milan", "inspect", "t.zarr"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module("milan.__main__").main()
+    assert "teacher0/int8" in capsys.readouterr().out
+    assert own_names() == theirs
 
 
 def test_functions_take_the_commands_arguments(store: Path, tmp_path: Path) -> None:
@@ -120,6 +232,26 @@ def test_an_item_is_what_the_teacher_saw_and_said(store: Path, cache: TargetCach
         crop = View.of(cache.crops(np.array([row]), np.array([view]))[0])
         pixels = render(decode((views.root / key).read_bytes()), crop, size=32)
         np.testing.assert_array_equal(item["image"].permute(1, 2, 0), pixels)
+
+
+def test_what_a_sample_is_called_and_becomes(store: Path, photos: Path) -> None:
+    """`classes` names the labels; `transform` gets the pixels and changes nothing else."""
+    plain = milan.open_cache(store)
+    changed = milan.open_cache(store, transform=half)
+    for index in (0, 17):
+        item, other = plain[index], changed[index]
+        assert plain.classes
+        key = plain.cache.manifest.key(item["row"])
+        assert plain.classes[item["label"]] == key.split("/")[0]
+        assert torch.equal(other.pop("image"), item.pop("image") / 510)
+        assert str(item) == str(other)
+    sent = pickle.loads(pickle.dumps(changed))  # as to a loader worker
+    assert torch.equal(sent[17]["image"], changed[17]["image"])
+
+
+def half(image: torch.Tensor) -> torch.Tensor:
+    assert image.dtype == torch.uint8
+    return image / 510
 
 
 def test_indices_from_the_end_and_beyond(store: Path) -> None:

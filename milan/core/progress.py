@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol
+
+from milan.core.beside import ours
+
+_CONSOLE = "stages.console"  # the one module that prints; imported only where nobody else listens
 
 
 class Progress(Protocol):
@@ -52,7 +58,7 @@ def replay(progress: Progress, call: tuple[str, tuple, dict]) -> None:
 
 
 class NoProgress:
-    """Ignores every call: the default of every function called from Python."""
+    """Ignores every call: `progress=milan.NoProgress()` keeps a function of milan quiet."""
 
     def note(self, text: str) -> None:
         """Nothing."""
@@ -65,3 +71,20 @@ class NoProgress:
 
     def end(self) -> None:
         """Nothing."""
+
+
+def shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as people call it: with the command line's progress, unless they pass another.
+
+    In a notebook too. While it runs, `pipeline` and `stages` are ours (milan.core.beside).
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, progress: Progress | None = None, **settings: Any) -> Any:
+        with ours():
+            if progress is not None:
+                return function(*arguments, progress=progress, **settings)
+            with import_module(_CONSOLE).ConsoleProgress() as console:
+                return function(*arguments, progress=console, **settings)
+
+    return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +21,28 @@ from milan.store.cache import TargetCache
 class CachedDataset(Dataset):
     """Every stored view of every good image: item i is view i mod K of the (i div K)-th image.
 
-    An item is a dict: `image` uint8 [3, S, S], `features` float32 [T, C], `attention` float32
-    [N], `row`, `view`, `label` (-1 if unknown). Made for one's own loop; start loader workers with
-    `multiprocessing_context="forkserver"`.
+    An item is a dict of
+
+    - `image`: uint8 [3, S, S] in 0..255, RGB, the pixels that the teacher saw; or what `transform`
+      made of it
+    - `features`: float32 [T, C], decoded. Row 0 is the class token (of a teacher without one, what
+      the store says in its place), rows 1 to N are the patches in raster order. Only directions
+      count: tokens are not normalised
+    - `attention`: float32 [N], the class token's to each patch, > 0
+    - `row`, `view`: int; the image's row in the manifest, and which of its views
+    - `label`: int, an index into `classes`; -1 if unknown
+
+    Made for one's own loop; start loader workers with `multiprocessing_context="forkserver"`.
     """
 
-    def __init__(self, cache: TargetCache, *, data_root: str | None = None) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        cache: TargetCache,
+        *,
+        data_root: str | None = None,
+        transform: Callable[[torch.Tensor], Any] | None = None,
+    ) -> None:
+        self.cache, self.transform = cache, transform
         self.stored = cache.spec.stored_views != "none"
         # A store that keeps its views needs no originals.
         self.root = None if self.stored and not data_root else cache.find_data_root(data_root)
@@ -52,6 +68,11 @@ class CachedDataset(Dataset):
         """[rows] int64, -1 where unknown."""
         return self.cache.manifest.labels()
 
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, which labels count; None in a store without classes."""
+        return self.cache.manifest.classes
+
     def __len__(self) -> int:
         return len(self.good) * self.cache.views
 
@@ -68,9 +89,10 @@ class CachedDataset(Dataset):
         scale = None if targets.scale is None else torch.from_numpy(targets.scale)
         features = self.cache.codec.decode(codes, scale)
         pixels = torch.from_numpy(self.pixels(rows, views)).permute(0, 3, 1, 2)
+        shown = pixels if self.transform is None else [self.transform(image) for image in pixels]
         return [
             {
-                "image": pixels[i],
+                "image": shown[i],
                 "features": features[i],
                 "attention": torch.from_numpy(targets.attention[i]),
                 "row": int(row),
@@ -137,12 +159,19 @@ class CachedDataset(Dataset):
 
 
 def open_cache(
-    path: str | AnyPath, *, layer: str | None = None, data_root: str | None = None
+    path: str | AnyPath,
+    *,
+    layer: str | None = None,
+    data_root: str | None = None,
+    transform: Callable[[torch.Tensor], Any] | None = None,
 ) -> CachedDataset:
-    """A finished store as a torch Dataset. `data_root` is where the images lie, if they moved.
+    """A finished store as a torch Dataset; CachedDataset says what an item is.
 
-    Of a store that holds the targets of several teachers or codecs, `layer` names one.
-    Raises CacheError for a store that is absent, incomplete, foreign or damaged, and DataError if
-    the images are not found.
+    `data_root` is where the images lie, if they moved. Of a store that holds the targets of several
+    teachers or codecs, `layer` names one. `transform` is called with each `image`, uint8 [3, S, S].
+    It may change its colours and type, but must leave patches where they are: the targets belong
+    to them. Loader workers need one that can be pickled. Raises CacheError for a store that is
+    absent, incomplete, foreign or damaged, and DataError if the images are not found.
     """
-    return CachedDataset(TargetCache(path, layer=layer), data_root=data_root)
+    cache = TargetCache(path, layer=layer)
+    return CachedDataset(cache, data_root=data_root, transform=transform)

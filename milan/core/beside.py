@@ -1,0 +1,61 @@
+"""The packages that are installed beside `milan`, `pipeline` and `stages`, told from another's.
+
+Their names are common words. A program may have a package of its own called so, in its folder,
+which Python searches first. Both can be used in one process: within `ours` the names mean the
+packages in the folder that milan itself is in, outside what they mean to the program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from types import ModuleType
+
+from milan.errors import ConfigError
+
+_HERE = Path(__file__).resolve().parents[2]
+_PACKAGES = ("pipeline", "stages")
+_set_aside: dict[str, dict[str, ModuleType]] = {package: {} for package in _PACKAGES}
+"""Modules of ours, by package, while another's have their names."""
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    """In the block `import pipeline` and `import stages` give ours. Not for several threads."""
+    theirs = {p: _take(p) for p in _PACKAGES if not _is_ours(sys.modules.get(p))}
+    for package in theirs:
+        sys.modules.update(_set_aside[package] or {package: _load(package)})
+    try:
+        yield
+    finally:
+        for package, modules in theirs.items():
+            taken = _take(package)
+            if not modules and _is_ours(find_spec(package)):  # nobody else uses the name
+                modules = taken
+            _set_aside[package] = taken
+            sys.modules.update(modules)
+
+
+def _take(package: str) -> dict[str, ModuleType]:
+    """Remove what is imported of a package; name -> module."""
+    names = [name for name in sys.modules if name.partition(".")[0] == package]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _is_ours(found: object) -> bool:
+    """Whether a package, or its spec, is of the folder that milan is in."""
+    places = getattr(found, "submodule_search_locations", getattr(found, "__path__", None))
+    return any(Path(place).resolve().parent == _HERE for place in [*(places or [])][:1])
+
+
+def _load(package: str) -> ModuleType:
+    spec = PathFinder.find_spec(package, [str(_HERE)])
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"no package {package} in {_HERE}", fix="install milan-pretrain again")
+    module = sys.modules[package] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
