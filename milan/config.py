@@ -93,7 +93,7 @@ class PretrainConfig:
     """Steps between lines of the log."""
 
     # Numbers and devices
-    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     checkpoint_activations: bool = setting(False, identity=False)
     """Keep only the input of each block, and compute the rest again: less memory, more time."""

@@ -1,10 +1,12 @@
-"""Device, precision, and the normalisation of pixels."""
+"""Device, precision, copies to the device, and the normalisation of pixels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 
@@ -16,18 +18,78 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` is CUDA, else Apple's MPS, else the CPU."""
+    """The device called `name`; `auto` is CUDA, else Apple's MPS, else the CPU.
+
+    It has the index that its tensors have (cuda:0, mps:0): what is kept by device is found again.
+    Raises ConfigError if this machine has no such device.
+    """
+    fix = "--device auto or cpu"
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else other
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type != "cuda":
+            return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: {first}", fix="--device auto or cpu") from None
-    return device
+        raise ConfigError(f"--device {name}: {first}", fix=fix) from None
+    # Without a tensor: a process that only starts ranks needs no memory on a GPU.
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no GPU", fix=fix)
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: there is no GPU of that number",
+            expected=f"cuda:0 to cuda:{torch.cuda.device_count() - 1}",
+            fix=fix,
+        )
+    return torch.device("cuda", index)
+
+
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; from pinned memory to CUDA the copy does not wait.
+
+    To no other device: a temporary that is copied to Apple's without waiting may be freed before
+    it has arrived.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def device_constant(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator: `make(*key)` gives a tensor; decorated, it takes a device first.
+
+    Each is made on the CPU and copied to a device once; making it there would wait for all work
+    queued on the device.
+    """
+    copies: dict[tuple[Hashable, ...], torch.Tensor] = {}
+
+    @wraps(make)
+    def on(device: torch.device, *key: Any) -> torch.Tensor:
+        return kept_copy(copies, (device, *key), lambda: make(*key), device)
+
+    return on
+
+
+def kept_copy(
+    copies: dict[Any, torch.Tensor],
+    key: Hashable,
+    make: Callable[[], torch.Tensor],
+    device: torch.device,
+) -> torch.Tensor:
+    """copies[key], after the first call `make()` on `device`. A fake tensor is not kept.
+
+    One made in inference mode would be of no use to training, so none is.
+    """
+    if key in copies:
+        return copies[key]
+    with torch.inference_mode(False):
+        tensor = copy_to(make(), device)
+    if type(tensor) is torch.Tensor:
+        copies[key] = tensor
+    return tensor
 
 
 def cpu_count() -> int:
@@ -52,10 +114,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B, S, S, 3] to float32 [B, 3, S, S], (x / 255 - mean) / std, on the same device."""
-    channels = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
-    # Made on the CPU: making it on the device would wait for all work queued there.
-    scale, shift = torch.tensor(channels).T.to(pixels.device, non_blocking=True)
+    scale, shift = _scale_and_shift(pixels.device, tuple(mean), tuple(std))
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
+
+
+@device_constant
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """[2, 3]: normalised = scale * pixel + shift."""
+    return torch.tensor([(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]).T
 
 
 def denormalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

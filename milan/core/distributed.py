@@ -120,9 +120,12 @@ def process_group(
 ) -> Iterator[tuple[Ranks, torch.device]]:
     """Inside, this process is a member of torch's process group; yields its ranks and its device.
 
-    Without several ranks nothing is set up. Raises ConfigError if the machine has no GPU for it.
+    Without several ranks there is no group. A GPU becomes this process's current one. Raises
+    ConfigError if the machine has no GPU for it.
     """
     if ranks is None or ranks.size == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         yield SINGLE, device
         return
     if device.type == "cuda":

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from milan.core.device import copy_to
 from milan.core.rng import mask_noise
 from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
 from milan.data.dataset import CachedDataset
@@ -41,8 +42,8 @@ class Batch(NamedTuple):
     """[B, T] float32, for codecs that scale"""
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`; from pinned memory the copy does not wait."""
-        return self._each(lambda t: t.to(device, non_blocking=True))
+        """The same on `device`; from pinned memory to CUDA the copy does not wait."""
+        return self._each(lambda t: copy_to(t, device))
 
     def pin_memory(self) -> Batch:
         """Called by DataLoader where there is a GPU."""

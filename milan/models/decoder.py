@@ -119,11 +119,11 @@ class Decoder(nn.Module):
         order = mask.visible + 1
         if self.class_token:
             order = torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
-        position = self.pos_embed.to(z.dtype).expand(b, -1, -1)
+        # Positions and mask token are float32: so is the sum that the blocks add to, also under
+        # autocast, as in the published code.
+        position = self.pos_embed.expand(b, -1, -1)
         prompts = z + position.gather(1, order[..., None].expand(-1, -1, d))
-        masked = self.mask_token.to(z.dtype) + position.gather(
-            1, mask.masked[..., None].expand(-1, -1, d) + 1
-        )
+        masked = self.mask_token + position.gather(1, mask.masked[..., None].expand(-1, -1, d) + 1)
         if self.kind == "prompt":
             for block in self.blocks:
                 masked = run_block(block, prompts, masked, recompute=recompute)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from milan.core.device import device_constant
+
 
 def resampled_features(features: torch.Tensor, patches: int) -> torch.Tensor:
     """Token features [B, T, C] of one grid to those [B, 1 + patches, C] of another, float32.
@@ -18,7 +20,7 @@ def resampled_features(features: torch.Tensor, patches: int) -> torch.Tensor:
     b, t, c = features.shape
     old, new = round((t - 1) ** 0.5), round(patches**0.5)
     grid = features[:, 1:].float().reshape(b, old, old * c)
-    weights = _interpolation(old, new).to(features.device, non_blocking=True)
+    weights = _interpolation(features.device, old, new)
     with torch.autocast(features.device.type, enabled=False):
         rows = (weights @ grid).view(b, new, old, c)
         resampled = weights @ rows
@@ -32,12 +34,13 @@ def resampled_attention(attention: torch.Tensor, patches: int) -> torch.Tensor:
     own. The sum stays the same, of every region that both grids can draw.
     """
     old, new = round(attention.shape[1] ** 0.5), round(patches**0.5)
-    shares = _overlap(old, new).to(attention.device, non_blocking=True)
+    shares = _overlap(attention.device, old, new)
     with torch.autocast(attention.device.type, enabled=False):
         grid = attention.float().view(-1, old, old)
         return (shares @ grid @ shares.T).flatten(1)
 
 
+@device_constant
 def _interpolation(old: int, new: int) -> torch.Tensor:
     """Weights [new, old] of the old centres at the new ones; rows sum to one."""
     centres = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5
@@ -46,6 +49,7 @@ def _interpolation(old: int, new: int) -> torch.Tensor:
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
+@device_constant
 def _overlap(old: int, new: int) -> torch.Tensor:
     """Which share of each old interval lies in each new one [new, old]; columns sum to one."""
     ends, edges = torch.arange(new + 1) * old, torch.arange(old + 1) * new  # in 1 / (old * new)

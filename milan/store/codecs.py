@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milan.core.device import kept_copy
 from milan.errors import CacheError, ConfigError, nearest
 
 PQ_BYTES = (16, 32, 64, 128)
@@ -65,12 +66,11 @@ class Codec:
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
         # Copied to a device once; these copies are not sent to other processes.
+        if name not in self.tables:
+            raise CacheError(f"codec {self.name} has no {name}: it was not fitted")
         copies = self.__dict__.setdefault("_copies", {})
-        if (name, device) not in copies:
-            if name not in self.tables:
-                raise CacheError(f"codec {self.name} has no {name}: it was not fitted")
-            copies[name, device] = torch.from_numpy(self.tables[name].copy()).to(device)
-        return copies[name, device]
+        table = self.tables[name]
+        return kept_copy(copies, (name, device), lambda: torch.from_numpy(table.copy()), device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_copies"}
@@ -194,11 +194,12 @@ class ProductQuantised(Codec):
         return torch.cat(codes).view(*features.shape[:-1], self.size).cpu().numpy(), None
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """Look up and rotate back."""
+        """Look up and rotate back, in float32 also under autocast."""
         book = self._table("codebook", codes.device)
         first = torch.arange(self.size, device=codes.device) * _CENTROIDS
         pieces = torch.nn.functional.embedding(codes.long() + first, book.flatten(0, 1))
-        return pieces.flatten(-2) @ self._table("rotation", codes.device)
+        with torch.autocast(codes.device.type, enabled=False):
+            return pieces.flatten(-2) @ self._table("rotation", codes.device)
 
 
 def _balancing(sample: np.ndarray, pieces: int) -> np.ndarray:

@@ -88,7 +88,8 @@ def _precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # Cards before Ampere compute bf16 by emulation: slower than fp32.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # --- the student ----------------------------------------------------------------------------------

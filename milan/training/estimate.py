@@ -72,6 +72,7 @@ def estimate_run(
         else:
             with autocast(device, settings.precision):
                 loss = objective(student, batch.to(device))
+            assert type(loss) is torch.Tensor, "a step of the estimate ran on fake tensors"
             loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

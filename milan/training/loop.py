@@ -180,7 +180,7 @@ class _StepResult(NamedTuple):
         values = torch.stack([*losses, norm]).to("cpu", non_blocking=cuda)
         ready = torch.cuda.Event() if cuda else None
         if ready:
-            ready.record()
+            ready.record(torch.cuda.current_stream(norm.device))
         return cls(step, batches, values, ready)
 
     @property
@@ -238,7 +238,7 @@ class _Loop:
             return 0
         state = checkpoint.load(self.run, step, model=self.task.model, optimiser=self.optimiser)
         self.loss_sum, self.counted = state["losses"]
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:  # of a run that was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         self.done = step
         return step

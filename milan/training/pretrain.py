@@ -132,7 +132,8 @@ def pretrain(
 
 def devices_of(config: PretrainConfig, device: torch.device) -> int:
     """How many ranks this machine gets: one a GPU, or as many as asked for. Raises ConfigError."""
-    visible = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    every = device.type == "cuda" and ":" not in config.device
+    visible = torch.cuda.device_count() if every else 1
     if config.devices is None:
         return visible
     if device.type == "cuda" and config.devices > visible:

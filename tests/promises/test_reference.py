@@ -117,6 +117,24 @@ def test_student() -> None:
     assert all(not ours[name].requires_grad for name in frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_student_under_autocast(dtype: torch.dtype) -> None:
+    """Products in half precision, the sums that blocks add to in float32, as published."""
+    arrays, config = vectors("milan_student")
+    student = load_published(part(arrays, "state/"), config=config)
+    between: set[torch.dtype] = set()
+    for block in [*student.encoder.blocks, *student.decoder.blocks]:
+        block.register_forward_hook(lambda m, inputs, out: between.add(out.dtype))
+    with torch.autocast("cpu", dtype):
+        prediction = student(torch.from_numpy(arrays["images"]), golden_mask(arrays))
+    assert between == {torch.float32}
+    assert prediction.dtype == dtype
+    error = (prediction.float() - torch.from_numpy(arrays["pred"])).abs().max()
+    assert error <= (1e-2 if dtype == torch.float16 else 6e-2)
+    loss = feature_regression(prediction, torch.from_numpy(arrays["target"]))
+    assert loss.item() == pytest.approx(float(arrays["loss"]), abs=1e-3)
+
+
 def test_a_norm_on_the_prompts_fails() -> None:
     """The comparison can fail: layer-normed prompts, the likeliest mistake, are seen."""
     arrays, config = vectors("milan_student")

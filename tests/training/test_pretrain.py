@@ -220,7 +220,6 @@ def test_a_run_json_without_its_parts(whole: Path, store: Path, tmp_path: Path) 
         ("mask_ratio", 0.5),
         ("objective", "pixels"),
         ("weight_decay", 0.1),
-        ("precision", "bf16"),
         ("decoder", {"embed_dim": 16, "depth": 1, "num_heads": 2}),
         ("model_args", {**STUDENT["model_args"], "depth": 1}),
     ],
@@ -410,6 +409,16 @@ def test_bf16_runs(whole: Path, store: Path, tmp_path: Path) -> None:
     assert {w.dtype for w in load_file(tmp_path / "encoder.safetensors").values()} == {
         torch.float32
     }
+
+
+def test_a_run_goes_on_in_another_precision(store: Path, tmp_path: Path) -> None:
+    """Begun on a GPU in bf16 or fp16, resumed on a CPU in fp32, and back."""
+    run, notes = {**SMALL, "out": str(tmp_path)}, Notes()
+    for precision in ("bf16", "fp16", "fp32", "fp16"):
+        milan.pretrain(str(store), precision=precision, stop_after=3, progress=notes, **run)
+    assert [line["step"] for line in log_of(tmp_path)][-1] == 12
+    kinds = [line.split(", ")[2] for line in notes.lines if line.startswith("steps: ")]
+    assert kinds == ["bf16 on cpu", "fp16 on cpu", "fp32 on cpu", "fp16 on cpu"]
 
 
 def test_a_loss_that_is_not_finite_stops(

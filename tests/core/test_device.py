@@ -1,0 +1,143 @@
+"""Tests of milan.core.device: what a machine with GPUs does, seen from one without."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from helpers import ROOT
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device
+from milan.core.distributed import process_group
+from milan.errors import ConfigError
+from milan.objectives.resample import resampled_attention, resampled_features
+from milan.store.codecs import codec_of
+from milan.training.build import resolve_defaults
+from milan.training.loop import _StepResult
+from milan.training.pretrain import PretrainConfig, devices_of
+
+GPU = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda as it answers on a machine with two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "ranks"), [("auto", 0, 2), ("cuda", 0, 2), ("cuda:1", 1, 1)]
+)
+def test_a_gpu_has_its_index_from_the_start(
+    two_gpus: None, name: str, index: int, ranks: int
+) -> None:
+    """What is kept by device is found again by a tensor's; a named GPU is the only one used."""
+    device = pick_device(name)
+    assert device == torch.device("cuda", index)
+    assert devices_of(PretrainConfig("t.zarr", device=name), device) == ranks
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
+    """One line, whether there are others or none."""
+    with pytest.raises(ConfigError, match=r"--device cuda:2: .*expected: cuda:0 to cuda:1"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"--device cuda: torch .* sees no GPU.*--device auto"):
+        pick_device("cuda")
+
+
+def test_bf16_by_emulation_is_no_support(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
+    """A card before Ampere takes fp16; torch says that it supports bf16, by emulation."""
+    config, seen = PretrainConfig("t.zarr"), []
+    for capable, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported",
+            lambda including_emulation=True, c=capable: including_emulation or c,
+        )  # fmt: skip
+        seen.append((resolve_defaults(config, GPU).precision, expected))
+    assert all(ours == expected for ours, expected in seen)
+
+
+def test_nothing_fake_is_kept() -> None:
+    """An estimate runs on tensors without memory; a run after it in the same process is real."""
+    features, attention = torch.randn(2, 17, 8), torch.rand(2, 16)
+    codec = codec_of("int8").fitted(features.flatten(0, 1))
+    codes, scale = map(torch.from_numpy, codec.encode(features))  # type: ignore[arg-type]
+
+    def estimate() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            on_gpu = [fake.from_tensor(t).to(GPU) for t in (codes, scale, features, attention)]
+            assert codec.decode(*on_gpu[:2]).device == GPU
+            assert resampled_features(on_gpu[2], 9).device == GPU
+            assert resampled_attention(on_gpu[3], 9).device == GPU
+            pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8, device=GPU)
+            assert normalise(pixels, MEAN, STD).device == GPU
+
+    estimate()
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is FakeTensor]
+
+
+def test_constants_of_inference_serve_training() -> None:
+    """Made in inference mode they would raise as soon as a gradient needs them."""
+    pixels = torch.full((1, 2, 2, 3), 9, dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    with torch.inference_mode():
+        normalise(pixels, mean, std)
+    weight = torch.ones((), requires_grad=True)
+    images = normalise(pixels, mean, std)
+    (images * weight).sum().backward()
+    assert torch.equal(denormalise(images, mean, std), pixels)
+
+
+@pytest.mark.parametrize(("name", "waits"), [("cuda:1", False), ("mps:0", True), ("cpu", True)])
+def test_only_cuda_copies_without_waiting(name: str, waits: bool) -> None:
+    """A temporary may be freed before Apple's device has it."""
+
+    class Spy:
+        def to(self, device: torch.device, *, non_blocking: bool) -> bool:
+            return non_blocking
+
+    assert copy_to(Spy(), torch.device(name)) is not waits  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_nothing_else_copies_without_waiting() -> None:
+    """But a step's figures on their way to the CPU, which an event guards."""
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("milan", "pipeline", "stages")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"non_blocking=(?!False)", path.read_text())
+    }
+    assert users == {"milan/core/device.py", "milan/training/loop.py"}
+
+
+def test_figures_are_awaited_on_the_stream_of_their_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--device cuda:1: an event on the stream of cuda:0 would be over at once."""
+    recorded: list[torch.device] = []
+
+    class Event:
+        def record(self, stream: torch.device) -> None:
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    with FakeTensorMode():
+        loss, norm = torch.zeros((), device=GPU), torch.zeros((), device=GPU)
+        assert _StepResult.from_device(0, [], [loss], norm).ready
+    assert recorded == [GPU]
+
+
+def test_a_single_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What names no device, as an event or a kernel's workspace, belongs to the run's."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with process_group(None, GPU) as (_, device):
+        assert (device, current) == (GPU, [GPU])
