@@ -38,7 +38,8 @@ class PretrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
     decoder: dict[str, Any] = field(default_factory=dict)
-    """embed_dim 512, depth 8, num_heads 16, mlp_ratio 4: --set decoder.depth=2."""
+    """embed_dim 2/3 of the model's, at most 512; depth 8; num_heads embed_dim / 32; mlp_ratio 4:
+    --set decoder.depth=2."""
     objective: str = "milan"
     """milan (the teacher's features), pixels (MAE, the baseline), or package.module:Class."""
     decoder_kind: str | None = None

@@ -15,14 +15,39 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from milan.errors import ConfigError
+from milan.errors import ConfigError, nearest
 from milan.models.encoder import run_block, sincos_positions
 from milan.models.masking import Mask
 
 DECODERS: Final = ("prompt", "mae")
-DECODER: Final = {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}
-"""The published decoder, the same for every size of encoder (MILAN, models_milan.py)."""
+PUBLISHED: Final = {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}
+"""The published decoder, of ViT-B and ViT-L (MILAN, models_milan.py)."""
+_HEAD: Final = 32  # channels of a published head
 _EPS: Final = 1e-6
+
+
+def decoder_arguments(encoder_width: int, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All arguments of a decoder; those that are not `given` fit an encoder of width E.
+
+    D is two thirds of E, in heads of 32 channels, and at most the published 512: so it is for ViT-B
+    (E = 768) and above, 256 for ViT-S, 128 for ViT-Ti. Blocks and mlp_ratio are as published.
+    Raises ConfigError for an unknown argument, or one that is no number above 0.
+    """
+    given = given or {}
+    for key, value in given.items():
+        if key not in PUBLISHED:
+            raise ConfigError(
+                f"unknown decoder argument {key!r}",
+                expected="one of " + ", ".join(PUBLISHED),
+                fix=nearest(key, PUBLISHED),
+            )
+        kind = (int, float) if key == "mlp_ratio" else int
+        if not isinstance(value, kind) or value <= 0:
+            raise ConfigError(f"decoder argument {key} = {value!r}", expected="a number above 0")
+    fitting = _HEAD * max(1, round(encoder_width * 2 / 3 / _HEAD))
+    width = given.get("embed_dim", min(fitting, PUBLISHED["embed_dim"]))
+    heads = next(n for n in range(max(1, width // _HEAD), 0, -1) if width % n == 0)
+    return {**PUBLISHED, "embed_dim": width, "num_heads": heads, **given}
 
 
 class PromptAttention(nn.Module):
@@ -101,6 +126,9 @@ class Decoder(nn.Module):
                 fix="--set decoder.num_heads=…",
             )
         self.kind, self.class_token = kind, class_token
+        self.arguments = {
+            "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
+        }  # fmt: skip
         self.embed = nn.Linear(encoder_width, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, grid), requires_grad=False)

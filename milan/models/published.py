@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from milan.errors import ConfigError
-from milan.models.decoder import DECODER, Decoder
+from milan.models.decoder import PUBLISHED, Decoder
 from milan.models.encoder import build_encoder
 from milan.models.student import Student
 
@@ -128,7 +128,7 @@ def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "decoder_embed_dim": decoder_width,
         "decoder_depth": 1
         + max(int(k.split(".")[1]) for k in state if k.startswith("decoder_blocks.")),
-        "decoder_num_heads": DECODER["num_heads"],
+        "decoder_num_heads": PUBLISHED["num_heads"],
         "decoder_mlp_ratio": state["decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width,
         "target_dim": state["decoder_pred.weight"].shape[0],
     }

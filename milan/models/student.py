@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milan.errors import ConfigError, nearest
-from milan.models.decoder import DECODER, Decoder
+from milan.models.decoder import Decoder, decoder_arguments
 from milan.models.encoder import build_encoder, encode, pooled_features
 from milan.models.masking import Mask
 
@@ -58,19 +57,9 @@ def build_student(
 ) -> Student:
     """A student with the published initial weights, the same for the same seed.
 
-    `model_args` and `decoder` override the arguments of the encoder (timm's) and of DECODER.
+    `model_args` override the arguments of the encoder (timm's), `decoder` those of
+    `decoder_arguments`. Raises ConfigError.
     """
-    for key in decoder or {}:
-        if key not in DECODER:
-            raise ConfigError(
-                f"unknown decoder argument {key!r}",
-                expected="one of " + ", ".join(DECODER),
-                fix=nearest(key, DECODER),
-            )
-    for key, value in (decoder or {}).items():
-        kind = (int, float) if key == "mlp_ratio" else int
-        if not isinstance(value, kind) or value <= 0:
-            raise ConfigError(f"decoder argument {key} = {value!r}", expected="a number above 0")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = build_encoder(name, img_size=img_size, args=model_args)
@@ -81,7 +70,7 @@ def build_student(
             grid=grid,
             target_width=target_width,
             class_token=vit.has_class_token,
-            **{**DECODER, **(decoder or {})},
+            **decoder_arguments(vit.embed_dim, decoder),
         )
         student = Student(vit, head, recompute=recompute)
         initialise(student)

@@ -95,8 +95,13 @@ def _precision(precision: str, device: torch.device) -> str:
 # --- the student ----------------------------------------------------------------------------------
 
 
-def student_of(settings: Settings, cache: TargetCache) -> Student:
-    """The student for views and targets of the store. Raises ConfigError."""
+def student_of(
+    settings: Settings, cache: TargetCache, *, decoder: dict[str, Any] | None = None
+) -> Student:
+    """The student for views and targets of the store. Raises ConfigError.
+
+    `decoder` has the decoder's arguments, of a run that goes on; default: those of the settings.
+    """
     config, size = settings.config, cache.view_spec.size
     if config.model_args.get("img_size", size) != size:
         raise ConfigError(
@@ -112,7 +117,7 @@ def student_of(settings: Settings, cache: TargetCache) -> Student:
         target_width=settings.objective(cache).target_width(patch),
         decoder_kind=settings.decoder_kind,
         model_args=config.model_args,
-        decoder=config.decoder,
+        decoder=decoder or config.decoder,
         seed=config.seed,
         recompute=config.checkpoint_activations,
     )

@@ -50,6 +50,7 @@ from milan.training.loop import Context, fit
 from milan.training.machine_errors import as_train_error
 from milan.training.optim import Schedule, adamw
 from milan.training.run import (
+    decoder_of,
     known_parts,
     locked,
     move_on,
@@ -164,12 +165,14 @@ def _train(
     order, cache = _order_and_store(config, step, context)
     dataset = _open_dataset(settings, order, cache, context)
     _note_settings(settings, cache, differs, progress)
-    student = student_of(settings, cache).to(context.device)
+    decoder = None if step is None else ranks.on_rank0(lambda: decoder_of(run))
+    student = student_of(settings, cache, decoder=decoder).to(context.device)
+    progress.note(describe_student(config.model, student))
     micro_batch = micro_batch_of(config, student, context.device, ranks, progress)
     if step is None:
         _lock(context, until_end)
-        values = settings.values(micro_batch=micro_batch)
-        ranks.on_rank0(lambda: start_run(run, cache, values, differs))
+        values, built = settings.values(micro_batch=micro_batch), student.decoder.arguments
+        ranks.on_rank0(lambda: start_run(run, cache, values, differs, decoder=built))
     else:
         progress.note(f"resuming: {run} at step {step}")
     order = without_changed(dataset, order, context, policy=config.on_changed, step=step or 0)
@@ -385,6 +388,17 @@ def _note_schedule(
     )
     context.progress.note(f"shuffle: {describe_shuffle(newest)}")
     context.progress.note(describe_validation(newest, config.held_out))
+
+
+def describe_student(name: str, student: Student) -> str:
+    """The sizes of encoder and decoder, in words."""
+    parts = student.encoder, student.decoder
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in parts)
+    shape = student.decoder.arguments
+    return (
+        f"student: {name}, {encoder:,.3g} M weights; its decoder has {decoder:,.3g} M, "
+        f"{shape['depth']} blocks of width {shape['embed_dim']}"
+    )
 
 
 def describe_shuffle(order: Order) -> str:

@@ -28,6 +28,7 @@ from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
 from milan.errors import CacheError, TrainError
+from milan.models.decoder import PUBLISHED
 from milan.models.export import ENCODER
 from milan.reporting.run_files import (
     CURVES,
@@ -85,11 +86,17 @@ def step_to_resume(
 
 
 def start_run(
-    run: Path, cache: TargetCache, values: dict[str, Any], differs: dict[str, tuple[Any, Any]]
+    run: Path,
+    cache: TargetCache,
+    values: dict[str, Any],
+    differs: dict[str, tuple[Any, Any]],
+    *,
+    decoder: dict[str, Any],
 ) -> None:
     """Make the folder, which is locked, that of a new run; results of an earlier one are removed.
 
-    `differs`: settings that deviate from the recipe, with (value, the recipe's).
+    `differs`: settings that deviate from the recipe, with (value, the recipe's). `decoder`: all
+    arguments of the decoder.
     """
     for folder in (checkpoint.FOLDER, TENSORBOARD):
         shutil.rmtree(run / folder, ignore_errors=True)
@@ -99,6 +106,7 @@ def start_run(
         "id": uuid.uuid4().hex[:12],
         "identity": _identity(values, cache.digest),
         "config": values,
+        "decoder": decoder,
         "differs": {name: list(pair) for name, pair in differs.items()},
         "fingerprint": cache.spec.fingerprint(),
         "targets": _summary_of(cache),
@@ -159,6 +167,13 @@ def _id(run: Path) -> str | None:
         return read_run(run).get("id")
     except (OSError, TrainError):
         return None
+
+
+def decoder_of(run: Path) -> dict[str, Any]:
+    """All arguments of a run's decoder, which it keeps whatever the defaults are by now."""
+    about = read_run(run, "identity")
+    # Once every encoder had the published decoder, and the run did not say so.
+    return about.get("decoder") or PUBLISHED | about["identity"]["decoder"]
 
 
 # --- the part of the store that a run knows -------------------------------------------------------

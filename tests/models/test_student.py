@@ -15,7 +15,7 @@ from torch import nn
 
 from milan.core.device import MEAN, STD
 from milan.errors import ConfigError
-from milan.models.decoder import Decoder
+from milan.models.decoder import Decoder, decoder_arguments
 from milan.models.encoder import _embedded, build_encoder, encode, sincos_positions
 from milan.models.export import load_encoder, save_encoder
 from milan.models.masking import Mask, random_mask
@@ -454,6 +454,33 @@ def test_decoders_that_do_not_fit(decoder: dict, message: str) -> None:
     """Unknown arguments and widths that do not work."""
     with pytest.raises(ConfigError, match=message):
         build_student(VIT, img_size=32, target_width=8, model_args=SMALL, decoder=DECODER | decoder)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "given", "width", "heads"),
+    [
+        (192, {}, 128, 4), (384, {}, 256, 8), (576, {}, 384, 12),  # ViT-Ti, S, M
+        (768, {}, 512, 16), (1024, {}, 512, 16), (1280, {}, 512, 16),  # B, L, H as published
+        (32, {}, 32, 1), (4, {}, 32, 1), (400, {}, 256, 8),
+        (192, {"embed_dim": 512}, 512, 16), (768, {"embed_dim": 100}, 100, 2),
+        (768, {"embed_dim": 16}, 16, 1), (192, {"num_heads": 2}, 128, 2),
+    ],
+)  # fmt: skip
+def test_a_decoder_fits_its_encoder(encoder: int, given: dict, width: int, heads: int) -> None:
+    """Two thirds as wide, at most as published; what is given stays, and heads divide."""
+    arguments = decoder_arguments(encoder, given)
+    assert arguments == {"embed_dim": width, "depth": 8, "num_heads": heads, "mlp_ratio": 4.0}
+
+
+def test_the_weights_of_a_small_students_decoder() -> None:
+    """1.7 M beside the 5.5 M of ViT-Ti, where the published decoder has 25.6 M."""
+    with torch.device("meta"):
+        students = [
+            build_student("vit_tiny_patch16_224", img_size=224, target_width=512, decoder=given)
+            for given in ({}, {"embed_dim": 512})
+        ]
+    sizes = [sum(p.numel() for p in s.decoder.parameters()) / 1e6 for s in students]
+    assert sizes == pytest.approx([1.7, 25.6], abs=0.1)
 
 
 def test_decoders_of_no_kind() -> None:

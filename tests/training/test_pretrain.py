@@ -40,7 +40,8 @@ from milan import PretrainConfig
 from milan.core.distributed import Ranks
 from milan.data.order import Order
 from milan.errors import TrainError
-from milan.models.decoder import DECODER, Decoder
+from milan.models import student as student_module
+from milan.models.decoder import PUBLISHED, Decoder
 from milan.models.student import build_student
 from milan.objectives import features as features_module
 from milan.objectives.base import Objective
@@ -501,6 +502,33 @@ def test_bad_rows_are_left_out_by_plan(
     assert sorted(seen[:18]) == sorted(seen[18:]) == good
 
 
+def test_a_run_keeps_its_decoder(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One from when all encoders had the published one goes on with it; a new one fits."""
+    settings = {**SMALL, "decoder": {"depth": 1}, "out": str(tmp_path / "run")}
+
+    def width() -> tuple[int, int]:
+        newest = max((tmp_path / "run/checkpoints").glob("step-*"))
+        state = load_file(newest / "model.safetensors")
+        return int(newest.name.removeprefix("step-")), state["decoder.mask_token"].shape[-1]
+
+    with monkeypatch.context() as before:
+        before.setattr(student_module, "decoder_arguments", lambda _, given: PUBLISHED | given)
+        milan.pretrain(str(store), stop_after=1, **settings)
+    assert width() == (1, 512)
+    told = json.loads((tmp_path / "run/run.json").read_text())
+    assert told.pop("decoder")["embed_dim"] == 512
+    (tmp_path / "run/run.json").write_text(json.dumps(told))  # as it was written then
+    notes = Notes()
+    assert milan.pretrain(str(store), stop_after=1, progress=notes, **settings)["step"] == 2
+    assert width() == (2, 512)
+    assert "1 blocks of width 512" in notes.line("student: ")
+    milan.pretrain(str(store), stop_after=1, resume="never", **settings)
+    milan.pretrain(str(store), stop_after=1, **settings)
+    assert width() == (2, 32)
+
+
 # --- the recipe -----------------------------------------------------------------------------------
 
 
@@ -514,7 +542,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert (config.min_lr, config.weight_decay, config.beta2) == (0, 0.05, 0.95)
     assert (config.mask_ratio, settings.masking) == (0.75, "semantic")
     assert (config.objective, settings.decoder_kind, config.decoder) == ("milan", "prompt", {})
-    assert DECODER == {
+    assert PUBLISHED == {
         "embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0
     }  # fmt: skip
     assert resolve_defaults(
