@@ -44,6 +44,8 @@ class ExtractConfig:
     """Smallest mean cosine between stored and teacher features; else nothing is written."""
     extend: bool = False
     """Add the targets of another teacher or codec to a store that has some."""
+    drop_missing: bool = False
+    """Leave out stored images that were deleted from the data; nothing is rewritten."""
     executor: str = setting("ray", choices=("ray", "local"))
     """ray, or local: the same work in this process."""
     address: str | None = None

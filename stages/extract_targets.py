@@ -18,7 +18,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-@settings_command(ExtractConfig, (*FLAGS, "extend", "yes"))
+@settings_command(ExtractConfig, (*FLAGS, "extend", "drop_missing", "yes"))
 def extract_targets(
     *,
     flags: dict[str, Any],

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from milan.core.paths import AnyPath
 from milan.errors import CacheError, DataError, ImageFault
 from milan.images.decode import content_digest, decode
-from milan.images.source import ImageSource
+from milan.images.source import ImageSource, JoinedSource
 from milan.images.views import View, checksum, render, unpack
 from milan.store.cache import TargetCache
 
@@ -45,7 +45,7 @@ class CachedDataset(Dataset):
         self.cache, self.transform = cache, transform
         self.stored = cache.spec.stored_views != "none"
         # A store that keeps its views needs no originals.
-        self.root = None if self.stored and not data_root else cache.find_data_root(data_root)
+        self.roots = None if self.stored and not data_root else cache.find_data_roots(data_root)
 
     def __getstate__(self) -> dict:
         # What grows with the rows is made again where it is needed.
@@ -53,15 +53,17 @@ class CachedDataset(Dataset):
 
     @cached_property
     def good(self) -> np.ndarray:
-        """Rows that have targets, ascending; int64."""
+        """Rows that have targets and an image, ascending; int64."""
         return self.cache.good_rows()
 
     @cached_property
-    def source(self) -> ImageSource:
+    def source(self) -> ImageSource | JoinedSource:
         """The images; opened in the process that reads them."""
-        if self.root is None:
-            self.root = self.cache.find_data_root()
-        return ImageSource(self.cache.manifest, self.root)
+        if self.roots is None:
+            self.roots = self.cache.find_data_roots()
+        if len(self.roots) > 1:
+            return JoinedSource(self.cache.manifest, self.roots)
+        return ImageSource(self.cache.manifest, self.roots[0][1])
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -153,7 +155,7 @@ class CachedDataset(Dataset):
             )
         return DataError(
             f"image {key!r} (row {row}) has changed since extraction: {what}",
-            expected=f"the same bytes below {self.root}",
+            expected=f"the same bytes below {' or '.join(str(r) for _, r in self.roots or [])}",
             fix="restore the image, or milan pretrain … --on-changed drop, or extract anew",
         )
 

@@ -177,9 +177,10 @@ def order_of(
 ) -> Order:
     """The order in which training reads a store; a `global` shuffle has one window.
 
-    `held_out` is the share of rows kept for validation.
+    `held_out` is the share of rows kept for validation. Rows whose images were dropped from the
+    store are in it: a run takes out those it does not know yet (Order.without).
     """
-    rows = cache.good_rows()
+    rows = cache.good_rows(with_dropped=True)
     validation = draw_validation_rows(cache, rows, seed=seed, share=held_out)
     train = rows[~np.isin(rows, validation)]
     shards = cache.shards_of(train)

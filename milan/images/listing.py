@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from milan.core.paths import AnyPath, files_below, is_local, map_files, open_below
 from milan.errors import DataError
+from milan.images.classes import ClassTable
 from milan.images.formats import extensions, kind_of_extension
 from milan.images.tars import PACKED, packed, read_tar
 
@@ -158,24 +159,24 @@ def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
 
 
 def _list_parquet(root: AnyPath, files: list[str], ignored: dict[str, int]) -> Listing:
-    def groups(name: str) -> tuple[list[tuple[int, pa.Table]], list[str] | None]:
-        prefix = "" if len(files) == 1 else f"{name}/"
+    def groups(name: str) -> tuple[str, list[tuple[int, pa.Table]], list[str] | None]:
         try:
             with parquet_below(root, name) as reader:
-                return _row_groups(reader, str(root / name), name, prefix)
+                return name, *_row_groups(reader, str(root / name), name)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{root / name} cannot be read: {error}") from None
 
-    parts, classes = [], None
-    for row_groups, names in map_files(root, groups, files):
-        parts += row_groups
-        classes = classes or names
-    sizes, tables = [size for size, _ in parts], [table for _, table in parts]
-    return Listing(tables, sizes, classes, ignored)
+    classes = ClassTable()
+    sizes: list[int] = []
+    tables: list[pa.Table] = []
+    for name, row_groups, names in map_files(root, groups, files):
+        sizes += [size for size, _ in row_groups]
+        tables += [classes.renumbered(t, names, str(root / name)) for _, t in row_groups]
+    return Listing(tables, sizes, classes.names or None, ignored)
 
 
 def _row_groups(
-    reader: pq.ParquetFile, label: str, name: str, prefix: str
+    reader: pq.ParquetFile, label: str, name: str
 ) -> tuple[list[tuple[int, pa.Table]], list[str] | None]:
     """(bytes, rows) of each row group, and the class names."""
     schema = reader.schema_arrow
@@ -195,7 +196,8 @@ def _row_groups(
         part = reader.read_row_group(group, columns=columns)
         nulls = [None] * n
         paths = part["image"].combine_chunks().field("path").to_pylist() if has_path else nulls
-        keys = [f"{prefix}{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
+        # After the file's name even where it is the only one: another may come beside it.
+        keys = [f"{name}/{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
         try:
             labels = part["label"].cast(pa.int32()) if "label" in columns else nulls
             captions = part["caption"].cast(pa.string()) if "caption" in columns else nulls
@@ -217,6 +219,8 @@ def _class_names(metadata: dict | None) -> list[str] | None:
     if not raw:
         return None
     try:
-        return json.loads(raw)["info"]["features"]["label"]["names"] or None
+        names = json.loads(raw)["info"]["features"]["label"]["names"]
     except (ValueError, KeyError, TypeError):
         return None
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if texts and names else None

@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from milan.core import rng
 from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, is_local
 from milan.errors import DataError
+from milan.images.classes import ClassTable
 from milan.images.formats import extensions
 from milan.images.listing import SCHEMA, Listing, data_root, list_images
 
@@ -38,6 +40,7 @@ class Manifest:
 
     table: pa.Table
     classes: list[str] | None = None
+    """Names of the class numbers in `label`, the same for all rows; None: numbers without names."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Files without a row: extension, or what the file is -> count. Reported to the user."""
 
@@ -47,6 +50,25 @@ class Manifest:
     def key(self, row: int) -> str:
         """The unique name of the image in `row`."""
         return self.table["key"][row].as_py()
+
+    def keys(self) -> list[str]:
+        """The name of each image. Older stores left out the name of a Parquet file that was alone:
+        here it is always in front.
+        """
+        rows = self.table.select(["key", "path", "group"]).to_pydict().values()
+        return [
+            key if group is None or key.startswith(f"{path}/") else f"{path}/{key}"
+            for key, path, group in zip(*rows, strict=True)
+        ]
+
+    def without_file_name(self) -> Manifest:
+        """The same rows with keys as older stores have them, if all are of one Parquet file."""
+        table = self.table
+        paths = pc.unique(table["path"])
+        if len(paths) != 1 or table["group"].null_count:
+            return self
+        keys = pc.replace_substring_regex(table["key"], f"^{re.escape(paths[0].as_py())}/", "")
+        return replace(self, table=table.set_column(0, "key", keys))
 
     def digest(self) -> str:
         """SHA-256 over keys in their order; the root folder is not in it."""
@@ -58,7 +80,7 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """[rows] int64; -1 where there is no label."""
         column = self.table["label"].combine_chunks().fill_null(-1)
-        return column.to_numpy(zero_copy_only=False).astype(np.int64)
+        return column.to_numpy(zero_copy_only=False).astype(np.int64).clip(-1)
 
     def captions(self, first: int, last: int) -> list[str | None]:
         """The captions of rows [first, last); None where there is none, or only white space."""
@@ -94,11 +116,21 @@ class Manifest:
         return sink.getvalue()
 
     @classmethod
-    def join(cls, parts: list[Manifest]) -> Manifest:
-        """Parts of one order, one after the other; class names of the last that has any."""
-        names = [part.classes for part in parts if part.classes]
-        table = pa.concat_tables([p.table.replace_schema_metadata(None) for p in parts])
-        return cls(table, names[-1] if names else None)
+    def join(cls, parts: list[Manifest], classes: list[str] | None = None) -> Manifest:
+        """Parts of one order, one after the other, with one table of classes.
+
+        `classes` are the first of it. Labels that cannot be matched by name become unknown.
+        """
+        names, tables = ClassTable(classes), []
+        for part in parts:
+            table = part.table.replace_schema_metadata(None)
+            try:
+                table = names.renumbered(table, part.classes, "a part")
+            except DataError:
+                unknown = pa.nulls(len(table), pa.int32())
+                table = table.set_column(table.schema.get_field_index("label"), "label", unknown)
+            tables.append(table)
+        return cls(pa.concat_tables(tables), names.names or None)
 
     def take(self, rows: np.ndarray) -> Manifest:
         """These rows, in this order."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import OrderedDict
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from milan.core.paths import AnyPath, as_path, probe, read_below
@@ -14,6 +16,24 @@ from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest
 
 _CACHE_BYTES = 512 << 20  # two of the manifest's shuffle windows
+
+
+class JoinedSource:
+    """Images of several sources, one after the other; as ImageSource."""
+
+    def __init__(self, manifest: Manifest, roots: list[tuple[int, AnyPath]]) -> None:
+        """`roots`: (first row, where the paths of it and the next rows begin), in order of rows."""
+        self._first = [first for first, _ in roots]
+        ends = [*self._first[1:], len(manifest)]
+        self._parts = [
+            ImageSource(manifest.take(np.arange(first, end)), root)
+            for (first, root), end in zip(roots, ends, strict=True)
+        ]
+
+    def read(self, row: int) -> bytes:
+        """The encoded bytes of the image in `row`. Raises as ImageSource.read does."""
+        part = bisect(self._first, row) - 1
+        return self._parts[part].read(row - self._first[part])
 
 
 class ImageSource:

@@ -18,8 +18,8 @@ from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
 from milan.store.codecs import Codec, codec_of
-from milan.store.format import Index, canonical
-from milan.store.generation import Generation
+from milan.store.format import MANIFEST, Index, canonical
+from milan.store.generation import Generation, first_with, not_found
 from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
 
 
@@ -47,7 +47,8 @@ class TargetCache:
         self, path: str | AnyPath, *, layer: str | None = None, pinned: int | None = None
     ) -> None:
         self.path = as_path(path)
-        entries = Index.read(self.path).generations
+        index = Index.read(self.path)
+        entries = index.generations
         if pinned is not None and pinned > len(entries):
             raise CacheError(
                 f"{self.path} has {len(entries)} generations",
@@ -73,6 +74,9 @@ class TargetCache:
         """Rows of the manifest, the bad ones included."""
         self.views = max(g.entry.views[1] for g in self.generations)
         """K, stored views of each image."""
+        dropped = np.array(index.dropped.get(self.layer, []), np.int64)
+        self.dropped = dropped[dropped < self.rows]
+        """Rows whose images are gone (extract-targets --drop-missing), ascending; int64."""
         self._check_tiling()
         self.digest = hashlib.sha256(canonical([entry.digest for entry in chosen])).hexdigest()
         """SHA-256 over the generations' digests: the content's identity, which runs refer to."""
@@ -90,8 +94,9 @@ class TargetCache:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The images of the store, in row order."""
-        return Manifest.join([g.manifest() for g in self.generations if g.spec.first_view == 0])
+        """The images of the store, in row order; its classes are numbered alike in all layers."""
+        others = class_names(self.path, self.pinned) if len(self.layers) > 1 else None
+        return Manifest.join([g.manifest() for g in self._row_generations()], others)
 
     @cached_property
     def bad(self) -> dict[int, str]:
@@ -99,22 +104,54 @@ class TargetCache:
         reasons = {row: why for g in self.generations for row, why in g.bad()}
         return dict(sorted(reasons.items()))
 
-    def good_rows(self) -> np.ndarray:
-        """Rows that have targets, ascending, int64. Raises DataError if there are none."""
+    def good_rows(self, *, with_dropped: bool = False) -> np.ndarray:
+        """Rows that have targets, and an image unless `with_dropped`; ascending, int64.
+
+        Raises DataError if there are none.
+        """
         good = np.ones(self.rows, bool)
         good[list(self.bad)] = False
         if not good.any():
             raise DataError(f"{self.path} has targets of no image: all {self.rows} are bad")
+        if not with_dropped:
+            good[self.dropped] = False
+            if not good.any():
+                raise DataError(f"{self.path} has no image left: {len(self.dropped)} were dropped")
         return np.flatnonzero(good)
 
-    def find_data_root(self, data_root: str | None = None) -> AnyPath:
-        """The folder, or URL, that the manifest's paths are relative to.
+    def find_data_roots(self, data_root: str | None = None) -> list[tuple[int, AnyPath]]:
+        """Where the images are: (first row, folder or URL that paths of the manifest begin at).
 
-        See Generation.find_data_root. Raises DataError if the images are not found.
+        Each range of rows that was added at once has the root it was extracted from, or another
+        range's, if the images were moved there. Looked at: `data_root`, for all ranges that are
+        there, at least one; then the recorded roots. Raises DataError if images are not found.
         """
-        # Several, because some may have been deleted since.
-        sample = self.manifest.table["path"].take(self.good_rows()[:16])
-        return self.generations[0].find_data_root(sample.to_pylist(), data_root)
+        given = [as_path(data_root)] if data_root else []
+        parts, good, paths = self._row_generations(), self.good_rows(), self.manifest.table["path"]
+        recorded = [self._recorded_roots(g, needed=not given) for g in parts]
+        others = [root for roots in recorded for root in roots]
+        found: list[tuple[int, AnyPath]] = []
+        for g, own in zip(parts, recorded, strict=True):
+            # Several, because some may have been deleted since.
+            sample = paths.take(good[g.holds_rows(good)][:16]).to_pylist()
+            roots = list(dict.fromkeys([*given, *own, *others]))
+            root = first_with(roots, sample)
+            if sample and root is None:
+                raise not_found(self.path, given or roots, sample)
+            if root is not None and (not found or found[-1][1] != root):
+                found.append((g.spec.first_row if found else 0, root))
+        if given and given[0] not in [root for _, root in found]:
+            raise not_found(self.path, given, paths.take(good[:1]).to_pylist())
+        return found
+
+    @staticmethod
+    def _recorded_roots(generation: Generation, *, needed: bool) -> list[AnyPath]:
+        try:
+            return generation.roots()
+        except CacheError:  # origin.json names folders, and may be left out of a published store
+            if needed:
+                raise
+            return []
 
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """The shard of each row, counted through the blocks of all generations; int64."""
@@ -188,10 +225,9 @@ class TargetCache:
 
     @cached_property
     def prototypes(self) -> Prototypes | None:
-        """The text tower's output for the class prompts, of the latest generation that has any."""
-        rows = [g for g in self.generations if g.spec.first_view == 0]
-        latest_first = (read_prototypes(generation) for generation in reversed(rows))
-        return next((prototypes for prototypes in latest_first if prototypes), None)
+        """The text tower's output for the class prompts; None in a store without."""
+        parts = [part for g in self._row_generations() if (part := read_prototypes(g))]
+        return Prototypes.join(parts, self.manifest.classes or []) if parts else None
 
     def use_local(self, folder: Path, limit: int) -> None:
         """Read from a local cache of whole shards below `folder`, at most `limit` bytes."""
@@ -243,6 +279,10 @@ class TargetCache:
             raise IndexError(f"{self.path} has no row {row}, view {view}")
         return out
 
+    def _row_generations(self) -> list[Generation]:
+        """Those in which rows begin: each has the manifest of its rows."""
+        return [g for g in self.generations if g.spec.first_view == 0]
+
     def _holder(self, row: int, view: int) -> Generation:
         at = np.array([row]), np.array([view])
         return next(g for g in self.generations if g.holds(*at)[0])
@@ -274,6 +314,15 @@ class TargetCache:
                 expected=f"{self.rows:,} rows x {self.views} views",
                 fix="run the same extract-targets line again: it goes on where it stopped",
             )
+
+
+def class_names(path: AnyPath, pinned: int | None = None) -> list[str] | None:
+    """The names of the class numbers in a store, of all its layers; None if there are none."""
+    manifests: dict[str, Manifest] = {}  # layers over the same rows have the same
+    for entry in Index.read(path).generations[:pinned]:
+        if entry.views[0] == 0 and entry.files[MANIFEST] not in manifests:
+            manifests[entry.files[MANIFEST]] = Generation(path, entry).manifest()
+    return Manifest.join(list(manifests.values())).classes
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -278,11 +278,15 @@ class Index:
     """The generations of a store, oldest first."""
 
     generations: tuple[Entry, ...]
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Layer -> rows, ascending, whose images are gone: they have targets, and are left out."""
 
     def to_bytes(self) -> bytes:
         """The content of index.json."""
         entries = [asdict(entry) for entry in self.generations]
-        return canonical({"format": FORMAT, "version": VERSION, "generations": entries})
+        content = {"format": FORMAT, "version": VERSION, "generations": entries}
+        dropped = {layer: rows for layer, rows in self.dropped.items() if rows}
+        return canonical(content | ({"dropped": dropped} if dropped else {}))
 
     @classmethod
     def read(cls, store: AnyPath) -> Index:
@@ -304,9 +308,13 @@ class Index:
             ]
             if not entries:
                 raise ValueError("no generation")
-        except (KeyError, TypeError, ValueError) as error:
+            dropped = {
+                str(layer): [int(row) for row in rows]
+                for layer, rows in index.get("dropped", {}).items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{store / INDEX} is damaged: {error}") from None
-        return cls(tuple(entries))
+        return cls(tuple(entries), dropped)
 
 
 def _check_version(where: Any, version: Any) -> None:

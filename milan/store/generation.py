@@ -112,28 +112,26 @@ class Generation:
         """The extraction: data, data_root, data_root_from_store, teacher, batch_size, versions."""
         return read_json(self.root / ORIGIN)
 
+    def roots(self) -> list[AnyPath]:
+        """Where the images were at extraction: relative to the store, which may have been moved
+        together with them, then absolute. Raises CacheError if that is not recorded.
+        """
+        origin = self.origin
+        roots = [as_path(origin["data_root"])]
+        if origin["data_root_from_store"] and is_local(self.store):
+            roots.insert(0, self.store.resolve() / origin["data_root_from_store"])
+        return roots
+
     def find_data_root(self, sample: list[str], data_root: str | None = None) -> AnyPath:
         """The folder, or URL, that holds one of the files `sample` (paths of the manifest).
 
-        Looked at: `data_root` if given; else the root recorded at extraction, first relative to
-        the store (store and images moved together), then absolute. Raises DataError listing the
-        folders looked at.
+        Looked at: `data_root` if given; else those recorded at extraction. Raises DataError.
         """
-        if data_root:
-            roots = [as_path(data_root)]
-        else:
-            origin = self.origin
-            roots = [as_path(origin["data_root"])]
-            if origin["data_root_from_store"] and is_local(self.store):
-                roots.insert(0, self.store.resolve() / origin["data_root_from_store"])
-        for root in roots:
-            if any((root / path).exists() for path in sample):
-                return root
-        raise DataError(
-            f"the images of {self.store} are not below " + ", nor ".join(map(str, roots)),
-            expected=f"{sample[0]} in the data root",
-            fix="--data-root FOLDER (or a URL)",
-        )
+        roots = [as_path(data_root)] if data_root else self.roots()
+        root = first_with(roots, sample)
+        if root is None:
+            raise not_found(self.store, roots, sample)
+        return root
 
     @property
     def fidelity(self) -> dict:
@@ -366,6 +364,20 @@ class Generation:
             fix=(f"delete {self.local.root}, or " if self.local else "")
             + f"milan repair {self.store}",
         )
+
+
+def first_with(roots: list[AnyPath], sample: list[str]) -> AnyPath | None:
+    """The first of `roots` with one of the files `sample` below it."""
+    return next((r for r in roots if any((r / path).exists() for path in sample)), None)
+
+
+def not_found(store: AnyPath, roots: list[AnyPath], sample: list[str]) -> DataError:
+    """The error for images, such as `sample`, that are below none of `roots`."""
+    return DataError(
+        f"the images of {store} are not below " + ", nor ".join(map(str, roots)),
+        expected=f"{sample[0]} in the data root",
+        fix="--data-root FOLDER (or a URL)",
+    )
 
 
 def open_array(path: AnyPath) -> Any:

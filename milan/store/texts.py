@@ -36,6 +36,23 @@ class Prototypes:
     ids: np.ndarray
     """[P, M, L] int32: token ids of each class in each template."""
 
+    @classmethod
+    def join(cls, parts: list[Prototypes], classes: list[str]) -> Prototypes:
+        """Those of `classes`, in this order, each from the last part that has it.
+
+        NaN and -1 where none has it.
+        """
+        if parts[-1].classes == classes:
+            return parts[-1]
+        last, size = parts[-1], len(classes)
+        features = np.full((size, *last.features.shape[1:]), np.nan, np.float32)
+        ids = np.full((size, *last.ids.shape[1:]), -1, np.int32)
+        number = {name: i for i, name in enumerate(classes)}
+        for part in parts:
+            at = [number[name] for name in part.classes]
+            features[at], ids[at] = part.features, part.ids
+        return cls(classes, features, ids)
+
 
 def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
     """The texts of rows of the store, all in `generation`. Raises CacheError naming the row.

@@ -49,7 +49,7 @@ def estimate_run(
     ranks = Ranks.from_environment() or Ranks(size=here * config.num_nodes, on_node=here)
     settings = resolve_defaults(config, device, ranks)
     cache = TargetCache(config.cache, layer=config.layer)
-    order = run_order(config, cache)
+    order = run_order(config, cache).without(cache.dropped, cache.dropped[:0])
     student = student_of(settings, cache).to(device)
     micro = micro_batch_of(config, student, device, ranks, progress)
     schedule = schedule_of(settings, order, micro, ranks.size)

@@ -253,30 +253,32 @@ def _differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> lis
 def without_changed(
     dataset: CachedDataset, order: Stream, context: Context, *, policy: str, step: int
 ) -> Stream:
-    """The order without the images that changed: those saved with the run, and new ones.
+    """The order without images that changed or are gone: those saved with the run, and new ones.
 
-    With the policy `drop` all images are compared; those that changed are saved in run.json, with
-    the `step` that this call starts from. At the beginning of a run such rows leave the order as
-    those without targets do; in a resumed run other rows take their places, so that an epoch keeps
-    its steps. Raises ConfigError if too few images are left.
+    Those dropped from the store are known; with the policy `drop` all others are compared. New
+    ones are saved in run.json, with the `step` that this call starts from. At the beginning of a
+    run such rows leave the order as those without targets do; in a resumed run other rows take
+    their places, so that an epoch keeps its steps. Raises ConfigError if too few images are left.
     """
     run, ranks = context.run, context.ranks
     dropped = ranks.on_rank0(lambda: _dropped_before(run))
+    gone = [row for row in dataset.cache.dropped.tolist() if row not in dropped]
+    new = dict.fromkeys(gone, (step, "dropped from the store"))
     if policy == "drop" and not dataset.stored:  # stored views are verified with their targets
         rows = dataset.good[~np.isin(dataset.good, list(dropped))]
         mine = changed_images(
             dataset, rows[ranks.rank :: ranks.size], stop=context.stop, progress=context.progress
         )
         parts = ranks.gather_objects(mine)
-        new = {row: (step, why) for _, part in parts for row, why in part.items()}
-        dropped |= new
-        if new:
-            ranks.on_rank0(lambda: update_run(run, dropped=dropped))
+        new |= {row: (step, why) for _, part in parts for row, why in part.items()}
+    dropped |= new
+    if new:
+        ranks.on_rank0(lambda: update_run(run, dropped=dropped))
     if not dropped:
         return order
     ranks.on_rank0(lambda: _write_csv(run / CSV, dropped, dataset))
     context.progress.note(
-        f"dropped: {len(dropped):,} images changed since extraction, see {run / CSV}"
+        f"dropped: {len(dropped):,} images changed or deleted since extraction, see {run / CSV}"
     )
     removed = [row for row, (at, _) in dropped.items() if at == 0]
     replaced = [row for row, (at, _) in dropped.items() if at > 0]

@@ -1,22 +1,40 @@
 """How a store grows: which generations it has, and which it needs for the images and views asked.
 
-Rows keep their numbers: new images come after the old ones. Each stretch of rows that was added at
-once gets its further views in a generation of its own, so that blocks stay aligned.
+Rows keep their numbers: new images come after the old ones, and classes that are new after those
+that have a number. Each stretch of rows that was added at once gets its further views in a
+generation of its own, so that blocks stay aligned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from milan.core.paths import AnyPath
-from milan.errors import CacheError, ConfigError
+from milan.errors import CacheError, ConfigError, DataError, ImageFault
+from milan.images.classes import ClassTable
+from milan.images.decode import content_digest
 from milan.images.manifest import Manifest
-from milan.store.format import GENERATION, GENERATIONS, INDEX, CacheSpec, Index, canonical
+from milan.images.source import ImageSource
+from milan.store.format import (
+    GENERATION,
+    GENERATIONS,
+    INDEX,
+    MANIFEST,
+    CacheSpec,
+    Index,
+    canonical,
+    read_group,
+)
 from milan.store.generation import Generation
 from pipeline.writing.store import settings_differ
+
+_COMPARED = 8  # images whose bytes are compared, where names alone do not tell
 
 
 @dataclass(frozen=True)
@@ -28,20 +46,44 @@ class Part:
     manifest: Manifest
 
 
-def parts_of(
-    out: AnyPath, wanted: CacheSpec, listing: Manifest, layer: str, *, extend: bool
-) -> tuple[str, list[Part]]:
-    """(layer's name, its generations) for `wanted.rows` images and `wanted.views` views.
+@dataclass(frozen=True)
+class Found:
+    """The images that the data has now."""
 
-    `listing` has all images in their seeded order. Finished generations come first and unchanged;
-    an unfinished one must be the next one wanted. Raises CacheError for a store of other targets,
-    unless `extend` is set: then these become another layer.
+    manifest: Manifest
+    """All of them, in their seeded order."""
+    root: AnyPath
+    """Where its paths begin."""
+    drop_missing: bool = False
+    """Whether stored images that are no longer there may be left out."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a store has of a layer, and is to have."""
+
+    layer: str
+    parts: list[Part]
+    """Its generations; finished ones come first and unchanged."""
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Of each layer: the rows whose images are gone, as Index.dropped."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know."""
+
+
+def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, extend: bool) -> Growth:
+    """The generations for `wanted.rows` images and `wanted.views` views.
+
+    An unfinished generation must be the next one wanted. Raises CacheError for a store of other
+    targets, unless `extend` is set: then these become another layer; and for images that are not
+    those of the store.
     """
     if not (out / INDEX).exists():
-        manifest = listing.head(wanted.rows)
+        manifest = _as_begun(out, GENERATION, found.manifest.head(wanted.rows))
         spec = replace(wanted, manifest=manifest.digest())
-        return layer, [Part(GENERATION, spec, manifest)]
-    existing = [Generation(out, entry) for entry in Index.read(out).generations]
+        return Growth(layer, [Part(GENERATION, spec, manifest)])
+    index = Index.read(out)
+    existing = [Generation(out, entry) for entry in index.generations]
     same = [g for g in existing if g.spec.layer() == wanted.layer()]
     rows = [g for g in (same or existing) if g.spec.first_view == 0]
     if not same:
@@ -53,7 +95,7 @@ def parts_of(
         rows = [g for g in rows if g.entry.layer == first]
         _check_views(wanted, existing[0].spec)
     else:
-        layer = same[0].entry.layer
+        layer = first = same[0].entry.layer
     manifests = [g.manifest() for g in rows]
     views = max((g.entry.views[1] for g in same), default=0)
     if wanted.views < views:
@@ -62,6 +104,9 @@ def parts_of(
             expected=f"--views {views} or more: a store only grows",
             fix=f"--views {views}, or --out another.zarr",
         )
+    stored = _Stored(out, rows, manifests, found)
+    stored.check_missing(index.dropped.get(first, []))
+    stored.check_images()
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
     free_names = _free_names(len(existing))
     if views < wanted.views:
@@ -75,35 +120,213 @@ def parts_of(
                 first_view=views,
             )
             parts.append(Part(next(free_names), more, manifest))
-    added = _new_rows(out, Manifest.join(manifests), listing, wanted.rows)
+    added = stored.added(wanted.rows, existing)
     if len(added):
-        first_row = sum(len(manifest) for manifest in manifests)
+        name, first_row = next(free_names), sum(len(manifest) for manifest in manifests)
+        added = _as_begun(out, name, added)
         spec = replace(wanted, manifest=added.digest(), rows=len(added), first_row=first_row)
-        parts.append(Part(next(free_names), spec, added))
-    return layer, parts
+        parts.append(Part(name, spec, added))
+    before = set(index.dropped.get(first, []))
+    if before or len(stored.missing):
+        back = len(before.difference(stored.missing.tolist()))
+        stored.notes.append(
+            f"dropped: {len(stored.missing):,} images of the store are not in the data; they keep "
+            "their targets, and training leaves them out" + (f"; {back:,} are back" if back else "")
+        )
+    dropped = stored.dropped(layer, existing, index.dropped)
+    return Growth(layer, parts, dropped, stored.notes)
 
 
-def _new_rows(out: AnyPath, stored: Manifest, listing: Manifest, rows: int) -> Manifest:
-    """The images of `listing` that come after those stored, up to `rows` in all."""
-    keys = listing.table["key"].to_pylist()
-    old = set(stored.table["key"].to_pylist())
-    gone = len(old) - len(old & set(keys))
-    if gone:
-        first = sorted(old - set(keys))[0]
+class _Stored:
+    """The images that a layer has, and where the data has them now."""
+
+    def __init__(
+        self, out: AnyPath, rows: list[Generation], manifests: list[Manifest], found: Found
+    ) -> None:
+        self.out, self.rows, self.found = out, rows, found
+        self.notes: list[str] = []
+        self.manifest = Manifest.join(manifests)
+        self.keys, self.listed = self.manifest.keys(), found.manifest.keys()
+        place = {key: i for i, key in enumerate(self.listed)}
+        self.place = np.array([place.get(key, -1) for key in self.keys], np.int64)
+        """[rows] positions in the data; -1: it is not there."""
+        self.missing = np.flatnonzero(self.place < 0)
+        self.present = np.flatnonzero(self.place >= 0)
+
+    def check_missing(self, dropped: list[int]) -> None:
+        """Raises CacheError for images that are not in the data, unless they may be, or were."""
+        gone = self.missing[~np.isin(self.missing, dropped)]
+        allowed = self.found.drop_missing or not len(gone)
+        if allowed and len(self.present):
+            return
+        first = min(self.keys[row] for row in (gone if len(gone) else self.missing).tolist())
         raise CacheError(
-            f"{gone:,} of the {len(old):,} images of {out} are not in the data, the first is "
-            f"{first!r} (manifest)",
+            f"{len(self.missing):,} of the {len(self.keys):,} images of {self.out} are not in the "
+            f"data ({self.found.root}), the first is {first!r} (manifest)",
             expected="the same images, and perhaps more",
-            fix="restore them, or --out another.zarr",
+            fix="restore them, or --out another.zarr"
+            + (", or --drop-missing if they were deleted" if len(self.present) else ""),
         )
-    if rows < len(old):
+
+    def check_images(self) -> None:
+        """Raises CacheError if the data has other images under the names of the store's.
+
+        Places inside files are compared for all. Of data at another place, also the sizes; and the
+        bytes of a few images, as where a name is only a place in a file.
+        """
+        stored = self.manifest.table.take(pa.array(self.present))
+        listed = self.found.manifest.table.take(pa.array(self.place[self.present]))
+        moved = not self._same_root()
+        for name, empty in (("path", ""), ("group", -1), ("index", -1), ("offset", -1)):
+            differ = _differ(stored[name], listed[name], empty)
+            if len(differ):
+                raise self._other_images("lie elsewhere in their files than at extraction", differ)
+        resized = _differ(stored["bytes"], listed["bytes"], -1)
+        if moved and len(resized):
+            raise self._other_images("have another size", resized)
+        if moved or any(stored[name].null_count < len(stored) for name in ("group", "offset")):
+            different = [i for i in _spread(len(stored)) if self._is_other(int(self.present[i]))]
+            if different:
+                raise self._other_images("have other bytes", np.array(different))
+        if len(resized):
+            self.notes.append(
+                f"changed since extraction: {len(resized):,} images have another size, the first "
+                f"is {self.keys[self.present[resized[0]]]!r}; milan pretrain --on-changed drop "
+                "leaves them out"
+            )
+
+    def _is_other(self, row: int) -> bool:
+        """Whether the data has other bytes for an image than at extraction."""
+        generation = next(g for g in self.rows if g.holds_rows(np.array([row]))[0])
+        with suppress(CacheError, ImageFault):  # a damaged record, or an image that is: others tell
+            digest = generation.content_digest(row, 0)
+            listed = self.found.manifest.take(self.place[[row]])
+            data = ImageSource(listed, self.found.root).read(0)
+            return bool(digest) and content_digest(data) != digest
+        return False
+
+    def _other_images(self, what: str, differ: np.ndarray) -> CacheError:
+        """The error for images, by their position among those present, that are not the store's."""
+        where = self.found.root
+        return CacheError(
+            f"{len(differ):,} images of {self.out} {what} below {where}, the first is "
+            f"{self.keys[self.present[differ[0]]]!r}",
+            expected="the images that the store was made of, in files that were not written again",
+            fix=f"the data as it was ({self._recorded()}), and new images beside it in files of "
+            "their own; or --out another.zarr",
+        )
+
+    def _recorded(self) -> str:
+        try:
+            return str(self.rows[0].roots()[-1])
+        except CacheError:
+            return "its folder is not recorded"
+
+    def added(self, rows: int, existing: list[Generation]) -> Manifest:
+        """The images that come after those stored, up to `rows` that are in the data.
+
+        Their labels are numbers of the store's table of classes, over the generations `existing`.
+        """
+        count = len(self.present)
+        if rows < count:
+            raise CacheError(
+                f"{self.out} has {count:,} images (rows: {count} != {rows})",
+                expected=f"--limit {count} or more: a store only grows",
+                fix=f"--limit {count}, or --out another.zarr",
+            )
+        old, listing = set(self.keys), self.found.manifest
+        new = [i for i, key in enumerate(self.listed) if key not in old][: rows - count]
+        if not new:
+            return listing.head(0)
+        table, before = ClassTable(), 0
+        manifests = {g.entry.files[MANIFEST]: g for g in existing if g.spec.first_view == 0}
+        for g in manifests.values():
+            with suppress(DataError):  # of an older store: unknown labels, see Manifest.join
+                part = g.manifest()
+                table.add(part.table["label"], part.classes, str(self.out))
+        before = len(table.names)
+        labelled = table.renumbered(listing.table, listing.classes, str(self.found.root))
+        self._check_numbers(labelled, table.names)
+        if table.names[before:] and before:
+            numbers = [f"{name!r} {before + i}" for i, name in enumerate(table.names[before:])]
+            some = ", ".join(numbers[:5]) + (", ..." if len(numbers) > 5 else "")
+            self.notes.append(f"new classes come after the {before} of the store: {some}")
+        return Manifest(labelled.take(pa.array(new)), table.names or None)
+
+    def _check_numbers(self, labelled: pa.Table, names: list[str]) -> None:
+        """Raises CacheError if numbers without names mean other classes than in the store."""
+        mine = Manifest.join([self.manifest], names or None).labels()[self.present]
+        theirs = Manifest(labelled).labels()[self.place[self.present]]
+        differ = np.flatnonzero((mine != theirs) & (mine >= 0) & (theirs >= 0))
+        if not len(differ):
+            return
+        first = differ[0]
+        found = f"{len(differ):,} images have another label than in {self.out}, the first is "
+        found += f"{self.keys[self.present[first]]!r}: "
+        if names:  # corrected labels: a name means what it meant
+            self.notes.append(
+                found
+                + f"{names[theirs[first]]!r}, was {names[mine[first]]!r}; the store keeps its own"
+            )
+            return
         raise CacheError(
-            f"{out} has {len(old):,} images (rows: {len(old)} != {rows})",
-            expected=f"--limit {len(old)} or more: a store only grows",
-            fix=f"--limit {len(old)}, or --out another.zarr",
+            found + f"class {theirs[first]}, was {mine[first]}",
+            expected="the class numbers that the store has: without names nothing else tells "
+            "which class a number means",
+            fix="number new classes after the old ones, or give the data class names, or "
+            "--out another.zarr",
         )
-    new = [i for i, key in enumerate(keys) if key not in old]
-    return listing.take(np.array(new[: rows - len(old)], np.int64))
+
+    def dropped(
+        self, layer: str, existing: list[Generation], before: dict[str, list[int]]
+    ) -> dict[str, list[int]]:
+        """Of each layer the rows whose images are gone: those missing here, wherever they are."""
+        gone = {self.keys[row] for row in self.missing.tolist()}
+        listed = set(self.listed)
+        dropped = {layer: self.missing.tolist()}
+        for other in {g.entry.layer for g in existing} - {layer} if gone or before else ():
+            rows = set(before.get(other, []))
+            for g in existing:
+                if g.entry.layer == other and g.spec.first_view == 0:
+                    for row, key in enumerate(g.manifest().keys(), g.spec.first_row):
+                        if key in gone:
+                            rows.add(row)
+                        elif key in listed:
+                            rows.discard(row)
+            dropped[other] = sorted(rows)
+        return dropped
+
+    def _same_root(self) -> bool:
+        """Whether the data is where the store found it, or the store does not say."""
+        root = self.found.root.resolve()
+        for g in self.rows:
+            try:
+                roots = g.roots()
+            except CacheError:  # without origin.json
+                return True
+            if any(r.resolve() == root for r in roots):
+                return True
+        return False
+
+
+def _as_begun(out: AnyPath, name: str, manifest: Manifest) -> Manifest:
+    """`manifest`, or with the keys of an older generation of this name that has only begun."""
+    if (out / name / "zarr.json").exists():
+        older = manifest.without_file_name()
+        if read_group(out / name)[0].manifest == older.digest():
+            return older
+    return manifest
+
+
+def _differ(stored: pa.ChunkedArray, listed: pa.ChunkedArray, empty: str | int) -> np.ndarray:
+    """Positions at which two columns differ; null is `empty`."""
+    pair = (pc.fill_null(column, empty) for column in (stored, listed))
+    return np.flatnonzero(np.asarray(pc.not_equal(*pair)))
+
+
+def _spread(count: int) -> list[int]:
+    """_COMPARED of `count` positions, or all, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, _COMPARED)).astype(int)).tolist()
 
 
 def _check_views(wanted: CacheSpec, existing: CacheSpec) -> None:

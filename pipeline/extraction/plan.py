@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
 from milan.core.device import cpu_count
@@ -16,7 +16,7 @@ from milan.images.views import ViewSpec
 from milan.store.codecs import codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
-from pipeline.extraction.growth import Part, parts_of
+from pipeline.extraction.growth import Found, Part, parts_of
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.backend import Location, location_of
@@ -47,6 +47,8 @@ class Plan:
     """The store's name for the targets of this teacher and codec."""
     parts: list[Part]
     """The generations that the store will have of this layer, including the finished ones."""
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Of each layer: the rows whose images are gone (Index.dropped)."""
 
     @property
     def location(self) -> Location:
@@ -132,8 +134,11 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
-    layer, parts = parts_of(out, wanted, manifest, layer, extend=config.extend)
-    return Plan(config, source, teacher, layer, parts)
+    found = Found(manifest, data_root(source), drop_missing=config.drop_missing)
+    growth = parts_of(out, wanted, found, layer, extend=config.extend)
+    for note in growth.notes:
+        progress.note(note)
+    return Plan(config, source, teacher, growth.layer, growth.parts, growth.dropped)
 
 
 def plan_workers(config: ExtractConfig, work: Plan) -> Workers:

@@ -48,6 +48,7 @@ def fill_store(
     rejected: dict[int, str] = {}
     seconds, images = 0.0, 0
     codec: Codec | None = None
+    store.drop(work.dropped)
     for part in work.parts:
         writer, codec = _open_generation(work, store, part, codec)
         if part is work.parts[0]:
@@ -235,7 +236,12 @@ def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -
 
 
 def _publish(work: Plan, writer: Writer, rejected: dict[int, str], summary: dict) -> None:
-    """List the files rejected so far (reason by row), and publish if they are few enough."""
+    """List the files rejected so far (reason by row), and publish if they are few enough.
+
+    Rows that were dropped from the store do not count: they are left out of training already.
+    """
+    dropped = set(work.dropped.get(work.layer, []))
+    rejected = {row: reason for row, reason in rejected.items() if row not in dropped}
     reasons = Counter(reason.split(":")[0] for reason in rejected.values())
     summary["bad"] = dict(reasons.most_common())
     manifest = Manifest.join([p.manifest for p in work.parts if p.spec.first_view == 0])

@@ -19,7 +19,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -101,16 +101,27 @@ class Store:
 
     def entries(self) -> tuple[Entry, ...]:
         """The committed generations, oldest first."""
-        return Index.read(self.path).generations if (self.path / INDEX).exists() else ()
+        return self._index().generations
 
     def publish(self, entry: Entry) -> None:
         """List a finished generation in the index; a repaired one replaces its earlier entry."""
-        before = self.backend.read(INDEX)
-        entries = list(self.entries())
+        before, index = self.backend.read(INDEX), self._index()
+        entries = list(index.generations)
         position = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
         entries[position : position + 1] = [entry]
-        data = Index(tuple(entries)).to_bytes()
-        if before != data:
+        self._replace_index(before, replace(index, generations=tuple(entries)))
+
+    def drop(self, dropped: dict[str, list[int]]) -> None:
+        """List rows whose images are gone (Index.dropped), if the store is finished."""
+        before, index = self.backend.read(INDEX), self._index()
+        if index.generations:
+            self._replace_index(before, replace(index, dropped={**index.dropped, **dropped}))
+
+    def _index(self) -> Index:
+        return Index.read(self.path) if (self.path / INDEX).exists() else Index(())
+
+    def _replace_index(self, before: bytes | None, index: Index) -> None:
+        if before != (data := index.to_bytes()):
             self.backend.write(INDEX, data)
 
     def report_bad(self, bad: dict[int, str], manifest: Manifest) -> AnyPath | None:

@@ -297,10 +297,10 @@ def test_a_project_may_move_as_a_whole(
     moved = root / store.parent.name / store.name
     shutil.copytree(store, moved)
     shutil.copytree(photos, root / photos.name)
-    assert TargetCache(moved).find_data_root().resolve() == root / photos.name
+    assert TargetCache(moved).find_data_roots()[0][1].resolve() == root / photos.name
     monkeypatch.chdir(moved.parent)
     relative = open_cache(store.name)
-    assert relative.root.resolve() == root / photos.name
+    assert relative.roots[0][1].resolve() == root / photos.name
     assert torch.equal(relative[3]["image"], open_cache(store)[3]["image"])
 
 
@@ -308,12 +308,12 @@ def test_a_store_may_move_alone(store: Path, photos: Path, tmp_path: Path) -> No
     """Then the absolute place of the images, as recorded, still holds."""
     moved = tmp_path / "a" / "b" / "c.zarr"
     shutil.copytree(store, moved)
-    assert open_cache(moved).root == photos.resolve()
+    assert open_cache(moved).roots[0][1] == photos.resolve()
 
 
 def test_images_may_move(store: Path, copied: Path, tmp_path: Path) -> None:
     """--data-root says where, and is believed over the record; wrong, it is refused."""
-    assert open_cache(store, data_root=str(copied)).root == copied
+    assert open_cache(store, data_root=str(copied)).roots[0][1] == copied
     with pytest.raises(DataError, match=f"not below {tmp_path}") as error:
         open_cache(store, data_root=str(tmp_path))
     assert "--data-root" in error.value.fix
@@ -336,5 +336,5 @@ def test_images_that_are_nowhere(store: Path, monkeypatch: pytest.MonkeyPatch) -
     gone = {"data_root": "/nowhere/images", "data_root_from_store": "../not here"}
     monkeypatch.setattr(Generation, "origin", gone)
     with pytest.raises(DataError, match=r"not below .*/not here, nor /nowhere/images") as error:
-        cache.find_data_root()
+        cache.find_data_roots()
     assert "--data-root" in error.value.fix

@@ -216,7 +216,7 @@ def test_order_is_frozen(tmp_path: Path) -> None:
     manifest = build_manifest(put(tmp_path, *[f"{i}.jpg" for i in range(8)]), seed=0)
     assert "".join(key[0] for key in keys(manifest)) == "53724106"
     path = write(tmp_path / "p" / "x.parquet", [image(f"{i}") for i in range(8)], row_group_size=3)
-    assert "".join(keys(build_manifest(path, seed=0))) == "43601257"
+    assert "".join(key[-1] for key in keys(build_manifest(path, seed=0))) == "43601257"
 
 
 def test_limit_is_a_prefix(tmp_path: Path) -> None:
@@ -290,9 +290,11 @@ def test_parquet_file(tmp_path: Path) -> None:
     manifest = build_manifest(path, seed=0)
     assert manifest.table.schema.equals(SCHEMA)
     assert manifest.classes == ["ant", "bee", "cat"]
-    assert by_key(manifest) == {f"{i}.jpg": i % 3 for i in range(5)} | {"1.1": -1}
+    name = "train.parquet"  # in every key: another file may come beside it
+    assert by_key(manifest) == {f"{name}/{i}.jpg": i % 3 for i in range(5)} | {f"{name}/1.1": -1}
     captions = dict(zip(keys(manifest), manifest.table["caption"].to_pylist(), strict=True))
-    assert captions == {f"{i}.jpg": f"number {i}" for i in range(5)} | {"1.1": None}
+    numbers = {f"{name}/{i}.jpg": f"number {i}" for i in range(5)}
+    assert captions == numbers | {f"{name}/1.1": None}
     places = zip(*(manifest.table[c].to_pylist() for c in ("group", "index")), strict=True)
     assert sorted(places) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     assert set(manifest.table["path"].to_pylist()) == {"train.parquet"}
@@ -316,15 +318,16 @@ def test_parquet_folder(tmp_path: Path) -> None:
 def test_parquet_in_a_folder_called_parquet(tmp_path: Path) -> None:
     """Spark names its folders like files."""
     write(tmp_path / "train.parquet" / "part-0.parquet", [image("1.jpg")])
-    assert keys(build_manifest(tmp_path, seed=0)) == ["1.jpg"]
-    assert keys(build_manifest(tmp_path / "train.parquet", seed=0)) == ["1.jpg"]
+    assert keys(build_manifest(tmp_path, seed=0)) == ["train.parquet/part-0.parquet/1.jpg"]
+    inside = build_manifest(tmp_path / "train.parquet", seed=0)
+    assert keys(inside) == ["part-0.parquet/1.jpg"]
 
 
 def test_parquet_rows_are_mixed_across_groups(tmp_path: Path) -> None:
     """A file sorted by class must not give shards of one class."""
     rows = [image(f"{i:03d}") | {"label": i // 50} for i in range(200)]
     manifest = build_manifest(write(tmp_path / "x.parquet", rows, row_group_size=10), seed=0)
-    assert sorted(keys(manifest)) == [f"{i:03d}" for i in range(200)]
+    assert sorted(keys(manifest)) == [f"x.parquet/{i:03d}" for i in range(200)]
     for first in range(0, 200, 40):
         assert np.bincount(manifest.labels()[first : first + 40], minlength=4).min() >= 3
     limited = build_manifest(tmp_path / "x.parquet", seed=0, limit=7)
@@ -341,13 +344,13 @@ def test_parquet_windows_keep_groups_together(
     groups = np.array(manifest.table["group"].to_pylist()).reshape(4, 10)
     assert (groups == groups[:, :1]).all()
     assert sorted(groups[:, 0].tolist()) == [0, 1, 2, 3]
-    assert sorted(keys(manifest)) == [f"{i:03d}" for i in range(40)]
+    assert sorted(keys(manifest)) == [f"x.parquet/{i:03d}" for i in range(40)]
 
 
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
     """A key is an image's name in every report: two images cannot share one."""
     path = write(tmp_path / "x.parquet", [image("1.jpg"), image("2.jpg"), image("1.jpg")])
-    with pytest.raises(DataError, match=r"1 keys stand for several images.*'1\.jpg'"):
+    with pytest.raises(DataError, match=r"1 keys stand for several images.*'x\.parquet/1\.jpg'"):
         build_manifest(path, seed=0)
 
 
@@ -388,7 +391,7 @@ def test_strange_metadata_gives_no_class_names(tmp_path: Path, meta: dict) -> No
     path = write(tmp_path / "x.parquet", [image("x") | {"label": 4}], meta)
     manifest = build_manifest(path, seed=0)
     assert manifest.classes is None
-    assert by_key(manifest) == {"x": 4}
+    assert by_key(manifest) == {"x.parquet/x": 4}
 
 
 # --- kept in a store ------------------------------------------------------------------------------
@@ -542,7 +545,7 @@ def test_bytes_that_are_gone(tmp_path: Path) -> None:
     rows = [image("a"), {"image": {"bytes": None, "path": "b"}}, {"image": None}]
     path = write(tmp_path / "x.parquet", rows)
     manifest = build_manifest(path, seed=0)
-    row = {manifest.key(r): r for r in range(3)}
+    row = {manifest.key(r).removeprefix("x.parquet/"): r for r in range(3)}
     assert ImageSource(manifest, tmp_path).read(row["a"]) == b"bytes of a"
     for key in ("b", "0.2"):
         with pytest.raises(ImageFault, match=r"image\.bytes is null") as fault:

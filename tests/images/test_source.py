@@ -572,18 +572,18 @@ def test_they_are_read_back_from_where_they_lie(
     expected = [local[i] for i in range(len(local))]
     for name in ("s3://sets/folder", "tars", "s3://sets/tars"):
         dataset = open_cache(stores[name])
-        assert dataset.root.resolve() == as_path(name if name[:2] == "s3" else sets / name)
+        assert dataset.roots[0][1].resolve() == as_path(name if name[:2] == "s3" else sets / name)
         for mine, theirs in zip((dataset[i] for i in range(48)), expected, strict=True):
             for part in ("image", "features", "attention"):
                 assert torch.equal(mine[part], theirs[part])
     for name, elsewhere in (("s3://sets/tars", str(sets / "tars")), ("tars", "s3://sets/tars")):
         moved = open_cache(stores[name], data_root=elsewhere)
-        assert str(moved.root) == elsewhere
+        assert str(moved.roots[0][1]) == elsewhere
         assert torch.equal(moved[5]["image"], expected[5]["image"])
     parquet = open_cache(stores["s3://sets/parquet"])
     assert torch.equal(parquet[7]["image"], open_cache(stores["parquet"])[7]["image"])
     with pytest.raises(DataError, match=r"not below s3://sets/nix"):
-        TargetCache(store).find_data_root("s3://sets/nix")
+        TargetCache(store).find_data_roots("s3://sets/nix")
     origin = json.loads((stores["s3://sets/tars"] / "generations/000/origin.json").read_bytes())
     assert origin["data_root"] == "s3://sets/tars"
     assert origin["data_root_from_store"] is None

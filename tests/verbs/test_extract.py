@@ -299,7 +299,7 @@ def test_parquet_gives_what_files_give(
         source = other.manifest.labels()[row]
         record = record_of(other, row, 1)
         assert record["digests"][row - record["rows"][0]] == content_digest(images[source]["bytes"])
-        assert other.manifest.key(row) == images[source]["path"]
+        assert other.manifest.key(row) == f"photos.parquet/{images[source]['path']}"
     open_cache(tmp_path / "t.zarr").pixels(*everything(other))
 
 
