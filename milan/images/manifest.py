@@ -119,7 +119,8 @@ class Manifest:
     def join(cls, parts: list[Manifest], classes: list[str] | None = None) -> Manifest:
         """Parts of one order, one after the other, with one table of classes.
 
-        `classes` are the first of it. Labels that cannot be matched by name become unknown.
+        `classes` give the first numbers, as far as the parts name them or a later one. Labels that
+        cannot be matched by name become unknown.
         """
         names, tables = ClassTable(classes), []
         for part in parts:
@@ -130,7 +131,9 @@ class Manifest:
                 unknown = pa.nulls(len(table), pa.int32())
                 table = table.set_column(table.schema.get_field_index("label"), "label", unknown)
             tables.append(table)
-        return cls(pa.concat_tables(tables), names.names or None)
+        own = {name for part in parts for name in part.classes or []}
+        last = max((i for i, name in enumerate(names.names) if name in own), default=-1)
+        return cls(pa.concat_tables(tables), names.names[: last + 1] or None)
 
     def take(self, rows: np.ndarray) -> Manifest:
         """These rows, in this order."""

@@ -119,7 +119,8 @@ class Generation:
         origin = self.origin
         roots = [as_path(origin["data_root"])]
         if origin["data_root_from_store"] and is_local(self.store):
-            roots.insert(0, self.store.resolve() / origin["data_root_from_store"])
+            beside = self.store.resolve() / origin["data_root_from_store"]
+            roots.insert(0, beside.resolve())
         return roots
 
     def find_data_root(self, sample: list[str], data_root: str | None = None) -> AnyPath:

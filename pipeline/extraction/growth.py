@@ -126,13 +126,6 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
         added = _as_begun(out, name, added)
         spec = replace(wanted, manifest=added.digest(), rows=len(added), first_row=first_row)
         parts.append(Part(name, spec, added))
-    before = set(index.dropped.get(first, []))
-    if before or len(stored.missing):
-        back = len(before.difference(stored.missing.tolist()))
-        stored.notes.append(
-            f"dropped: {len(stored.missing):,} images of the store are not in the data; they keep "
-            "their targets, and training leaves them out" + (f"; {back:,} are back" if back else "")
-        )
     dropped = stored.dropped(layer, existing, index.dropped)
     return Growth(layer, parts, dropped, stored.notes)
 
@@ -194,6 +187,18 @@ class _Stored:
                 f"is {self.keys[self.present[resized[0]]]!r}; milan pretrain --on-changed drop "
                 "leaves them out"
             )
+
+    def _same_root(self) -> bool:
+        """Whether the data is where the store found it, or the store does not say."""
+        root = self.found.root.resolve()
+        for g in self.rows:
+            try:
+                roots = g.roots()
+            except CacheError:  # without origin.json
+                return True
+            if any(r.resolve() == root for r in roots):
+                return True
+        return False
 
     def _is_other(self, row: int) -> bool:
         """Whether the data has other bytes for an image than at extraction."""
@@ -280,33 +285,34 @@ class _Stored:
     def dropped(
         self, layer: str, existing: list[Generation], before: dict[str, list[int]]
     ) -> dict[str, list[int]]:
-        """Of each layer the rows whose images are gone: those missing here, wherever they are."""
-        gone = {self.keys[row] for row in self.missing.tolist()}
-        listed = set(self.listed)
-        dropped = {layer: self.missing.tolist()}
-        for other in {g.entry.layer for g in existing} - {layer} if gone or before else ():
-            rows = set(before.get(other, []))
-            for g in existing:
-                if g.entry.layer == other and g.spec.first_view == 0:
-                    for row, key in enumerate(g.manifest().keys(), g.spec.first_row):
-                        if key in gone:
-                            rows.add(row)
-                        elif key in listed:
-                            rows.discard(row)
-            dropped[other] = sorted(rows)
-        return dropped
+        """Of each layer the rows whose images are gone: those missing here, wherever they are.
 
-    def _same_root(self) -> bool:
-        """Whether the data is where the store found it, or the store does not say."""
-        root = self.found.root.resolve()
-        for g in self.rows:
-            try:
-                roots = g.roots()
-            except CacheError:  # without origin.json
-                return True
-            if any(r.resolve() == root for r in roots):
-                return True
-        return False
+        An image that is back is read again, unless it was missed when views were added.
+        """
+        if not len(self.missing) and not before:
+            return {}
+        gone = {self.keys[row] for row in self.missing.tolist()}
+        back = set(self.listed)
+        dropped: dict[str, list[int]] = {}
+        for name in dict.fromkeys([layer, *(g.entry.layer for g in existing)]):
+            parts = [g for g in existing if g.entry.layer == name]
+            rows = set(before.get(name, []))
+            bad = {row for g in parts if rows for row, _ in g.bad()}
+            # A layer that is only begun has the rows of the one that it is made from.
+            for g in [g for g in parts if g.spec.first_view == 0] or self.rows:
+                for row, key in enumerate(g.manifest().keys(), g.spec.first_row):
+                    if key in gone:
+                        rows.add(row)
+                    elif key in back and row not in bad:
+                        rows.discard(row)
+            dropped[name] = sorted(rows)
+        returned = len(set(before.get(layer, [])).difference(dropped[layer]))
+        self.notes.append(
+            f"dropped: {len(dropped[layer]):,} images of the store are not in the data; they keep "
+            "their targets, and training leaves them out"
+            + (f"; {returned:,} are back" if returned else "")
+        )
+        return dropped
 
 
 def _as_begun(out: AnyPath, name: str, manifest: Manifest) -> Manifest:
