@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.measure import interleaved, parser, photos, ratio, report
 from milan.images.decode import decode
-from milan.images.manifest import Manifest, build_manifest, data_root
+from milan.images.manifest import Manifest, build_manifest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, render, view_of
 from pipeline.extract import extract_targets
@@ -34,9 +34,9 @@ from pipeline.teachers.spec import TeacherSpec
 _BATCH = 16
 
 
-def bare(source: Path, manifest: Manifest, teacher: Teacher) -> None:
+def bare(manifest: Manifest, teacher: Teacher) -> None:
     """The least that extraction must do: read, decode, render, forward."""
-    images, spec = ImageSource(manifest, data_root(source)), ViewSpec(teacher.size)
+    images, spec = ImageSource(manifest, manifest.root), ViewSpec(teacher.size)
     for start in range(0, len(manifest), _BATCH):
         pixels = []
         for row in range(start, min(len(manifest), start + _BATCH)):
@@ -90,7 +90,7 @@ def main() -> None:
             ours_seconds.append(summary["seconds"])
 
         contenders: dict[str, Callable[[], None]] = {
-            "bare": lambda: bare(source, manifest, teacher),
+            "bare": lambda: bare(manifest, teacher),
             "ours": ours,
         }
         seconds = interleaved(contenders, args.rounds)

@@ -18,6 +18,8 @@ class ExtractConfig:
     """The store: a path, or s3://bucket/name.zarr."""
     data_root: str | None = None
     """Where data names are looked up."""
+    split: str | None = None
+    """Which split of the data: train, validation, test, ..., or all; default: train, if any."""
     teacher: str = "ViT-B-16-quickgelu"
     """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, or a model config (JSON)."""
     pretrained: str | None = None

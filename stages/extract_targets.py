@@ -11,8 +11,8 @@ from pipeline.config import ExtractConfig
 from stages.options import settings_command
 
 FLAGS = (
-    "data", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size", "views",
-    "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
+    "data", "split", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size",
+    "views", "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
     "replicas", "num_workers", "device", "precision", "batch_size", "shard_size", "seed",
     "limit", "max_bad", "texts", "offline",
 )  # fmt: skip

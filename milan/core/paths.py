@@ -6,8 +6,11 @@ below, which never uses fsspec, or milan.core.remote.RemoteFiles.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager as ContextManager
 from contextlib import contextmanager
@@ -27,9 +30,15 @@ R = TypeVar("R")
 
 
 def as_path(where: str | AnyPath) -> AnyPath:
-    """The path or URL that `where` means; file:// is a path. Raises DataError for a password."""
+    """The path or URL that `where` means; file:// is a path.
+
+    Raises DataError for a password, no path at all, and a path that is not Unicode.
+    """
     if not isinstance(where, str):
         return where
+    if not where or "\0" in where:
+        raise DataError(f"the path {where!r}", expected="a path or a URL")
+    check_unicode(where, "the path")
     match = _URL.fullmatch(where)
     if match is None:
         return Path(where).expanduser()
@@ -50,6 +59,16 @@ def is_local(where: AnyPath) -> TypeGuard[Path]:
     return isinstance(where, Path)
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Raises DataError for a name of bytes that are not UTF-8: no table or JSON could hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{what} {text!r} is not UTF-8", expected="names in UTF-8", fix="rename it"
+        ) from None
+
+
 class FileSystem(Protocol[P]):
     """Reading files of one kind of path. The functions of these names say what a method does.
 
@@ -64,7 +83,7 @@ class FileSystem(Protocol[P]):
     def pieces_of(self, where: P) -> Iterator[bytes]: ...
     def names_in(self, folder: P) -> Iterator[str]: ...
     def folders_in(self, folder: P) -> set[str]: ...
-    def files_below(self, root: P) -> Iterator[tuple[str, int | None]]: ...
+    def files_below(self, root: P, left_out: Counter[str]) -> Iterator[tuple[str, int | None]]: ...
     def map_files(self, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]: ...
     def probe(self, where: P) -> None: ...
     def data_error(self, where: P, error: OSError, *, doing: str) -> DataError: ...
@@ -135,12 +154,16 @@ def folders_in(folder: AnyPath) -> set[str]:
     return _files(folder).folders_in(folder)
 
 
-def files_below(root: AnyPath) -> Iterator[tuple[str, int | None]]:
+def files_below(
+    root: AnyPath, left_out: Counter[str] | None = None
+) -> Iterator[tuple[str, int | None]]:
     """(path below root as POSIX, bytes) of every file that is not hidden, in any order.
 
-    Raises DataError for a folder that cannot be listed: its images would be missing in silence.
+    What is left out is counted in `left_out`: hidden files and folders, what is no file (it could
+    be waited on for ever), folders under a second name. Raises DataError for a folder that cannot
+    be listed: its images would be missing in silence.
     """
-    return _files(root).files_below(root)
+    return _files(root).files_below(root, Counter() if left_out is None else left_out)
 
 
 def probe(where: AnyPath) -> None:
@@ -162,16 +185,14 @@ class LocalFiles:
 
     def read_below(self, root: Path, below: str, *, offset: int | None, size: int | None) -> bytes:
         """One read."""
-        if offset is None:
-            return (root / below).read_bytes()
-        with open(root / below, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        with _open(root / below) as file:
+            file.seek(offset or 0)
+            return file.read(-1 if offset is None or size is None else size)
 
     @contextmanager
     def open_below(self, root: Path, below: str, *, skip: bool) -> Iterator[BinaryIO]:
         """The system reads ahead by itself."""
-        with open(root / below, "rb") as file:
+        with _open(root / below) as file:
             yield file
 
     def read_file(self, where: Path, *, first: int, size: int | None) -> bytes:
@@ -188,7 +209,7 @@ class LocalFiles:
 
     def pieces_of(self, where: Path) -> Iterator[bytes]:
         """Pieces of 8 MiB."""
-        with open(where, "rb") as file:
+        with _open(where) as file:
             while piece := file.read(_PIECE):
                 yield piece
 
@@ -204,7 +225,7 @@ class LocalFiles:
         """Links to folders count."""
         return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
 
-    def files_below(self, root: Path) -> Iterator[tuple[str, int | None]]:
+    def files_below(self, root: Path, left_out: Counter[str]) -> Iterator[tuple[str, int | None]]:
         """Follows links, each folder once.
 
         A folder with several names is listed by its own name, else by the first in order of names,
@@ -221,19 +242,25 @@ class LocalFiles:
             with as_data_error(folder):
                 status = folder.stat()
                 if (status.st_dev, status.st_ino) in seen:
+                    left_out["links to a folder that is listed"] += 1
                     continue
                 seen.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as listing:
                     entries = list(listing)
             for entry in entries:
                 if entry.name.startswith("."):
+                    left_out["hidden"] += 1
                     continue
                 path = f"{below}/{entry.name}" if below else entry.name
                 try:
                     if entry.is_dir():
                         (links if entry.is_symlink() else folders).append(path)
                         continue
-                    size = entry.stat().st_size
+                    status = entry.stat()
+                    if not stat.S_ISREG(status.st_mode):
+                        left_out["no files but pipes, sockets or devices"] += 1
+                        continue
+                    size = status.st_size
                 except OSError:
                     size = 0  # a link to nothing, or to itself: a row with a reason, not a hole
                 yield path, size
@@ -249,6 +276,15 @@ class LocalFiles:
         """Names the system's reason."""
         why = error.strerror or str(error) or type(error).__name__
         return cannot_be(where, doing, why, "leave to read it: chmod, or another user")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A file opened for reading. Raises OSError for a pipe or device, which may never answer."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a file, but a pipe or device", str(path))
+        yield file
 
 
 _LOCAL, _REMOTE = LocalFiles(), RemoteFiles()

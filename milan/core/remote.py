@@ -7,6 +7,7 @@ leaves this module as an OSError, or as a DataError with a hint.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ class RemoteFiles:
 
     def sizes_below(self, root: Url) -> Callable[[str], int | None]:
         """From one listing, made now."""
-        return dict(self.files_below(root)).get
+        return dict(self.files_below(root, Counter())).get
 
     def pieces_of(self, where: Url) -> Iterator[bytes]:
         """A request each. Raises FileNotFoundError or DataError."""
@@ -168,7 +169,7 @@ class RemoteFiles:
         """Raises DataError."""
         return {_last_part(entry) for entry in _list(folder) if entry["type"] == "directory"}
 
-    def files_below(self, root: Url) -> Iterator[tuple[str, int | None]]:
+    def files_below(self, root: Url, left_out: Counter[str]) -> Iterator[tuple[str, int | None]]:
         """One listing of an object store; else folder by folder. Raises DataError."""
         fs, base = root.at()
         with _as_data_error(root), os_errors():
@@ -177,10 +178,14 @@ class RemoteFiles:
             entries = fs.find(base, detail=True).values() if flat else _walk(fs, base)
         for entry in entries:
             path = entry["name"].removeprefix(base).removeprefix("/")
-            # Some tools make a "folder" of an object store by an empty object, its name ends in /.
-            hidden = any(part.startswith(".") for part in path.split("/"))
-            if path and not hidden and not path.endswith("/"):
-                yield path, entry.get("size")
+            size = entry.get("size")
+            # A key may have any parts: `.` and `..` are neither folders nor hidden.
+            if any(p.startswith(".") and p not in (".", "..") for p in path.split("/")):
+                left_out["hidden"] += 1
+            elif path and not path.endswith("/"):
+                yield path, size
+            elif size:  # an empty object is a mark that some tools make for a folder
+                left_out["named like a folder"] += 1
 
     def map_files(self, do: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """In threads: each call waits for replies. A bounded number of results is kept ready."""

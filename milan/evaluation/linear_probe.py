@@ -41,7 +41,7 @@ def linear_probe(
     device = pick_device(config.device)
     frozen = frozen or frozen_encoder(config, device)
     began = time.perf_counter()
-    train, val = open_splits(config)
+    train, val = open_splits(config, progress)
     x, y = split_features(frozen, train, config, device, progress)
     if len(y) < 2:
         raise DataError(f"{len(y)} images to fit on", expected="2 and more, and some to measure on")

@@ -43,6 +43,10 @@ class EvaluationConfig:
     """Labelled images to measure on; default: a fifth of --data, by seed."""
     data_root: str | None = None
     """Where data names are looked up."""
+    split: str | None = None
+    """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
+    val_split: str | None = None
+    """Which split of --val-data; default: validation, else test, if any."""
     out: str | None = None
     """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
     like: str | None = None

@@ -8,10 +8,12 @@ import numpy as np
 
 from milan.core import rng
 from milan.core.paths import AnyPath
+from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError
 from milan.evaluation.protocols import EvaluationConfig
-from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
+from milan.images.splits import TEST, VALIDATION, WantedSplit
 
 
 @dataclass(frozen=True)
@@ -26,22 +28,25 @@ class Split:
     """int64 [n], classes as the training images number them."""
 
 
-def open_splits(config: EvaluationConfig) -> tuple[Split, Split]:
+def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> tuple[Split, Split]:
     """The images to fit on and those to measure on: `val_data`, or a fifth of `data`, by seed.
 
-    Raises DataError for data that is not there, images without a label, and classes to measure on
-    that training does not know.
+    `progress` is told which images these are. Raises DataError for data that is not there, images
+    without a label, and classes to measure on that training does not know.
     """
-    source, manifest, labels = _labelled(config.data, config)
-    images = ImageSource(manifest, data_root(source))
+    progress = progress or NoProgress()
+    wanted = WantedSplit(config.split)
+    source, manifest, labels = _labelled(config.data, wanted, config, progress)
+    images = ImageSource(manifest, source)
     if config.val_data is None:
         count = len(manifest)
         shuffled = rng.permutation(config.seed, rng.SAMPLE, (0,), count)
         val, train = np.split(shuffled, [max(1, count // 5)])
         parts = [Split(source, images, rows, labels[rows]) for rows in map(np.sort, (train, val))]
         return parts[0], parts[1]
-    val_source, val_manifest, val_labels = _labelled(config.val_data, config)
-    val_images = ImageSource(val_manifest, data_root(val_source))
+    wanted = WantedSplit(config.val_split, (VALIDATION, TEST), "--val-split")
+    val_source, val_manifest, val_labels = _labelled(config.val_data, wanted, config, progress)
+    val_images = ImageSource(val_manifest, val_source)
     val_labels = _same_classes(manifest, val_manifest, val_labels)
     return (
         Split(source, images, np.arange(len(manifest)), labels),
@@ -49,16 +54,22 @@ def open_splits(config: EvaluationConfig) -> tuple[Split, Split]:
     )
 
 
-def _labelled(name: str, config: EvaluationConfig) -> tuple[AnyPath, Manifest, np.ndarray]:
+def _labelled(
+    name: str, wanted: WantedSplit, config: EvaluationConfig, progress: Progress
+) -> tuple[AnyPath, Manifest, np.ndarray]:
+    """(root, images, labels) of a data set."""
     source = resolve_data(name, config.data_root)
-    manifest = build_manifest(source, seed=config.seed, limit=config.limit)
+    manifest = build_manifest(source, seed=config.seed, limit=config.limit, split=wanted)
+    for line in describe_source(manifest, wanted.flag):
+        progress.note(line)
     labels = manifest.labels()
     if (labels < 0).any():
+        first = manifest.key(int(np.flatnonzero(labels < 0)[0]))
         raise DataError(
-            f"{source} has {int((labels < 0).sum())} images without a label",
+            f"{source} has {int((labels < 0).sum())} images without a label, such as {first!r}",
             expected="class folders, a `label` column, or .cls members of tars",
         )
-    return source, manifest, labels
+    return manifest.root, manifest, labels
 
 
 def _same_classes(train: Manifest, val: Manifest, labels: np.ndarray) -> np.ndarray:

@@ -1,27 +1,29 @@
 """Lists the images of a source as rows, in order of names; nothing is shuffled yet.
 
 A source is a tree of class folders, a folder of images, one or many Parquet files, or one or many
-WebDataset tars. Which of them it is shows in the names of its files: Parquet before images before
-tars. Only names, sizes, footers, headers and small columns are read.
+WebDataset tars. Which of them it is shows in its files: Parquet files of images before images
+before tars. Only names, sizes, footers, headers and small columns are read. Every file and every
+member of a tar is counted, as used or as left out.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, files_below, is_local, map_files, open_below
+from milan.core.paths import AnyPath, check_unicode, files_below, is_local, map_files, open_below
 from milan.errors import DataError
 from milan.images.classes import ClassTable
-from milan.images.formats import extensions, kind_of_extension
-from milan.images.tars import PACKED, packed, read_tar
+from milan.images.formats import extensions
+from milan.images.splits import Splits, WantedSplit, find_splits, of_split, take_split
+from milan.images.tars import PACKED, Tar, file_kind, packed, read_tar
 
 SCHEMA = pa.schema(
     [
@@ -36,93 +38,234 @@ SCHEMA = pa.schema(
     ]
 )
 
+_MADE_HERE = {  # a folder that has one of the first files and one of the second, and what it is
+    "a store": ({"zarr.json"}, {"zarr.json"}),
+    "a run": ({"run.json"}, {"log.jsonl", "curves.csv", "metrics.json"}),
+    "a report": ({"metrics.json"}, {"report.txt", "sheet.png"}),
+    "mlflow": ({"mlflow.db"}, {"mlflow.db"}),
+}
+_PARTS = {"a report": ("sheet.png", "curves.png", "evaluation"), "mlflow": ("mlartifacts",)}
+"""What in such a folder was made here; else all of it."""
+_STATS = "_stats.json"
+_NO_IMAGES = ".parquet without images"
+_MARKERS = tuple({name for sets in _MADE_HERE.values() for names in sets for name in names})
+
+
+class NoImagesError(DataError):
+    """A whole Parquet file that holds something else than images."""
+
 
 @dataclass(frozen=True)
 class Listing:
     """Rows of SCHEMA in order of names, in one or several tables."""
 
+    root: AnyPath
+    """The folder that paths are relative to."""
     tables: list[pa.Table]
+    used: dict[str, int]
+    """Files and members of tars that give rows, labels or captions: what they are -> count."""
+    ignored: dict[str, int]
+    """All others: extension, or why they are left out -> count."""
+    split: str | None = None
+    """The split that was taken; None if there is nothing to choose from."""
+    splits: dict[str, int] = field(default_factory=dict)
+    """All splits that there are: name -> files, or images of tars."""
     group_bytes: list[int] | None = None
     """Bytes of each table, where a table is a row group, read as a whole; None: each image is."""
     classes: list[str] | None = None
-    ignored: dict[str, int] = field(default_factory=dict)
-    """Files without a row: extension, or what the file is -> count."""
 
 
-def data_root(source: AnyPath) -> AnyPath:
-    """The folder that manifest paths are relative to."""
-    return source.parent if source.is_file() else source
+@dataclass
+class _Files:
+    """The files below a folder that may be used; the others are counted in `ignored`."""
+
+    root: AnyPath
+    sizes: dict[str, int | None]
+    """By name, in order of names."""
+    ignored: Counter[str]
+    alone: bool = False
+    """The source is one file: whoever names it has chosen it."""
+    split: str | None = None
+    splits: dict[str, int] = field(default_factory=dict)
+    no_classes: frozenset[str] = frozenset()
+    """Folders whose names are not those of classes."""
+
+    def ending(self, *ends: str) -> list[str]:
+        """The names that end so."""
+        return [name for name in self.sizes if name.lower().endswith(ends)]
+
+    def leave_out(self, names: Iterable[str], why: str | None = None) -> None:
+        """Count files as ignored, each by its extension if no reason is given, and forget them."""
+        for name in names:
+            self.ignored[why or file_kind(name)] += 1
+            del self.sizes[name]
+
+    def take(self, names: list[str], wanted: WantedSplit, *, pictures: bool = False) -> None:
+        """Keep those of `names` that are of the wanted split, and no other file.
+
+        If they all lie in one folder that is a split, this is the root from then on.
+        """
+        # Of its download of a folder 00000, img2dataset tells in 00000_stats.json.
+        downloads = {n.removesuffix(_STATS) for n in self.sizes if n.endswith(_STATS)}
+        kept = set(names)
+        self.leave_out([name for name in self.sizes if name not in kept])
+        splits = Splits([None] * len(names))
+        if not self.alone or wanted.name:
+            splits = find_splits(names, pictures=pictures)
+        self.split, taken = take_split(splits, wanted, self.root)
+        self.splits = splits.counts
+        kept = {names[i] for i in taken}
+        for name, split in zip(names, splits.of_files, strict=True):
+            if name not in kept:
+                self.leave_out([name], of_split(split))
+        _check_names(self.sizes)
+        self.no_classes = splits.folders | downloads
+        tops = {name.partition("/")[0] for name in self.sizes}
+        if len(tops) == 1 and (top := tops.pop()) in splits.folders:
+            cut = len(top) + 1
+            self.root = self.root / top
+            self.sizes = {name[cut:]: size for name, size in self.sizes.items()}
+            self.no_classes = frozenset(folder[cut:] for folder in self.no_classes)
+
+    def listed(
+        self,
+        tables: list[pa.Table],
+        used: dict[str, int],
+        *,
+        group_bytes: list[int] | None = None,
+        classes: list[str] | None = None,
+    ) -> Listing:
+        """The listing, when the rows are known."""
+        return Listing(
+            self.root, tables, used, dict(+self.ignored), self.split, self.splits, group_bytes,
+            classes,
+        )  # fmt: skip
 
 
-def list_images(source: AnyPath) -> Listing:
-    """The images of `source`. Raises DataError for a source that cannot be read or used."""
+def list_images(source: AnyPath, wanted: WantedSplit | None = None) -> Listing:
+    """The images of `source` that are of the wanted split (default: train, if there are splits).
+
+    Raises DataError for a source that cannot be read or used.
+    """
+    wanted = wanted or WantedSplit()
     alone = source.is_file()
-    root = source.parent if alone else source
-    files = [(source.name, 0)] if alone else sorted(files_below(root))
-    names = [name for name, _ in files]
-    parquet = [name for name in names if name.endswith(".parquet")]
-    images = [(name, size) for name, size in files if name.lower().endswith(extensions())]
-    tars = [name for name in names if name.lower().endswith(".tar")]
+    files = _files_of(source, alone)
+    parquet, images, tars = (
+        files.ending(".parquet"),
+        files.ending(*extensions()),
+        files.ending(".tar"),
+    )
+    if parquet and (images or tars):  # perhaps they only describe the others
+        others = [name for name in parquet if not _has_images(files.root, name)]
+        files.leave_out(others, _NO_IMAGES)
+        parquet = files.ending(".parquet")
     if parquet:
-        return _list_parquet(root, parquet, _others(names, parquet))
+        files.take(parquet, wanted)
+        return _list_parquet(files)
     if alone and images:
-        raise DataError(f"{source} is one image", expected="a folder", fix=f"--data {root}")
+        raise DataError(f"{source} is one image", expected="a folder", fix=f"--data {files.root}")
     if images:
-        return _list_folder(images, _others(names, [name for name, _ in images]))
-    for name in names:
-        if name.lower().endswith(PACKED):
-            raise packed(str(root / name))
+        files.take(images, wanted, pictures=True)
+        return _list_folder(files)
+    if archives := files.ending(*PACKED):
+        raise packed(str(files.root / archives[0]))
     if tars:
-        return _list_tars(root, tars, _others(names, tars))
+        cut = not alone and find_splits(tars, pictures=False).counts  # else their members may be
+        files.take(tars, wanted if cut else WantedSplit())
+        return _list_tars(files, wanted)
     if alone:
         raise DataError(
             f"{source} is a file", expected="a folder of images, a Parquet file or a tar"
         )
-    return Listing([SCHEMA.empty_table()], ignored=_others(names, []))
+    files.leave_out(list(files.sizes))
+    return files.listed([SCHEMA.empty_table()], {})
 
 
-def _others(names: list[str], taken: list[str]) -> dict[str, int]:
-    others = set(names) - set(taken)
-    kinds = (
-        kind_of_extension(os.path.splitext(name)[1].lower()) for name in names if name in others
-    )
-    return dict(Counter(kind or "without extension" for kind in kinds))
+def _files_of(source: AnyPath, alone: bool) -> _Files:
+    """The files of a source, but those that milan itself has made there."""
+    if alone:
+        return _Files(source.parent, {source.name: 0}, Counter(), alone=True)
+    if not source.is_dir():
+        raise DataError(
+            f"{source} is neither a file nor a folder", expected="a folder of images, or a file"
+        )
+    ignored: Counter[str] = Counter()
+    files = _Files(source, dict(sorted(files_below(source, ignored))), ignored)
+    made = _made_here(files.sizes)
+    if "" in made:
+        raise DataError(
+            f"{source} is {made['']}: it holds no images to extract",
+            expected="a folder of images, Parquet files or tars",
+            fix="milan inspect, if you meant a store",
+        )
+    if made:
+        for name in list(files.sizes):
+            for place in _places(name):
+                if place in made:
+                    files.leave_out([name], f"in {made[place]}, {place}")
+                    break
+    return files
 
 
-def _check_names(paths: Iterable[str]) -> None:
-    for path in paths:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"file name {path!r} is not UTF-8", expected="UTF-8 names", fix="rename the file"
-            ) from None
+def _made_here(names: Iterable[str]) -> dict[str, str]:
+    """Which files and folders milan has made, or its trackers: path -> what it belongs to."""
+    markers = defaultdict(set)
+    for name in names:
+        if name.endswith(_MARKERS):
+            folder, _, last = name.rpartition("/")
+            markers[folder].add(last)
+    made = {}
+    for folder, present in markers.items():
+        for what, (first, second) in _MADE_HERE.items():
+            if present & first and present & second:
+                below = f"{folder}/" if folder else ""
+                parts = [below + part for part in _PARTS.get(what, ())] or [folder]
+                made.update(dict.fromkeys(parts, what))
+    return made
+
+
+def _places(name: str) -> Iterator[str]:
+    """The folders that a file lies in, the outermost first, then the file itself."""
+    at = name.find("/")
+    while at >= 0:
+        yield name[:at]
+        at = name.find("/", at + 1)
+    yield name
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        check_unicode(name, "the file name")
 
 
 # --- folders ------------------------------------------------------------------------------------
 
 
-def _list_folder(files: list[tuple[str, int | None]], ignored: dict[str, int]) -> Listing:
-    paths = [path for path, _ in files]
-    _check_names(paths)
-    # An image directly in the root means a plain folder; otherwise its subfolders are the classes.
-    flat = any("/" not in path for path in paths)
-    classes = None if flat else sorted({path.split("/", 1)[0] for path in paths})
-    number = {name: i for i, name in enumerate(classes or [])}
+def _list_folder(files: _Files) -> Listing:
+    paths = list(files.sizes)
+    # The class is the first folder that is none of a split; an image right in the root has none.
+    class_of: dict[str, str | None] = {}
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        names = (place for place in _places(folder) if place not in files.no_classes)
+        class_of[folder] = next(names, "").rpartition("/")[2] or None
+    classes = sorted({name for name in class_of.values() if name})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number.get(class_of[path.rpartition("/")[0]] or "") for path in paths]
     nulls = [None] * len(paths)
-    labels = [number[path.split("/", 1)[0]] for path in paths] if classes else nulls
-    sizes = [size for _, size in files]
-    table = pa.table([paths, paths, nulls, nulls, nulls, sizes, labels, nulls], schema=SCHEMA)
-    return Listing([table], classes=classes, ignored=ignored)
+    table = pa.table(
+        [paths, paths, nulls, nulls, nulls, list(files.sizes.values()), labels, nulls],
+        schema=SCHEMA,
+    )
+    return files.listed([table], {"images": len(paths)}, classes=classes or None)
 
 
 # --- tars ---------------------------------------------------------------------------------------
 
 
-def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> Listing:
-    tables, counts = [], Counter(ignored)
+def _list_tars(files: _Files, wanted: WantedSplit) -> Listing:
+    root, in_splits = files.root, files.split is not None
 
-    def rows(name: str) -> tuple[pa.Table, Counter[str]]:
+    def rows(name: str) -> tuple[pa.Table, Tar, Splits]:
         try:
             with open_below(root, name, skip=True) as file:
                 tar = read_tar(file, str(root / name))
@@ -132,16 +275,32 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
         nulls = [None] * len(tar.names)
         keys = [f"{name}/{member}" for member in tar.names]
         paths = [name] * len(keys)
-        return pa.table(
+        table = pa.table(
             [keys, paths, nulls, nulls, tar.offsets, tar.sizes, tar.labels, tar.captions],
             schema=SCHEMA,
-        ), tar.ignored
+        )
+        splits = Splits([]) if in_splits else find_splits(tar.names, pictures=True)
+        return table, tar, splits
 
-    _check_names(files)
-    for table, more in map_files(root, rows, files):
+    tables, of_members = [], list[Splits]()
+    used, ignored = Counter({".tar": len(files.sizes)}), files.ignored
+    for table, tar, splits in map_files(root, rows, files.sizes):
         tables.append(table)
-        counts.update(more)
-    return Listing(tables, ignored=dict(counts))
+        of_members.append(splits)
+        used.update({"images": len(table), "labels and captions": tar.annotations})
+        ignored.update(tar.ignored)
+    if not in_splits and (wanted.name or any(splits.counts for splits in of_members)):
+        together = Splits([split for splits in of_members for split in splits.of_files])
+        files.split, taken = take_split(together, wanted, root)
+        files.splits = together.counts
+        keep = np.zeros(len(together.of_files), bool)
+        keep[taken] = True
+        for split in (s for s, kept in zip(together.of_files, keep, strict=True) if not kept):
+            ignored[of_split(split)] += 1
+        used["images"] = len(taken)
+        pieces = np.split(keep, np.cumsum([len(table) for table in tables])[:-1])
+        tables = [table.filter(kept) for table, kept in zip(tables, pieces, strict=True)]
+    return files.listed(tables, dict(+used))
 
 
 # --- Parquet ------------------------------------------------------------------------------------
@@ -151,6 +310,8 @@ def _list_tars(root: AnyPath, files: list[str], ignored: dict[str, int]) -> List
 def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
     """The Parquet file `name` below root, its footer read. Raises OSError or pa.ArrowInvalid."""
     if is_local(root):
+        with open_below(root, name):
+            pass  # raises for a pipe, which Arrow would wait for
         with pq.ParquetFile(root / name) as reader:  # faster than through a file of Python
             yield reader
         return
@@ -158,21 +319,61 @@ def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
         yield reader
 
 
-def _list_parquet(root: AnyPath, files: list[str], ignored: dict[str, int]) -> Listing:
-    def groups(name: str) -> tuple[str, list[tuple[int, pa.Table]], list[str] | None]:
+def _has_images(root: AnyPath, name: str) -> bool:
+    """Whether a Parquet file is one of images. Raises DataError if it cannot be read."""
+    try:
+        with _opened(root, name) as reader:
+            _check_schema(reader.schema_arrow, root / name)
+    except NoImagesError:
+        return False
+    return True
+
+
+@contextmanager
+def _opened(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
+    """As parquet_below; raises DataError."""
+    try:
+        with parquet_below(root, name) as reader:
+            yield reader
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{root / name} cannot be read: {error}") from None
+
+
+def _list_parquet(files: _Files) -> Listing:
+    root = files.root
+
+    def groups(name: str) -> tuple[str, list[tuple[int, pa.Table]], list[str] | DataError | None]:
         try:
-            with parquet_below(root, name) as reader:
+            with _opened(root, name) as reader:
                 return name, *_row_groups(reader, str(root / name), name)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{root / name} cannot be read: {error}") from None
+        except NoImagesError as error:
+            return name, [], error
 
     classes = ClassTable()
     sizes: list[int] = []
     tables: list[pa.Table] = []
-    for name, row_groups, names in map_files(root, groups, files):
+    others: list[DataError] = []
+    for name, row_groups, names in map_files(root, groups, list(files.sizes)):
+        if isinstance(names, DataError):
+            others.append(names)
+            files.leave_out([name], _NO_IMAGES)
+            continue
         sizes += [size for size, _ in row_groups]
         tables += [classes.renumbered(t, names, str(root / name)) for _, t in row_groups]
-    return Listing(tables, sizes, classes.names or None, ignored)
+    if others and not files.sizes:
+        raise others[0]
+    used = {".parquet": len(files.sizes)}
+    return files.listed(tables, used, group_bytes=sizes, classes=classes.names or None)
+
+
+def _check_schema(schema: pa.Schema, where: object) -> None:
+    """Raises NoImagesError for other columns than those of the Hugging Face image schema."""
+    image = schema.field("image").type if "image" in schema.names else pa.null()
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise NoImagesError(
+            f"{where} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
+            expected="the Hugging Face image schema: a column image{bytes, path}",
+        )
 
 
 def _row_groups(
@@ -180,12 +381,8 @@ def _row_groups(
 ) -> tuple[list[tuple[int, pa.Table]], list[str] | None]:
     """(bytes, rows) of each row group, and the class names."""
     schema = reader.schema_arrow
-    image = schema.field("image").type if "image" in schema.names else pa.null()
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise DataError(
-            f"{label} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
-            expected="the Hugging Face image schema: a column image{bytes, path}",
-        )
+    _check_schema(schema, label)
+    image = schema.field("image").type
     has_path = image.get_field_index("path") >= 0
     columns = ["image.path"] if has_path else []
     columns += [c for c in ("label", "caption") if c in schema.names]

@@ -21,17 +21,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core import rng
-from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, is_local
+from milan.core.paths import AnyPath, as_data_error, as_path, is_local
 from milan.errors import DataError
 from milan.images.classes import ClassTable
 from milan.images.formats import extensions
-from milan.images.listing import SCHEMA, Listing, data_root, list_images
+from milan.images.listing import SCHEMA, Listing, list_images
+from milan.images.splits import WantedSplit, show_counts
 
-__all__ = ["SCHEMA", "Manifest", "build_manifest", "data_root", "resolve_data"]
+__all__ = ["SCHEMA", "Manifest", "build_manifest", "resolve_data"]
 
 # Parquet row groups are shuffled in windows of about this many bytes: a reader caches a window.
 _WINDOW_BYTES = 256 << 20
 _PIECE = 1 << 18  # rows of captions looked at at once
+_KINDS = 12  # of files left out that are named
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,17 @@ class Manifest:
     table: pa.Table
     classes: list[str] | None = None
     """Names of the class numbers in `label`, the same for all rows; None: numbers without names."""
-    ignored: dict[str, int] = field(default_factory=dict)
-    """Files without a row: extension, or what the file is -> count. Reported to the user."""
+    listing: Listing | None = field(default=None, compare=False)
+    """What it was built from, without its rows; None for one that a store kept."""
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @property
+    def root(self) -> AnyPath:
+        """The folder that paths are relative to; of a fresh manifest, a store knows its own."""
+        assert self.listing is not None
+        return self.listing.root
 
     def key(self, row: int) -> str:
         """The unique name of the image in `row`."""
@@ -101,7 +109,7 @@ class Manifest:
 
     def head(self, limit: int) -> Manifest:
         """The first `limit` rows of the same order."""
-        return Manifest(self.table.slice(0, limit), self.classes, self.ignored)
+        return replace(self, table=self.table.slice(0, limit))
 
     def to_parquet(self) -> bytes:
         """The file that a store keeps; a pure function of the rows and class names."""
@@ -137,7 +145,7 @@ class Manifest:
 
     def take(self, rows: np.ndarray) -> Manifest:
         """These rows, in this order."""
-        return Manifest(self.table.take(pa.array(rows)), self.classes, self.ignored)
+        return replace(self, table=self.table.take(pa.array(rows)))
 
     @classmethod
     def read(cls, path: Path | pa.NativeFile) -> Manifest:
@@ -153,18 +161,12 @@ def resolve_data(name: str, root: str | None = None) -> AnyPath:
     """The folder, file or URL that `--data name` means.
 
     An existing path or URL wins. Else a name means a folder below the data root (`root`, else
-    $MILAN_DATA, else ./data, each a path or a URL), or its `train` if there is one. A path
-    with the folders train, val, ... and no others also means its `train`. Raises DataError listing
-    every path looked at.
+    $MILAN_DATA, else ./data, each a path or a URL). Raises DataError listing every path looked at.
     """
     candidates = [as_path(name)]
-    with as_data_error(candidates[0]):
-        if candidates[0].exists():
-            return _training_part(candidates[0])
     if not candidates[0].is_absolute():
-        base = as_path(root or os.environ.get("MILAN_DATA") or "data")
-        candidates += [base / name / "train", base / name]
-    for where in candidates[1:]:
+        candidates.append(as_path(root or os.environ.get("MILAN_DATA") or "data") / name)
+    for where in candidates:
         with as_data_error(where):
             if where.exists():
                 return where
@@ -177,46 +179,70 @@ def resolve_data(name: str, root: str | None = None) -> AnyPath:
     )
 
 
-def _training_part(where: AnyPath) -> AnyPath:
-    """`where`, or its folder `train` if its folders are splits and not classes."""
-    train = where / "train"
-    if not (where.is_dir() and train.is_dir()):
-        return where
-    folders = folders_in(where)
-    splits = {"train", "val", "valid", "validation", "test"}
-    return train if {name for name in folders if not name.startswith(".")} <= splits else where
-
-
-def build_manifest(source: AnyPath, *, seed: int, limit: int | None = None) -> Manifest:
+def build_manifest(
+    source: AnyPath, *, seed: int, limit: int | None = None, split: WantedSplit | None = None
+) -> Manifest:
     """List `source` and freeze the order of its images.
 
     `source`: a tree of class folders, a folder of images, a Parquet file or a folder of them in the
-    Hugging Face image schema, a WebDataset tar or a folder of them. `limit` keeps the first rows of
-    the same permutation. Raises DataError if there are no images, a key twice, a name that is not
-    UTF-8, or something that cannot be read.
+    Hugging Face image schema, a WebDataset tar or a folder of them. `split` says which of its
+    splits is taken, by default train. `limit` keeps the first rows of the same permutation. Raises
+    DataError if there are no images, a key twice, a name that is not UTF-8, a split that is not
+    there, or something that cannot be read.
     """
-    listing = list_images(source)
-    manifest = Manifest(_permute(listing, seed), listing.classes, listing.ignored)
-    if not len(manifest):
-        names = ", ".join(f"{n} {ext}" for ext, n in manifest.ignored.items()) or "nothing"
+    listing = list_images(source, split)
+    rows = _permute(listing, seed)
+    if not len(rows):
         raise DataError(
-            f"no images in {source} (it holds {names})",
+            f"no images in {source} (it holds {_counts(listing.ignored) or 'nothing'})",
             expected="files ending in "
             + " ".join(extensions())
             + ", Parquet files, or tars of them",
         )
-    keys = manifest.table["key"].to_pylist()
+    keys = rows["key"].to_pylist()
     if len(set(keys)) < len(keys):
         twice = [key for key, n in Counter(keys).items() if n > 1]
         raise DataError(
             f"{len(twice)} keys stand for several images, the first is {twice[0]!r}",
             expected="a name of its own for every image: unique paths, or null, in Parquet",
         )
-    if limit is not None:
-        if limit < 1:
-            raise DataError(f"--limit {limit}", expected="at least 1 image")
-        manifest = manifest.head(limit)
-    return manifest
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit}", expected="at least 1 image")
+    manifest = Manifest(rows, listing.classes, replace(listing, tables=[]))
+    return manifest if limit is None else manifest.head(limit)
+
+
+def describe_source(manifest: Manifest, flag: str = "--split") -> list[str]:
+    """What a fresh manifest was made of, a line each for the user: root, split, every file."""
+    listing = manifest.listing
+    assert listing is not None
+    lines = [f"data: {listing.root.resolve()}"]
+    if listing.split:
+        lines.append(
+            f"split: {listing.split}, of {show_counts(listing.splits)}; {flag} NAME takes another, "
+            f"{flag} all takes all"
+        )
+    left_out = _counts(listing.ignored)
+    lines.append(
+        f"found: {sum(listing.used.values()) + sum(listing.ignored.values()):,} files: "
+        + _counts(listing.used)
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+    unknown = np.flatnonzero(manifest.labels() < 0)
+    if manifest.classes and len(unknown):
+        lines.append(
+            f"without a class: {len(unknown):,} images, such as {manifest.key(int(unknown[0]))!r}"
+        )
+    return lines
+
+
+def _counts(kinds: dict[str, int]) -> str:
+    """'12 .txt, 3 hidden': the most frequent first, and only so many."""
+    counts = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    named = [f"{n:,} {kind}" for kind, n in counts[:_KINDS]]
+    if rest := counts[_KINDS:]:
+        named.append(f"{sum(n for _, n in rest):,} of {len(rest):,} other kinds")
+    return ", ".join(named)
 
 
 def _permute(listing: Listing, seed: int) -> pa.Table:

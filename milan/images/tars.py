@@ -33,8 +33,17 @@ class Tar:
     sizes: list[int] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
+    annotations: int = 0
+    """How many members are labels and captions of these images."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Members without a row: others by extension, samples without an image, unreadable labels."""
+    """All other members but folders, by extension, or why they are left out."""
+
+
+def file_kind(name: str) -> str:
+    """What a file without a row is counted as: its extension."""
+    _, dot, extension = name.rpartition("/")[2].rpartition(".")
+    known = dot and 0 < len(extension) <= 10 and extension.isprintable()
+    return kind_of_extension(f".{extension.lower()}") if known else "without extension"
 
 
 def packed(path: str) -> DataError:
@@ -53,10 +62,11 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
     """
     tar = Tar()
     facts: dict[str, dict[str, Any]] = {}  # sample -> annotations of .cls, .txt, .json
+    annotated: Counter[str] = Counter()  # sample -> members that they are from
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
-                _take(tar, facts, member, file, path)
+                _take(tar, facts, annotated, member, file)
                 # tarfile keeps every member: a gigabyte for a million images.
                 archive.members.clear()  # type: ignore[attr-defined]
             _check_end(file, archive.offset)
@@ -70,9 +80,10 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
             fix="fetch or write it again",
         ) from None
     pictured = {_split(name)[0] for name in tar.names}
-    tar.ignored["samples without an image"] += len(facts.keys() - pictured)
+    tar.annotations = sum(n for sample, n in annotated.items() if sample in pictured)
+    tar.ignored["labels and captions without an image"] = annotated.total() - tar.annotations
     for name in tar.names:
-        annotations = facts[_split(name)[0]]
+        annotations = facts.get(_split(name)[0], {})
         tar.labels.append(annotations.get(".cls", annotations.get("label")))
         tar.captions.append(annotations.get(".txt", annotations.get("caption")))
     tar.ignored = +tar.ignored
@@ -86,23 +97,29 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + first, dot + rest
 
 
-def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: str) -> None:
-    name = member.name.removeprefix("./")
-    if member.isdir() or any(part.startswith(".") for part in name.split("/")):
-        return  # a hidden file, as in folders
+def _take(
+    tar: Tar,
+    facts: dict[str, dict[str, Any]],
+    annotated: Counter[str],
+    member: tarfile.TarInfo,
+    file: BinaryIO,
+) -> None:
+    # `.` changes no path; `..` does, but a name is only a name here: nothing is unpacked.
+    name = "/".join(part for part in member.name.split("/") if part != ".")
+    if member.isdir():
+        return
+    if any(part.startswith(".") and part != ".." for part in name.split("/")):
+        tar.ignored["hidden"] += 1  # as in folders
+        return
     sample, extension = _split(name)
+    kind = extension.lower()
     if not member.isreg() or member.issparse():
         tar.ignored["links and special files"] += 1
-        return
-    if not extension:
-        tar.ignored["without extension"] += 1
-        return
-    annotations = facts.setdefault(sample, {})
-    if name.lower().endswith(extensions()):
+    elif name.lower().endswith(extensions()):
         tar.names.append(name)
         tar.offsets.append(member.offset_data)
         tar.sizes.append(member.size)
-    elif (kind := extension.lower()) in _ANNOTATIONS:
+    elif kind in _ANNOTATIONS:
         data = b""
         if member.size <= _SMALL:
             file.seek(member.offset_data)
@@ -110,11 +127,12 @@ def _take(tar: Tar, facts: dict, member: tarfile.TarInfo, file: BinaryIO, path: 
         try:
             if member.size > _SMALL or len(data) < member.size:
                 raise ValueError("too long, or cut short")
-            annotations.update(_facts(kind, data))
+            facts.setdefault(sample, {}).update(_facts(kind, data))
+            annotated[sample] += 1
         except (ValueError, RecursionError):
             tar.ignored[f"unreadable {kind}"] += 1
     else:
-        tar.ignored[kind_of_extension("." + name.rpartition(".")[2].lower())] += 1
+        tar.ignored[file_kind(name)] += 1
 
 
 def _facts(kind: str, data: bytes) -> dict[str, Any]:
@@ -131,8 +149,9 @@ def _facts(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     facts: dict[str, Any] = {}
-    if isinstance(values.get("caption"), str):
-        facts["caption"] = values["caption"]
+    if isinstance(caption := values.get("caption"), str):
+        caption.encode()  # JSON can spell what is not Unicode: half of a surrogate pair
+        facts["caption"] = caption
     for name in ("label", "cls"):
         if type(values.get(name)) is int:
             facts["label"] = _class_number(values[name])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from milan.core.device import cpu_count
 from milan.errors import DataError, ImageFault
 from milan.images.decode import decode
-from milan.images.manifest import data_root
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from pipeline.extraction.plan import Plan
@@ -54,7 +53,7 @@ def measure_decoding(work: Plan) -> Decoding | None:
     spec, manifest = work.parts[0].spec, work.parts[0].manifest
     stored_as = STORED_VIEWS if spec.stored_views == "none" else spec.stored_views
     view_spec = ViewSpec.from_law(spec.view_law)
-    source = ImageSource(manifest, data_root(work.source))
+    source = ImageSource(manifest, work.root)
     original, stored, sizes = 0.0, 0.0, list[int]()
     began = time.perf_counter()
     for row in range(min(_MAX_IMAGES, len(manifest))):

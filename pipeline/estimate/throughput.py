@@ -16,7 +16,6 @@ import torch
 
 from milan.core.progress import Progress
 from milan.errors import CacheError
-from milan.images.manifest import data_root
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
 from pipeline.extraction.plan import Plan, Workers
@@ -58,7 +57,7 @@ def measure_throughput(work: Plan, workers: Workers, progress: Progress) -> Thro
         extractor = Extractor(
             part=part,
             codec=codec,
-            root=str(data_root(work.source).resolve()),
+            root=str(work.root.resolve()),
             teacher=work.teacher,
             device=work.config.device,
             batch_size=work.config.batch_size,

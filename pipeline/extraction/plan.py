@@ -11,7 +11,8 @@ from milan.core.device import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
-from milan.images.manifest import build_manifest, data_root, resolve_data
+from milan.images.manifest import build_manifest, describe_source, resolve_data
+from milan.images.splits import WantedSplit
 from milan.images.views import ViewSpec
 from milan.store.codecs import codec_of
 from milan.store.format import CacheSpec
@@ -41,7 +42,8 @@ class Plan:
     """Everything decided before the first image is read."""
 
     config: ExtractConfig
-    source: AnyPath
+    root: AnyPath
+    """The folder that the manifests' paths are relative to."""
     teacher: Teacher
     layer: str
     """The store's name for the targets of this teacher and codec."""
@@ -57,7 +59,7 @@ class Plan:
 
     def origin(self) -> dict:
         """The content of origin.json: what differs between machines, and is never compared."""
-        root = data_root(self.source).resolve()
+        root = self.root.resolve()
         versions = {name: version(name) for name in _RECORDED}
         versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
         return {
@@ -89,15 +91,13 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     codec = codec_of(config.codec)
     out = location_of(config.out).path
     source = resolve_data(config.data, config.data_root)
-    progress.note(f"data: {source.resolve()}")
-    manifest = build_manifest(source, seed=config.seed)
+    manifest = build_manifest(source, seed=config.seed, split=WantedSplit(config.split))
+    for line in describe_source(manifest):
+        progress.note(line)
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
     rows = min(len(manifest), config.limit or len(manifest))
     of_all = f" of {len(manifest):,}" if rows < len(manifest) else ""
     progress.note(f"manifest: {rows:,}{of_all} images{classes}")
-    if manifest.ignored:
-        kinds = ", ".join(f"{n:,} {ext}" for ext, n in sorted(manifest.ignored.items()))
-        progress.note(f"ignored, not images: {kinds}")
     if config.texts:
         captions = int(manifest.head(rows).captioned().sum())
         if not captions and not manifest.classes:
@@ -134,11 +134,11 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
-    found = Found(manifest, data_root(source), drop_missing=config.drop_missing)
+    found = Found(manifest, manifest.root, drop_missing=config.drop_missing)
     growth = parts_of(out, wanted, found, layer, extend=config.extend)
     for note in growth.notes:
         progress.note(note)
-    return Plan(config, source, teacher, growth.layer, growth.parts, growth.dropped)
+    return Plan(config, manifest.root, teacher, growth.layer, growth.parts, growth.dropped)
 
 
 def plan_workers(config: ExtractConfig, work: Plan) -> Workers:

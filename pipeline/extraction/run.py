@@ -19,7 +19,7 @@ from milan.core.paths import AnyPath, folders_in
 from milan.core.progress import Progress
 from milan.core.units import format_bytes
 from milan.errors import CacheError, DataError
-from milan.images.manifest import Manifest, data_root
+from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
 from milan.store.codecs import Codec, codec_of
@@ -78,7 +78,7 @@ def _open_generation(
     work: Plan, store: Store, part: Part, codec: Codec | None
 ) -> tuple[Writer, Codec]:
     """The generation of `part`, new or that of an earlier run, and the codec of its layer."""
-    images = ImageSource(part.manifest, data_root(work.source))
+    images = ImageSource(part.manifest, work.root)
 
     def initial() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
         batch = work.config.batch_size
@@ -178,7 +178,7 @@ def write_shards(
     init: dict[str, Any] = {
         "part": part,
         "codec": codec,
-        "root": str(data_root(work.source).resolve()),
+        "root": str(work.root.resolve()),
         "device": config.device,
         "batch_size": config.batch_size,
         "workers": workers,

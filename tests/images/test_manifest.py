@@ -19,15 +19,17 @@ import pytest
 from milan.core import paths
 from milan.errors import DataError, ImageFault
 from milan.images import manifest as module
-from milan.images.manifest import SCHEMA, Manifest, build_manifest, data_root, resolve_data
+from milan.images.manifest import SCHEMA, Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
+
+CASES = Path(__file__).parent.parent / "cases"
 
 
 def put(root: Path, *names: str) -> Path:
     """Files below `root`, each holding its own name; a listing never opens them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
+        (root / name).write_bytes(os.fsencode(name))
     return root
 
 
@@ -71,11 +73,17 @@ def test_class_folders(tmp_path: Path) -> None:
         assert manifest.table[column].null_count == 4
 
 
-def test_flat_folder(tmp_path: Path) -> None:
-    """An image in the root itself: a plain folder, whose subfolders are no classes."""
-    manifest = build_manifest(put(tmp_path, "1.jpg", "2.jpg", "more/3.jpg"), seed=0)
-    assert manifest.classes is None
-    assert by_key(manifest) == {"1.jpg": -1, "2.jpg": -1, "more/3.jpg": -1}
+def test_images_beside_class_folders(tmp_path: Path) -> None:
+    """Without folders there are no classes; a picture beside them takes away nobody else's."""
+    manifest = build_manifest(put(tmp_path / "flat", "1.jpg", "2.jpg"), seed=0)
+    assert (manifest.classes, by_key(manifest)) == (None, {"1.jpg": -1, "2.jpg": -1})
+    manifest = build_manifest(CASES / "20-picture-beside-class-folders", seed=0)
+    assert manifest.classes == ["cat", "dog"]
+    assert by_key(manifest) == {"cat/0.jpg": 0, "contact-sheet.png": -1, "dog/1.jpg": 1}
+    assert describe_source(manifest)[1:] == [
+        "found: 3 files: 3 images",
+        "without a class: 1 images, such as 'contact-sheet.png'",
+    ]
 
 
 def test_names_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -95,13 +103,23 @@ def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
-    """Left out, and told; hidden files and folders are not looked at."""
-    put(tmp_path, "c/1.jpg", "c/a.txt", "c/b.TXT", "c/LICENSE", "c/d.tar.gz")
-    put(tmp_path, "c/.hidden.jpg", ".git/2.jpg", "c/.thumbs/3.jpg")
+    """Left out, and told; hidden files and folders are not looked into. The line reconciles."""
+    put(tmp_path, "c/1.jpg", "c/a.txt", "c/b.TXT", "c/LICENSE", "c/d.tar.gz", "c/e.")
+    put(tmp_path, "c/.hidden.jpg", ".git/2.jpg", "c/.thumbs/3.jpg", "c/x.jpg/4.txt")
+    put(tmp_path, os.fsdecode(b"c/a.\xff"), "c/a.\n", "c/IMG.of a long summer")
+    (tmp_path / "c" / "link").symlink_to(tmp_path / "c")
+    (tmp_path / "c" / "empty.jpg").mkdir()
     manifest = build_manifest(tmp_path, seed=0)
     assert keys(manifest) == ["c/1.jpg"]
-    assert manifest.ignored == {".txt": 2, "without extension": 1, ".gz": 1}
-    assert manifest.head(1).ignored == manifest.ignored
+    assert describe_source(manifest.head(1)) == [
+        f"data: {tmp_path}",
+        "found: 14 files: 1 images; left out: 5 without extension, 3 .txt, 3 hidden, 1 .gz, "
+        "1 links to a folder that is listed",
+    ]
+    put(tmp_path, *[f"c/a.{i}" for i in range(40)])
+    line = describe_source(build_manifest(tmp_path, seed=0))[1]
+    assert line.startswith("found: 54 files: 1 images; left out: 5 without extension, ")
+    assert line.endswith("33 of 33 other kinds")
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -298,7 +316,7 @@ def test_parquet_file(tmp_path: Path) -> None:
     places = zip(*(manifest.table[c].to_pylist() for c in ("group", "index")), strict=True)
     assert sorted(places) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     assert set(manifest.table["path"].to_pylist()) == {"train.parquet"}
-    assert data_root(path) == tmp_path
+    assert manifest.root == tmp_path
 
 
 def test_parquet_folder(tmp_path: Path) -> None:
@@ -312,7 +330,7 @@ def test_parquet_folder(tmp_path: Path) -> None:
     assert sorted(keys(manifest)) == expected
     assert (manifest.labels() == -1).all()
     assert manifest.classes is None
-    assert data_root(tmp_path) == tmp_path
+    assert manifest.root == tmp_path
 
 
 def test_parquet_in_a_folder_called_parquet(tmp_path: Path) -> None:
@@ -451,48 +469,29 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_where_a_name_leads(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path, else below --data-root, else $MILAN_DATA, else ./data; each only if nothing wins."""
-    put(here, "data/imagenet/train/c/1.jpg", "data/imagenet/val/c/1.jpg")
-    assert resolve_data("imagenet").resolve() == here / "data/imagenet/train"
-    put(tmp_path / "env", "imagenet/train/c/1.jpg", "imagenet/other/c/1.jpg")
+    put(here, "data/imagenet/c/1.jpg")
+    assert resolve_data("imagenet").resolve() == here / "data/imagenet"
+    put(tmp_path / "env", "imagenet/train/c/1.jpg")
     monkeypatch.setenv("MILAN_DATA", str(tmp_path / "env"))
-    assert resolve_data("imagenet") == tmp_path / "env/imagenet/train"
-    put(tmp_path / "root", "imagenet/train/c/1.jpg")
+    assert resolve_data("imagenet") == tmp_path / "env/imagenet"
+    put(tmp_path / "root", "imagenet/c/1.jpg")
     root = str(tmp_path / "root")
-    assert resolve_data("imagenet", root) == tmp_path / "root/imagenet/train"
+    assert resolve_data("imagenet", root) == tmp_path / "root/imagenet"
     put(here, "imagenet/c/1.jpg")
     assert resolve_data("imagenet", root).resolve() == here / "imagenet"
     assert resolve_data(str(tmp_path / "env" / "imagenet" / "train"), root).name == "train"
-
-
-def test_splits_are_no_classes(here: Path) -> None:
-    """`train`, beside nothing but other splits and hidden folders; elsewhere it is a class."""
-    put(here, "a/train/c/1.jpg", "a/val/c/1.jpg", "a/test/c/1.jpg", "a/.cache/x")
-    assert resolve_data("a").name == "train"
-    put(here, "b/train/1.jpg", "b/bus/1.jpg")
-    assert resolve_data("b").name == "b"
-    put(here, "c/val/c/1.jpg")
-    assert resolve_data("c").name == "c"
-    write(here / "d" / "x.parquet", [image("x")])
-    assert resolve_data("d/x.parquet").name == "x.parquet"
 
 
 def test_a_missing_name_lists_where_it_was_sought(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every place, in order; an absolute path is only itself."""
-    with pytest.raises(
-        DataError, match=r"looked at: imagenet, data/imagenet/train, data/imagenet;"
-    ):
+    with pytest.raises(DataError, match=r"looked at: imagenet, data/imagenet;"):
         resolve_data("imagenet")
     monkeypatch.setenv("MILAN_DATA", "/nowhere/else")
-    with pytest.raises(
-        DataError,
-        match=r"looked at: imagenet, /nowhere/else/imagenet/train, /nowhere/else/imagenet;",
-    ):
+    with pytest.raises(DataError, match=r"looked at: imagenet, /nowhere/else/imagenet;"):
         resolve_data("imagenet")
-    with pytest.raises(
-        DataError, match=r"looked at: imagenet, /data/of/it/imagenet/train, /data/of/it/imagenet;"
-    ):
+    with pytest.raises(DataError, match=r"looked at: imagenet, /data/of/it/imagenet;"):
         resolve_data("imagenet", "/data/of/it")
     with pytest.raises(DataError, match=r"looked at: /nowhere/imagenet;") as error:
         resolve_data("/nowhere/imagenet", "/data/of/it")

@@ -35,8 +35,9 @@ from milan.data.loader import training_loader
 from milan.data.order import order_of
 from milan.data.sampler import StepSampler
 from milan.errors import DataError, ImageFault
-from milan.images.manifest import Manifest, build_manifest, data_root, resolve_data
+from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
+from milan.images.splits import WantedSplit
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
@@ -213,10 +214,10 @@ def test_the_same_rows_and_bytes(sets: Path, kind: str, protocol: str) -> None:
     assert remote.classes == local.classes
     assert remote.digest() == local.digest()
     root = sets / kind if (sets / kind).is_dir() else (sets / kind).parent
-    assert str(data_root(source)) == f"{protocol}://sets/{root.name}"
+    assert str(remote.root) == f"{protocol}://sets/{root.name}"
     expected = [ImageSource(local, root).read(row) for row in range(len(local))]
     assert len(set(expected)) == len(local) > 0
-    check_bytes(remote, str(data_root(source)), expected)
+    check_bytes(remote, str(remote.root), expected)
 
 
 def test_http(sets: Path, server: Server) -> None:
@@ -226,7 +227,7 @@ def test_http(sets: Path, server: Server) -> None:
     manifest = build_manifest(source, seed=0)
     assert manifest.digest() == build_manifest(sets / "tars/0.tar", seed=0).digest()
     local = ImageSource(manifest, sets / "tars")
-    check_bytes(manifest, str(data_root(source)), [local.read(row) for row in range(10)])
+    check_bytes(manifest, str(manifest.root), [local.read(row) for row in range(10)])
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x cannot be read"):
         resolve_data("http://127.0.0.1:9/x")
     with pytest.raises(DataError, match=r"no data found"):
@@ -242,6 +243,9 @@ def test_names_of_an_object_store(server: Server) -> None:
         "e//y.jpg",
         "v::1/z.jpg",
         'q/it\'s "x".jpg',
+        "b/../up.jpg",
+        "b/./same.jpg",
+        "../out.jpg",
     ]
     files = {f"sub/{name}": name.encode() for name in names}
     files |= {"sub/": b"", "sub/a b/": b"", "sub/empty/": b"", "sub2/no.jpg": b"no"}
@@ -251,7 +255,9 @@ def test_names_of_an_object_store(server: Server) -> None:
     manifest = build_manifest(source, seed=0)
     assert sorted(manifest.table["key"].to_pylist()) == sorted(names)
     assert manifest.classes == sorted({name.split("/")[0] for name in names})
-    assert manifest.ignored == {"without extension": 1}
+    assert describe_source(manifest)[1:] == [
+        "found: 12 files: 9 images; left out: 2 hidden, 1 without extension"
+    ]
     check_bytes(manifest, str(source), [manifest.key(row).encode() for row in range(len(names))])
 
 
@@ -277,9 +283,10 @@ def test_a_read_is_one_request(sets: Path, server: Server) -> None:
 def test_what_changes_is_seen(server: Server) -> None:
     """fsspec keeps listings: a second extraction in one process would go by the first's."""
     server.put("splits", {"train/c/1.jpg": b"1", "val/c/2.jpg": b"2"})
-    assert str(resolve_data("s3://splits")) == "s3://splits/train"
-    server.put("splits", {"bus/3.jpg": b"3"})
-    assert str(resolve_data("s3://splits")) == "s3://splits"
+    assert str(build_manifest(as_path("s3://splits"), seed=0).root) == "s3://splits/train"
+    server.put("splits", {"train2/c/3.jpg": b"3"})
+    manifest = build_manifest(as_path("s3://splits"), seed=0)
+    assert (str(manifest.root), len(manifest), manifest.classes) == ("s3://splits", 2, ["c"])
     server.put("grows", {"a/1.jpg": b"1"})
     assert len(build_manifest(as_path("s3://grows"), seed=0)) == 1
     assert not as_path("s3://grows/b").exists()
@@ -324,17 +331,17 @@ def test_where_a_name_leads(
 ) -> None:
     """--data-root and $MILAN_DATA may be URLs; a set that is cut into splits means its train."""
     server.put("lake", {f"x/imagenet/{part}/c/1.jpg": b"1" for part in ("train", "val")})
-    server.put(
-        "lake", {"x/plain/c/1.jpg": b"1", "x/buses/train/1.jpg": b"", "x/buses/bus/1.jpg": b""}
-    )
+    server.put("lake", {"x/plain/c/1.jpg": b"1"})
     monkeypatch.chdir(tmp_path)
-    assert str(resolve_data("imagenet", "s3://lake/x")) == "s3://lake/x/imagenet/train"
+    source = resolve_data("imagenet", "s3://lake/x")
+    assert str(source) == "s3://lake/x/imagenet"
+    for wanted, root in ((None, "train"), ("val", "val")):
+        manifest = build_manifest(source, seed=0, split=WantedSplit(wanted))
+        assert (str(manifest.root), len(manifest)) == (f"s3://lake/x/imagenet/{root}", 1)
     assert str(resolve_data("plain", "s3://lake/x/")) == "s3://lake/x/plain"
-    assert str(resolve_data("s3://lake/x/imagenet")) == "s3://lake/x/imagenet/train"
-    assert str(resolve_data("s3://lake/x/buses")) == "s3://lake/x/buses"
     monkeypatch.setenv("MILAN_DATA", "s3://lake/x")
     assert str(resolve_data("plain")) == "s3://lake/x/plain"
-    with pytest.raises(DataError, match=r"at: nix, s3://lake/x/nix/train, s3://lake/x/nix;"):
+    with pytest.raises(DataError, match=r"at: nix, s3://lake/x/nix;"):
         resolve_data("nix")
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from milan.errors import DataError, ImageFault
-from milan.images.manifest import SCHEMA, Manifest, build_manifest, resolve_data
+from milan.images.manifest import SCHEMA, Manifest, build_manifest, describe_source
 from milan.images.source import ImageSource
+
+CASES = Path(__file__).parent.parent / "cases"
 
 
 def write(path: Path, members: list[tuple[str, bytes]], **options: int) -> Path:
@@ -50,7 +52,9 @@ def test_rows_of_a_tar(tmp_path: Path) -> None:
     manifest = build_manifest(path, seed=0)
     assert manifest.table.schema.equals(SCHEMA)
     assert manifest.classes is None
-    assert manifest.ignored == {}
+    assert describe_source(manifest)[1:] == [
+        "found: 15 files: 8 labels and captions, 6 images, 1 .tar"
+    ]
     told = {key: (row["label"], row["caption"]) for key, row in rows(manifest).items()}
     assert told == {
         "train.tar/0001.jpg": (3, "a cät"),
@@ -124,12 +128,12 @@ def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_gives_no_row_is_counted(tmp_path: Path) -> None:
-    """Left out, and told; folders and hidden members are not looked at."""
+    """Left out, and told, but folders; the line reconciles."""
     members = named(
         "1.jpg", "1.npy", "1.feat.npy", "2.npy", "LICENSE", "3.cls", "._1.jpg", ".a/4.jpg"
     )
     members += [("1.cls", b"cat"), ("1.txt", b"\xff"), ("1.json", b"{")]
-    members += [("6.json", b"[" * 99999)]
+    members += [("6.json", b"[" * 99999), ("7.json", b'{"caption": "\\ud800"}'), ("8.cls", b"8")]
     members += [("5.jpg", b"5"), ("5.cls", b"9" * 12), ("5.txt", b"x" * (1 << 20) + b"x")]
     path = write(tmp_path / "x.tar", members)
     with tarfile.open(path, "a") as tar:
@@ -145,18 +149,20 @@ def test_what_gives_no_row_is_counted(tmp_path: Path) -> None:
     assert rows(manifest).keys() == {"x.tar/1.jpg", "x.tar/5.jpg"}
     assert {row["label"] for row in rows(manifest).values()} == {None}
     assert {row["caption"] for row in rows(manifest).values()} == {None}
-    assert manifest.ignored == {
-        ".md": 1, ".npy": 3, "without extension": 1, "links and special files": 2,
-        "unreadable .cls": 3, "unreadable .txt": 2, "unreadable .json": 2,
-        "samples without an image": 3,
-    }  # fmt: skip
+    assert describe_source(manifest)[1:] == [
+        "found: 21 files: 2 images, 1 .tar; left out: 3 .npy, 3 unreadable .cls, "
+        "3 unreadable .json, 2 hidden, 2 links and special files, 2 unreadable .txt, 1 .md, "
+        "1 labels and captions without an image, 1 without extension"
+    ]
 
 
 def test_tars_of_no_image(tmp_path: Path) -> None:
     """What is there instead is told; an empty tar is a tar."""
     write(tmp_path / "x.tar", named("1.npy", "1.txt"))
     write(tmp_path / "empty.tar", [])
-    with pytest.raises(DataError, match=r"1 samples without an image"):
+    with pytest.raises(
+        DataError, match=r"1 labels and captions without an image, 1 \.npy|1 \.npy, 1 labels"
+    ):
         build_manifest(tmp_path, seed=0)
 
 
@@ -170,14 +176,24 @@ def test_a_folder_of_tars(tmp_path: Path) -> None:
     (tmp_path / "b" / "x.jpg").write_bytes(b"x")
     manifest = build_manifest(tmp_path, seed=0)
     assert rows(manifest).keys() == {"b/x.jpg"}
-    assert manifest.ignored == {".tar": 2}
+    assert describe_source(manifest)[1] == "found: 4 files: 1 images; left out: 2 .tar, 1 hidden"
 
 
-def test_splits_of_tars(tmp_path: Path) -> None:
-    """A folder cut into train and val means train, as for images."""
-    write(tmp_path / "set/train/0.tar", named("1.jpg"))
-    write(tmp_path / "set/val/0.tar", named("1.jpg"))
-    assert resolve_data("set", str(tmp_path)) == tmp_path / "set/train"
+def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
+    """`..` and `.` are parts of names like any other: nothing is unpacked, and nothing dropped."""
+    manifest = build_manifest(CASES / "04-tar-relative-names", seed=0)
+    assert rows(manifest).keys() == {
+        "mixed.tar/../imgs/0.jpg", "mixed.tar/../imgs/1.jpg", "mixed.tar/2.jpg"
+    }  # fmt: skip
+    names = ["../a/1.jpg", "a/./2.jpg", "./././3.jpg", "a/../4.jpg", "/abs/5.jpg", "..x/6.jpg"]
+    members = [*named(*names), ("../a/1.cls", b"1"), ("a/2.cls", b"2")]
+    write(tmp_path / "x.tar", members)
+    manifest = build_manifest(tmp_path, seed=0)
+    kept = {"../a/1.jpg": 1, "a/2.jpg": 2, "3.jpg": None, "a/../4.jpg": None, "/abs/5.jpg": None}
+    assert {key.removeprefix("x.tar/"): row["label"] for key, row in rows(manifest).items()} == kept
+    line = "found: 9 files: 5 images, 2 labels and captions, 1 .tar; left out: 1 hidden"
+    assert describe_source(manifest)[1] == line
+    assert bytes_of(manifest, tmp_path)["x.tar/a/2.jpg"] == b"a/./2.jpg"
 
 
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
