@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -223,16 +223,28 @@ def write_shards(
 
 
 def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -> None:
-    """The same work in a thread of this process, so that progress is shown within a block."""
-    with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
-        for block in np.flatnonzero(todo.any(axis=1)).tolist():
-            views = np.flatnonzero(todo[block]).tolist()
-            folder = commits.folder_of(block, 0)
-            task = pool.submit(extractor.run, block, views, str(folder))
-            while wait([task], timeout=0.2).not_done:
-                commits.report(extractor.images)
-            commits.commit(block, folder, task.result())
+    """The same work in two threads of this process: one block is written, the next computed."""
+
+    def commit_first() -> None:
+        block, folder, task = tasks.popleft()
+        while wait([task], timeout=0.2).not_done:
             commits.report(extractor.images)
+        commits.commit(block, folder, task.result())
+        commits.report(extractor.images)
+
+    tasks: deque[tuple[int, AnyPath, Future[list[dict]]]] = deque()
+    with ThreadPoolExecutor(2, thread_name_prefix="extract") as pool:
+        try:
+            for block in np.flatnonzero(todo.any(axis=1)).tolist():
+                views = np.flatnonzero(todo[block]).tolist()
+                folder = commits.folder_of(block, 0)
+                tasks.append((block, folder, pool.submit(extractor.run, block, views, str(folder))))
+                if len(tasks) == 2:
+                    commit_first()
+            while tasks:
+                commit_first()
+        finally:
+            extractor.stopped.set()  # after an error or Ctrl-C nobody waits for the next block
 
 
 def _publish(work: Plan, writer: Writer, rejected: dict[int, str], summary: dict) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event, Lock
 from typing import Any
 
 import google_crc32c
@@ -44,8 +45,23 @@ class _Rendered:
     reason: str | None = None
 
 
+@dataclass
+class _Computed:
+    """A block after the teacher: n rows, K views."""
+
+    arrays: dict[str, np.ndarray]  # [K, n, ...] by name
+    pictures: list[list[bytes]]  # [K][n], if views are stored
+    rejected: dict[str, str]  # row -> reason
+    record: dict[str, Any]  # digests and sizes of the n images
+    pixel_sums: np.ndarray  # [K, n]
+
+
 class Extractor:
-    """A copy of the teacher and its decoding threads; each call of `run` stages one block."""
+    """A copy of the teacher and its decoding threads; each call of `run` stages one block.
+
+    A second thread may call `run` for the next block: the teacher works for it while this one's
+    shards are written.
+    """
 
     def __init__(
         self,
@@ -77,6 +93,9 @@ class Extractor:
             )
         self.images = 0
         """Images processed since the start; the driver reads it while a block is in work."""
+        self.stopped = Event()
+        """Set it, and calls of `run` end after the batch in hand, by CancelledError."""
+        self._feeding = Lock()
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
@@ -85,6 +104,12 @@ class Extractor:
         and returns the same bits, as in a run without interruption. Raises TeacherError, CacheError
         (disk full), FileExistsError (Location.upload).
         """
+        with self._feeding:
+            computed = self._compute(block)
+        return [self._stage(block, v, computed, folder) for v in views]
+
+    def _compute(self, block: int) -> _Computed:
+        """Decode a block's images and run the teacher on their views."""
         start, stop = self.spec.block_rows(block)
         count, k = stop - start, self.spec.views
         arrays = {
@@ -118,6 +143,8 @@ class Extractor:
                 self.images += 1
 
         for batch in _batches(rendered(), self.batch_size):
+            if self.stopped.is_set():
+                raise CancelledError
             rows = np.array([item[0] for item in batch])
             view = np.array([item[1] for item in batch])
             features, attention = self.teacher.targets(np.stack([item[2] for item in batch]))
@@ -130,25 +157,27 @@ class Extractor:
             if scale is not None:
                 arrays["scale"][view, rows] = scale
 
-        staged = []
-        for v in views:
-            texts = self._texts(start, stop) if v == 0 else {}
-            shard = {n: a[v] for n, a in arrays.items()} | texts
-            with as_full_disk_error(f"staging shard {record_name(block, v)[:-5]}"):
-                files = stage_shard(as_path(folder), self.spec, block, v, shard, pictures[v])
-            sums = {n: _row_checksums(a[v], rejected, start) for n, a in arrays.items()}
-            if texts:
-                without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
-                absent = set(map(str, without.tolist()))
-                sums |= {n: _row_checksums(a, absent, start) for n, a in texts.items()}
-            staged.append(
-                {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": rejected}
-                | record
-                | {"pixels": pixel_sums[v].tolist(), "crc32c": sums}
-            )
-            if self.spec.stored_views != "none":
-                staged[-1]["ends"] = np.cumsum([len(data) for data in pictures[v]]).tolist()
-        return staged
+        return _Computed(arrays, pictures, rejected, record, pixel_sums)
+
+    def _stage(self, block: int, v: int, computed: _Computed, folder: str) -> dict:
+        """Write the shard of a block's view number `v` to `folder`; returns its record."""
+        start, stop = self.spec.block_rows(block)
+        rejected, pictures = computed.rejected, computed.pictures[v]
+        views = {name: values[v] for name, values in computed.arrays.items()}
+        texts = self._texts(start, stop) if v == 0 else {}
+        with as_full_disk_error(f"staging shard {record_name(block, v)[:-5]}"):
+            files = stage_shard(as_path(folder), self.spec, block, v, views | texts, pictures)
+        sums = {name: _row_checksums(values, rejected, start) for name, values in views.items()}
+        if texts:
+            without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
+            absent = set(map(str, without.tolist()))
+            sums |= {n: _row_checksums(values, absent, start) for n, values in texts.items()}
+        record = {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": rejected}
+        record |= computed.record
+        record |= {"pixels": computed.pixel_sums[v].tolist(), "crc32c": sums}
+        if self.spec.stored_views != "none":
+            record["ends"] = np.cumsum([len(data) for data in pictures]).tolist()
+        return record
 
     def _texts(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The text arrays of rows [start, stop), also of rows whose images were rejected."""
