@@ -1,8 +1,8 @@
 """Zarr: an empty generation with its arrays, and the files of one shard. Only this file writes it.
 
-Arrays are created by zarr. A shard is written by tensorstore to a local folder: zarr's bytes in an
-eighth of the time (`python -m benchmarks.staging`). It is forced to the disk (fsync), read back for
-its SHA-256, and brought to where the driver commits it from (Location.upload).
+Arrays are created by zarr. A shard is written by tensorstore to a local folder: zarr's bytes in a
+quarter of the time (`python -m benchmarks.staging`). It is forced to the disk (fsync), read back
+for its SHA-256, and brought to where the driver commits it from (Location.upload).
 """
 
 from __future__ import annotations
