@@ -75,6 +75,8 @@ class Verdict:
     """Whether only shards are damaged."""
     checked: dict[str, int] = field(default_factory=dict)
     """How many of each kind of thing were checked."""
+    unread: int = 0
+    """Bytes of targets whose contents were not read: only their sizes and shard indexes were."""
 
     @property
     def code(self) -> int:
@@ -117,6 +119,7 @@ def verify(
         else:
             verdict.incomplete.append(str(error))
         return verdict
+    verdict.unread = 0 if deep else sum(entry.bytes for entry in index.generations)
     progress.begin("verify", sum(entry.shards for entry in index.generations), "shards")
     for entry in index.generations:
         _check_generation(store, entry, verdict, deep, progress)

@@ -113,6 +113,7 @@ def _teacher(name: str | None, pretrained: str | None) -> Any:
 
 def _print_verdict(verdict: Any) -> None:
     """Print a verdict, and exit with its code."""
+    from milan.core.units import format_bytes
     from stages import console
 
     problems = {
@@ -125,7 +126,16 @@ def _print_verdict(verdict: Any) -> None:
             console.out.print(f"{kind}: {line}", markup=False)
     result = {0: "good", 3: "corrupt", 4: "incomplete", 5: "of another teacher or data set"}
     rows = [(what, f"{number:,}") for what, number in verdict.checked.items()]
-    console.table("Verified", ("what", ""), [*rows, (verdict.path, result[verdict.code])])
+    found = result[verdict.code]
+    if verdict.unread and verdict.code == 0:
+        found = "good, as far as it was read"
+    console.table("Verified", ("what", ""), [*rows, (verdict.path, found)])
+    if verdict.unread:
+        console.out.print(
+            f"not read: the contents of {format_bytes(verdict.unread)} of targets, only their "
+            f"sizes and indexes; every byte: milan verify --deep {verdict.path}",
+            markup=False,
+        )
     if verdict.code == 3 and verdict.shards:
         console.out.print(f"try: milan repair {verdict.path}", markup=False)
     raise typer.Exit(verdict.code)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from helpers import make_photos, run_here, tree
 
+from milan.core.units import format_bytes
 from milan.errors import CacheError
 from milan.store.cache import TargetCache
-from milan.store.format import GENERATION
+from milan.store.format import GENERATION, Index
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
 from pipeline.teachers.spec import TeacherSpec
@@ -248,9 +249,17 @@ def test_the_commands(copy: Path, tmp_path: Path) -> None:
     assert told.code == 0
     for part in ("bytes a view", "cosine, patch tokens", "licence of the weights", "generations"):
         assert part in told.out
-    assert run_here("verify", copy, "--deep", "--audit", 3).code == 0
+    whole = run_here("verify", copy, "--deep", "--audit", 3)
+    assert whole.code == 0
+    assert "not read" not in whole.out
     flip(file(copy, "features", 0, 0), 40)
-    damaged = run_here("verify", copy, "--deep")
+    shallow = run_here("verify", copy)
+    assert (shallow.code, verify(copy, deep=True).unread) == (0, 0)
+    assert "good, as far as it was read" in shallow.out
+    unread = sum(entry.bytes for entry in Index.read(copy).generations)
+    assert f"not read: the contents of {format_bytes(unread)} of targets" in shallow.out
+    *_, advice = shallow.out.split("milan ")
+    damaged = run_here(*advice.split())
     assert (damaged.code, damaged.err) == (3, "")
     assert "corrupt: generations/000, shard 00000.00" in damaged.out
     assert f"milan repair {copy}" in damaged.out
