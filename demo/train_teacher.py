@@ -89,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.state.parent.mkdir(parents=True, exist_ok=True)
-    config = json.loads((args.output / "config.json").read_text())
+    config = json.loads((args.output / "config.json").read_text())["model_cfg"]
     # Patches are dropped in training only; the module has no weights, so the config stays as it is.
     config["vision_cfg"]["patch_dropout"] = args.patch_dropout
     model = build(config)

@@ -44,7 +44,7 @@ def build(config: dict[str, Any]) -> CLIP:
 
 def load_teacher(folder: Path = TEACHER) -> tuple[CLIP, open_clip.SimpleTokenizer]:
     """Load the embedded teacher, in single precision, and its tokenizer."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())["model_cfg"]
     model = build(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     context_length = config["text_cfg"]["context_length"]

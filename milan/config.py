@@ -42,37 +42,37 @@ class PretrainConfig:
     --set decoder.depth=2."""
     objective: str = "milan"
     """milan (the teacher's features), pixels (MAE, the baseline), or package.module:Class."""
-    decoder_kind: str | None = None
-    """prompt or mae; default: the objective's (prompt for milan, mae for pixels)."""
-    masking: str | None = setting(None, choices=("semantic", "random"))
-    """semantic or random; default: the objective's (semantic for milan, random for pixels)."""
-    mask_ratio: float = 0.75
+    decoder_kind: str | None = setting(None, auto=True)
+    """prompt or mae; auto: the objective's (prompt for milan, mae for pixels)."""
+    masking: str | None = setting(None, choices=("semantic", "random"), auto=True)
+    """semantic or random; auto: the objective's (semantic for milan, random for pixels)."""
+    mask_ratio: float = setting(0.75, unit="share", above=0, below=1)
     """Share of patches that are masked."""
 
     # The schedule
-    epochs: int = setting(400, least=1)
+    epochs: int = setting(400, unit="epochs", least=1)
     """Passes over the images."""
-    warmup_epochs: float | None = setting(None, least=0)
-    """Linear warm-up; default: a tenth of the epochs (40 of 400)."""
-    batch_size: int = setting(4096, least=1)
+    warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: a tenth of the epochs (40 of 400)."""
+    batch_size: int = setting(4096, unit="images", least=1)
     """Images of a step, over all devices."""
-    micro_batch: int | None = setting(None, identity=False, least=1)
-    """Images at once on a device, at most; gradients accumulate. Default: 256."""
-    lr: float | None = setting(None, above=0)
-    """Peak learning rate; default: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
-    min_lr: float = setting(0.0, least=0)
+    micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
+    """Images at once on a device, at most; gradients accumulate. Auto: 256."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
+    min_lr: float = setting(0.0, unit="a step", least=0)
     """Learning rate at the end."""
-    weight_decay: float = setting(0.05, least=0)
+    weight_decay: float = setting(0.05, unit="times lr", least=0)
     """AdamW's; none for biases and norms."""
-    beta2: float = setting(0.95, least=0, below=1)
+    beta2: float = setting(0.95, unit="share", least=0, below=1)
     """AdamW's second moment; the first is 0.9."""
-    seed: int = 0
+    seed: int = setting(0, unit="number")
     """Of weights, order and masks."""
 
     # The order of the images
     shuffle: str = setting("window", choices=("window", "global"))
     """window (whole shards, and rows within window_rows of them), or global (all rows)."""
-    window_rows: int = setting(131_072, least=1)
+    window_rows: int = setting(131_072, unit="rows", least=1)
     """Rows that a window shuffles together; a store that fits one is shuffled globally."""
     on_changed: str = setting("error", identity=False, choices=("error", "drop"))
     """Images that changed since extraction: error, or drop (all are compared before the run)."""
@@ -80,17 +80,17 @@ class PretrainConfig:
     """A store that grew since the run began: keep to what it was, or move on at the next epoch."""
 
     # What is seen of the run
-    held_out: float = setting(0.01, least=0, most=0.5)
+    held_out: float = setting(0.01, unit="share", least=0, most=0.5)
     """Share of images kept for validation after every epoch, never trained on; by seed."""
-    probe_every: int | None = setting(None, identity=False, least=1)
+    probe_every: int | None = setting(None, identity=False, unit="epochs", least=1)
     """Epochs between k-NN probes: validation images against others, by the store's labels."""
-    probe_images: int = setting(10_000, identity=False, least=1)
+    probe_images: int = setting(10_000, identity=False, unit="images", least=1)
     """Images whose labels a k-NN probe knows."""
-    picture_every: int = setting(10, identity=False, least=1)
+    picture_every: int = setting(10, identity=False, unit="epochs", least=1)
     """Epochs between pictures of masks and features; the first and the last have one too."""
     report_to: str = setting("tensorboard", identity=False)
     """Some of tensorboard, wandb, mlflow, with commas between; or none."""
-    log_every: int = setting(10, identity=False, least=1)
+    log_every: int = setting(10, identity=False, unit="steps", least=1)
     """Steps between lines of the log."""
 
     # Numbers and devices
@@ -98,35 +98,35 @@ class PretrainConfig:
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     checkpoint_activations: bool = setting(False, identity=False)
     """Keep only the input of each block, and compute the rest again: less memory, more time."""
-    clip_grad: float | None = setting(None, above=0)
+    clip_grad: float | None = setting(None, unit="norm", above=0)
     """Largest norm of a step's gradients; default: no clipping, as published."""
     on_nonfinite: str = setting("stop", identity=False, choices=("stop", "skip"))
     """A loss that is not finite: stop, or skip its step (ten in a row stop)."""
     device: str = setting("auto", identity=False)
     """auto, cuda, cpu, ..."""
-    devices: int | None = setting(None, identity=False, least=1)
-    """Processes on each machine; default: one for every visible GPU, one on a CPU."""
-    num_nodes: int = setting(1, identity=False, least=1)
+    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
+    """Processes on each machine; auto: one for every visible GPU, one on a CPU."""
+    num_nodes: int = setting(1, identity=False, unit="machines", least=1)
     """Machines of a Ray cluster, with --address; torchrun and srun are found by themselves."""
     address: str | None = setting(None, identity=False)
     """The Ray cluster that starts the ranks."""
     parallel: str = setting("ddp", identity=False, choices=("ddp", "fsdp"))
     """Each rank holds all weights (ddp), or a share of them (fsdp)."""
-    max_restarts: int = setting(3, identity=False, least=0)
+    max_restarts: int = setting(3, identity=False, unit="times", least=0)
     """How often all ranks restart from the last checkpoint after one crashed."""
 
     # Reading and saving
-    num_workers: int | None = setting(None, identity=False, least=0)
-    """Loader workers of each rank; default: its share of the cores but one, at most 8."""
+    num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
+    """Loader workers of each rank; auto: its share of the cores but one, at most 8."""
     local: str | None = setting(None, identity=False)
     """A folder on a fast disk: whole shards are copied there ahead of reading."""
-    cache_limit: str | None = setting(None, identity=False)
+    cache_limit: str | None = setting(None, identity=False, unit="bytes")
     """Most that --local may hold, such as 200GB; at least one window."""
-    save_every: int | None = setting(None, identity=False, least=1)
-    """Steps between checkpoints; default: about an epoch's, at least 50."""
-    save_minutes: float = setting(15.0, identity=False, above=0)
+    save_every: int | None = setting(None, identity=False, unit="steps", auto=True, least=1)
+    """Steps between checkpoints; auto: about an epoch's, at least 50."""
+    save_minutes: float = setting(15.0, identity=False, unit="minutes", above=0)
     """Minutes between checkpoints, whatever the steps."""
-    keep: int = setting(2, identity=False, least=1)
+    keep: int = setting(2, identity=False, unit="files", least=1)
     """Checkpoints kept."""
 
     def check(self) -> None:

@@ -22,19 +22,19 @@ class ExtractConfig:
     """Which split of the data: train, validation, test, ..., or all; default: train, if any."""
     teacher: str = "ViT-B-16-quickgelu"
     """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, or a model config (JSON)."""
-    pretrained: str | None = None
-    """A tag, a file, or none (random, flagged); the default teacher and timm: have their own."""
-    teacher_norm: str | None = None
-    """imagenet (as published; default of the default teacher) or own."""
-    img_size: int | None = setting(None, least=1)
-    """Edge of a view in pixels; default: the teacher's."""
-    views: int = setting(4, least=1)
+    pretrained: str | None = setting(None, auto=True)
+    """A tag, a file, or none (random, flagged); auto: its own, of the default teacher and timm:."""
+    teacher_norm: str | None = setting(None, auto=True)
+    """imagenet or own; auto: own, but imagenet for the default teacher, as published."""
+    img_size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Edge of a view; auto: the teacher's."""
+    views: int = setting(4, unit="views", least=1)
     """K, views of each image."""
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[float, float] = setting((0.2, 1.0), unit="share", above=0, most=1)
     """Least and greatest share of the area in a crop."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: tuple[float, float] = setting((0.75, 4 / 3), unit="ratio", above=0)
     """Least and greatest width / height of a crop."""
-    hflip: float = 0.5
+    hflip: float = setting(0.5, unit="probability", least=0, most=1)
     """Probability of a horizontal flip."""
     codec: str = "int8"
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
@@ -42,33 +42,33 @@ class ExtractConfig:
     """Store the views too (none, jpeg:95, webp): training then needs no originals."""
     texts: bool = False
     """Store the teacher's text features of captions and classes too."""
-    min_cosine: float | None = None
+    min_cosine: float | None = setting(None, unit="cosine", least=-1, most=1)
     """Smallest mean cosine between stored and teacher features; else nothing is written."""
     extend: bool = False
     """Add the targets of another teacher or codec to a store that has some."""
     drop_missing: bool = False
     """Leave out stored images that were deleted from the data; nothing is rewritten."""
-    executor: str = setting("ray", choices=("ray", "local"))
-    """ray, or local: the same work in this process."""
+    executor: str = setting("auto", choices=("auto", "ray", "local"))
+    """ray, or local: the same work in this process; auto: local for one copy on a CPU, else ray."""
     address: str | None = None
     """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray in this machine."""
-    replicas: int | None = setting(None, least=1)
-    """Copies of the teacher; default: one per GPU, one on CPU."""
-    num_workers: int | None = setting(None, least=1)
-    """Decoding threads of each copy; default: its share of the cores, at most 16."""
+    replicas: int | None = setting(None, unit="copies", auto=True, least=1)
+    """Copies of the teacher; auto: one per GPU, one on CPU."""
+    num_workers: int | None = setting(None, unit="threads", auto=True, least=1)
+    """Decoding threads of each copy; auto: its share of the cores, at most 16."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
     precision: str = "auto"
     """fp32, bf16, fp16; auto: fp16 on CUDA, as published, else fp32."""
-    batch_size: int = setting(64, least=1)
-    """Views in a forward pass of the teacher."""
-    shard_size: int = setting(1024, least=1)
+    batch_size: int | None = setting(None, unit="views", auto=True, least=1)
+    """Views in a forward pass of the teacher; auto: 256 on CUDA, else 64."""
+    shard_size: int = setting(1024, unit="rows", least=1)
     """Rows of a block: the unit of work, of files and of resuming."""
-    seed: int = 0
+    seed: int = setting(0, unit="number")
     """Of the order of rows and of the crops."""
-    limit: int | None = setting(None, least=1)
+    limit: int | None = setting(None, unit="images", least=1)
     """Only so many images, the first of the shuffled order."""
-    max_bad: str = "0"
+    max_bad: str = setting("0", unit="images or %")
     """Rejected files allowed: a number, or a percentage such as 0.1%."""
     yes: bool = False
     """Do not ask before a store of more than 100 GB."""

@@ -43,7 +43,7 @@ def extract_targets(
     (rejected files: a count by reason), bad_csv, digest, seconds, images_per_second; a `dry_run`,
     which writes nothing that stays, returns `costs` in place of the results. Raises MilanError.
     """
-    config = from_call(ExtractConfig, "data", data, settings)
+    config = from_call(ExtractConfig, "data", data, settings, "extract")
     progress = progress or NoProgress()
     work = plan(config, progress)
     out = work.location.path
@@ -60,8 +60,8 @@ def extract_targets(
     workers = plan_workers(config, work)
     in_memory = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
     progress.note(
-        f"executor: {config.executor}, {workers.replicas} x teacher, {workers.decode_threads} "
-        f"decoding threads each, batches of {config.batch_size} views, "
+        f"executor: {work.executor}, {workers.replicas} x teacher, {workers.decode_threads} "
+        f"decoding threads each, batches of {work.batch_size} views, "
         f"{format_bytes(in_memory)} of targets in memory each"
     )
     new = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 
 from milan.errors import MilanError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
-from stages import artifacts, extract_targets, plan, pretrain
+from stages import artifacts, extract_targets, plan, pretrain, settings
 from stages.evaluate import evaluation_command
+from stages.options import Command
 
 # Set before heavy imports: no telemetry.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -29,14 +30,18 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
+_OTHER_NAMES = {"visualize": "visualise", "extract": "extract-targets"}
+
+
 class _Commands(TyperGroup):
     """Accepts underscores in command names, and protocols that installed packages declare."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        command = super().get_command(ctx, cmd_name.replace("_", "-"))
+        name = cmd_name.replace("_", "-")
+        command = super().get_command(ctx, _OTHER_NAMES.get(name, name))
         if command is None and (protocol := find_protocol(cmd_name.replace("-", "_"))):
             alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-            alone.command(protocol.command)(evaluation_command(protocol))
+            alone.command(protocol.command, cls=Command)(evaluation_command(protocol))
             command = typer.main.get_command(alone)
         return command
 
@@ -50,18 +55,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _command, _help in (
-    ("plan", plan.plan, "Estimate the cost of an extraction."),
-    ("extract-targets", extract_targets.extract_targets, "Run the teacher once; write a store."),
-    ("pretrain", pretrain.pretrain, "Train a student from a store."),
-    *((p.command, evaluation_command(p), p.help) for p in PROTOCOLS.values()),
-    ("inspect", artifacts.inspect, "Describe a store."),
-    ("verify", artifacts.verify, "Check a store."),
-    ("repair", artifacts.repair, "Rewrite the damaged shards of a store."),
-    ("visualise", artifacts.visualise, "Draw images, crops, attention, masks, features."),
-    ("report", artifacts.report, "Collect a pipeline's figures and pictures."),
+_PROBE = "{} --checkpoint runs/pretrain --data imagenet --val-data imagenet/val"
+for _command, _help, _example in (
+    (plan.plan, "Estimate the cost of an extraction.", "plan --data imagenet --budget 2TB"),
+    (
+        extract_targets.extract_targets,
+        "Run the teacher once; write a store.",
+        "extract-targets --data imagenet --out targets.zarr",
+    ),
+    (
+        pretrain.pretrain,
+        "Train a student from a store.",
+        "pretrain --cache targets.zarr --epochs 100 --set model.drop_path_rate=0.1",
+    ),
+    *((evaluation_command(p), p.help, _PROBE.format(p.command)) for p in PROTOCOLS.values()),
+    (artifacts.inspect, "Describe a store.", "inspect targets.zarr"),
+    (artifacts.verify, "Check a store.", "verify targets.zarr --deep --audit 100"),
+    (artifacts.repair, "Rewrite the damaged shards of a store.", "repair targets.zarr"),
+    (
+        artifacts.visualise,
+        "Draw images, crops, attention, masks, features.",
+        "visualise targets.zarr --out sheet.png",
+    ),
+    (artifacts.report, "Collect a pipeline's figures and pictures.", "report --params params.yaml"),
+    (
+        settings.config,
+        "List the settings of a command, with units and sources.",
+        "config pretrain --set epochs=100",
+    ),
 ):
-    app.command(_name, short_help=_help)(_command)
+    app.command(
+        _example.split()[0], short_help=_help, epilog=f"Example: milan {_example}", cls=Command
+    )(_command)  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +102,7 @@ def main() -> None:
     """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
     previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
-        app()
+        app(prog_name="milan")
     except MilanError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug

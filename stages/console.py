@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -129,11 +129,17 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate:,.1f} {unit}/s"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table; the first column is left-aligned, the others right."""
+def table(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Iterable[Any]],
+    *,
+    justify: Literal["left", "right"] = "right",
+) -> None:
+    """Print a table; the first column is left-aligned, the others as `justify` says."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(column, justify="left" if i == 0 else justify, overflow="fold")
     for row in rows:
         shown.add_row(*[str(cell) for cell in row])
     out.print(shown)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
 from milan.evaluation.protocols import Protocol
-from stages.options import plain_fields, settings_command
+from stages.options import settings_command
+
+_SHARED = {
+    "Encoder": ("checkpoint", "like", "model", "teacher", "pretrained", "teacher_norm"),
+    "Data": ("data", "val_data", "data_root", "crop_share", "limit"),
+    "Machine": ("batch_size", "num_workers", "device"),
+}
+
+
+def _panels(settings: type) -> dict[str, tuple[str, ...]]:
+    """All fields that can be flags, by panel of the help; dictionaries cannot."""
+    hints, shared = (
+        typing.get_type_hints(settings),
+        {n for names in _SHARED.values() for n in names},
+    )
+    own = (f.name for f in dataclasses.fields(settings) if f.name not in shared)
+    flags = tuple(name for name in own if typing.get_origin(hints[name]) is not dict)
+    return {**_SHARED, "Evaluation": flags}
 
 
 def evaluation_command(protocol: Protocol) -> Callable[..., None]:
     """The command that runs `protocol`, writes its metrics file and prints the metrics."""
 
-    @settings_command(protocol.settings, plain_fields(protocol.settings))
+    @settings_command(protocol.settings, _panels(protocol.settings), protocol.name)
     def evaluate(*, flags: dict[str, Any], params: str | None, sets: list[str] | None) -> None:
         from milan.core.atomic import ensure_writable, write_json
         from milan.core.config_resolver import resolve

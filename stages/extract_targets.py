@@ -8,24 +8,32 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.config import ExtractConfig
-from stages.options import settings_command
+from stages.options import CALL, settings_command
 
-FLAGS = (
-    "data", "split", "out", "data_root", "teacher", "pretrained", "teacher_norm", "img_size",
-    "views", "scale", "ratio", "hflip", "codec", "store_views", "min_cosine", "executor", "address",
-    "replicas", "num_workers", "device", "precision", "batch_size", "shard_size", "seed",
-    "limit", "max_bad", "texts", "offline",
-)  # fmt: skip
+PANELS: dict[str, tuple[str, ...]] = {
+    "Data": ("data", "split", "data_root", "limit", "max_bad", "drop_missing"),
+    "Views": ("views", "img_size", "scale", "ratio", "hflip", "seed"),
+    "Teacher": ("teacher", "pretrained", "teacher_norm", "texts", "offline"),
+    "Store": ("out", "codec", "store_views", "min_cosine", "shard_size", "extend", "yes"),
+    "Machine": (
+        "executor", "address", "replicas", "num_workers", "device", "precision", "batch_size"
+    ),
+}  # fmt: skip
 
 
-@settings_command(ExtractConfig, (*FLAGS, "extend", "drop_missing", "yes"))
+@settings_command(ExtractConfig, PANELS, "extract")
 def extract_targets(
     *,
     flags: dict[str, Any],
     params: str | None,
     sets: list[str] | None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the costs, as milan plan does; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the costs, as milan plan does; write nothing.",
+            rich_help_panel=CALL,
+        ),
     ] = False,
 ) -> None:
     """Run the teacher once over K views of every image and write a target cache.

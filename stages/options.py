@@ -10,38 +10,83 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from milan.core.config_fields import AUTO
+from milan.errors import MilanError
+
+SETTINGS, CALL = "Settings", "This call"
+"""Panels of the help for what is no setting itself."""
 
 Params = Annotated[
     str | None,
-    typer.Option(help="A YAML file of settings; none is read otherwise.", show_default=False),
+    typer.Option(
+        help="A YAML file of settings; none is read otherwise.",
+        show_default=False,
+        rich_help_panel=SETTINGS,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any setting, as key=value; may be repeated.", show_default=False),
+    typer.Option(
+        "--set",
+        help="Any setting, as key=value; may be repeated. `milan config` lists them.",
+        show_default=False,
+        rich_help_panel=SETTINGS,
+    ),
 ]
 
 
-def settings_command(
-    config: type, fields: tuple[str, ...]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the `fields` of dataclass `config` as flags, --params and --set.
+class Command(TyperCommand):
+    """A command whose help shows its options in panels, and which takes pairs as 0.6,1 too."""
 
-    The command is called with `flags` (name -> value or None), `params`, `sets`, and its own
-    keyword-only options.
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """By rich. Errors stay plain lines: rich would put them in a box."""
+        from typer.rich_utils import rich_format_help
+
+        rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Cut `--scale 0.6,1` in two."""
+        pairs = {name for param in self.params if param.nargs == 2 for name in param.opts}
+        cut: list[str] = []
+        for i, word in enumerate(args):
+            name, equals, value = word.partition("=")
+            if equals and name in pairs:
+                cut += [name, *value.split(",")]
+            else:
+                cut += word.split(",") if i and args[i - 1] in pairs else [word]
+        return super().parse_args(ctx, cut)
+
+
+def settings_command(
+    config: type, panels: dict[str, tuple[str, ...]], section: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command fields of dataclass `config` as flags, --params and --set.
+
+    `panels` are the fields by the panel of the help in which they stand; `section` is that of a
+    parameter file. The command is called with `flags` (name -> value or None), `params`, `sets`,
+    and its own keyword-only options.
     """
+    fields = tuple(itertools.chain.from_iterable(panels.values()))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(config)
         docs = field_docs(config)
-        defaults = {f.name: f.default for f in dataclasses.fields(config)}
-        from_fields = [_flag(name, hints[name], docs[name], defaults[name]) for name in fields]
+        by_name = {f.name: f for f in dataclasses.fields(config)}
+        from_fields = [
+            _flag(by_name[name], hints[name], docs[name], panel)
+            for panel, names in panels.items()
+            for name in names
+        ]
         from_fields += [_parameter("params", Params), _parameter("sets", Sets)]
         signature = inspect.signature(command, eval_str=True)
         passed = ("flags", "params", "sets")
@@ -49,7 +94,10 @@ def settings_command(
 
         def run(**arguments: Any) -> None:
             flags = {name: arguments.pop(name) for name in fields}
-            command(flags=flags, **arguments)
+            try:
+                command(flags=flags, **arguments)
+            except MilanError as error:
+                raise _advice_for_file(error, by_name, arguments["params"], section) from None
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         signature = inspect.Signature([*from_fields, *options])
@@ -60,21 +108,35 @@ def settings_command(
     return decorate
 
 
-def plain_fields(config: type) -> tuple[str, ...]:
-    """The fields of a dataclass that can be flags: all but dictionaries."""
-    hints = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    return tuple(name for name in names if typing.get_origin(hints[name]) is not dict)
+def _advice_for_file(
+    error: MilanError, fields: Collection[str], params: str | None, section: str
+) -> MilanError:
+    """`error`, which also says which keys of `params` the flags of its advice are."""
+    names = re.findall(r"--([a-z][a-z-]+)", error.fix)
+    keys = dict.fromkeys(n.replace("-", "_") for n in names if n.replace("-", "_") in fields)
+    if not params or not keys:
+        return error
+    where = ", ".join(f"{section}.{key}" for key in keys)
+    return type(error)(
+        error.found, expected=error.expected, fix=f"{error.fix} (in {params}: {where})"
+    )
 
 
-def _flag(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
+def _flag(field: dataclasses.Field, hint: Any, doc: str, panel: str) -> inspect.Parameter:
+    default, name, metavar = field.default, field.name, None
     no_default = default is None or default is False or default is dataclasses.MISSING
     shown = "" if no_default else f"  [{_text(default)}]"
     # `type | None` with default None means "not given": then the parameter file decides.
     optional = hint if type(None) in typing.get_args(hint) else hint | None
+    if field.metadata.get("auto"):  # a number or the word auto
+        shown, metavar = f"  [{AUTO}]", f"<{typing.get_args(hint)[0].__name__}>"
+        optional = str | None
     # A switch can only be turned on: all of them are off by default.
     names = [f"--{name.replace('_', '-')}"] if hint is bool else []
-    option = typer.Option(*names, help=doc + shown, show_default=False)
+    text = (doc + shown).replace("[", r"\[")  # else rich would take it for a style
+    option = typer.Option(
+        *names, help=text, show_default=False, rich_help_panel=panel, metavar=metavar
+    )
     return _parameter(name, Annotated[optional, option])
 
 

@@ -7,11 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.config import ExtractConfig
-from stages.extract_targets import FLAGS
-from stages.options import settings_command
+from stages.extract_targets import PANELS
+from stages.options import CALL, settings_command
 
 
-@settings_command(ExtractConfig, FLAGS)
+@settings_command(
+    ExtractConfig,
+    {
+        panel: tuple(n for n in names if n not in ("extend", "yes"))
+        for panel, names in PANELS.items()
+    },
+    "extract",
+)
 def plan(
     *,
     flags: dict[str, Any],
@@ -19,17 +26,25 @@ def plan(
     sets: list[str] | None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Propose views, codec and stored views that fit, such as 2TB."),
+        typer.Option(
+            help="Propose views, codec and stored views that fit, such as 2TB.",
+            rich_help_panel=CALL,
+        ),
     ] = None,
     images_per_second: Annotated[
         float | None,
-        typer.Option(help="Of one replica, all views of each image; default: measured."),
+        typer.Option(
+            help="Of one replica, all views of each image; default: measured.",
+            rich_help_panel=CALL,
+        ),
     ] = None,
     write_mb_per_second: Annotated[
-        float | None, typer.Option(help="Of the store's disk; default: measured.")
+        float | None,
+        typer.Option(help="Of the store's disk; default: measured.", rich_help_panel=CALL),
     ] = None,
     train_images_per_second: Annotated[
-        float | None, typer.Option(help="Speed of training; default: 6,000 assumed.")
+        float | None,
+        typer.Option(help="Speed of training; default: 6,000 assumed.", rich_help_panel=CALL),
     ] = None,
 ) -> None:
     """Estimate an extraction: bytes, files, hours, bandwidth, and its break-even.

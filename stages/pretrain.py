@@ -9,7 +9,7 @@ import typer
 
 from milan.config import PretrainConfig
 from milan.core.signals import REQUEUE
-from stages.options import settings_command
+from stages.options import CALL, settings_command
 
 _RATES = (
     ("images/s", "images_per_second", "{:,.1f}"),
@@ -17,32 +17,47 @@ _RATES = (
 )
 
 
-@settings_command(
-    PretrainConfig,
-    (
-        "cache", "layer", "out", "data_root", "recipe", "model", "objective", "masking", "epochs",
-        "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_changed", "on_growth",
-        "on_nonfinite", "precision", "device", "devices", "num_nodes", "address", "parallel",
-        "num_workers", "local", "cache_limit", "held_out", "probe_every", "report_to",
+PANELS: dict[str, tuple[str, ...]] = {
+    "Store and run": ("cache", "layer", "data_root", "out", "on_changed", "on_growth"),
+    "Student": ("recipe", "model", "objective", "masking"),
+    "Schedule": ("epochs", "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_nonfinite"),
+    "Validation and reports": ("held_out", "probe_every", "report_to"),
+    "Machine": (
+        "device", "precision", "devices", "num_nodes", "address", "parallel", "num_workers",
+        "local", "cache_limit",
     ),
-)  # fmt: skip
+}  # fmt: skip
+
+
+@settings_command(PretrainConfig, PANELS, "pretrain")
 def pretrain(
     *,
     flags: dict[str, Any],
     params: str | None,
     sets: list[str] | None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the newest checkpoint; never: start anew.")
+        str,
+        typer.Option(
+            help="auto: go on from the newest checkpoint; never: start anew.", rich_help_panel=CALL
+        ),
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run of other settings.")
+        bool,
+        typer.Option("--overwrite", help="Replace a run of other settings.", rich_help_panel=CALL),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run would take, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what the run would take, and write nothing.",
+            rich_help_panel=CALL,
+        ),
     ] = False,
     max_steps: Annotated[
         int | None,
-        typer.Option(help="End this call after so many steps, checkpoint written."),
+        typer.Option(
+            help="End this call after so many steps, checkpoint written.", rich_help_panel=CALL
+        ),
     ] = None,
 ) -> None:
     """Train a student on a target cache; the teacher never runs.

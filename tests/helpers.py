@@ -297,7 +297,7 @@ class Command:
     def __init__(self, data: Path, cwd: Path, teacher_files: dict[str, str], *more: object) -> None:
         self.tag, self.cwd = f"MILAN_TEST_TAG={uuid.uuid4().hex}", cwd
         words = ["extract-targets", "--data", data, "--out", STORE, "--views", 2]
-        words += ["--shard-size", 2, "--batch-size", 3, "--num-workers", 1]
+        words += ["--shard-size", 2, "--batch-size", 3, "--num-workers", 1, "--executor", "ray"]
         for key, value in teacher_files.items():
             words += [f"--{key}", value]
         name, value = self.tag.split("=")

@@ -8,28 +8,38 @@ from typing import Any
 
 from milan.errors import ConfigError, nearest
 
+_LIMITS = {
+    "least": "at least", "above": "a number greater than", "most": "at most", "below": "less than"
+}  # fmt: skip
+AUTO = "auto"
+"""The word for None where a setting depends on the teacher, the machine or other settings."""
+
 
 def setting(
     default: Any,
     *,
     identity: bool = True,
     choices: tuple[str, ...] = (),
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    unit: str = "",
+    auto: bool = False,
+    **limits: float,
 ) -> Any:
     """A field of a settings dataclass.
 
-    `choices` are the words it may be; numbers lie in [least, most], or beyond `above` and `below`.
-    `identity=False`: a run may be resumed with another value, for it changes no step. None passes
-    every check, where the default is None.
+    `choices` are the words it may be; numbers lie in [least, most], or beyond `above` and `below`
+    (the four `limits`), and count `unit`. `identity=False`: a run may be resumed with another
+    value, for it changes no step. None passes every check, where the default is None; with `auto`
+    people write it as that word.
     """
-    metadata = {
-        "identity": identity, "choices": choices,
-        "least": least, "above": above, "most": most, "below": below,
-    }  # fmt: skip
+    if unknown := limits.keys() - _LIMITS.keys():
+        raise TypeError(f"limits {sorted(unknown)}")
+    metadata = {"identity": identity, "choices": choices, "unit": unit, "auto": auto, **limits}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_auto(field: dataclasses.Field, value: Any) -> bool:
+    """Whether `value` is the word for the default of a field that takes it."""
+    return bool(field.metadata.get("auto")) and value == AUTO
 
 
 def check_fields(config: Any) -> None:
@@ -61,17 +71,16 @@ def identity_names(kind: type) -> list[str]:
 
 
 def _inside(value: Any, rule: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_inside(part, rule) for part in value)
     return (
         -math.inf < value < math.inf
-        and (rule["least"] is None or value >= rule["least"])
-        and (rule["above"] is None or value > rule["above"])
-        and (rule["most"] is None or value <= rule["most"])
-        and (rule["below"] is None or value < rule["below"])
+        and ("least" not in rule or value >= rule["least"])
+        and ("above" not in rule or value > rule["above"])
+        and ("most" not in rule or value <= rule["most"])
+        and ("below" not in rule or value < rule["below"])
     )
 
 
 def _range(rule: Any) -> str:
-    words = (("least", "at least"), ("above", "a number greater than"),
-             ("most", "at most"), ("below", "less than"))  # fmt: skip
-    parts = (f"{word} {rule[key]:g}" for key, word in words if rule[key] is not None)
-    return ", ".join(parts)
+    return ", ".join(f"{word} {rule[key]:g}" for key, word in _LIMITS.items() if key in rule)

@@ -10,17 +10,64 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from milan.core.config_fields import is_auto
 from milan.errors import ConfigError, nearest
 
 Config = TypeVar("Config")
 
 # `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
 _NESTED = {"model": "model_args"}
+
+
+@dataclasses.dataclass
+class Given:
+    """The settings that were given, and where: what is not given has its default."""
+
+    kind: type
+    """The dataclass of the command."""
+    section: str
+    """Its section of a parameter file."""
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """By field."""
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    """field -> a recipe, a parameter file, --set, or the command line."""
+
+    def put(self, key: str, value: Any, source: str) -> None:
+        """Take `key = value`; `key` may be `model.key`. Raises ConfigError for an unknown one."""
+        hints = typing.get_type_hints(self.kind)
+        head, dot, rest = key.partition(".")
+        if dot and _is_dict(hints.get(head := _NESTED.get(head, head))):
+            self.values[head] = {**self.values.get(head, {}), rest: _number(value)}
+            self.sources[head] = source
+            return
+        if key not in hints:
+            raise ConfigError(
+                f"unknown parameter {key!r} in {source}",
+                expected=f"one that `milan config {self.section}` lists",
+                fix=_nearest_key(key, hints),
+            )
+        field = next(f for f in dataclasses.fields(self.kind) if f.name == key)
+        is_default = is_auto(field, value)
+        self.values[key] = None if is_default else _coerce(hints[key], value, key, source)
+        self.sources[key] = source
+
+    def build(self) -> Any:
+        """The settings. Raises ConfigError for a field without a default that was not given."""
+        missing = [
+            "--" + field.name.replace("_", "-")
+            for field in dataclasses.fields(self.kind)
+            if field.name not in self.values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            names = ", ".join(missing)
+            raise ConfigError(f"{names} not given", expected=f"a value for {names}")
+        return self.kind(**self.values)
 
 
 def resolve(
@@ -31,37 +78,42 @@ def resolve(
     sets: list[str] | None = None,
     flags: dict[str, Any] | None = None,
 ) -> Config:
-    """The settings of a command: an instance of the dataclass `kind`.
+    """The settings of a command: an instance of the dataclass `kind`. As `collect` finds them."""
+    return collect(kind, section=section, params=params, sets=sets, flags=flags).build()
+
+
+def collect(
+    kind: type,
+    *,
+    section: str,
+    params: str | None = None,
+    sets: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Given:
+    """What is given of the settings of a command, and where.
 
     `params` names a YAML file, of which only `section` is read; `sets` are `key=value` or
     `model.key=value`; `flags` that are None were not given. Raises ConfigError, which names the
     nearest valid key.
     """
-    values: dict[str, Any] = {}
+    given = Given(kind, section)
     if params:
-        for key, value in read_section(params, section).items():
-            _put(kind, values, str(key), value, f"{params}, section {section}")
+        for key, value in read_section(params, section, kind).items():
+            given.put(str(key), value, f"{params}, section {section}")
     for item in sets or []:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item}", expected="key=value, such as epochs=100")
-        _put(kind, values, key.strip(), _parse(text), "--set")
+        given.put(key.strip(), _parse(text), "--set")
     for key, value in (flags or {}).items():
         if value is not None:
-            _put(kind, values, key, value, "the command line")
-    if "recipe" in values:
-        values = load_recipe(kind, values["recipe"], section) | values
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        names = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ConfigError(f"{names} not given", expected=f"a value for {names}")
-    return kind(**values)
+            given.put(key, value, "the command line")
+    if "recipe" in given.values:
+        name = given.values["recipe"]
+        published = load_recipe(kind, name, section)
+        given.values = published | given.values
+        given.sources = dict.fromkeys(published, f"recipe {name}") | given.sources
+    return given
 
 
 def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
@@ -74,17 +126,18 @@ def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
             expected="one of " + ", ".join(known),
             fix=nearest(name, known),
         )
-    values: dict[str, Any] = {}
+    given = Given(kind, section)
     with resources.as_file(folder / f"{name}.yaml") as path:
         for key, value in read_section(str(path), section).items():
-            _put(kind, values, key, value, f"recipe {name}")
-    return values
+            given.put(key, value, f"recipe {name}")
+    return given.values
 
 
-def read_section(params: str, section: str) -> dict[str, Any]:
+def read_section(params: str, section: str, kind: type | None = None) -> dict[str, Any]:
     """One section of a YAML parameter file; empty if the file has no such section.
 
-    Raises ConfigError if it is no YAML, or has a section that is almost called so.
+    Raises ConfigError if it is no YAML, has a section that is almost called so, or has settings
+    (of `kind`) that are in no section.
     """
     import yaml
 
@@ -105,6 +158,12 @@ def read_section(params: str, section: str) -> dict[str, Any]:
             f"{params} has a section {similar[0]!r} and none {section!r}",
             expected=f"the settings of this command under {section}",
             fix=f"rename it to {section}",
+        )
+    stray = [f.name for f in dataclasses.fields(kind) if f.name in read] if kind else []
+    if section not in read and stray:
+        raise ConfigError(
+            f"{params} has {', '.join(stray)} outside of any section",
+            expected=f"the settings of this command, indented, under {section}:",
         )
     return read.get(section) or {}
 
@@ -133,20 +192,19 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _put(kind: type, values: dict, key: str, value: Any, where: str) -> None:
-    hints = typing.get_type_hints(kind)
+def _nearest_key(key: str, hints: dict[str, Any]) -> str:
+    """The key that was meant: another section's or model's name in front counts less."""
     head, dot, rest = key.partition(".")
-    if dot:
-        head = _NESTED.get(head, head)
-        if _is_dict(hints.get(head)):
-            values[head] = {**values.get(head, {}), rest: _number(value)}
-            return
-    check_names(kind, [key], f"parameter {key!r} in {where}")
-    values[key] = _coerce(hints[key], value, key, where)
+    if not dot:
+        return nearest(key, hints)
+    models = [n for n in ("decoder", *_NESTED) if _is_dict(hints.get(_NESTED.get(n, n)))]
+    if near := difflib.get_close_matches(head, models, n=1):
+        return f"{near[0]}.{rest}"
+    return nearest(rest, hints) or nearest(head, hints)
 
 
 def from_call(
-    kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str = ""
+    kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str
 ) -> Config:
     """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
 
@@ -161,21 +219,11 @@ def from_call(
                 fix=f"dataclasses.replace(config, {next(iter(settings))}=...)",
             )
         return first
-    check_names(kind, settings)
-    recipe = load_recipe(kind, settings["recipe"], section) if settings.get("recipe") else {}
-    return kind(**{field: first} | recipe | settings)
-
-
-def check_names(kind: type, keys: Iterable[str], where: str = "") -> None:
-    """Raises ConfigError, naming the nearest, if one of `keys` is no field of a command."""
-    names = [f.name for f in dataclasses.fields(kind)]
-    for key in keys:
-        if key not in names:
-            raise ConfigError(
-                f"unknown {where or f'argument {key!r}'}",
-                expected="one of " + ", ".join(sorted(names)),
-                fix=nearest(key, names),
-            )
+    given = Given(kind, section)
+    for name, value in {field: first, **settings}.items():
+        given.put(name, value, "the call")
+    recipe = load_recipe(kind, given.values["recipe"], section) if settings.get("recipe") else {}
+    return kind(**recipe | given.values)
 
 
 def _is_dict(hint: Any) -> bool:
@@ -200,6 +248,8 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
     try:
         if origin is tuple:
+            if isinstance(value, str):  # 0.6,1 as well as [0.6, 1]
+                value = value.replace(",", " ").split()
             return tuple(_coerce(i, v, key, where) for i, v in zip(inner, value, strict=True))
         if _is_dict(hint):
             if not isinstance(value, dict):
@@ -221,5 +271,7 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
             raise TypeError
         return str(value)
     except (OverflowError, TypeError, ValueError):
-        name = getattr(hint, "__name__", str(hint))
-        raise ConfigError(f"{key} = {value!r} in {where}", expected=f"of type {name}") from None
+        expected = f"of type {getattr(hint, '__name__', str(hint))}"
+        if origin is tuple:
+            expected = f"{len(inner)} numbers, such as {key}=0.5,1"
+        raise ConfigError(f"{key} = {value!r} in {where}", expected=expected) from None

@@ -35,7 +35,7 @@ def linear_probe(
     standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on a tenth of
     the training images. Returns top1, top5 (percent), counts, and the strength. Raises MilanError.
     """
-    config = from_call(EvaluationConfig, "checkpoint", checkpoint, settings)
+    config = from_call(EvaluationConfig, "checkpoint", checkpoint, settings, "linear_probe")
     progress = progress or NoProgress()
     config.check()
     device = pick_device(config.device)

@@ -55,24 +55,24 @@ class EvaluationConfig:
     """With random and no --like: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
-    crop_share: float = setting(0.875, above=0, most=1)
+    crop_share: float = setting(0.875, unit="share", above=0, most=1)
     """Central square shown, as a share of the shorter edge (224 of 256)."""
-    batch_size: int = setting(256, least=1)
+    batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
-    num_workers: int | None = setting(None, least=1)
-    """Decoding threads; default: the cores, at most 16."""
-    limit: int | None = setting(None, least=1)
+    num_workers: int | None = setting(None, unit="threads", auto=True, least=1)
+    """Decoding threads; auto: the cores, at most 16."""
+    limit: int | None = setting(None, unit="images", least=1)
     """Only so many images of each set."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
-    seed: int = 0
+    seed: int = setting(0, unit="number")
     """Of random weights and of the splits."""
     teacher: str | None = None
     """With checkpoint teacher: its name or config, as in extract-targets."""
-    pretrained: str | None = None
+    pretrained: str | None = setting(None, auto=True)
     """With checkpoint teacher: its weights, as in extract-targets."""
-    teacher_norm: str | None = None
-    """With checkpoint teacher: imagenet or own, as in extract-targets."""
+    teacher_norm: str | None = setting(None, auto=True)
+    """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""

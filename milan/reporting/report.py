@@ -43,18 +43,22 @@ class Report:
 def build_report(params: str, *, progress: Progress | None = None) -> Report:
     """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
 
-    Section `report` has `out` (a folder), `cache`, `runs` and `encoders` (name -> folder);
-    `protocols` of section `evaluation` says which metrics files the encoders have. Raises
+    Section `report` has `out` (a folder), `runs` and `encoders` (name -> folder); the store is
+    `out` of section `extract`; `protocols` of section `evaluation` says which metrics files the
+    encoders have. Raises
     ConfigError if one of these, or a metrics file, is missing.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
-    for key in ("out", "cache", "runs", "encoders"):
+    for key in ("out", "runs", "encoders"):
         if key not in section:
             raise ConfigError(f"section report of {params} has no {key!r}")
     names = read_section(params, "evaluation").get("protocols")
     if not names:
         raise ConfigError(f"section evaluation of {params} has no 'protocols'")
+    store = section.get("cache") or read_section(params, "extract").get("out")
+    if not store:
+        raise ConfigError(f"section extract of {params} has no 'out'", expected="the store")
     out = Path(section["out"])
     results = {
         protocol: {
@@ -64,7 +68,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         for protocol in map(get_protocol, names)
     }
     runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
-    cache = TargetCache(section["cache"])
+    cache = TargetCache(store)
     extraction_speed = _extraction_speed(cache.path)
     # A folder of its own: DVC tracks it whole, whichever protocols there are.
     evaluation = out / "evaluation"
@@ -80,7 +84,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         },
     )
     pictures = [
-        contact_sheet(section["cache"], out=out / "sheet.png", images=6),
+        contact_sheet(store, out=out / "sheet.png", images=6),
         _draw_curves(section["runs"], out / "curves.png"),
     ]
     for protocol, metrics in results.items():

@@ -60,7 +60,7 @@ def measure_throughput(work: Plan, workers: Workers, progress: Progress) -> Thro
             root=str(work.root.resolve()),
             teacher=work.teacher,
             device=work.config.device,
-            batch_size=work.config.batch_size,
+            batch_size=work.batch_size,
             workers=workers,
         )
         block = min(spec.rows, spec.shard_size)
@@ -113,7 +113,7 @@ def scratch(location: Location) -> Iterator[Path]:
 
 def _teacher_seconds(work: Plan) -> float:
     """Seconds of the teacher for a view, the faster of two batches of noise."""
-    views = _VIEWS if work.teacher.device.type == "cpu" else work.config.batch_size
+    views = _VIEWS if work.teacher.device.type == "cpu" else work.batch_size
     size = work.teacher.size
     pixels = np.random.default_rng(0).integers(0, 256, (views, size, size, 3), np.uint8)
     seconds = []

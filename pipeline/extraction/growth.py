@@ -88,11 +88,13 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
     rows = [g for g in (same or existing) if g.spec.first_view == 0]
     if not same:
         if not extend:
-            raise settings_differ(out, existing[0].spec, _with_ranges(wanted, existing[0].spec))
+            first = existing[0].spec
+            raise settings_differ(
+                out, first, _with_ranges(wanted, first), extends=_same_views(wanted, first)
+            )
         names = {g.entry.layer for g in existing}
         layer = next(n for n in _numbered(layer) if n not in names)
-        first = existing[0].entry.layer
-        rows = [g for g in rows if g.entry.layer == first]
+        rows = [g for g in rows if g.entry.layer == existing[0].entry.layer]
         _check_views(wanted, existing[0].spec)
     else:
         layer = first = same[0].entry.layer
@@ -337,13 +339,19 @@ def _spread(count: int) -> list[int]:
 
 def _check_views(wanted: CacheSpec, existing: CacheSpec) -> None:
     """Raises ConfigError unless both have the same views: layers share their crops."""
-    mine, theirs = ({**spec.view_law, "size": None} for spec in (wanted, existing))
-    if canonical(mine) != canonical(theirs) or wanted.shard_size != existing.shard_size:
+    if not _same_views(wanted, existing):
+        law = {name: part for name, part in existing.view_law.items() if name != "size"}
         raise ConfigError(
             "another view spec or shard size than the store's",
-            expected=f"the store's: {theirs}, --shard-size {existing.shard_size}",
+            expected=f"the store's: {law}, --shard-size {existing.shard_size}",
             fix="--out another.zarr",
         )
+
+
+def _same_views(one: CacheSpec, other: CacheSpec) -> bool:
+    """Whether two specs have the same crops, whatever their size in pixels, and blocks."""
+    laws = [canonical({**spec.view_law, "size": None}) for spec in (one, other)]
+    return laws[0] == laws[1] and one.shard_size == other.shard_size
 
 
 def _with_ranges(wanted: CacheSpec, existing: CacheSpec) -> CacheSpec:

@@ -57,6 +57,25 @@ class Plan:
         """Where the store is, or will be."""
         return location_of(self.config.out)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the teacher runs on CUDA."""
+        return self.teacher.device.type == "cuda"
+
+    @property
+    def batch_size(self) -> int:
+        """Views in a forward pass of the teacher."""
+        return self.config.batch_size or (256 if self.on_gpu else 64)
+
+    @property
+    def executor(self) -> str:
+        """ray or local. One copy of the teacher on a CPU needs no cluster."""
+        config = self.config
+        if config.executor != "auto":
+            return config.executor
+        cluster = config.address or os.environ.get("RAY_ADDRESS")
+        return "ray" if cluster or self.on_gpu or (config.replicas or 1) > 1 else "local"
+
     def origin(self) -> dict:
         """The content of origin.json: what differs between machines, and is never compared."""
         root = self.root.resolve()
@@ -67,7 +86,7 @@ class Plan:
             "data_root": str(root),
             "data_root_from_store": self.location.relative_root(root),
             "teacher": asdict(teacher_spec(self.config)),
-            "batch_size": self.config.batch_size,
+            "batch_size": self.batch_size,
             "versions": versions,
         }
 
@@ -145,8 +164,7 @@ def plan_workers(config: ExtractConfig, work: Plan) -> Workers:
     """The workers for this machine, or for the Ray cluster that is joined. Raises ConfigError."""
     import torch
 
-    on_gpu = work.teacher.device.type == "cuda"
-    if config.executor == "local":
+    if work.executor == "local":
         if config.replicas not in (None, 1):
             raise ConfigError(
                 f"--replicas {config.replicas} with --executor local", fix="--executor ray"
@@ -159,8 +177,8 @@ def plan_workers(config: ExtractConfig, work: Plan) -> Workers:
 
         replicas = max(1, cluster_gpus(config.address))
     else:
-        replicas = torch.cuda.device_count() if on_gpu else 1
+        replicas = torch.cuda.device_count() if work.on_gpu else 1
     threads = config.num_workers or max(1, min(16, cpu_count() // replicas))
     # Ray gives a worker one thread of torch, which on a CPU is too few.
-    keep = on_gpu or config.executor == "local"
+    keep = work.on_gpu or work.executor == "local"
     return Workers(replicas, threads, None if keep else max(1, torch.get_num_threads() // replicas))

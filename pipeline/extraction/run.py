@@ -81,7 +81,7 @@ def _open_generation(
     images = ImageSource(part.manifest, work.root)
 
     def initial() -> tuple[dict, dict[str, np.ndarray], dict[str, bytes]]:
-        batch = work.config.batch_size
+        batch = work.batch_size
         prepared = prepare(part.spec, images, work.teacher, batch=batch, codec=codec)
         check_min_cosine(prepared.fidelity, work.config.min_cosine)
         if codec is not None:  # the layer's first generation has its tables and canaries
@@ -180,14 +180,14 @@ def write_shards(
         "codec": codec,
         "root": str(work.root.resolve()),
         "device": config.device,
-        "batch_size": config.batch_size,
+        "batch_size": work.batch_size,
         "workers": workers,
     }
-    store.log("start", executor=config.executor, host=platform.node(), shards=int(todo.sum()))
+    store.log("start", executor=work.executor, host=platform.node(), shards=int(todo.sum()))
     progress.begin("extract", rows_of(part.spec, todo), "images")
     commits = _Commits(writer, todo, progress)
     writer.clear(todo)
-    if config.executor == "local":
+    if work.executor == "local":
         import torch
 
         threads = torch.get_num_threads()
@@ -200,7 +200,7 @@ def write_shards(
         from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
         arguments = init | {"teacher": teacher_spec(config)}
-        gpus = 1 if work.teacher.device.type == "cuda" else 0
+        gpus = 1 if work.on_gpu else 0
         failed = map_blocks(
             RemoteClass("pipeline.extraction.worker", "Extractor", arguments),
             todo,

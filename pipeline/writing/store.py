@@ -246,12 +246,18 @@ class Writer:
         }
 
 
-def settings_differ(path: AnyPath, existing: CacheSpec, wanted: CacheSpec) -> CacheError:
-    """The error for targets of other settings, with the fields that differ."""
+def settings_differ(
+    path: AnyPath, existing: CacheSpec, wanted: CacheSpec, *, extends: bool = False
+) -> CacheError:
+    """The error for targets of other settings, with the fields that differ.
+
+    `extends` says whether they may be another layer of the store.
+    """
     return CacheError(
         f"{path} was made with other settings ({'; '.join(existing.differences(wanted))})",
         expected="one teacher, one codec, one view spec: targets are never mixed",
-        fix=f"--out another.zarr, or delete {path} first, or --extend to keep both in one store",
+        fix=f"--out another.zarr, or delete {path} first"
+        + (", or --extend to keep both in one store" if extends else ""),
     )
 
 

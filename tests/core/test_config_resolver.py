@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import yaml
+from helpers import ROOT
 
 import milan
 from milan.config import PretrainConfig
-from milan.core.config_resolver import deviations, load_recipe, read_section, resolve
+from milan.core.config_fields import is_auto
+from milan.core.config_resolver import deviations, from_call, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
 from milan.evaluation.protocols import EvaluationConfig
 from pipeline.config import ExtractConfig
@@ -122,6 +126,8 @@ def test_tuples(params: Any) -> None:
     assert all(isinstance(edge, float) for edge in config.scale + config.ratio)
     config = resolve(ExtractConfig, section="extract", sets=["scale=[0.5, 1]"], params=file)
     assert config.scale == (0.5, 1.0)
+    for text in ("scale=0.5,1", "scale=0.5 1.0", "scale= 0.5, 1"):
+        assert resolve(ExtractConfig, section="extract", sets=[text], params=file) == config
     flags = {"scale": (0.3, 0.9), "offline": True}
     config = resolve(ExtractConfig, section="extract", params=file, flags=flags)
     assert config.scale == (0.3, 0.9)
@@ -157,7 +163,7 @@ def test_values_of_another_type(item: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "item", ["scale=0.2", "scale=0.2 1.0", "scale=[0.2]", "scale=[a, b]", "offline=1", "limit=x"]
+    "item", ["scale=0.2", "scale=0.2,1,1", "scale=[0.2]", "scale=[a, b]", "offline=1", "limit=x"]
 )
 def test_values_of_another_type_to_extract(item: str) -> None:
     """Tuples of the wrong length, numbers for switches."""
@@ -167,14 +173,24 @@ def test_values_of_another_type_to_extract(item: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("epoch", "epochs"), ("batchsize", "batch_size"), ("LR", "lr"), ("seed.x", "seed")],
+    [
+        ("epoch", "epochs"),
+        ("batchsize", "batch_size"),
+        ("LR", "lr"),
+        ("seed.x", "seed"),
+        ("pretrain.epochs", "epochs"),
+        ("pretrain.batchsize", "batch_size"),
+        ("train.lr", "lr"),
+        ("modle.depth", "model.depth"),
+        ("decodr.depth", "decoder.depth"),
+    ],
 )
 def test_unknown_keys_stop_the_run(params: Any, key: str, near: str) -> None:
     """A misspelt setting would be a run of the wrong recipe; the nearest name is given."""
     with pytest.raises(ConfigError, match=f"unknown parameter '{key}' in --set") as error:
         pretraining([f"{key}=3"])
     assert near in error.value.fix
-    assert "warmup_epochs" in error.value.expected
+    assert error.value.expected == "one that `milan config pretrain` lists"
     file = params(f"pretrain: {{{key}: 3}}")
     with pytest.raises(ConfigError, match="section pretrain") as error:
         pretraining(params=file)
@@ -201,7 +217,7 @@ def test_a_misspelt_section_is_not_passed_over(params: Any) -> None:
 
 def test_unknown_arguments_in_python() -> None:
     """As on the command line: the nearest is named."""
-    with pytest.raises(ConfigError, match="unknown argument 'epoch'") as error:
+    with pytest.raises(ConfigError, match="unknown parameter 'epoch' in the call") as error:
         milan.pretrain("targets.zarr", epoch=3)
     assert "epochs" in error.value.fix
 
@@ -341,3 +357,82 @@ def test_an_unknown_recipe() -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'vit-large'") as error:
         resolve(PretrainConfig, section="pretrain", flags={"recipe": "vit-large"})
     assert "vit_large" in error.value.fix
+
+
+# --- the committed parameter file -----------------------------------------------------------------
+
+COMMITTED = (ROOT / "params.yaml").read_text()
+SECTIONS = {
+    "extract": (ExtractConfig, {"data": "photos", "out": "p.zarr"}),
+    "pretrain": (PretrainConfig, {}),
+    "linear_probe": (EvaluationConfig, {"data": "photos", "val_data": "others"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "pretrained"),
+    [
+        ("ViT-B-16-quickgelu", "auto"), ("ViT-B-16-SigLIP", "webli"),
+        ("timm:vit_base_patch14_dinov2", "auto"), ("timm:vit_small_patch16_dinov3", "w.pt"),
+    ],
+)  # fmt: skip
+def test_the_committed_file_is_the_command_line(teacher: str, pretrained: str, params: Any) -> None:
+    """Changed as its comments say, it gives what the flags give: nothing in it is left of the
+    demo's teacher or machine."""
+    mine = yaml.safe_load(
+        "\n".join(line for line in COMMITTED.splitlines() if not re.search("# demo;", line))
+    )
+    for section, (kind, own) in SECTIONS.items():
+        more = {"teacher": teacher, "pretrained": pretrained} if section == "extract" else {}
+        changed = mine[section] | own | more
+        file = params(yaml.safe_dump({section: changed}))
+        flags = own | {key: value for key, value in more.items() if value != "auto"}
+        assert resolve(kind, section=section, params=file) == resolve(
+            kind, section=section, flags=flags
+        ), section
+
+
+def test_every_committed_key_says_what_to_change() -> None:
+    """A key without a word would be copied as it is; `demo` and `<-` are what a user looks for."""
+    keys = [line for line in COMMITTED.splitlines() if re.match(r"  \w+:", line)]
+    assert len(keys) > 25
+    assert [line for line in keys if " # " not in line] == []
+    resolve(ExtractConfig, section="extract", params=str(ROOT / "params.yaml")).check()
+    for section in SECTIONS:
+        given = yaml.safe_load(COMMITTED)[section]
+        kind = SECTIONS[section][0]
+        automatic = [f.name for f in dataclasses.fields(kind) if is_auto(f, "auto")]
+        told = {key for key in given if key in automatic} - {"pretrained", "lr", "warmup_epochs"}
+        assert all(given[key] == "auto" for key in told), section
+
+
+def test_auto_is_the_default_everywhere(params: Any) -> None:
+    """In a file, by --set, by a flag and from Python; only for fields that say so."""
+    file = params("pretrain: {num_workers: auto, lr: auto, masking: auto, micro_batch: 3}")
+    config = pretraining(["micro_batch=auto"], file, warmup_epochs="auto")
+    assert config == PretrainConfig()
+    called = from_call(ExtractConfig, "data", "x", {"teacher_norm": "auto"}, "extract")
+    assert called == ExtractConfig("x")
+    for kind in (ExtractConfig, PretrainConfig, EvaluationConfig):
+        for field in dataclasses.fields(kind):
+            if field.metadata.get("auto"):
+                assert field.default is None, field.name
+    with pytest.raises(ConfigError, match="epochs = 'auto'"):
+        pretraining(["epochs=auto"])
+
+
+def test_numbers_have_units() -> None:
+    """`milan config` lists them: 0.05 of what?"""
+    for kind in (ExtractConfig, PretrainConfig, EvaluationConfig):
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if {int, float} & {hints[field.name], *get_args(hints[field.name])}:
+                assert field.metadata.get("unit"), f"{kind.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("key", ["epochs", "cache"])
+def test_settings_outside_of_a_section(key: str, params: Any) -> None:
+    """They would be read by nobody, and the run be one of the defaults."""
+    with pytest.raises(ConfigError, match=f"has {key} outside of any section") as error:
+        pretraining(params=params(f"{key}: 3"))
+    assert "under pretrain:" in error.value.expected

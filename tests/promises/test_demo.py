@@ -46,6 +46,13 @@ def teacher() -> Teacher:
     return load_teacher(TeacherSpec(str(CONFIG), str(WEIGHTS), "imagenet"), device="cpu")
 
 
+def test_its_own_normalisation_is_the_one_it_was_trained_with(teacher: Teacher) -> None:
+    """`auto` in params.yaml takes it from the config; a store made with --teacher-norm goes on."""
+    own = load_teacher(TeacherSpec(str(CONFIG), str(WEIGHTS)), device="cpu")
+    assert own.identity == teacher.identity
+    assert own.about["normalisation"] == "own"
+
+
 # --- data -----------------------------------------------------------------------------------------
 
 

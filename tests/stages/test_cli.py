@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -11,11 +12,20 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import Ran, run_here
 
-COMMANDS = ("plan", "extract-targets", "pretrain", "linear-probe", "visualise", "report")
+from milan.config import PretrainConfig
+from milan.errors import MilanError
+from milan.evaluation.protocols import EvaluationConfig
+from pipeline.config import ExtractConfig
+
+COMMANDS = (
+    "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
+    "visualise", "report", "config",
+)  # fmt: skip
 STUDENT_FLAGS = (
     "--set", "model.patch_size=8", "--set", "model.embed_dim=32", "--set", "model.depth=2",
     "--set", "model.num_heads=2", "--set", "decoder.embed_dim=16", "--set", "decoder.depth=2",
@@ -52,11 +62,103 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_every_flag_with_a_text(command: str) -> None:
     """A flag without help would be a setting without its docstring."""
     shown = run_here(command, "--help").out
-    flags = re.findall(r"^  (--[a-z-]+(?: <[^>]+>)?(?: \w+)*)(.*)$", shown, re.MULTILINE)
-    assert flags
-    for flag, rest in flags:
-        following = shown.split(flag, 1)[1].split("\n", 2)
-        assert rest.strip() or following[1].startswith(" " * 10), flag
+    flags = re.findall(r"^│ [* ]{0,4}(--[a-z-]+) +<\S+ +(\S.*) │$", shown, re.MULTILINE)
+    assert len(flags) == len(re.findall(r"^│ [* ]{0,4}--", shown, re.MULTILINE)) > 0
+    assert all(text.strip() for _, text in flags)
+    assert re.search(rf"Example: milan {command} .", shown)
+
+
+@pytest.mark.parametrize(
+    ("command", "panels"),
+    [
+        ("extract-targets", ("Data", "Views", "Teacher", "Store", "Machine")),
+        ("plan", ("Data", "Views", "Teacher", "Store", "Machine")),
+        ("pretrain", ("Store and run", "Student", "Schedule", "Machine")),
+        ("linear-probe", ("Encoder", "Data", "Machine")),
+    ],
+)
+def test_help_is_in_panels(command: str, panels: tuple[str, ...]) -> None:
+    """Thirty flags in one list are read by nobody. Defaults are shown, brackets and all."""
+    shown = run_here(command, "--help").out
+    found = re.findall(r"^╭─ (.*?) ─+╮$", shown, re.MULTILINE)
+    assert [name for name in found if name in panels] == list(panels)
+    assert "[auto]" in shown
+    assert "\\[" not in shown
+
+
+def test_the_examples_of_the_help_are_command_lines() -> None:
+    """Each is understood: it fails for what is not there, if at all, and not as a usage error."""
+    for command in COMMANDS:
+        line = run_here(command, "--help").out.split("Example: milan ")[1].split("\n\n")[0]
+        assert run_here(*line.split(), "--help").code == 0
+
+
+# --- milan config ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "key"),
+    [
+        ("extract-targets", ExtractConfig, "views"), ("pretrain", PretrainConfig, "window_rows"),
+        ("linear-probe", EvaluationConfig, "crop_share"), ("extract", ExtractConfig, "batch_size"),
+    ],
+)  # fmt: skip
+def test_config_lists_every_key(command: str, kind: type, key: str) -> None:
+    """Those that are no flags stand nowhere else."""
+    shown = run_here("config", command).out
+    listed = re.findall(r"^│ ([\w.]+) ", shown, re.MULTILINE)
+    names = [field.name for field in dataclasses.fields(kind)]
+    names = [{"model_args": "model.KEY", "decoder": "decoder.KEY"}.get(n, n) for n in names]
+    assert listed == names
+    assert key in listed
+
+
+def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
+    """Default, recipe, file or --set; with its unit, and whole."""
+    (tmp_path / "p.yaml").write_text("pretrain: {recipe: vit_large, seed: 3, lr: auto}\n")
+    line = ("config", "pretrain", "--params", "p.yaml", "--set", "epochs=100")
+    shown = run_here(*line, cwd=tmp_path).out
+    rows = {
+        cells[1].strip(): tuple(cell.strip() for cell in cells[2:5])
+        for cells in (row.split("│") for row in shown.splitlines())
+        if len(cells) == 7 and cells[1].strip()
+    }
+    assert rows["epochs"] == ("100", "epochs", "--set")
+    assert rows["seed"] == ("3", "number", "p.yaml")
+    assert rows["lr"] == ("auto", "a step", "p.yaml")
+    assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
+    assert rows["mask_ratio"] == ("0.75", "share", "default")
+    assert run_here("config").out.count("parameter file") == 3
+    wrong = run_here("config", "pretrian")
+    assert (wrong.code, wrong.err.split("try: ")[1]) == (1, "milan config pretrain\n")
+
+
+def test_other_spellings() -> None:
+    """What people type is understood, or the nearest is named."""
+    for name in ("visualize", "visualise", "linear_probe", "extract"):
+        assert run_here(name, "--help").code == 0
+    assert "Did you mean 'pretrain'" in run_here("pretain").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--scale", "0.6,1"), ("--scale", "0.6", "1"), ("--scale=0.6,1",), ("--set", "scale=0.6,1")],
+)
+def test_pairs_with_a_comma(words: tuple[str, ...], tmp_path: Path) -> None:
+    """All spellings of a pair say the same, whatever follows."""
+    seen: list[ExtractConfig] = []
+
+    def keep(config: ExtractConfig, **_: Any) -> dict:
+        seen.append(config)
+        raise MilanError("enough")
+
+    import pipeline.estimate.cost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.estimate.cost, "estimate_cost", keep)
+        done = run_here("plan", "--data", "a,b", *words, "--views", 2, cwd=tmp_path)
+    assert (done.code, done.err) == (1, "milan: enough\n")
+    assert [(c.scale, c.views, c.data) for c in seen] == [((0.6, 1.0), 2, "a,b")]
 
 
 def test_version() -> None:
@@ -135,6 +237,9 @@ def test_a_flag_beats_set_beats_the_file(tmp_path: Path) -> None:
         ("extract-targets", ("--data", "x", "--set", "view=2"), "views"),
         ("linear-probe", ("--set", "crop=1"), "crop_share"),
         ("pretrain", ("--params", "p.yaml"), "epochs"),
+        ("pretrain", ("--set", "pretrain.batchsize=16"), "batch_size"),
+        ("extract-targets", ("--data", "x", "--set", "extract.views=2"), "views"),
+        ("linear-probe", ("--set", "linear_probe.limit=1"), "limit"),
     ],
 )
 def test_an_unknown_parameter_names_the_nearest(

@@ -88,11 +88,10 @@ def project(
             "shard_size": 8,
         },
         "pretrain": {
-            "cache": store, **STUDENT, "epochs": 1, "warmup_epochs": 0, "batch_size": 8,
+            **STUDENT, "epochs": 1, "warmup_epochs": 0, "batch_size": 8,
             "num_workers": 0,
         },
         "linear_probe": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
-        "report": {"cache": store},
         "watched": {"data": "data", "teacher": "teacher"},
     })  # fmt: skip
     return folder
@@ -241,7 +240,6 @@ def test_committed_parameters_are_the_demo(project: Path) -> None:
         assert (ROOT / path).is_file()
     assert params["extract"]["teacher"].startswith("demo/")
     assert params["extract"]["pretrained"].startswith("demo/")
-    assert params["extract"]["out"] == params["pretrain"]["cache"] == params["report"]["cache"]
     for section in ("extract", "pretrain", "report", *params["evaluation"]["protocols"]):
         assert section in params
 

@@ -87,7 +87,7 @@ def copy(told: TargetCache, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def clip() -> tuple[Any, Any]:
     """The same teacher by open_clip alone: (model, tokenizer)."""
-    config = json.loads((DEMO / "config.json").read_text())
+    config = json.loads((DEMO / "config.json").read_text())["model_cfg"]
     model = open_clip.CLIP(**config)
     weights = load_file(DEMO / "model.safetensors")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
@@ -319,7 +319,7 @@ def test_a_teacher_without_texts_is_one_error(
     save_file({k: v for k, v in weights.items() if k != "ln_final.bias"}, half)
     with pytest.raises(TeacherError, match=r"do not fit the text tower.*ln_final\.bias"):
         load_teacher(TeacherSpec(TEACHER["teacher"], str(half), texts=True))
-    config = json.loads((DEMO / "config.json").read_text())
+    config = json.loads((DEMO / "config.json").read_text())["model_cfg"]
     del config["text_cfg"]
     (tmp_path / "one.json").write_text(json.dumps(config))
     with pytest.raises(TeacherError, match="has no text tower"):
@@ -331,7 +331,7 @@ def test_a_teacher_without_texts_is_one_error(
 
 def test_a_tower_in_a_module_of_its_own(tmp_path: Path) -> None:
     """open_clip's other layout (`custom_text`) says the same, from the same file."""
-    config = json.loads((DEMO / "config.json").read_text())
+    config = json.loads((DEMO / "config.json").read_text())["model_cfg"]
     (tmp_path / "custom.json").write_text(json.dumps({**config, "custom_text": True}))
     one = load_teacher(TeacherSpec(TEACHER["teacher"], TEACHER["pretrained"], texts=True))
     two = load_teacher(
