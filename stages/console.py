@@ -134,12 +134,13 @@ def table(
     columns: Iterable[str],
     rows: Iterable[Iterable[Any]],
     *,
-    justify: Literal["left", "right"] = "right",
+    text: bool = False,
 ) -> None:
-    """Print a table; the first column is left-aligned, the others as `justify` says."""
+    """Print a table: a left-aligned column and columns of figures, or of `text`."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else justify, overflow="fold")
+        justify: Literal["left", "right"] = "left" if i == 0 or text else "right"
+        shown.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0 and text)
     for row in rows:
         shown.add_row(*[str(cell) for cell in row])
     out.print(shown)

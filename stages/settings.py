@@ -45,7 +45,7 @@ def config(
             f"milan {name}: --set KEY=VALUE, or section {section} of a parameter file",
             ("key", "value", "unit", "from", "meaning"),
             _rows(kind, given.values, given.sources),
-            justify="left",
+            text=True,
         )
 
 
