@@ -57,7 +57,8 @@ class PretrainConfig:
     batch_size: int = setting(4096, unit="images", least=1)
     """Images of a step, over all devices."""
     micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
-    """Images at once on a device, at most; gradients accumulate. Auto: 256."""
+    """Images at once on a device, at most; gradients accumulate. Auto: 256, or what the cache
+    of a CPU holds."""
     lr: float | None = setting(None, unit="a step", auto=True, above=0)
     """Peak learning rate; auto: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
     min_lr: float = setting(0.0, unit="a step", least=0)

@@ -17,6 +17,8 @@ import pytest
 import yaml
 from helpers import ROOT, STUDENT, make_photos, run_here, tree
 
+from milan.store.cache import TargetCache
+
 pytest.importorskip("dvc", reason="DVC is not installed: pip install milan-pretrain[dvc]")
 
 
@@ -203,11 +205,23 @@ def test_another_teacher_and_another_scale_are_not_mixed(
     (line,) = (x for x in refused.stderr.splitlines() if x.startswith("milan: "))
     assert "teacher.weights: " in line
     assert "view_law.scale: [0.6, 1.0] != [0.2, 1.0]" in line
-    assert "--out another.zarr, or delete targets.zarr first" in line
+    assert "--out another.zarr, or delete targets.zarr first (in params.yaml: extract.out)" in line
+    assert "--extend" not in line, "layers share their crops"
     assert tree(project / "targets.zarr") == before
 
+    # What the line says: one key, and the new store is made beside the old one.
     weights.write_bytes(kept)
-    set_params(project, {"extract": {"scale": [0.6, 1.0]}})
+    lock = (project / "dvc.lock").read_bytes()
+    set_params(project, {"extract": {"out": "another.zarr"}})
+    beside = run_dvc(project, "repro", "extract")
+    assert (beside.returncode, ran(beside)) == (0, ["extract"]), beside.stderr
+    assert tree(project / "targets.zarr") == before
+    assert TargetCache(project / "another.zarr").view_spec.scale == (0.2, 1.0)
+    command, _ = list_stages(project)["pretrain@milan"]
+    assert "--cache another.zarr" in command
+
+    (project / "dvc.lock").write_bytes(lock)
+    set_params(project, {"extract": {"scale": [0.6, 1.0], "out": "targets.zarr"}})
     again = run_dvc(project, "status", "extract")
     assert "up to date" in again.stdout
     assert tree(project / "targets.zarr") == before
