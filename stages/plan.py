@@ -14,7 +14,7 @@ from stages.options import CALL, settings_command
 @settings_command(
     ExtractConfig,
     {
-        panel: tuple(n for n in names if n not in ("extend", "yes"))
+        panel: tuple(n for n in names if n not in ("extend", "drop_missing", "yes"))
         for panel, names in PANELS.items()
     },
     "extract",

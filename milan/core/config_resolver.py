@@ -19,6 +19,8 @@ from milan.errors import ConfigError, nearest
 
 Config = TypeVar("Config")
 
+_CALL = "the call"  # the source of settings in Python
+
 # `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
 _NESTED = {"model": "model_args"}
 
@@ -45,8 +47,9 @@ class Given:
             self.sources[head] = source
             return
         if key not in hints:
+            what = f"argument {key!r}" if source == _CALL else f"parameter {key!r} in {source}"
             raise ConfigError(
-                f"unknown parameter {key!r} in {source}",
+                f"unknown {what}",
                 expected=f"one that `milan config {self.section}` lists",
                 fix=_nearest_key(key, hints),
             )
@@ -221,7 +224,7 @@ def from_call(
         return first
     given = Given(kind, section)
     for name, value in {field: first, **settings}.items():
-        given.put(name, value, "the call")
+        given.put(name, value, _CALL)
     recipe = load_recipe(kind, given.values["recipe"], section) if settings.get("recipe") else {}
     return kind(**recipe | given.values)
 

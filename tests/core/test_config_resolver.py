@@ -217,7 +217,7 @@ def test_a_misspelt_section_is_not_passed_over(params: Any) -> None:
 
 def test_unknown_arguments_in_python() -> None:
     """As on the command line: the nearest is named."""
-    with pytest.raises(ConfigError, match="unknown parameter 'epoch' in the call") as error:
+    with pytest.raises(ConfigError, match="unknown argument 'epoch'") as error:
         milan.pretrain("targets.zarr", epoch=3)
     assert "epochs" in error.value.fix
 
