@@ -12,7 +12,7 @@ from stages.options import settings_command
 
 _SHARED = {
     "Encoder": ("checkpoint", "like", "model", "teacher", "pretrained", "teacher_norm"),
-    "Data": ("data", "val_data", "data_root", "crop_share", "limit"),
+    "Data": ("data", "split", "val_data", "val_split", "data_root", "crop_share", "limit"),
     "Machine": ("batch_size", "num_workers", "device"),
 }
 

@@ -88,9 +88,9 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
     rows = [g for g in (same or existing) if g.spec.first_view == 0]
     if not same:
         if not extend:
-            stored = existing[0].spec
+            other = existing[0].spec
             raise settings_differ(
-                out, stored, _with_ranges(wanted, stored), extends=_same_views(wanted, stored)
+                out, other, _with_ranges(wanted, other), extends=_same_views(wanted, other)
             )
         names = {g.entry.layer for g in existing}
         layer = next(n for n in _numbered(layer) if n not in names)
