@@ -57,7 +57,10 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
             metrics = protocol.load()(config, frozen=frozen, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, metrics)
-        rows = [(key.replace("_", " "), value) for key, value in metrics.items()]
+        rows = [
+            (key.replace("_", " "), "-" if value is None else value)
+            for key, value in metrics.items()
+        ]
         console.table(protocol.title, ("what", ""), [*rows, ("metrics", path)])
 
     evaluate.__doc__ = protocol.help

@@ -18,7 +18,7 @@ from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError, ImageFault, nearest
 from milan.evaluation.protocols import EvaluationConfig
 from milan.evaluation.splits import Split
-from milan.images.decode import decode
+from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import centre_view, render
 from milan.models.encoder import create_vit, encode, pooled_features
@@ -101,8 +101,9 @@ def split_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [m, F] float32 and labels [m] int64, on the CPU, of the images that can be read.
 
-    Images are shown as their central square. Files that cannot be read are counted in a note.
-    Raises DataError if none can.
+    Images are shown as their central square. Files that cannot be read are counted in a note, and
+    so are images to measure on that were fitted on, wherever they are: those of the same bytes.
+    Raises DataError if none can be read, or all were fitted on.
     """
     kept: list[int] = []
     rejected: list[str] = []
@@ -118,6 +119,14 @@ def split_features(
         progress.note(f"rejected files: {len(rejected)}, the first is {rejected[0]}")
     if rejected and not kept:
         raise DataError(f"no image of {split.source} can be read: {rejected[0]}")
+    if split.repeated:
+        found = f"{split.repeated:,} of {len(kept):,} images to measure on are training images too"
+        if split.repeated == len(kept):
+            raise DataError(
+                f"{found} (the same bytes)", expected="other images to measure on",
+                fix="--val-data with images of its own",
+            )  # fmt: skip
+        progress.note(f"{found} (the same bytes): figures are better than on new images")
     x = torch.cat(parts) if parts else torch.empty(0, 0)
     return x, torch.from_numpy(split.labels[kept])
 
@@ -126,6 +135,8 @@ def _pixel_batches(
     split: Split, size: int, config: EvaluationConfig, rejected: list[str]
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Positions in the split, and their pixels uint8 [b, S, S, 3]; unreadable images are listed."""
+    fitted = split.training.digests if split.training else set()
+    split.digests, split.repeated = set(), 0
     threads = config.num_workers or max(1, min(16, os.cpu_count() or 1))
     load = partial(_central_square, split.images, size, config.crop_share)
     with ThreadPoolExecutor(threads) as pool:
@@ -135,18 +146,25 @@ def _pixel_batches(
             for i, (row, image) in enumerate(zip(rows, pool.map(load, rows), strict=True), start):
                 if isinstance(image, str):
                     rejected.append(f"row {row}: {image}")
-                else:
-                    positions.append(i)
-                    pixels.append(image)
+                    continue
+                square, digest = image
+                split.digests.add(digest)
+                split.repeated += digest in fitted
+                positions.append(i)
+                pixels.append(square)
             if positions:
                 yield positions, np.stack(pixels)
 
 
-def _central_square(images: ImageSource, size: int, share: float, row: int) -> np.ndarray | str:
-    """Pixels uint8 [S, S, 3] of one image, or why it cannot be read."""
+def _central_square(
+    images: ImageSource, size: int, share: float, row: int
+) -> tuple[np.ndarray, str] | str:
+    """Pixels uint8 [S, S, 3] of one image and its content digest, or why it cannot be read."""
     try:
-        image = decode(images.read(row))
+        data = images.read(row)
+        image = decode(data)
     except ImageFault as fault:
         return str(fault)
     width, height = image.size
-    return render(image, centre_view(height, width, crop_share=share), size=size)
+    square = render(image, centre_view(height, width, crop_share=share), size=size)
+    return square, content_digest(data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-_NEIGHBOURS, _TEMPERATURE = 20, 0.07
+NEIGHBOURS = 20
+_TEMPERATURE = 0.07
 _CHUNK = 1024  # queries at once: their votes for 22 k classes take 90 MB
 
 
@@ -22,11 +23,11 @@ def nearest_neighbours(
     arXiv 1805.01978, as used by DINO, arXiv 2104.14294).
     """
     features, correct = F.normalize(features, dim=1), 0
-    classes = int(max(labels.max(), query_labels.max())) + 1
-    neighbours = min(_NEIGHBOURS, len(features))
+    numbers, labels = torch.unique(labels, return_inverse=True)
+    neighbours = min(NEIGHBOURS, len(features))
     for chunk, chunk_labels in zip(queries.split(_CHUNK), query_labels.split(_CHUNK), strict=True):
         similarity, index = (F.normalize(chunk, dim=1) @ features.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(chunk), classes)
+        votes = torch.zeros(len(chunk), len(numbers))
         votes.scatter_add_(1, labels[index], (similarity / _TEMPERATURE).exp())
-        correct += int((votes.argmax(dim=1) == chunk_labels).sum())
+        correct += int((numbers[votes.argmax(dim=1)] == chunk_labels).sum())
     return 100 * correct / len(queries)

@@ -14,7 +14,7 @@ from milan.core.config_resolver import read_section
 from milan.core.paths import AnyPath, names_in, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError
-from milan.evaluation.protocols import Protocol, get_protocol
+from milan.evaluation.protocols import Column, Protocol, get_protocol
 from milan.reporting.contact_sheet import contact_sheet, save_figure
 from milan.store.cache import TargetCache
 from milan.store.format import LOG, LOGS
@@ -122,10 +122,14 @@ def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]
 
 def _protocol_table(protocol: Protocol, metrics: Metrics) -> Table:
     rows = [
-        (encoder, *(column.format.format(values[column.key]) for column in protocol.columns))
+        (encoder, *(_figure(column, values[column.key]) for column in protocol.columns))
         for encoder, values in metrics.items()
     ]
     return Table(protocol.title, ("encoder", *(c.heading for c in protocol.columns)), rows)
+
+
+def _figure(column: Column, value: Any) -> str:
+    return "-" if value is None else column.format.format(value)
 
 
 def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metrics) -> Table:

@@ -296,7 +296,8 @@ def _open_dataset(
     dataset = CachedDataset(cache, data_root=config.data_root)
     context.ranks.on_rank0(lambda: check_trackers(config.report_to))
     if config.probe_every:
-        check_labels(dataset, newest)
+        for doubt in check_labels(dataset, newest, config):
+            context.progress.note(doubt)
     if config.local and config.cache_limit:
         limit = parse_bytes(config.cache_limit)
         check_room(newest, cache, limit)

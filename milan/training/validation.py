@@ -21,7 +21,8 @@ from milan.data.loader import Batch
 from milan.data.order import Order, Stream
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
-from milan.evaluation.knn import nearest_neighbours
+from milan.evaluation.knn import NEIGHBOURS, nearest_neighbours
+from milan.evaluation.meaning import doubts
 from milan.models.student import Student
 from milan.objectives.base import Objective, attention_of
 from milan.reporting.panels import SheetInputs, draw_sheet
@@ -66,9 +67,7 @@ class ValidationPlan:
             rows = validation if len(validation) else trained
             add(Kind.PICTURE, np.tile(rows[:_PICTURES], self.ranks.size))  # rank 0 draws its own
         if config.probe_every and (epoch + 1) % config.probe_every == 0:
-            shuffle = rng.permutation(order.seed, rng.SAMPLE, (2,), len(order.train_rows))
-            bank = order.train_rows[shuffle[: config.probe_images]]
-            add(Kind.KNN_BANK, np.sort(bank[~np.isin(bank, order.replaced)]))
+            add(Kind.KNN_BANK, _bank(order, config))
             add(Kind.KNN_QUERY, validation)
         return addresses
 
@@ -165,8 +164,11 @@ class _KNN:
         return nearest_neighbours(*pairs)
 
 
-def check_labels(dataset: CachedDataset, order: Order) -> None:
-    """Raises ConfigError if a k-NN probe has no validation rows, or a row has no label."""
+def check_labels(dataset: CachedDataset, order: Order, config: PretrainConfig) -> list[str]:
+    """What makes the figures of a k-NN probe mean little, a sentence each.
+
+    Raises ConfigError if the probe has no validation rows, or a row has no label.
+    """
     rows = np.concatenate([order.validation_rows, order.train_rows])
     if not len(order.validation_rows) or (dataset.labels[rows] < 0).any():
         raise ConfigError(
@@ -174,3 +176,15 @@ def check_labels(dataset: CachedDataset, order: Order) -> None:
             expected="a store whose images have labels, and held_out above 0",
             fix="--set probe_every=null",
         )
+    known, asked = (dataset.labels[r] for r in (_bank(order, config), order.validation_rows))
+    found = doubts(known, asked, neighbours=NEIGHBOURS)
+    if unknown := int((~np.isin(asked, known)).sum()):
+        found.append(f"{unknown} of {len(asked)} validation images are of classes without others")
+    return [f"k-NN probe: {doubt}" for doubt in found]
+
+
+def _bank(order: Order, config: PretrainConfig) -> np.ndarray:
+    """The training rows whose labels a k-NN probe knows, ascending; int64."""
+    shuffle = rng.permutation(order.seed, rng.SAMPLE, (2,), len(order.train_rows))
+    bank = order.train_rows[shuffle[: config.probe_images]]
+    return np.sort(bank[~np.isin(bank, order.replaced)])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from helpers import STUDENT, make_photos, run_here
+from helpers import STUDENT, Notes, make_photos, run_here
 from PIL import Image
 from torch.nn import functional as F
 
@@ -18,6 +23,7 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.linear_probe import fit_logistic, linear_probe
+from milan.evaluation.meaning import doubts
 from milan.evaluation.protocols import EvaluationConfig
 
 # --- the classifier -------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def test_a_probe_finds_colours(tmp_path: Path) -> None:
     """The whole probe on features that tell the classes apart; a fifth is kept for measuring."""
     data = paintings(tmp_path / "a", {paint: paint for paint in PAINTS}, count=20)
     got = linear_probe(data=str(data), frozen=COLOURS)
-    assert got["top1"] == got["top5"] == 100
+    assert (got["top1"], got["top5"]) == (100, None)  # five guesses at three classes mean nothing
     assert (got["train_images"], got["val_images"]) == (48, 12)
     assert (got["checkpoint"], got["classes"], got["features"]) == ("colours", 3, 3)
     again = linear_probe(data=str(data), frozen=COLOURS)
@@ -136,12 +142,126 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     assert linear_probe(data=str(train), val_data=str(crossed), frozen=COLOURS)["top1"] == 0
 
 
-def test_classes_that_training_does_not_know(tmp_path: Path) -> None:
-    """They could never be right: an error, not a low score."""
-    train = paintings(tmp_path / "train", {"blue": "blue", "green": "green"}, count=4)
-    val = paintings(tmp_path / "val", {"blue": "blue", "reddish": "red"}, count=4)
-    with pytest.raises(DataError, match=r"1 classes of --val-data are not in --data.*'reddish'"):
-        linear_probe(data=str(train), val_data=str(val), frozen=COLOURS)
+def numbered(path: Path, paints: dict[int, str], *, seed: int = 0) -> Path:
+    """A Parquet file of eight small pictures of each paint, with class numbers alone."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for label, paint in paints.items():
+        for _ in range(8):
+            pixels = np.clip(PAINTS[paint] + generator.normal(0, 15, (12, 12, 3)), 0, 255)
+            file = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
+            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": label})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+SIDES: dict[str, tuple[dict, dict, float | str]] = {
+    "a class that training lacks": (
+        {"blue": "blue", "green": "green"}, {"blue": "blue", "reddish": "red"},
+        r"1 classes of --val-data are not in --data, the first is 'reddish': 8 of 16",
+    ),
+    "no class in common": ({"a": "blue", "b": "green"}, {"c": "blue"}, r"8 of 8 images could"),
+    "names and numbers": (
+        {"blue": "blue", "green": "green"}, {0: "blue", 1: "green"},
+        r"--data has class names, such as 'blue', and --val-data has class numbers",
+    ),
+    "numbers and names": (
+        {0: "blue", 1: "green"}, {"blue": "blue", "green": "green"},
+        r"--val-data has class names, .* and --data has class numbers",
+    ),
+    "folders named by numbers": ({"10": "blue", "9": "green"}, {9: "green", 10: "blue"}, 100),
+    "numbers, and folders named so": ({10: "blue", 9: "red"}, {"10": "blue", "09": "red"}, 100),
+    "numbers and numbers": ({10: "blue", 2: "red"}, {2: "red"}, 100),
+    "a number that training lacks": (
+        {0: "blue", 2: "red"}, {0: "blue", 1: "red"}, r"1 classes .* the first is 1: 8 of 16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SIDES)
+def test_a_probe_compares_like_with_like(case: str, tmp_path: Path) -> None:
+    """Classes are matched by what they mean, or refused: never a low score."""
+    *sides, expected = SIDES[case]
+    given = [
+        numbered(tmp_path / f"{i}.parquet", paints, seed=i)
+        if isinstance(next(iter(paints)), int)
+        else paintings(tmp_path / str(i), paints, count=8, seed=i)
+        for i, paints in enumerate(sides)
+    ]
+    settings = {"data": str(given[0]), "val_data": str(given[1]), "frozen": COLOURS}
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            linear_probe(**settings)
+    else:
+        assert linear_probe(**settings)["top1"] == expected
+
+
+def test_a_sample_may_lack_classes(tmp_path: Path) -> None:
+    """With --limit, and of the fifth that is kept, images that cannot be right are counted."""
+    data = paintings(tmp_path / "a", {paint: paint for paint in PAINTS}, count=3)
+    val = paintings(tmp_path / "b", {**{p: p for p in PAINTS}, "else": "red"}, count=3, seed=1)
+    (data / "alone").mkdir()
+    Image.new("RGB", (12, 12)).save(data / "alone/1.png")
+    for more, said in (
+        ({"seed": 0}, "1 classes have images to measure on and none to fit on"),
+        ({"limit": 12, "val_data": str(val)}, "1 classes of --val-data are not in --data"),
+    ):
+        notes = Notes()
+        linear_probe(data=str(data), frozen=COLOURS, progress=notes, **more)
+        assert any(said in line for line in notes.lines), notes.lines
+        assert any("images could never be right" in line for line in notes.lines)
+
+
+@pytest.mark.parametrize("same", ["folder", "part", "copies", "some copies", "twins"])
+def test_the_same_images_on_both_sides(same: str, tmp_path: Path) -> None:
+    """Training images to measure on: refused if all are, else counted; wherever they are."""
+    data = paintings(tmp_path / "a", {"blue": "blue", "red": "red"}, count=6)
+    val, notes = tmp_path / "b", Notes()
+    settings: dict[str, Any] = {"data": str(data), "frozen": COLOURS, "progress": notes}
+    if same == "folder":
+        settings["val_data"] = str(data)
+    elif same == "part":
+        (data / "deep" / "blue").mkdir(parents=True)
+        (data / "deep" / "red").mkdir()
+        for name in ("blue", "red"):
+            shutil.copy(data / name / "0.png", data / "deep" / name / "0.png")
+        settings["val_data"] = str(data / "deep")
+    elif same == "twins":
+        for path in list((data / "red").glob("*.png")):
+            shutil.copy(path, path.with_name(f"twin {path.name}"))
+    else:
+        shutil.copytree(data, val)
+        settings["val_data"] = str(val)
+        if same == "some copies":
+            paintings(tmp_path / "c", {"blue": "blue", "red": "red"}, count=1, seed=9)
+            for name in ("blue", "red"):
+                shutil.copy(tmp_path / "c" / name / "0.png", val / name / "0.png")
+    if same in ("some copies", "twins"):
+        repeated = linear_probe(**settings)["repeated_images"]
+        assert repeated == 10 if same == "some copies" else repeated > 0
+        assert f"{repeated} of " in notes.line(f"{repeated} of ")
+        return
+    with pytest.raises(DataError, match=r"images .*are training images"):
+        linear_probe(**settings)
+
+
+def test_figures_that_mean_nothing(tmp_path: Path) -> None:
+    """Few images and classes: top-5 is left out, chance and a figure's uncertainty are said."""
+    data = paintings(tmp_path / "a", {"blue": "blue", "red": "red"}, count=20)
+    val, notes = paintings(tmp_path / "b", {"blue": "blue", "red": "red"}, seed=1), Notes()
+    linear_probe(data=str(data), val_data=str(val), frozen=COLOURS, progress=notes)
+    said = notes.line("24 validation images of 2 classes")
+    assert "chance is 50 %" in said
+    assert "less than 20 points mean the same" in said
+    assert notes.line("top-5 is left out: with 2 classes it means nothing")
+    many, few = np.arange(500) % 7, np.arange(40) % 2
+    assert doubts(many, many, neighbours=20) == []
+    assert len(doubts(few, many[:399], neighbours=20)) == 2
+    assert "20 neighbours vote of 40 images" in doubts(few, many, neighbours=20)[0]
+    with pytest.raises(DataError, match="of one class"):
+        linear_probe(data=str(paintings(tmp_path / "c", {"red": "red"})), frozen=COLOURS)
 
 
 def test_images_without_labels(tmp_path: Path) -> None:
@@ -260,5 +380,6 @@ def test_an_unknown_timm_name() -> None:
 def test_the_limit_is_of_each_set(tmp_path: Path) -> None:
     """`--limit` for a quick look: seeded, not one class."""
     data = make_photos(tmp_path / "data", count=30)
-    got = linear_probe(data=str(data), val_data=str(data), limit=12, frozen=COLOURS)
+    val = make_photos(tmp_path / "val", count=30, seed=1)
+    got = linear_probe(data=str(data), val_data=str(val), limit=12, frozen=COLOURS)
     assert (got["train_images"], got["val_images"]) == (12, 12)

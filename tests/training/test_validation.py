@@ -260,6 +260,8 @@ def test_neighbours_vote() -> None:
     tensors[0], tensors[2] = tensors[0].float(), tensors[2].float()
     assert nearest_neighbours(*tensors) == pytest.approx(100 * right / 40)
     assert 20 < right / 40 * 100 < 100
+    far = [t if t.is_floating_point() else t * 400_000_000 for t in tensors]  # any class numbers
+    assert nearest_neighbours(*far) == nearest_neighbours(*tensors)
 
 
 def test_the_probe_is_what_it_says(
@@ -268,7 +270,11 @@ def test_the_probe_is_what_it_says(
     """Every third epoch, and by labels: computed here from the student of that epoch."""
     probed = [line for line in log_of(watched) if "knn_top1" in line]
     assert [line["step"] for line in probed] == [6, 12]
-    milan.pretrain(str(store), stop_after=6, **{**WATCHED, "out": str(tmp_path)})
+    notes = Notes()
+    run = {**WATCHED, "out": str(tmp_path), "progress": notes}
+    milan.pretrain(str(store), stop_after=6, **run)
+    assert notes.line("k-NN probe: 8 validation images of 3 classes: chance is")
+    assert notes.line("k-NN probe: 20 neighbours vote of 16 images")
     student, dataset = student_at_the_end(tmp_path, store), CachedDataset(cache)
     held = draw_validation_rows(cache, np.arange(24), seed=0, share=0.34)
     rows = np.concatenate([np.setdiff1d(np.arange(24), held), held])

@@ -1,0 +1,34 @@
+"""What a figure of few images or few classes means, said beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_ENOUGH = 400  # validation images: two standard errors are then 5 points at most
+
+
+def chance(train: np.ndarray, val: np.ndarray) -> float:
+    """Top-1 in percent of naming the most frequent class of `train` always; labels [n], [m]."""
+    classes, counts = np.unique(train, return_counts=True)
+    return 100 * float((val == classes[counts.argmax()]).mean())
+
+
+def doubts(train: np.ndarray, val: np.ndarray, *, neighbours: int = 0) -> list[str]:
+    """Why top-1 of classes says little: a sentence each, none if it does not.
+
+    `train` and `val` are the labels, int [n] and [m], of images to learn from and to measure on;
+    `neighbours` vote in a k-NN probe.
+    """
+    found = []
+    if len(val) < _ENOUGH:
+        found.append(
+            f"{len(val)} validation images of {len(np.unique(val))} classes: chance is "
+            f"{chance(train, val):.0f} %, and figures that differ by less than "
+            f"{100 / np.sqrt(len(val)):.0f} points mean the same"
+        )
+    if neighbours and len(train) < 10 * neighbours:
+        found.append(
+            f"{neighbours} neighbours vote of {len(train)} images in all: k-NN says little, "
+            f"with less than {10 * neighbours} images it is mostly how frequent classes are"
+        )
+    return found
