@@ -6,6 +6,8 @@ MilanError            exit code 1, one message, no traceback
 ├── CacheError        a store that is missing, incomplete, damaged or another's
 ├── ConfigError       parameters and model arguments
 └── TrainError        a run that cannot go on
+RankError             ranks that cannot meet or lost each other: exit code 1, one message; it counts
+                      as a crash, since a restart may help
 ImageFault            one image that cannot be read; a reason in a record, not the end of a run
 """
 
@@ -54,6 +56,10 @@ class ConfigError(MilanError):
 
 class TrainError(MilanError):
     """A training run that cannot go on."""
+
+
+class RankError(Exception):
+    """This rank cannot reach the others: most likely because one of them crashed."""
 
 
 class ImageFault(Exception):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from milan.errors import MilanError
+from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
 from stages import artifacts, extract_targets, plan, pretrain, settings
 from stages.evaluate import evaluation_command
@@ -103,7 +103,7 @@ def main() -> None:
     previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
         app(prog_name="milan")
-    except MilanError as error:
+    except (MilanError, RankError) as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug
         _fail(str(error))

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from milan.errors import ConfigError, MilanError
+from milan.core.progress import Progress
+from milan.core.signals import Stop
+from milan.core.waiting import Wait
+from milan.errors import ConfigError, MilanError, RankError
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)  # of a rank that waits for another: a checkpoint, a probe
+_MEETING = 10 * 60.0  # seconds in which all ranks have to start
+_UNSET = "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE, if torchrun did not set them"
+_UNSET_SLURM = "unset SLURM_STEP_NUM_TASKS, if srun did not set it"
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,33 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks | None:
-        """The rank that torchrun, srun or our own launcher set; None without any of them."""
+        """The rank that torchrun, srun or our own launcher set; None without any of them.
+
+        Raises ConfigError for variables that are incomplete or contradict each other.
+        """
         env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            return cls(
-                int(env["RANK"]), int(env["WORLD_SIZE"]),
-                int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)),
-            )  # fmt: skip
-        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch
-            env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-            step = int(env["SLURM_JOB_ID"]) + 1009 * int(env.get("SLURM_STEP_ID", 0))
-            env.setdefault("MASTER_PORT", str(20_000 + step % 20_000))
-            size = int(env["SLURM_STEP_NUM_TASKS"])
+        if "RANK" in env or "WORLD_SIZE" in env:
+            size = _number("WORLD_SIZE", _UNSET, least=1)
+            rank = _number("RANK", _UNSET, below=size)
+            on_node = _number("LOCAL_WORLD_SIZE", _UNSET, least=1, below=size + 1, default=1)
+            # One rank on each machine needs no LOCAL_RANK; two must not share a GPU.
+            default = 0 if size == 1 or torch.cuda.device_count() < 2 else None
+            below = on_node if "LOCAL_WORLD_SIZE" in env else size
+            local = _number("LOCAL_RANK", _UNSET, below=below, default=default)
+            return cls(rank, size, local, on_node)
+        if "SLURM_STEP_NUM_TASKS" in env:  # set by srun, not by sbatch
+            size = _number("SLURM_STEP_NUM_TASKS", _UNSET_SLURM, least=1)
+            if size == 1:
+                return None
+            rank = _number("SLURM_PROCID", _UNSET_SLURM, below=size)
+            local = _number("SLURM_LOCALID", _UNSET_SLURM, below=size)
+            job = _number("SLURM_JOB_ID", _UNSET_SLURM)
+            step = _number("SLURM_STEP_ID", _UNSET_SLURM, default=0)
+            nodes = _text("SLURM_STEP_NODELIST", "the names of the nodes", _UNSET_SLURM)
+            env.setdefault("MASTER_ADDR", first_host(nodes))
+            env.setdefault("MASTER_PORT", str(20_000 + (job + 1009 * step) % 20_000))
             # Slurm may show each task only its own GPU (--gpus-per-task).
-            local = int(env["SLURM_LOCALID"]) if torch.cuda.device_count() > 1 else 0
-            return cls(int(env["SLURM_PROCID"]), size, local)
+            return cls(rank, size, local if torch.cuda.device_count() > 1 else 0)
         return None
 
     @property
@@ -114,14 +135,128 @@ class Ranks:
 SINGLE = Ranks()
 
 
+def _text(name: str, expected: str, fix: str) -> str:
+    """An environment variable that must be there. Raises ConfigError."""
+    if value := os.environ.get(name, "").strip():
+        return value
+    found = f"the environment variable {name} is " + ("empty" if name in os.environ else "not set")
+    raise ConfigError(f"{found}, but {_told_ranks()}", expected=expected, fix=fix)
+
+
+def _number(
+    name: str, fix: str, *, least: int = 0, below: int | None = None, default: int | None = None
+) -> int:
+    """The number in an environment variable, `default` without it. Raises ConfigError."""
+    if name not in os.environ and default is not None:
+        return default
+    most = "" if below is None else f" to {below - 1}"
+    expected = f"a number from {least}{most}" if below is None or below - 1 > least else f"{least}"
+    text = _text(name, expected, fix)
+    if text.isdecimal() and least <= int(text) and (below is None or int(text) < below):
+        return int(text)
+    raise ConfigError(f"the environment variable {name}={text}", expected=expected, fix=fix)
+
+
+def _told_ranks() -> str:
+    """The variables that say that this process is one of several."""
+    names = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    return " and ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+def _meet(ranks: Ranks, stop: Stop | None, progress: Progress | None) -> dist.Store:
+    """A store of torch's that all ranks have joined.
+
+    torch would wait for them without a word, and without hearing a signal. Raises ConfigError,
+    RankError, Stopped, and TrainError at the limit.
+    """
+    fix = f"start them all, or {_UNSET if 'RANK' in os.environ else _UNSET_SLURM}"
+    host = _text("MASTER_ADDR", "the machine of rank 0", fix)
+    port = _number("MASTER_PORT", fix, least=1, below=65_536)
+    wait = Wait(
+        f"all {ranks.size} ranks to meet at {host}:{port} ({_told_ranks()})",
+        limit=_MEETING, fix=fix, progress=progress, stop=stop,
+    )  # fmt: skip
+    # torchrun's agent keeps a store for its ranks, over their restarts.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = ranks.is_rank0 and not agent
+    while not serves and not _answers(host, port, fix):
+        wait.check()
+        time.sleep(0.2)
+    found: list[dist.Store | Exception] = []
+    given_up = Event()
+
+    def join() -> None:
+        try:
+            # Rank 0 is its own client: another machine's address would be tried for minutes.
+            store: dist.Store = dist.TCPStore(
+                "localhost" if serves else host, port, ranks.size, serves,
+                timeout=_TIMEOUT, wait_for_workers=False,
+            )  # fmt: skip
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"milan/{attempt}", store)
+            if store.add(f"rank {ranks.rank}", 1) > 1:
+                raise ConfigError(
+                    f"two processes are rank {ranks.rank} ({_told_ranks()})",
+                    expected="a number of its own for each rank",
+                    fix=fix,
+                )
+            store.add("here", 1)
+            pause = 0.02
+            while store.add("here", 0) < ranks.size and not given_up.wait(pause):
+                pause = min(1.0, 2 * pause)
+            found.append(store)
+        except Exception as error:
+            found.append(error)
+
+    # In a thread: nothing interrupts torch while it waits for a server that does not answer.
+    thread = Thread(target=join, daemon=True, name="meet")
+    thread.start()
+    try:
+        while not found:
+            thread.join(0.5)
+            wait.check()
+    finally:
+        given_up.set()
+    if isinstance(found[0], RuntimeError):
+        what = "cannot serve" if serves else "cannot reach"
+        raise RankError(
+            f"rank {ranks.rank} {what} MASTER_ADDR={host}, MASTER_PORT={port}: "
+            f"{str(found[0]).splitlines()[0][:200]}; try: {fix}"
+        )
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _answers(host: str, port: int, fix: str) -> bool:
+    """Whether somebody listens there. Raises ConfigError for a name that no machine has."""
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise ConfigError(
+            f"MASTER_ADDR={host} is the name of no machine", expected="rank 0's", fix=fix
+        ) from None
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def process_group(
-    ranks: Ranks | None, device: torch.device
+    ranks: Ranks | None,
+    device: torch.device,
+    *,
+    stop: Stop | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Ranks, torch.device]]:
     """Inside, this process is a member of torch's process group; yields its ranks and its device.
 
     Without several ranks there is no group. A GPU becomes this process's current one. Raises
-    ConfigError if the machine has no GPU for it.
+    ConfigError if the machine has no GPU for it or the environment's variables are impossible,
+    RankError if ranks cannot meet or lose each other, TrainError if some do not come, and Stopped
+    if a signal ends the wait for them.
     """
     if ranks is None or ranks.size == 1:
         if device.type == "cuda":
@@ -139,8 +274,20 @@ def process_group(
         torch.cuda.set_device(device)
     # Numbers and objects on the CPU go through gloo, gradients through the device's backend.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=_TIMEOUT)
-    yield ranks, device
+    store = _meet(ranks, stop, progress)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIMEOUT
+        )
+        yield ranks, device
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RankError(
+                f"rank {ranks.rank} lost the others, one of which crashed or does not answer: "
+                f"{str(error).splitlines()[0][:200]}; "
+                "the same line goes on from the last checkpoint"
+            ) from error
+        raise
     # Not after an error: ranks that wait for this one fail when this process has ended, and by then
     # its error is reported.
     dist.destroy_process_group()
@@ -201,5 +348,7 @@ def first_host(nodes: str) -> str:
     """
     name = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
     if name is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes}", expected="names of nodes")
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={nodes}", expected="names of nodes", fix=_UNSET_SLURM
+        )
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", name[0])

@@ -6,7 +6,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
 import socket
 import sys
 import tempfile
@@ -24,10 +23,12 @@ from milan.core.signals import (
     Stop,
     blocked_stop_signals,
     exit_with_parent,
+    how_it_ended,
     on_stop_signals,
     unblock_stop_signals,
+    without_main_module,
 )
-from milan.errors import MilanError, TrainError
+from milan.errors import MilanError, RankError, TrainError
 
 _GRACE = 5.0  # seconds in which the other ranks may report why one crashed
 
@@ -126,7 +127,10 @@ def _run_processes(
         stop.request(number)
 
     with on_stop_signals(request_stop):
-        with blocked_stop_signals():  # until a rank can finish its step when it is asked to stop
+        with (
+            blocked_stop_signals(),
+            without_main_module(),
+        ):  # until a rank can finish its step when it is asked to stop
             for process in processes:
                 process.start()
         sender.close()
@@ -162,9 +166,8 @@ def _replay_next(receiver: Any, progress: Progress) -> bool:
 def _crash_of(process: Any, rank: int) -> str | None:
     """How a process crashed, None if it ended well."""
     process.join()
-    code = process.exitcode or 0
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"rank {rank} crashed ({name})" if code else None
+    how, cause = how_it_ended(process.exitcode)
+    return f"rank {rank} crashed ({how}; likely cause: {cause})" if process.exitcode else None
 
 
 def _run_rank(
@@ -196,6 +199,8 @@ def _run_rank(
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(130)
+        except RankError:  # another rank is the cause
+            sys.exit(1)
         except Exception:  # when one rank has failed, the others fail too, each in its own way
             (folder / f"traceback.{rank}").write_text(traceback.format_exc())
             sys.exit(1)

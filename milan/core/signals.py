@@ -9,16 +9,27 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from types import ModuleType
 
 _ONE_PRESS = 0.5  # seconds within which two SIGINTs count as one
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL): a scheduler requeues it."""
+_LIBRARY = "a fault in a library's compiled code, or in a driver; memory was not the cause"
+_CAUSES = {
+    "SIGKILL": "memory that is full (the kernel then kills a process), or somebody's kill -9",
+    "SIGBUS": "a mapped file that lost its bytes: shared memory, or the disk of a file, is full",
+    "SIGTERM": "somebody's kill, or a scheduler",
+    "SIGXCPU": "the limit on processor time (ulimit -t)",
+    "SIGXFSZ": "the limit on the size of files (ulimit -f)",
+    **dict.fromkeys(("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE", "SIGSYS"), _LIBRARY),
+}
 
 
 class Stop:
@@ -86,6 +97,32 @@ def ignore_stop_signals() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def how_it_ended(exitcode: int | None) -> tuple[str, str]:
+    """(how a process ended, the likely cause) of multiprocessing's exit code, both in words."""
+    code = exitcode or 0
+    if code >= 0:
+        return f"exit code {code}", "an error that it printed above"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal has no name
+        name = f"signal {-code}"
+    return name, _CAUSES.get(name, "somebody's signal")
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Inside, processes that are started do not import the user's script.
+
+    They need nothing of it, and a script that starts a run outside `if __name__ == "__main__"`
+    would start another one in each of them.
+    """
+    before, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 def exit_with_parent() -> None:

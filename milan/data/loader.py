@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import multiprocessing
 import multiprocessing.connection
-import signal
+import os
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
-from threading import Thread
-from typing import Any, NamedTuple
+from itertools import count
+from threading import Lock, Thread
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from milan.core.device import copy_to
+from milan.core.progress import Progress
 from milan.core.rng import mask_noise
-from milan.core.signals import blocked_stop_signals, exit_with_parent, ignore_stop_signals
+from milan.core.signals import (
+    Stop,
+    blocked_stop_signals,
+    exit_with_parent,
+    how_it_ended,
+    ignore_stop_signals,
+    without_main_module,
+)
+from milan.core.units import format_bytes
+from milan.core.waiting import Wait
 from milan.data.dataset import CachedDataset
 from milan.data.prefetch import Prefetcher, Shard
 from milan.data.sampler import Address, StepSampler
 from milan.errors import MilanError, TrainError
 from milan.store.cache import TargetCache
+
+_POLL = 1.0  # seconds between two looks at the workers while a batch does not come
+_LIMIT = 20 * 60.0  # seconds without a batch
+_GRACE = 30.0  # seconds in which a batch may still come after a stop signal
+_SHARED_MEMORY = "/dev/shm"
+_numbers = count()  # of the channels of this process
 
 
 class Batch(NamedTuple):
@@ -46,12 +67,123 @@ class Batch(NamedTuple):
         return self._each(lambda t: copy_to(t, device))
 
     def pin_memory(self) -> Batch:
-        """Called by DataLoader where there is a GPU."""
+        """In pages that a GPU copies from by itself."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         moved: Any = (None if tensor is None else move(tensor) for tensor in self)
         return Batch(*moved)
+
+
+class FileChannel:
+    """Passes open files from loader workers to the training process, where it is made.
+
+    Those of multiprocessing ask the sender for each file, and wait for ever for one that hangs.
+    """
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.settimeout(60.0)  # what is asked for was sent before
+        self._arrived: dict[bytes, int] = {}
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sender": self._sender}  # of a loader worker
+
+    def send(self, file: int) -> bytes:
+        """Send a file; returns the name by which it is received. Raises OSError."""
+        name = os.urandom(16)
+        socket.send_fds(self._sender, [name], [file])
+        return name
+
+    def receive(self, name: bytes) -> int:
+        """The file with this name, to be closed by the caller. Raises OSError, EOFError."""
+        with self._lock:
+            while name not in self._arrived:
+                sent, files, *_ = socket.recv_fds(self._receiver, 16, 1)
+                if not sent:
+                    raise EOFError("all loader workers have ended")
+                if not files:
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                self._arrived[sent] = files[0]
+            return self._arrived.pop(name)
+
+    def close(self) -> None:
+        """Close it here, with the files that nobody asked for."""
+        self._receiver.close()
+        self._sender.close()
+        for file in self._arrived.values():
+            os.close(file)
+
+
+class SharedBatch:
+    """A Batch on its way from a loader worker, in one nameless file in memory.
+
+    torch would share each tensor below /dev/shm, which containers limit to 64 MB; what finds no
+    room there is lost on the way, and waited for.
+    """
+
+    channels: ClassVar[dict[int, FileChannel]] = {}
+    """Those of this process's loaders, by number."""
+
+    def __init__(self, batch: Batch, number: int, channel: FileChannel) -> None:
+        """Sends the file through `channel`. Raises TrainError if there is no room for it."""
+        self.number, self.bytes = number, 0
+        self.parts: list[tuple[torch.dtype, torch.Size, int] | None] = []
+        try:
+            file = _file_in_memory()
+            try:
+                for tensor in batch:
+                    self.parts.append(None if tensor is None else self._write(file, tensor))
+                self.name = channel.send(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise TrainError(
+                f"a loader worker cannot hand over a batch of "
+                f"{format_bytes(sum(t.nbytes for t in batch if t is not None))}: {error.strerror}",
+                expected=f"memory for some batches of each loader worker (in {_SHARED_MEMORY}, "
+                "where the system has no other)",
+                fix="docker run --shm-size 8g, a smaller --num-workers, or --num-workers 0",
+            ) from None
+
+    def _write(self, file: int, tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, int]:
+        first = at = -(-self.bytes // 64) * 64
+        left = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        while left:
+            written = os.pwrite(file, left, at)
+            left, at = left[written:], at + written
+        self.bytes = at
+        return tensor.dtype, tensor.shape, first
+
+    def opened(self) -> Batch:
+        """The batch; its tensors lie in the file, which ends with the last of them."""
+        file = self.channels[self.number].receive(self.name)
+        try:
+            memory = mmap.mmap(file, self.bytes)
+        finally:
+            os.close(file)
+        tensors: Any = (
+            None if part is None else torch.frombuffer(
+                memory, dtype=part[0], count=part[1].numel(), offset=part[2]
+            ).view(part[1])
+            for part in self.parts
+        )  # fmt: skip
+        return Batch(*tensors)
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader where there is a GPU."""
+        return self.opened().pin_memory()
+
+
+def _file_in_memory() -> int:
+    """A new file without a name, that takes memory and no disk where the system allows it."""
+    try:
+        return os.memfd_create("milan-batch")
+    except (AttributeError, OSError):  # macOS, some builds of Python, some sandboxes
+        folder = _SHARED_MEMORY if os.path.isdir(_SHARED_MEMORY) else None
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.dup(file.fileno())
 
 
 class _Batches(Dataset):
@@ -62,10 +194,15 @@ class _Batches(Dataset):
     ) -> None:
         self.dataset, self.seed, self.features = dataset, seed, features
         self.patches = patches or dataset.cache.spec.tokens - 1
+        self.channel: tuple[int, FileChannel] | None = None
+        """Where loader workers hand over batches."""
 
-    def __getitem__(self, address: Address) -> Batch | MilanError:
+    def __getitem__(self, address: Address) -> Batch | SharedBatch | MilanError:
         try:
-            return self._load(address)
+            batch = self._load(address)
+            if self.channel and get_worker_info():
+                return SharedBatch(batch, *self.channel)
+            return batch
         except MilanError as error:
             return error  # raised by _Loader: DataLoader would bury it in a traceback's text
 
@@ -94,6 +231,7 @@ class _Loader(DataLoader):
 
     dataset: _Batches
     sampler: StepSampler
+    wait: Wait
 
     def __iter__(self) -> Any:
         cache = self.dataset.dataset.cache
@@ -101,21 +239,39 @@ class _Loader(DataLoader):
         if cache.generations[0].local:
             prefetcher.start()
         others = multiprocessing.active_children()
-        with blocked_stop_signals():
-            batches = super().__iter__()
+        number = next(_numbers)
+        channel = SharedBatch.channels[number] = FileChannel()
+        self.dataset.channel = number, channel
+        with blocked_stop_signals(), without_main_module():
+            batches: Any = super().__iter__()
         workers = [p for p in multiprocessing.active_children() if p not in others]
         try:
-            for batch in batches:
+            while (batch := self._next(batches)) is not None:
                 if isinstance(batch, MilanError):
                     raise batch
                 prefetcher.consumed += 1
-                yield batch
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError):
+                yield batch.opened() if isinstance(batch, SharedBatch) else batch
+        except (RuntimeError, OSError, EOFError):
             _raise_if_crashed(workers)
             raise
         finally:
             prefetcher.stopped.set()
             del batches  # ends the workers now, not when an error's traceback is forgotten
+            for worker in workers:
+                worker.kill()  # one that hangs: this process would wait for it when it ends
+            del SharedBatch.channels[number]
+            channel.close()
+
+    def _next(self, batches: Any) -> Any:
+        """What comes next, None at the end. Raises what `Wait.check` does."""
+        self.wait.restart()
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                self.wait.check()
 
 
 def _raise_if_crashed(workers: list[Any]) -> None:
@@ -124,12 +280,14 @@ def _raise_if_crashed(workers: list[Any]) -> None:
     ended = wait([w.sentinel for w in workers], timeout=2) if workers else []
     for worker in workers:
         if worker.sentinel in ended:
-            code = worker.exitcode or 0
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            how, cause = how_it_ended(worker.exitcode)
+            less = "a smaller --num-workers or micro_batch needs less memory, and "
             raise TrainError(
-                f"a loader worker died ({how})",
-                expected="memory for all of them: the kernel kills a process when there is none",
-                fix="a smaller --num-workers; the same line goes on from the last checkpoint",
+                f"a loader worker crashed ({how}); likely cause: {cause}",
+                expected="loader workers that run to the end",
+                fix=(less if how in ("SIGKILL", "SIGBUS") else "")
+                + "--num-workers 0 reads in this process; "
+                "the same line goes on from the last checkpoint",
             ) from None
 
 
@@ -156,12 +314,13 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     patches: int | None = None,
+    wait: Wait | None = None,
 ) -> DataLoader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
 
     `features`: whether the teacher's are read. `patches`: N of the student, which the noise is
-    for; default: the teacher's. Workers are started by forkserver (spawn where there is none):
-    tensorstore does not survive a fork.
+    for; default: the teacher's. `wait`: for the workers, default `batch_wait()`. Workers are
+    started by forkserver (spawn where there is none): tensorstore does not survive a fork.
     """
     options: dict[str, Any] = {}
     if num_workers:
@@ -170,8 +329,10 @@ def training_loader(
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(["milan.data.loader"])
-        options = {"multiprocessing_context": context, "prefetch_factor": 4}
-    return _Loader(
+        options = {
+            "multiprocessing_context": context, "prefetch_factor": 4, "timeout": _POLL,
+        }  # fmt: skip
+    loader = _Loader(
         _Batches(dataset, sampler.order.seed, features, patches),
         batch_size=None,
         sampler=sampler,
@@ -179,6 +340,21 @@ def training_loader(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
         **options,
+    )
+    loader.wait = wait or batch_wait()
+    return loader
+
+
+def batch_wait(progress: Progress | None = None, stop: Stop | None = None) -> Wait:
+    """How a run waits for loader workers; ranks wait for each other a little longer."""
+    return Wait(
+        "the next batch of the loader workers",
+        limit=_LIMIT,
+        fix="--num-workers 0 shows where reading stands still; the disk or server of the images "
+        "or of the store may not answer",
+        progress=progress,
+        stop=stop,
+        grace=_GRACE,
     )
 
 

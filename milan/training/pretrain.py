@@ -22,8 +22,9 @@ from milan.core.launch import launch
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop, on_stop_signals
 from milan.core.units import parse_bytes
+from milan.core.waiting import Stopped
 from milan.data.dataset import CachedDataset
-from milan.data.loader import training_loader
+from milan.data.loader import batch_wait, training_loader
 from milan.data.order import GrownOrder, Order, Stream, shuffle_quality
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
@@ -98,9 +99,9 @@ def pretrain(
     resumes the newest checkpoint of the same settings, `"never"` starts anew; `overwrite` replaces
     a run of other settings instead of refusing. Asked to `stop`, or by SIGINT, SIGTERM or SIGUSR1,
     it finishes its step and writes a checkpoint; a second SIGINT interrupts. With several GPUs it
-    starts a process for each (in a script, call it below `if __name__ == "__main__"`). Returns the
-    figures of metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop before its
-    end. Raises MilanError.
+    starts a process for each. Returns the figures of metrics.json, `run` and `rank`, and
+    `stopped_by` if it was asked to stop before its end (`step` is 0 if it waited for other ranks or
+    for data then). Raises MilanError, and RankError if other ranks are out of reach.
     """
     config = from_call(PretrainConfig, "cache", cache, settings, "pretrain")
     config.check()
@@ -121,14 +122,18 @@ def pretrain(
             progress=progress or NoProgress(),
         )
     stop = stop or Stop()
-    with (
-        on_stop_signals(stop.request),
-        process_group(given, device) as (ranks, own),
-        ExitStack() as until_end,
-    ):
-        progress = progress if progress and ranks.is_rank0 else NoProgress()
-        context = Context(Path(config.out), own, ranks, progress, stop)
-        return _train(resolve_defaults(config, own, ranks), call, context, until_end)
+    progress = progress if progress and not (given and given.rank) else NoProgress()
+    try:
+        with (
+            on_stop_signals(stop.request),
+            process_group(given, device, stop=stop, progress=progress) as (ranks, own),
+            ExitStack() as until_end,
+        ):
+            context = Context(Path(config.out), own, ranks, progress, stop)
+            return _train(resolve_defaults(config, own, ranks), call, context, until_end)
+    except Stopped as stopped:
+        figures = {"step": 0, "steps": 0, "finished": False, "stopped_by": stopped.by}
+        return figures | {"run": config.out, "rank": given.rank if given else 0}
 
 
 def devices_of(config: PretrainConfig, device: torch.device) -> int:
@@ -237,6 +242,7 @@ def _fit(
             num_workers=settings.num_workers,
             pin_memory=device.type == "cuda",
             patches=student.patches,
+            wait=batch_wait(context.progress, context.stop),
         )
 
     return fit(

@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,11 @@ from safetensors.torch import load_file, save_file
 
 import milan
 from milan.config import PretrainConfig
+from milan.core import waiting
 from milan.core.launch import launch
 from milan.core.progress import Progress
+from milan.core.signals import Stop
+from milan.data import loader
 from milan.data.sampler import StepSampler
 from milan.errors import CacheError, ConfigError, DataError, MilanError, TrainError
 from milan.objectives import features as features_module
@@ -357,6 +361,42 @@ def test_a_full_disk_is_one_line(store: Path, tmp_path: Path) -> None:
     assert output.rstrip().endswith(error)
 
 
+def signal_worker(number: signal.Signals) -> Callable[[], None]:
+    """What sends a signal to the loader workers that are started from now on."""
+    others = multiprocessing.active_children()
+
+    def send() -> None:
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                os.kill(worker.pid or 0, number)
+
+    return send
+
+
+def test_a_loader_worker_hangs(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer: it is said, and a signal ends the run."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(loader, "_POLL", 0.1)
+    monkeypatch.setattr(loader, "_GRACE", 0.3)
+    monkeypatch.setattr(waiting, "_FIRST_WORD", 0.1)
+    run = {**RUN, "out": str(tmp_path), "num_workers": 1, "epochs": 40, "save_every": 1}
+
+    freeze, stop = signal_worker(signal.SIGSTOP), Stop()
+
+    def hang() -> None:
+        freeze()
+        Timer(0.5, stop.request, (signal.SIGTERM,)).start()
+
+    notes = At(5, hang)
+    figures = milan.pretrain(str(store), progress=notes, stop=stop, **run)
+    assert figures["stopped_by"] == "SIGTERM"
+    (word, *_) = (line for line in notes.lines if line.startswith("waiting for"))
+    assert "the next batch of the loader workers" in word
+    assert "--num-workers 0" in word
+
+
 def test_a_loader_worker_is_killed(
     alone: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,15 +404,9 @@ def test_a_loader_worker_is_killed(
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     run = {**RUN, "out": str(tmp_path), "num_workers": 1}
 
-    others = multiprocessing.active_children()
-
-    def kill() -> None:
-        (worker,) = (p for p in multiprocessing.active_children() if p not in others)
-        os.kill(worker.pid, signal.SIGKILL)
-
-    with pytest.raises(TrainError, match=r"a loader worker died \(SIGKILL\)") as error:
+    kill = signal_worker(signal.SIGKILL)
+    with pytest.raises(TrainError, match=r"a loader worker crashed \(SIGKILL\).* memory ") as error:
         milan.pretrain(str(store), progress=At(5, kill), **run)
-    assert "memory" in error.value.expected
     assert "the same line goes on" in error.value.fix
     milan.pretrain(str(store), **run)
     same_as(alone, tmp_path)
