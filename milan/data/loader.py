@@ -149,7 +149,7 @@ class SharedBatch:
 
     def _write(self, file: int, tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, int]:
         first = at = -(-self.bytes // 64) * 64
-        left = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        left = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         while left:
             written = os.pwrite(file, left, at)
             left, at = left[written:], at + written
