@@ -39,7 +39,8 @@ def extract_targets(
     that was killed, make the same call again; to grow a store, call with more views or images.
     Above ASK_ABOVE bytes `agree` gets the cost tables and decides, unless the settings say `yes`.
 
-    Returns a summary: path, layer, images, views, shards, bytes_per_view, bytes, fidelity, bad
+    Returns a summary: path, layer, images, views, shards, bytes_per_view, bytes, dropped (images of
+    the store that are not in the data any more), fidelity, bad
     (rejected files: a count by reason), bad_csv, digest, seconds, images_per_second; a `dry_run`,
     which writes nothing that stays, returns `costs` in place of the results. Raises MilanError.
     """
@@ -56,6 +57,7 @@ def extract_targets(
         "shards": sum(s.shards for s in specs),
         "bytes_per_view": specs[0].view_bytes(),
         "bytes": sum(s.total_bytes() for s in specs),
+        "dropped": len(work.dropped.get(work.layer, [])),
     }
     workers = plan_workers(config, work)
     in_memory = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()

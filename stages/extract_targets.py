@@ -61,6 +61,7 @@ def extract_targets(
         ("bytes", format_bytes(summary["bytes"])),
         ("images/s", f"{rate:,.1f}" if rate else "nothing to do: the store is complete"),
         ("rejected files", f"{reasons} ({summary['bad_csv']})" if rejected else "none"),
+        *([("dropped images", f"{summary['dropped']:,}")] if summary["dropped"] else []),
         ("cosine to the teacher", _fidelity(summary["fidelity"])),
     ]
     console.table("Extracted", ("what", ""), rows)

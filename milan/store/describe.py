@@ -43,7 +43,11 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
         *_texts(cache),
         ("data", _data(cache)),
-        ("images", f"{cache.rows:,}, {len(cache.bad):,} of them without targets"),
+        (
+            "images",
+            f"{cache.rows:,}, {len(cache.bad):,} of them without targets"
+            + (f", {len(cache.dropped):,} dropped (deleted)" if len(cache.dropped) else ""),
+        ),
         ("views of each", cache.views),
         (
             "view",

@@ -49,8 +49,9 @@ class Prototypes:
         ids = np.full((size, *last.ids.shape[1:]), -1, np.int32)
         number = {name: i for i, name in enumerate(classes)}
         for part in parts:
-            at = [number[name] for name in part.classes]
-            features[at], ids[at] = part.features, part.ids
+            known = [i for i, name in enumerate(part.classes) if name in number]
+            at = [number[part.classes[i]] for i in known]
+            features[at], ids[at] = part.features[known], part.ids[known]
         return cls(classes, features, ids)
 
 

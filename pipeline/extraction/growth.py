@@ -44,6 +44,8 @@ class Part:
     name: str
     spec: CacheSpec
     manifest: Manifest
+    first: Generation | None = None
+    """The one with the first views of the same rows, whose images these must be."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
         rows = [g for g in rows if g.entry.layer == existing[0].entry.layer]
         _check_views(wanted, existing[0].spec)
     else:
-        layer = first = same[0].entry.layer
+        layer = same[0].entry.layer
     manifests = [g.manifest() for g in rows]
     views = max((g.entry.views[1] for g in same), default=0)
     if wanted.views < views:
@@ -107,7 +109,7 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
             fix=f"--views {views}, or --out another.zarr",
         )
     stored = _Stored(out, rows, manifests, found)
-    stored.check_missing(index.dropped.get(first, []))
+    stored.check_missing(index.dropped.get(rows[0].entry.layer, []))
     stored.check_images()
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
     free_names = _free_names(len(existing))
@@ -121,7 +123,7 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
                 views=wanted.views - views,
                 first_view=views,
             )
-            parts.append(Part(next(free_names), more, manifest))
+            parts.append(Part(next(free_names), more, manifest, g))
     added = stored.added(wanted.rows, existing)
     if len(added):
         name, first_row = next(free_names), sum(len(manifest) for manifest in manifests)
@@ -158,7 +160,7 @@ class _Stored:
         raise CacheError(
             f"{len(self.missing):,} of the {len(self.keys):,} images of {self.out} are not in the "
             f"data ({self.found.root}), the first is {first!r} (manifest)",
-            expected="the same images, and perhaps more",
+            expected=f"the same images ({self._recorded()}), and perhaps more",
             fix="restore them, or --out another.zarr"
             + (", or --drop-missing if they were deleted" if len(self.present) else ""),
         )
@@ -218,14 +220,13 @@ class _Stored:
         return CacheError(
             f"{len(differ):,} images of {self.out} {what} below {where}, the first is "
             f"{self.keys[self.present[differ[0]]]!r}",
-            expected="the images that the store was made of, in files that were not written again",
-            fix=f"the data as it was ({self._recorded()}), and new images beside it in files of "
-            "their own; or --out another.zarr",
+            expected=f"the images of the store ({self._recorded()}), in files as they were",
+            fix="restore the files and put new images into others, or --out another.zarr",
         )
 
     def _recorded(self) -> str:
         try:
-            return str(self.rows[0].roots()[-1])
+            return f"they were in {self.rows[0].roots()[-1]}"
         except CacheError:
             return "its folder is not recorded"
 

@@ -96,6 +96,7 @@ class Extractor:
         self.stopped = Event()
         """Set it, and calls of `run` end after the batch in hand, by CancelledError."""
         self._feeding = Lock()
+        self._first, self._records = part.first, Lock()
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
@@ -210,11 +211,21 @@ class Extractor:
             while pending:
                 yield pending.popleft().result()
 
+    def _check_same(self, row: int, digest: str) -> None:
+        """Raises ImageFault unless the image is that of the row's first views."""
+        if self._first is None:
+            return
+        with self._records:
+            known = self._first.content_digest(self.spec.first_row + row, 0)
+        if known and known != digest:
+            raise ImageFault("changed", "other bytes than when its first views were extracted")
+
     def _render(self, row: int) -> _Rendered:
         digest = None
         try:
             data = self.source.read(row)
             digest = content_digest(data)
+            self._check_same(row, digest)
             image = decode(data)
         except ImageFault as fault:
             return _Rendered(row, digest=digest, reason=str(fault))

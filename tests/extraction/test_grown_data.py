@@ -294,6 +294,25 @@ def test_a_file_that_was_written_again(
         grow(data)
 
 
+def test_views_of_an_image_that_changed(tmp_path: Path, grow: Callable[..., dict]) -> None:
+    """Views of one row are views of one image: another one is a rejected image."""
+    data, store = make_photos(tmp_path / "data", count=6), tmp_path / "t.zarr"
+    grow(data)
+    path = data / TargetCache(store).manifest.key(2)
+    kept = path.read_bytes()
+    make_photos(tmp_path / "other", count=1, seed=8)
+    shutil.copy(next((tmp_path / "other").rglob("*.jpg")), path)
+    notes = Notes()
+    with pytest.raises(DataError, match=r"1 of 6 images are rejected \(1 changed\)"):
+        grow(data, views=2, progress=notes)
+    assert notes.line("changed since extraction: 1 images have another size")
+    assert ",changed: other bytes" in (store / "bad-images.csv").read_text()
+    assert grow(data, views=2, max_bad="1")["bad"] == {"changed": 1}
+    assert TargetCache(store).good_rows().tolist() == [0, 1, 3, 4, 5]
+    path.write_bytes(kept)
+    assert len(open_cache(store)[9]["image"]) == 3
+
+
 # --- deleted photographs --------------------------------------------------------------------------
 
 
