@@ -97,6 +97,8 @@ class PretrainConfig:
     # Numbers and devices
     precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
+    """torch.compile of student and loss; auto: on CUDA, and without it where it fails."""
     checkpoint_activations: bool = setting(False, identity=False)
     """Keep only the input of each block, and compute the rest again: less memory, more time."""
     clip_grad: float | None = setting(None, unit="norm", above=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -227,16 +227,16 @@ class PretrainTask:
         self,
         student: Student,
         network: nn.Module,
-        objective: Objective,
+        step_loss: Callable[[Batch], torch.Tensor],
         validation: Validation,
         device: torch.device,
     ) -> None:
-        self.model, self.network, self.objective = student, network, objective
+        self.model, self.network, self.step_loss = student, network, step_loss
         self.validate, self.device = validation, device
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The objective on a micro-batch, a scalar."""
-        return self.objective(self.network, batch.to(self.device))
+        return self.step_loss(batch.to(self.device))
 
     def describe(self, batch: Batch) -> list[str]:
         """'row.view' of each image of a micro-batch."""

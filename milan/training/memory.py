@@ -43,7 +43,7 @@ def peak_bytes(
     live = _LiveStorages()
     cache.codec.to(device)  # its tables are kept for later calls: they need memory
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
-        batch = _batch(micro_batch, student, cache, device)
+        batch = trial_batch(micro_batch, student, cache, device)
         fakes: dict[str, torch.Tensor] = {
             name: nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)
             for name, p in student.named_parameters()
@@ -70,23 +70,23 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _batch(size: int, student: Student, cache: TargetCache, device: torch.device) -> Batch:
-    """A micro-batch as a loader worker hands it over; its values are never looked at."""
+def trial_batch(size: int, student: Student, cache: TargetCache, device: torch.device) -> Batch:
+    """A micro-batch as it arrives on `device`; only its shapes are a store's."""
     spec, edge = cache.spec, cache.view_spec.size
     codec = cache.codec
-    codes = torch.empty(
+    codes = torch.zeros(
         size, spec.tokens, codec.width(spec.channels),
         dtype=getattr(torch, codec.dtype), device=device,
     )  # fmt: skip
-    rows = torch.empty(size, dtype=torch.int64, device=device)
+    rows = torch.zeros(size, dtype=torch.int64, device=device)
     return Batch(
-        torch.empty(size, edge, edge, 3, dtype=torch.uint8, device=device),
-        torch.empty(size, spec.tokens - 1, device=device),
-        torch.empty(size, student.patches, device=device),
+        torch.zeros(size, edge, edge, 3, dtype=torch.uint8, device=device),
+        torch.ones(size, spec.tokens - 1, device=device),
+        torch.full((size, student.patches), 0.5, device=device),
         rows,
         rows,
         codes,
-        torch.empty(size, spec.tokens, device=device) if codec.scaled else None,
+        torch.ones(size, spec.tokens, device=device) if codec.scaled else None,
     )
 
 

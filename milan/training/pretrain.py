@@ -47,8 +47,10 @@ from milan.training.build import (
     schedule_of,
     student_of,
 )
+from milan.training.compilation import StepLoss, compile_step
 from milan.training.loop import Context, fit
 from milan.training.machine_errors import as_train_error
+from milan.training.memory import trial_batch
 from milan.training.optim import Schedule, adamw
 from milan.training.run import (
     decoder_of,
@@ -221,6 +223,9 @@ def _fit(
     choose_kernels(student, device, settings.precision)
     objective = settings.objective(dataset.cache)
     network = parallelise(student, ranks, config.parallel)
+    step = StepLoss(objective, network, objective.loss)
+    trial = trial_batch(micro_batch, student, dataset.cache, device)
+    step = compile_step(step, trial, settings, context)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     plan = ValidationPlan(config, order, ranks, micro_batch)
     validation = Validation(plan, student, objective, dataset, device, settings.precision)
@@ -246,7 +251,7 @@ def _fit(
         )
 
     return fit(
-        PretrainTask(student, network, objective, validation, device),
+        PretrainTask(student, network, step, validation, device),
         optimiser,
         schedule,
         context,

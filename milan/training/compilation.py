@@ -1,0 +1,90 @@
+"""torch.compile of a training step: the student in one graph, the loss in another."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from milan.core.device import autocast
+from milan.core.distributed import sync_gradients
+from milan.data.loader import Batch
+from milan.errors import ConfigError
+from milan.objectives.base import Objective, Prediction
+from milan.training.build import Settings
+from milan.training.loop import Context
+
+BACKEND: str | Callable[..., object] = "inductor"
+"""The compiler; tests have one that needs no C++ compiler."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro-batch, a scalar: what a step differentiates."""
+
+    objective: Objective
+    network: nn.Module
+    """The student, or its wrapper for several ranks; perhaps compiled."""
+    loss: Callable[[Prediction], torch.Tensor]
+    """The objective's; perhaps compiled."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """For a micro-batch on the network's device. Called under autocast."""
+        return self.loss(self.objective.predict(self.network, batch))
+
+
+def compile_step(step: StepLoss, trial: Batch, settings: Settings, context: Context) -> StepLoss:
+    """The step as the setting `compile` asks for it; all ranks call it together.
+
+    It is tried on a micro-batch, forwards and backwards, so that no run depends on what cannot be
+    compiled: with `auto` it then stays as it is. Raises ConfigError if it must be compiled and
+    cannot be.
+    """
+    device, ranks, progress = context.device, context.ranks, context.progress
+    choice = settings.config.compile
+    if choice == "off" or (choice == "auto" and not _pays(settings, device)):
+        return step
+    progress.note("torch.compile: the first step takes a minute or more")
+    # Between ranks, gradients are sent while others are still computed: that breaks the graph.
+    network: Any = torch.compile(
+        step.network, backend=BACKEND, dynamic=False, fullgraph=ranks.size == 1
+    )
+    loss_of = torch.compile(step.objective.loss, backend=BACKEND, dynamic=False, fullgraph=True)
+    compiled = replace(step, network=network, loss=loss_of)
+    began, why = time.perf_counter(), ""
+    try:
+        with sync_gradients(step.network, False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own, of tensors that it looks at
+            with autocast(device, settings.precision):
+                loss = compiled(trial)
+            loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler's errors have no common class
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    step.network.zero_grad(set_to_none=True)
+    if not ranks.any_flags(1 if why else 0):
+        progress.note(f"torch.compile: done in {time.perf_counter() - began:.0f} s")
+        return compiled
+    why = why or "another rank's compiler failed"
+    if choice == "on":
+        raise ConfigError(
+            f"torch.compile failed ({why})",
+            expected="a compiler for this device",
+            fix="--compile off, or auto",
+        )
+    progress.note(f"torch.compile failed ({why}): the run goes on without it")
+    return step
+
+
+def _pays(settings: Settings, device: torch.device) -> bool:
+    """Whether `auto` compiles: on GPUs, whose memory elementwise work keeps busy.
+
+    Not a student whose weights are sharded, which gathers them between any two blocks.
+    """
+    return device.type == "cuda" and settings.config.parallel == "ddp"

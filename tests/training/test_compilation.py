@@ -1,0 +1,68 @@
+"""Tests of milan.training.compilation: one graph, the same run, and no run lost to a compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, Notes, log_of
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import milan
+from milan.errors import ConfigError
+from milan.training import compilation
+
+RUN: dict[str, Any] = {**SMALL, "epochs": 2, "micro_batch": 4, "log_every": 1}
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts what is compiled; its graphs run as they are traced."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", counter)
+    torch._dynamo.reset()
+    return counter
+
+
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"objective": "pixels"}, marks=pytest.mark.soak)], ids=str
+)
+def test_a_run_is_two_graphs(
+    more: dict[str, Any], graphs: CompileCounterWithBackend, store: Path, tmp_path: Path
+) -> None:
+    """Student and loss, compiled once: neither steps nor validation compile again. The run is the
+    one without compiling, but for rounding."""
+    milan.pretrain(str(store), compile="on", **{**RUN, **more, "out": str(tmp_path / "on")})
+    assert graphs.frame_count == 2
+    milan.pretrain(str(store), compile="off", **{**RUN, **more, "out": str(tmp_path / "off")})
+    assert graphs.frame_count == 2
+    ours, theirs = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_compiler_that_fails(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto goes on without it and says so in a line; on is refused."""
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no Triton here\nand more")
+
+    monkeypatch.setattr(compilation, "BACKEND", broken)
+    monkeypatch.setattr(compilation, "_pays", lambda settings, device: True)
+    notes, run = Notes(), {**RUN, "out": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"torch\.compile failed .*no Triton.*--compile off"):
+        milan.pretrain(str(store), compile="on", progress=notes, **run)
+    assert milan.pretrain(str(store), progress=notes, **run)["finished"]
+    assert "no Triton here" in notes.line("torch.compile failed")
+    assert notes.line("torch.compile failed").endswith("the run goes on without it")
+
+
+def test_auto_leaves_a_cpu_alone(
+    graphs: CompileCounterWithBackend, store: Path, tmp_path: Path
+) -> None:
+    """There compiling takes longer than it saves."""
+    milan.pretrain(str(store), stop_after=1, **{**RUN, "out": str(tmp_path)})
+    assert graphs.frame_count == 0
