@@ -12,7 +12,7 @@ import numpy as np
 from milan.core.atomic import write_text
 from milan.reporting.run_files import CURVES, LOG
 
-_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
+COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
 """Of every line; what else a line has are validation metrics."""
 
 
@@ -87,14 +87,14 @@ def last_metrics(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The last loss and the last validation metrics; empty if there is no line."""
     last: dict[str, Any] = {}
     for line in lines:
-        last |= {key: line[key] for key in line if key == "loss" or key not in _COLUMNS}
+        last |= {key: line[key] for key in line if key == "loss" or key not in COLUMNS}
     return last
 
 
 def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
     """The log as CSV, which DVC plots."""
-    metrics = dict.fromkeys(key for line in lines for key in line if key not in _COLUMNS)
-    columns = [*_COLUMNS, *metrics]
+    metrics = dict.fromkeys(key for line in lines for key in line if key not in COLUMNS)
+    columns = [*COLUMNS, *metrics]
     rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
     write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
 

@@ -1,13 +1,21 @@
-"""The sheet of a run: views, masks, targets and predictions; cheap enough for every epoch."""
+"""What sheets are made of: panels, their colours and words, and a page of them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from milan.data.dataset import CachedDataset
+from milan.store.cache import TargetCache
 
 GREY = 128  # of masked patches
-_PANEL, _GAP, _HEAD, _MARGIN = 112, 4, 20, 64  # pixels
+PANEL = 168  # pixels, about
+MARGIN, GAP, LINE = 8, 6, 19  # pixels
+_FITTED = 64  # images of a store that its colours are fitted to
 
 
 class SheetInputs(NamedTuple):
@@ -33,6 +41,53 @@ class SheetInputs(NamedTuple):
         return cls(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
 
 
+class Column(NamedTuple):
+    """Panels below one another, one for each image."""
+
+    name: str
+    explanation: str
+    panels: np.ndarray
+    """[B, S, S, 3] uint8"""
+
+
+# --- columns that every sheet may have ------------------------------------------------------------
+
+
+def view_column(pixels: np.ndarray) -> Column:
+    """Views [B, S, S, 3]."""
+    return Column("view", "the pixels that the teacher saw", pixels)
+
+
+def attention_column(pixels: np.ndarray, attention: np.ndarray) -> Column:
+    """The attention [B, N] on its views, in one colour map; each view has its own scale."""
+    import matplotlib
+
+    heat = upscale(to_grid(attention), pixels.shape[1])
+    low, high = heat.min(axis=(1, 2), keepdims=True), heat.max(axis=(1, 2), keepdims=True)
+    colour = matplotlib.colormaps["inferno"]((heat - low) / np.maximum(high - low, 1e-12))
+    panels = 0.65 * colour[..., :3] + 0.35 * pixels.mean(axis=-1, keepdims=True) / 255
+    what = "the teacher's, of the class token: dark is little, yellow is much, within each view"
+    return Column("attention", what, _bytes(panels))
+
+
+def visible_column(pixels: np.ndarray, masked: np.ndarray) -> Column:
+    """Views with the `masked` patches [B, N] in grey."""
+    shown = pixels.copy()
+    shown[upscale(to_grid(masked), pixels.shape[1])] = GREY
+    return Column(
+        "visible patches", "what the student sees of a view; grey patches are masked", shown
+    )
+
+
+def features_column(features: np.ndarray, colours: Colours, size: int) -> Column:
+    """The teacher's features of the patches [B, N, C]."""
+    what = (
+        "the teacher's, three principal components as red, green and blue: like colours are like "
+        f"features; {colours.origin}"
+    )
+    return Column("features", what, upscale(_bytes(colours(features)), size))
+
+
 class Colours:
     """Features as red, green and blue: their first three principal components.
 
@@ -40,15 +95,27 @@ class Colours:
     that what is coloured later can be compared. Only directions count.
     """
 
-    def __init__(self, features: np.ndarray) -> None:
+    def __init__(self, features: np.ndarray, origin: str = "fitted to this sheet") -> None:
         flat = _unit(features).reshape(-1, features.shape[-1])
+        self.origin = origin
+        """What they are fitted to, in words."""
         self.mean = flat.mean(axis=0)
         centred = flat - self.mean
         # Of the small matrix: less than half the time of a singular value decomposition.
         _, axes = np.linalg.eigh(centred.T @ centred)
-        self.axes = axes[:, :-4:-1]
+        axes = axes[:, :-4:-1]
+        # Either sign of an axis is one: without a rule, libraries would differ in the colours.
+        self.axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
         parts = centred @ self.axes
         self.low, self.high = np.percentile(parts, 2, axis=0), np.percentile(parts, 98, axis=0)
+
+    @classmethod
+    def of_store(cls, cache: TargetCache) -> Colours:
+        """Fitted to the first images of a store, so that all its sheets compare, grown or not."""
+        rows = cache.good_rows()[:_FITTED]  # in the manifest's order, which is shuffled
+        features = patch_features(cache, rows, np.zeros_like(rows))
+        images = "1 image" if len(rows) == 1 else f"{len(rows)} images"
+        return cls(features, f"fitted to {images} of the store, the same in all its sheets")
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[B, N, C] to RGB [B, grid, grid, 3] in 0..1."""
@@ -56,6 +123,14 @@ class Colours:
         scaled = ((parts - self.low) / np.maximum(self.high - self.low, 1e-12)).clip(0, 1)
         scaled = np.pad(scaled, ((0, 0), (0, 0), (0, 3 - scaled.shape[-1])))
         return to_grid(scaled)
+
+
+def patch_features(cache: TargetCache, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    """The teacher's decoded features of the patches of (rows[i], views[i]), [B, N, C] float32."""
+    targets = cache.read(rows, views)
+    assert targets.codes is not None
+    scale = None if targets.scale is None else torch.from_numpy(targets.scale)
+    return cache.codec.decode(torch.from_numpy(targets.codes), scale)[:, 1:].numpy()
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
@@ -74,62 +149,114 @@ def upscale(cells: np.ndarray, size: int) -> np.ndarray:
     return cells[:, at][:, :, at]
 
 
-def hide_patches(pixels: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """Views [B, S, S, 3] with the `masked` patches [B, N] in grey."""
-    shown = pixels.copy()
-    shown[upscale(to_grid(masked), pixels.shape[1])] = GREY
-    return shown
-
-
-def draw_sheet(shown: SheetInputs) -> np.ndarray:
-    """A row of panels for each view, uint8 [H, W, 3].
-
-    The view, the teacher's attention on it (dark to light), its visible patches, and the target of
-    all patches beside the student's prediction, in the same colours.
-    """
-    size = shown.pixels.shape[1]
-    columns = {
-        "view": shown.pixels,
-        "attention": _glowing(shown.pixels, upscale(to_grid(shown.attention), size)),
-        "visible patches": hide_patches(shown.pixels, shown.masked),
-    }
-    if shown.features is None:
-        columns["prediction"] = shown.prediction
-    else:
-        colours = Colours(shown.features)
-        features = {"target": shown.features, "prediction": shown.prediction}
-        columns |= {k: upscale(_bytes(colours(v)), size) for k, v in features.items()}
-    return _page(columns, [f"row {row}" for row in shown.rows])
-
-
-def _glowing(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Views in grey under black, red, yellow and white heat [B, S, S]."""
-    low, high = heat.min(axis=(1, 2), keepdims=True), heat.max(axis=(1, 2), keepdims=True)
-    level = (heat - low) / np.maximum(high - low, 1e-12)
-    colour = np.stack([3 * level, 3 * level - 1, 3 * level - 2], axis=-1).clip(0, 1)
-    return _bytes(0.65 * colour + 0.35 * pixels.mean(axis=-1, keepdims=True) / 255)
-
-
 def _bytes(colours: np.ndarray) -> np.ndarray:
     return (255 * colours).round().astype(np.uint8)
 
 
-def _page(columns: dict[str, np.ndarray], labels: list[str]) -> np.ndarray:
-    """Columns of panels [B, S, S, 3] under their names, rows beside their labels."""
-    from PIL import Image, ImageDraw, ImageFont
+def sheet_of_run(shown: SheetInputs, colours: Colours | None) -> list[Column]:
+    """The columns of a run's sheet: the target of all patches beside the student's prediction.
 
-    first = next(iter(columns.values()))
-    zoom = max(1, round(_PANEL / first.shape[1]))  # small views would be too small to see
-    step = first.shape[1] * zoom + _GAP
-    page = Image.new(
-        "RGB", (_MARGIN + len(columns) * step, _HEAD + len(labels) * step), (255, 255, 255)
-    )
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    for x, (name, panels) in enumerate(columns.items()):
-        pen.text((_MARGIN + x * step, 3), name, (0, 0, 0), font)
-        for y, panel in enumerate(panels):
-            picture = Image.fromarray(panel.repeat(zoom, axis=0).repeat(zoom, axis=1))
-            page.paste(picture, (_MARGIN + x * step, _HEAD + y * step))
-    for y, label in enumerate(labels):
-        pen.text((4, _HEAD + y * step + step // 2 - 8), label, (0, 0, 0), font)
+    `colours` are those of the store; None for targets that are not its features.
+    """
+    size = shown.pixels.shape[1]
+    columns = [
+        view_column(shown.pixels),
+        attention_column(shown.pixels, shown.attention),
+        visible_column(shown.pixels, shown.masked),
+    ]
+    if shown.features is None:
+        return [*columns, Column("prediction", "the student's pixels", shown.prediction)]
+    colours = colours or Colours(shown.features)
+    predicted = upscale(_bytes(colours(shown.prediction)), size)
+    return [
+        *columns,
+        features_column(shown.features, colours, size),
+        Column("prediction", "the student's features, in the same colours", predicted),
+    ]
+
+
+# --- a page ---------------------------------------------------------------------------------------
+
+
+def caption_of(dataset: CachedDataset, row: int, view: int) -> str:
+    """What an image is called: row, view, key, and its class where it has one."""
+    classes, label = dataset.classes, int(dataset.labels[row])
+    name = f" ({classes[label]})" if classes and label >= 0 else ""
+    return f"row {row}, view {view}: {dataset.cache.manifest.key(row)}{name}"
+
+
+def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndarray:
+    """A page, uint8 [H, W, 3]: the title, columns under their names, a caption above each row of
+    panels, and what the columns show.
+    """
+    from PIL import Image, ImageDraw
+
+    smallest = min(column.panels.shape[1] for column in columns)
+    step = smallest * zoom_of(smallest) + GAP
+    width = 2 * MARGIN + len(columns) * step - GAP
+    legend = [
+        line
+        for column in columns
+        for line in _wrapped(f"{column.name}: {column.explanation}", width - 2 * MARGIN)
+    ]
+    top = MARGIN + 2 * LINE
+    height = top + len(captions) * (LINE + step) + len(legend) * LINE + MARGIN
+    page = Image.new("RGB", (width, height), (255, 255, 255))
+    pen = ImageDraw.Draw(page)
+
+    def write(x: int, y: int, text: str) -> None:
+        pen.text((x, y), _cut(text, width - MARGIN - x), (0, 0, 0), _font())
+
+    write(MARGIN, MARGIN, title)
+    for x, column in enumerate(columns):
+        write(MARGIN + x * step, MARGIN + LINE, column.name)
+        for y, panel in enumerate(upscale(column.panels, step - GAP)):
+            at = MARGIN + x * step, top + LINE + y * (LINE + step)
+            page.paste(Image.fromarray(panel), at)
+    for y, caption in enumerate(captions):
+        write(MARGIN, top + y * (LINE + step), caption)
+    for y, line in enumerate(legend):
+        write(MARGIN, top + len(captions) * (LINE + step) + y * LINE, line)
     return np.asarray(page)
+
+
+def zoom_of(size: int) -> int:
+    """How many times as large a view of `size` pixels is drawn: small ones could not be seen."""
+    return max(1, round(PANEL / size))
+
+
+@lru_cache
+def _font() -> Any:
+    """Of matplotlib, because it has more letters than Pillow's."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 12)
+
+
+def _printable(text: str) -> str:
+    """Text as it can be drawn: what is no character, or would break the line, as its escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _cut(text: str, width: int) -> str:
+    """Text of at most `width` pixels. The middle is left out: names differ at their ends."""
+    whole = text = _printable(text)
+    half = len(whole) // 2
+    while half > 4 and _font().getlength(text) > width:
+        half -= 1
+        text = f"{whole[:half]}…{whole[-half:]}"
+    return text
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels."""
+    lines, line = list[str](), ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and _font().getlength(longer) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    return [*lines, line]

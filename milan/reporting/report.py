@@ -13,11 +13,14 @@ from milan.core.atomic import write_json
 from milan.core.config_resolver import read_section
 from milan.core.paths import AnyPath, names_in, read_file
 from milan.core.progress import NoProgress, Progress
-from milan.errors import ConfigError
+from milan.errors import CacheError, ConfigError
 from milan.evaluation.protocols import Column, Protocol, get_protocol
-from milan.reporting.contact_sheet import contact_sheet, save_figure
+from milan.reporting.contact_sheet import contact_sheet
+from milan.reporting.run_files import CURVES
 from milan.store.cache import TargetCache
 from milan.store.format import LOG, LOGS
+
+_OURS = "#4363d8"
 
 Metrics = dict[str, dict[str, Any]]
 """Of one protocol, or of pretraining: name of the encoder or run -> its metrics."""
@@ -155,34 +158,55 @@ def _write_chart_data(protocol: Protocol, metrics: Metrics, path: Path) -> None:
 
 
 def _draw_chart(protocol: Protocol, metrics: Metrics, out: Path) -> Path:
-    from matplotlib import pyplot as plt
-
     main = protocol.columns[0]
-    figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(metrics)))
+    figure, (axis,) = _axes(6, 0.6 + 0.5 * len(metrics))
     names = list(metrics)[::-1]
     values = [metrics[name][main.key] for name in names]
-    bars = axis.barh(names, values, color=["#4363d8" if n == "MILAN" else "#9aa5b1" for n in names])
+    bars = axis.barh(names, values, color=[_OURS if n == "MILAN" else "#9aa5b1" for n in names])
     axis.bar_label(bars, labels=[main.format.format(v) for v in values], padding=3)
     if main.heading.endswith("%"):
         axis.set_xlim(0, 108)
     axis.set_xlabel(f"{protocol.title}, {main.heading}")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    return save_figure(figure, out)
+    for label in axis.get_yticklabels():
+        label.set_parse_math(False)  # a name may have dollars
+    return _save(figure, out)
 
 
 def _draw_curves(runs: dict[str, str], out: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3), squeeze=False)
-    for axis, (name, folder) in zip(axes[0], runs.items(), strict=True):
-        with open(Path(folder) / "curves.csv") as file:
+    """The loss of each run, in training and on its validation images."""
+    figure, axes = _axes(4.2 * len(runs), 3, columns=len(runs))
+    for axis, (name, folder) in zip(axes, runs.items(), strict=True):
+        with open(Path(folder) / CURVES) as file:
             lines = list(csv.DictReader(file))
-        axis.plot([float(x["epoch"]) for x in lines], [float(x["loss"]) for x in lines], lw=1.2)
-        axis.set_title(name, fontsize=10)
+        for key, label, style in (
+            ("loss", "training", {"color": "#9aa5b1", "lw": 1.2}),
+            ("val_loss", "validation", {"color": _OURS, "lw": 1.2, "marker": "o", "ms": 3}),
+        ):
+            points = [(float(x["epoch"]), float(x[key])) for x in lines if x.get(key)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.set_title(name, fontsize=10, parse_math=False)
         axis.set_xlabel("epoch")
         axis.set_ylabel("loss")
+        axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
+    return _save(figure, out)
+
+
+def _axes(width: float, height: float, *, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, side by side; without pyplot, which keeps every figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="tight")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    return save_figure(figure, out)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written: {error}") from None
+    return path

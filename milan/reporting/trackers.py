@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from milan.errors import ConfigError
-from milan.reporting.log import Tracker
+from milan.reporting.log import COLUMNS, Tracker
 from milan.reporting.run_files import TENSORBOARD, read_run, update_run
 
 _PROJECT = "milan"
@@ -26,15 +26,31 @@ _LATER = 60.0  # seconds after which a server that did not answer is asked again
 
 
 class TensorBoard:
-    """Scalars and pictures below the run's folder."""
+    """Scalars, pictures and the run's settings (its HPARAMS page) below the run's folder.
+
+    Figures of training are tagged train/…, those of validation images val/….
+    """
 
     def __init__(self, run: Path, start: int) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         folder = run / TENSORBOARD
         self.last_step = start if folder.exists() else 0
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        about = read_run(run, "config")
+        shown = {f"decoder.{name}": value for name, value in about.get("decoder", {}).items()}
+        for name, value in about["config"].items():
+            if isinstance(value, dict):
+                shown |= {f"{name}.{inner}": _plain(v) for inner, v in value.items()}
+            elif value is not None:
+                shown[name] = _plain(value)
+        # Not add_hparams: it would make a second run of its own.
+        self._writer: Any = self.board._get_file_writer()
+        *begin, self._end = hparams(shown, {"train/loss": 0.0, "val/loss": 0.0})
+        for summary in begin:
+            self._writer.add_summary(summary)
 
     @classmethod
     def check(cls) -> None:
@@ -44,7 +60,8 @@ class TensorBoard:
         """Every figure of a line as a scalar."""
         for key, value in line.items():
             if key != "step":
-                self.board.add_scalar(f"train/{key}", value, line["step"])
+                group = "train" if key in COLUMNS else "val"
+                self.board.add_scalar(f"{group}/{key.removeprefix('val_')}", value, line["step"])
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]."""
@@ -56,7 +73,13 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is left."""
+        self._writer.add_summary(self._end)
         self.board.close()
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    """As a page of settings can show it."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 class WeightsAndBiases:

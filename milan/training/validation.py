@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from milan.evaluation.knn import NEIGHBOURS, nearest_neighbours
 from milan.evaluation.meaning import doubts
 from milan.models.student import Student
 from milan.objectives.base import Objective, attention_of
-from milan.reporting.panels import SheetInputs, draw_sheet
+from milan.reporting.panels import Colours, SheetInputs, caption_of, draw_page, sheet_of_run
 from milan.reporting.run_files import SHEET
 
 _PICTURES = 4  # images of a sheet
@@ -118,7 +119,24 @@ class Validation:
         if knn and knn.complete:
             metrics["knn_top1"] = knn.accuracy(ranks)
         draws = bool(sheet) and ranks.is_rank0
-        return metrics, {SHEET: draw_sheet(SheetInputs.joined(sheet))} if draws else {}
+        return metrics, {SHEET: self._sheet(epoch, SheetInputs.joined(sheet))} if draws else {}
+
+    def _sheet(self, epoch: int, shown: SheetInputs) -> np.ndarray:
+        images = (
+            "validation" if len(self.plan.order.for_epoch(epoch).validation_rows) else "training"
+        )
+        colours, width = None, self.dataset.cache.spec.channels
+        if shown.features is not None and shown.features.shape[2] == width:
+            colours = self._colours
+        return draw_page(
+            f"{images} images after epoch {epoch + 1}",
+            sheet_of_run(shown, colours),
+            [caption_of(self.dataset, row, 0) for row in shown.rows.tolist()],
+        )
+
+    @cached_property
+    def _colours(self) -> Colours:
+        return Colours.of_store(self.dataset.cache)
 
     def _sheet_inputs(self, batch: Batch) -> SheetInputs:
         prediction = self.objective.predict(self.student, batch)

@@ -3,121 +3,130 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from helpers import STUDENT, make_photos, run_here
-from matplotlib import pyplot as plt
-from PIL import Image
+from PIL import Image, ImageColor
 
 import milan
 from milan.core.rng import mask_noise
 from milan.images.views import View
 from milan.models.masking import importance_mask
 from milan.reporting import contact_sheet as visualise
+from milan.reporting import panels
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.panels import Colours
 from milan.reporting.report import build_report
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
-TITLES = ["image and crops", "a view", "attention", "visible patches", "features"]
+NAMES = ["image and crops", "view", "attention", "visible patches", "features"]
+
+
+class Page(NamedTuple):
+    title: str
+    columns: dict[str, panels.Column]
+    captions: list[str]
 
 
 @pytest.fixture
-def sheet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Draw a sheet and return its matplotlib figure; the picture is `sheet.png`."""
-    drawn: list[Any] = []
-    save = visualise.save_figure
+def sheet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Page]:
+    """Draw a sheet and return what is on its page; the picture is `sheet.png`."""
+    drawn: list[Page] = []
 
-    def kept(figure: Any, out: str | Path) -> Path:
-        drawn.append(figure)
-        return save(figure, out)
+    def kept(title: str, columns: list[panels.Column], captions: list[str]) -> np.ndarray:
+        drawn.append(Page(title, {column.name: column for column in columns}, captions))
+        return panels.draw_page(title, columns, captions)
 
-    monkeypatch.setattr(visualise, "save_figure", kept)
+    monkeypatch.setattr(visualise, "draw_page", kept)
 
-    def draw(store: Path, **settings: Any) -> Any:
+    def draw(store: Path, **settings: Any) -> Page:
         assert contact_sheet(store, out=tmp_path / "sheet.png", **settings).exists()
         return drawn[-1]
 
     return draw
 
 
-def panels(figure: Any) -> list[list[Any]]:
-    """Axes of the sheet by row and column."""
-    axes = figure.axes
-    assert len(axes) % len(TITLES) == 0
-    return [axes[i : i + len(TITLES)] for i in range(0, len(axes), len(TITLES))]
+def numbers(caption: str) -> tuple[int, int]:
+    """Row and view."""
+    row, view = re.findall(r"\d+", caption)[:2]
+    return int(row), int(view)
 
 
-def test_a_sheet_is_a_picture(store: Path, sheet: Callable[..., Any], tmp_path: Path) -> None:
-    """A PNG of a readable size in which every panel varies."""
-    figure = sheet(store, images=3)
+def test_a_sheet_is_a_picture(store: Path, sheet: Callable[..., Page], tmp_path: Path) -> None:
+    """A PNG of a readable size in which every panel varies, and which says what it shows."""
+    page = sheet(store, images=3)
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.format == "PNG"
         width, height = picture.size
         pixels = np.asarray(picture.convert("RGB"))
-    assert 900 < width < 2000
+    assert 800 < width < 2000
     assert 500 < height < 1500
     assert pixels.std() > 20
-    rows = panels(figure)
-    assert [axis.get_title() for axis in rows[0]] == TITLES
-    for row in rows:
-        for axis in row:
-            assert axis.images
-            for image in axis.images:
-                assert np.asarray(image.get_array(), float).std() > 0.01, axis.get_title()
-    assert "24 images x 2 views, int8, teacher" in figure.get_suptitle()
-    assert not plt.get_fignums(), "a figure left open is memory left taken"
+    assert list(page.columns) == NAMES
+    for column in page.columns.values():
+        assert column.explanation
+        for panel in column.panels:
+            assert panel.std() > 2, column.name
+    assert "dashed if flipped" in page.columns["image and crops"].explanation
+    assert "fitted to 24 images of the store" in page.columns["features"].explanation
+    assert page.title.startswith("24 images x 2 views, int8, teacher")
 
 
-def test_a_row_is_one_image(store: Path, cache: TargetCache, sheet: Callable[..., Any]) -> None:
-    """Row number and class in the margin, its boxes on the whole image, as the store has them."""
-    for row in panels(sheet(store, images=4, seed=2)):
-        number, name = row[0].get_ylabel().removeprefix("row ").split("\n")
-        image = int(number)
-        assert cache.manifest.key(image).startswith(f"{name}/")
-        shape = np.asarray(row[0].images[0].get_array()).shape
+def test_a_row_is_one_image(store: Path, cache: TargetCache, sheet: Callable[..., Page]) -> None:
+    """Its row, view, file and class above it; the boxes of its crops on the whole image."""
+    page = sheet(store, images=4, seed=2)
+    for caption, panel in zip(page.captions, page.columns[NAMES[0]].panels, strict=True):
+        image, view = numbers(caption)
+        key = cache.manifest.key(image)
+        assert caption == f"row {image}, view {view}: {key} ({key.split('/')[0]})"
         record = cache.generations[0].record(image // cache.spec.shard_size, 0)
         at = image - record["rows"][0]
-        assert shape[:2] == (record["heights"][at], record["widths"][at])
-        boxes = row[0].patches
-        assert len(boxes) == 2
+        height, width = record["heights"][at], record["widths"][at]
+        scale = len(panel) / max(height, width)
         crops = cache.crops(np.full(2, image), np.arange(2))
-        for view, (box, crop) in enumerate(zip(boxes, map(View.of, crops), strict=True)):
-            inset = 0.012 * view * min(shape[:2])
-            assert box.get_x() == pytest.approx(crop.left - 0.5 + inset)
-            assert box.get_y() == pytest.approx(crop.top - 0.5 + inset)
-            assert box.get_width() == pytest.approx(crop.width - 2 * inset)
-            assert box.get_height() == pytest.approx(crop.height - 2 * inset)
-            assert box.get_linestyle() == ("--" if crop.flip else "-")
+        assert (panel[round(scale * height) + 2 :] == 255).all()  # lines are 3 wide
+        assert (panel[:, round(scale * width) + 2 :] == 255).all()
+        crop = View.of(crops[view])  # the thick one: its upper edge has its colour
+        inset = 2 * view
+        y = round(scale * crop.top) + inset
+        left = round(scale * crop.left) + inset
+        edge = panel[y, left : round(scale * (crop.left + crop.width)) - inset - 2]
+        colour = np.array(ImageColor.getrgb(visualise._COLOURS[view]))
+        painted = (np.abs(edge.astype(int) - colour) < 3).all(axis=1).mean()
+        assert (0.4 < painted < 0.75) if crop.flip else painted > 0.8
 
 
 def test_patches_lie_where_they_belong(
-    store: Path, cache: TargetCache, sheet: Callable[..., Any]
+    store: Path, cache: TargetCache, sheet: Callable[..., Page]
 ) -> None:
     """Attention, mask and features in raster order on the view: row by row from the top left."""
-    rows = panels(sheet(store, images=3, seed=1))
-    for i, row in enumerate(rows):
-        number, view = int(row[0].get_ylabel().removeprefix("row ").split("\n")[0]), i % 2
+    page = sheet(store, images=3, seed=1)
+    for i, caption in enumerate(page.captions):
+        number, view = numbers(caption)
         at, which = np.array([number]), np.array([view])
         (index,) = np.flatnonzero(cache.good_rows() == number)
         pixels = milan.open_cache(store)[2 * int(index) + view]["image"].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(row[1].images[0].get_array(), pixels)
+        np.testing.assert_array_equal(page.columns["view"].panels[i], pixels)
 
         attention = cache.read(at, which).attention
-        heat = row[2].images[1]
-        np.testing.assert_array_equal(heat.get_array(), attention.reshape(4, 4))
-        assert heat.get_extent() == [-0.5, 31.5, 31.5, -0.5]
-        assert heat.origin == "upper"
+        heat = page.columns["attention"].panels[i].astype(float).mean(axis=-1)
+        patches = heat.reshape(4, 8, 4, 8).mean(axis=(1, 3)) - 0.35 * pixels.mean(axis=-1).reshape(
+            4, 8, 4, 8
+        ).mean(axis=(1, 3))
+        order = np.argsort(attention[0])
+        assert (np.diff(patches.ravel()[order]) > -1).all(), "more attention is brighter"
 
         noise = mask_noise(1, np.zeros(1, int), at, which, 16)
         mask = importance_mask(torch.from_numpy(attention), torch.from_numpy(noise), visible=4)
-        shown = np.asarray(row[3].images[0].get_array())
+        shown = page.columns["visible patches"].panels[i]
+        colours = page.columns["features"].panels[i]
         for patch in range(16):
             top, left = patch // 4 * 8, patch % 4 * 8
             square = (slice(top, top + 8), slice(left, left + 8))
@@ -125,7 +134,38 @@ def test_patches_lie_where_they_belong(
                 np.testing.assert_array_equal(shown[square], pixels[square])
             else:
                 assert (shown[square] == 128).all()
-        assert np.asarray(row[4].images[0].get_array()).shape == (4, 4, 3)
+            assert (colours[square] == colours[top, left]).all()
+
+
+def test_colours_compare_between_sheets(
+    store: Path, sheet: Callable[..., Page], finished_run: Callable[..., Path]
+) -> None:
+    """An image has the same colours whatever is beside it, and in the sheet of a run."""
+    few, among = sheet(store, images=12), sheet(store, images=24)
+    both = [caption for caption in few.captions if caption in among.captions]
+    assert 0 < len(both) <= 12
+    for caption in both:
+        here, there = few.captions.index(caption), among.captions.index(caption)
+        for name in ("features", "attention"):
+            assert (few.columns[name].panels[here] == among.columns[name].panels[there]).all()
+    page = np.asarray(Image.open(finished_run(epochs=2) / "sheet.png"))
+    edge = 32 * panels.zoom_of(32)
+    left = panels.MARGIN + 3 * (edge + panels.GAP)
+    ours = page[panels.MARGIN + 3 * panels.LINE :, left:][:edge, :edge]  # of row 0, view 0
+    at = next(i for i, caption in enumerate(among.captions) if caption.startswith("row 0, view 0:"))
+    theirs = panels.upscale(among.columns["features"].panels[at][None], edge)[0]
+    assert (ours == theirs).all()
+
+
+def test_captions_that_cannot_be_drawn_as_they_are() -> None:
+    """Names that are long, of another script, or no text: the page has its size, and their end."""
+    names = ["price $5_{$", "a\nb\tc", "\udcff.jpg", "写真.jpg", "x" * 500 + "y.jpg", ""]
+    grey = np.full((len(names), 32, 32, 3), 90, np.uint8)
+    page = panels.draw_page("t" * 300, [panels.Column("view", "what it is " * 30, grey)], names)
+    assert page.shape[1] == 2 * panels.MARGIN + 32 * panels.zoom_of(32)
+    assert panels._cut("x" * 500 + "y.jpg", 200).endswith("y.jpg")
+    assert panels._cut("a\nb\udcff", 200) == r"a\nb\udcff"
+    assert panels._cut("short", 200) == "short"
 
 
 def test_like_features_have_like_colours_in_their_places() -> None:
@@ -163,14 +203,14 @@ def test_unusual_stores(
 
 
 def test_random_weights_are_flagged(
-    photos: Path, teacher_files: dict[str, str], tmp_path: Path, sheet: Callable[..., Any]
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, sheet: Callable[..., Page]
 ) -> None:
     """A picture of random weights must not be taken for a teacher's."""
     extract_targets(
         str(photos), out=str(tmp_path / "t.zarr"), views=1, limit=2, executor="local",
         teacher=teacher_files["teacher"], pretrained="none",
     )  # fmt: skip
-    assert "random weights" in sheet(tmp_path / "t.zarr", images=1).get_suptitle()
+    assert "random weights" in sheet(tmp_path / "t.zarr", images=1).title
 
 
 def test_images_that_moved(photos: Path, teacher_files: dict[str, str], tmp_path: Path) -> None:

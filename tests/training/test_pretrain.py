@@ -313,8 +313,9 @@ def test_run_json_tells_how_the_run_was_made(whole: Path, store: Path) -> None:
 
 
 def test_tensorboard(whole: Path) -> None:
-    """TensorBoard shows the log's own figures."""
+    """TensorBoard shows the log's own figures, and the settings beside the losses."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
@@ -326,6 +327,15 @@ def test_tensorboard(whole: Path) -> None:
     shown = board.Scalars("train/loss")
     assert [event.step for event in shown] == [line["step"] for line in lines]
     np.testing.assert_allclose([e.value for e in shown], [x["loss"] for x in lines], rtol=1e-6)
+    pages = board.PluginTagToContent("hparams")
+    begun = HParamsPluginData.FromString(pages["_hparams_/session_start_info"]).session_start_info
+    assert begun.hparams["lr"].number_value == 1e-3
+    assert begun.hparams["objective"].string_value == "milan"
+    assert begun.hparams["model_args.embed_dim"].number_value == 32
+    assert begun.hparams["decoder.mlp_ratio"].number_value == 4
+    about = HParamsPluginData.FromString(pages["_hparams_/experiment"]).experiment
+    assert {metric.name.tag for metric in about.metric_infos} == {"train/loss", "val/loss"}
+    assert not [path for path in (whole / "tensorboard").rglob("*") if path.is_dir()]
 
 
 def test_only_the_newest_checkpoints_are_kept(store: Path, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from milan.evaluation.knn import nearest_neighbours
 from milan.models.masking import importance_mask
 from milan.objectives.base import Objective
 from milan.objectives.pixels import patchify, pixel_regression, unpatchify_prediction
-from milan.reporting import trackers
-from milan.reporting.panels import SheetInputs, draw_sheet
+from milan.reporting import panels, trackers
+from milan.reporting.panels import SheetInputs
 from milan.store.cache import TargetCache
 from milan.training import checkpoint
 from milan.training.build import resolve_defaults, student_of
@@ -386,15 +386,20 @@ def test_a_sheet_every_so_often(watched: Path) -> None:
     shown = [np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in events]
     assert np.array_equal(shown[-1], np.asarray(Image.open(watched / "sheet.png")))
     assert not np.array_equal(shown[0], shown[-1])
-    # 5 panels of 4 images, four times as large as they are
-    assert shown[0].shape == (20 + 4 * (32 * 4 + 4), 64 + 5 * (32 * 4 + 4), 3)
+    assert not panels_of(shown[0])[0].std() < 10
 
 
-def panels(page: np.ndarray, size: int, zoom: int) -> np.ndarray:
-    """[rows, columns, size, size, 3] of a sheet."""
-    step = size * zoom + 4
-    body = page[20:, 64:].reshape(-1, step, (page.shape[1] - 64) // step, step, 3)
-    return body.transpose(0, 2, 1, 3, 4)[:, :, : size * zoom : zoom, : size * zoom : zoom]
+def panels_of(page: np.ndarray, size: int = 32, columns: int = 5, rows: int = 4) -> np.ndarray:
+    """[columns, rows, size, size, 3] of a sheet."""
+    zoom = panels.zoom_of(size)
+    edge, top = size * zoom, panels.MARGIN + 3 * panels.LINE
+    step = edge + panels.GAP
+    body = page[top:, panels.MARGIN :]
+    found = [
+        [body[y * (panels.LINE + step) :, x * step :][:edge:zoom, :edge:zoom] for y in range(rows)]
+        for x in range(columns)
+    ]
+    return np.array(found)
 
 
 def test_what_a_sheet_shows() -> None:
@@ -409,7 +414,12 @@ def test_what_a_sheet_shows() -> None:
     said = features * draw.uniform(0.5, 2, (3, 16, 1))  # only directions count
     said[2, 15] *= -1
     shown = SheetInputs(np.arange(3), pixels, attention, hidden, features, said)
-    view, heat, seen, theirs, ours = panels(draw_sheet(shown), 32, 4).swapaxes(0, 1)
+    columns = panels.sheet_of_run(shown, None)
+    page = panels.draw_page("", columns, ["a", "b", "c"])
+    view, heat, seen, theirs, ours = panels_of(page, rows=3)
+    assert [column.name for column in columns] == [
+        "view", "attention", "visible patches", "features", "prediction"
+    ]  # fmt: skip
     assert np.array_equal(view, pixels)
     patches = heat.reshape(3, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 16)
     assert (patches.argmax(axis=1) == 6).all()
@@ -438,7 +448,7 @@ def test_pixels_are_painted(store: Path, tmp_path: Path) -> None:
     run = {**SMALL, "out": str(tmp_path), "epochs": 1, "objective": "pixels"}
     milan.pretrain(str(store), **run)  # nothing is held out: training rows are shown
     page = np.asarray(Image.open(tmp_path / "sheet.png"))
-    view, _, _, said = panels(page, 32, 4).swapaxes(0, 1)
+    view, _, _, said = panels_of(page, columns=4)
     rows = np.arange(4)
     expected = CachedDataset(TargetCache(store)).pixels(rows, np.zeros_like(rows))
     assert np.array_equal(view, expected)
@@ -479,8 +489,11 @@ def test_tensorboard_catches_up(
     shutil.rmtree(run / "tensorboard")
     milan.pretrain(str(store), stop_after=1, **settings)
     lines = log_of(run)
-    events = board_of(run).Scalars("train/val_loss")
+    events = board_of(run).Scalars("val/loss")
     assert [event.step for event in events] == [x["step"] for x in lines if "val_loss" in x]
+    tags = board_of(run).Tags()["scalars"]
+    assert {t for t in tags if "val" in t} == {"val/loss", "val/cosine", "val/knn_top1"} & {*tags}
+    assert not [tag for tag in tags if tag.startswith(("train/val", "train/knn"))]
 
 
 def test_mlflow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
