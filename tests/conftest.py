@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+from milan.core import retry
 from milan.store.cache import TargetCache
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
@@ -50,6 +51,14 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that this process starts are forks: what they do is tested, not how they start."""
     forkserver.ensure_running()  # before signals are blocked, which its forks would inherit
     monkeypatch.setattr(multiprocessing, "get_context", forking_context)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses() -> Iterator[None]:
+    """Errors that pass are tried as often as ever, but not waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "PAUSES", (0.001,) * len(retry.PAUSES))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager as ContextManager
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard, TypeVar
 
 from milan.core.remote import RemoteFiles, Url, cannot_be
+from milan.core.retry import SAME_LINE, passes, patiently
 from milan.errors import DataError
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)", re.DOTALL)
@@ -72,7 +73,7 @@ def check_unicode(text: str, what: str) -> None:
 class FileSystem(Protocol[P]):
     """Reading files of one kind of path. The functions of these names say what a method does.
 
-    size_of raises FileNotFoundError for a missing file; data_error is what as_data_error raises.
+    They raise OSError, once: `answered` tries again. data_error is what as_data_error raises.
     """
 
     def read_below(self, root: P, below: str, *, offset: int | None, size: int | None) -> bytes: ...
@@ -80,7 +81,6 @@ class FileSystem(Protocol[P]):
     def read_file(self, where: P, *, first: int, size: int | None) -> bytes: ...
     def size_of(self, where: P) -> int | None: ...
     def sizes_below(self, root: P) -> Callable[[str], int | None]: ...
-    def pieces_of(self, where: P) -> Iterator[bytes]: ...
     def names_in(self, folder: P) -> Iterator[str]: ...
     def folders_in(self, folder: P) -> set[str]: ...
     def files_below(self, root: P, left_out: Counter[str]) -> Iterator[tuple[str, int | None]]: ...
@@ -89,13 +89,49 @@ class FileSystem(Protocol[P]):
     def data_error(self, where: P, error: OSError, *, doing: str) -> DataError: ...
 
 
+def answered(where: object, do: Callable[[], R]) -> R:
+    """`do()`, which reads `where`: tried again while the machine or the network errs.
+
+    Raises DataError with the errno's name if that does not pass (milan.core.retry). What `do`
+    raises about the file itself stays as it is.
+    """
+    try:
+        return patiently(do)
+    except (OSError, MemoryError) as error:
+        if not passes(error):
+            raise
+        if isinstance(where, Path | Url) and isinstance(error, OSError):
+            raise _files(where).data_error(where, error, doing="read") from None
+        raise cannot_be(where, "read", error) from None
+
+
 def read_below(root: AnyPath, below: str, *, offset: int | None = None, size: int | None) -> bytes:
     """The file `below` root; with `offset` only the `size` bytes from there, or fewer at its end.
 
-    One read, or one request. Without `offset`, `size` only says whether the file may be empty (0 or
-    None). Raises OSError.
+    One read, or one request. Without `offset`, `size` is what the file had when it was listed,
+    None if that is unknown; a file that has changed is read as it is. Raises OSError for a file
+    that is absent or none, and DataError where the machine or the network fails.
     """
-    return _files(root).read_below(root, below, offset=offset, size=size)
+    files, where = _files(root), root / below
+
+    def read() -> bytes:
+        data = files.read_below(root, below, offset=offset, size=size)
+        if size is not None and len(data) != size:
+            _check_length(files, where, len(data), offset, size)
+        return data
+
+    return answered(where, read)
+
+
+def _check_length(
+    files: FileSystem[Any], where: AnyPath, arrived: int, offset: int | None, size: int
+) -> None:
+    """Raises OSError, EIO, if so many bytes arrived and the file has more, or fewer."""
+    there = files.size_of(where)
+    if there is not None:
+        expected = there if offset is None else min(size, max(0, there - offset))
+        if arrived != expected:
+            raise OSError(errno.EIO, f"{arrived:,} of {expected:,} bytes arrived")
 
 
 def open_below(root: AnyPath, below: str, *, skip: bool = False) -> ContextManager[BinaryIO]:
@@ -111,9 +147,18 @@ def open_below(root: AnyPath, below: str, *, skip: bool = False) -> ContextManag
 def read_file(where: AnyPath, *, first: int = 0, size: int | None = None) -> bytes:
     """A whole file, or `size` bytes of it from `first` on; one request.
 
-    Raises OSError if it cannot be read, and DataError if a URL's server does not answer.
+    Raises OSError for a file that is absent or none, and DataError where the machine or the network
+    fails.
     """
-    return _files(where).read_file(where, first=first, size=size)
+    files = _files(where)
+
+    def read() -> bytes:
+        data = files.read_file(where, first=first, size=size)
+        if size is not None and len(data) != size:
+            _check_length(files, where, len(data), first, size)
+        return data
+
+    return answered(where, read)
 
 
 def read_files(folder: AnyPath, names: Iterable[str]) -> Iterator[bytes]:
@@ -129,7 +174,7 @@ def map_files(root: AnyPath, do: Callable[[T], R], items: Iterable[T]) -> Iterat
 def size_of(where: AnyPath) -> int | None:
     """Bytes of a file; None if there is none. Raises as read_file does."""
     try:
-        return _files(where).size_of(where)
+        return answered(where, lambda: _files(where).size_of(where))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -141,7 +186,11 @@ def sizes_below(root: AnyPath) -> Callable[[str], int | None]:
 
 def pieces_of(where: AnyPath) -> Iterator[bytes]:
     """A file from end to end, 8 MiB at a time. Raises as read_file does."""
-    return _files(where).pieces_of(where)
+    size = size_of(where)
+    if size is None:
+        raise FileNotFoundError(f"{where} is gone")
+    for first in range(0, size, _PIECE):
+        yield read_file(where, first=first, size=min(_PIECE, size - first))
 
 
 def names_in(folder: AnyPath) -> Iterator[str]:
@@ -167,8 +216,11 @@ def files_below(
 
 
 def probe(where: AnyPath) -> None:
-    """Raises DataError if `where` is a URL and its server does not answer."""
-    _files(where).probe(where)
+    """Raises DataError if the folder `where` is gone or empty, or its server does not answer.
+
+    Then nothing can be said about a file that is not found below it.
+    """
+    answered(where, lambda: _files(where).probe(where))
 
 
 @contextmanager
@@ -206,12 +258,6 @@ class LocalFiles:
     def sizes_below(self, root: Path) -> Callable[[str], int | None]:
         """Looks each up when it is called."""
         return lambda name: size_of(root / name)
-
-    def pieces_of(self, where: Path) -> Iterator[bytes]:
-        """Pieces of 8 MiB."""
-        with _open(where) as file:
-            while piece := file.read(_PIECE):
-                yield piece
 
     def names_in(self, folder: Path) -> Iterator[str]:
         """Nothing if there is no folder."""
@@ -270,12 +316,19 @@ class LocalFiles:
         return map(do, items)
 
     def probe(self, where: Path) -> None:
-        """Nothing: the local disk always answers."""
+        """A disk that is no longer mounted leaves an empty folder, or none."""
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(where) as entries:
+            if next(entries, None):
+                return
+        raise DataError(
+            f"{where} cannot be read: it is empty or gone",
+            expected="the files, where they were listed",
+            fix=f"mount or restore it; {SAME_LINE}",
+        )
 
     def data_error(self, where: Path, error: OSError, *, doing: str) -> DataError:
         """Names the system's reason."""
-        why = error.strerror or str(error) or type(error).__name__
-        return cannot_be(where, doing, why, "leave to read it: chmod, or another user")
+        return cannot_be(where, doing, error)
 
 
 @contextmanager
@@ -283,7 +336,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """A file opened for reading. Raises OSError for a pipe or device, which may never answer."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a file, but a pipe or device", str(path))
+            raise OSError(errno.ENXIO, "not a file, but a pipe or device", str(path))
         yield file
 
 

@@ -6,6 +6,7 @@ leaves this module as an OSError, or as a DataError with a hint.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
+from milan.core.retry import described, fix_for, number_of, patiently
 from milan.errors import DataError, ImageFault, MilanError
 
 _S3 = (
@@ -25,7 +27,6 @@ _S3 = (
 _GS = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
 _HINTS = {"s3": _S3, "s3a": _S3, "gs": _GS, "gcs": _GS}
 _SKIP_BLOCK = 1 << 16  # of a file that is skipped through: one request brings several tar headers
-_PIECE = 8 << 20  # of a file that is read from end to end
 _THREADS = 16  # requests at once, each of which waits for its reply
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,14 +92,16 @@ class Url:
 
     def _info(self) -> dict | None:
         fs, path = self.at()
-        with _as_data_error(self), os_errors():
-            fs.invalidate_cache()  # what was listed a moment ago may be gone
-            try:
+
+        def ask() -> dict:
+            with os_errors(numbered=True):
+                fs.invalidate_cache()  # what was listed a moment ago may be gone
                 return fs.info(path)
-            except FileNotFoundError as error:
-                # fsspec's http calls a server that does not answer a missing file.
-                if isinstance(error.__cause__, OSError):
-                    raise error.__cause__ from None
+
+        with _as_data_error(self):
+            try:
+                return patiently(ask)
+            except FileNotFoundError:
                 return None
 
 
@@ -110,11 +113,14 @@ class RemoteFiles:
         if offset is not None and not size:
             return b""
         fs, path = root.at(below)
-        with os_errors():
-            if offset is not None:
-                return fs.cat_file(path, start=offset, end=offset + (size or 0))
-            # An open range: for a whole file s3fs first requests its size. Empty files have none.
-            return fs.cat_file(path, start=0 if size else None)
+        with os_errors(numbered=True):
+            if offset is None:
+                # An open range: for a whole file s3fs first asks its size. Empty ones have none.
+                return fs.cat_file(path, start=0 if size else None)
+            data = fs.cat_file(path, start=offset, end=offset + (size or 0))
+        if len(data) > (size or 0):
+            raise _no_ranges(f"{root / below} came with {len(data):,} bytes for {size:,}")
+        return data
 
     @contextmanager
     def open_below(self, root: Url, below: str, *, skip: bool) -> Iterator[BinaryIO]:
@@ -123,43 +129,39 @@ class RemoteFiles:
         options: dict[str, Any] = {"cache_type": "none"}
         if skip:
             options = {"block_size": _SKIP_BLOCK, "cache_type": "readahead"}
-        with os_errors(), fs.open(path, "rb", **options) as file:
-            yield file
+        try:
+            with os_errors(), fs.open(path, "rb", **options) as file:
+                yield file
+        except OSError as error:
+            # fsspec's words for a server that sends a file from its beginning only.
+            if "range requests" in str(error) or "Cannot seek streaming" in str(error):
+                raise _no_ranges(f"{root / below} comes as a whole only") from None
+            raise
 
     def read_file(self, where: Url, *, first: int, size: int | None) -> bytes:
-        """One request. Raises FileNotFoundError or DataError."""
-        with _missing_or_data_error(where):
-            if size is not None:
-                return self.read_below(where, "", offset=first, size=size)
-            try:
-                return self.read_below(where, "", offset=None, size=1)
-            except FileNotFoundError:
-                raise
-            except OSError:
-                if self.size_of(where) == 0:  # an empty file has no range
-                    return b""
-                raise
+        """One request. Raises OSError."""
+        if size is not None:
+            return self.read_below(where, "", offset=first, size=size)
+        try:
+            return self.read_below(where, "", offset=None, size=1)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if self.size_of(where) == 0:  # an empty file has no range
+                return b""
+            raise
 
     def size_of(self, where: Url) -> int | None:
-        """Raises FileNotFoundError or DataError; None for a folder."""
-        with _missing_or_data_error(where):
-            fs, path = where.at()
-            with os_errors():
-                fs.invalidate_cache()
-                info = fs.info(path)
+        """Raises OSError; None for a folder."""
+        fs, path = where.at()
+        with os_errors(numbered=True):
+            fs.invalidate_cache()
+            info = fs.info(path)
         return info["size"] if info["type"] == "file" else None
 
     def sizes_below(self, root: Url) -> Callable[[str], int | None]:
         """From one listing, made now."""
         return dict(self.files_below(root, Counter())).get
-
-    def pieces_of(self, where: Url) -> Iterator[bytes]:
-        """A request each. Raises FileNotFoundError or DataError."""
-        size = self.size_of(where)
-        if size is None:
-            raise FileNotFoundError(f"{where} is gone")
-        for first in range(0, size, _PIECE):
-            yield self.read_file(where, first=first, size=min(_PIECE, size - first))
 
     def names_in(self, folder: Url) -> Iterator[str]:
         """Nothing if there is no folder. Raises DataError."""
@@ -172,10 +174,15 @@ class RemoteFiles:
     def files_below(self, root: Url, left_out: Counter[str]) -> Iterator[tuple[str, int | None]]:
         """One listing of an object store; else folder by folder. Raises DataError."""
         fs, base = root.at()
-        with _as_data_error(root), os_errors():
-            fs.invalidate_cache()
-            flat = _lists_flat(fs)
-            entries = fs.find(base, detail=True).values() if flat else _walk(fs, base)
+
+        def ask() -> list[dict]:
+            with os_errors(numbered=True):
+                fs.invalidate_cache()
+                flat = _lists_flat(fs)
+                return list(fs.find(base, detail=True).values()) if flat else _walk(fs, base)
+
+        with _as_data_error(root):
+            entries = patiently(ask)
         for entry in entries:
             path = entry["name"].removeprefix(base).removeprefix("/")
             size = entry.get("size")
@@ -195,33 +202,71 @@ class RemoteFiles:
                 yield from pool.map(do, batch)
 
     def probe(self, where: Url) -> None:
-        """Raises DataError unless the server answers."""
-        where.exists()
+        """Raises DataError unless the server answers and, where it can be asked, has the folder."""
+        if not where.exists() and where.scheme not in ("http", "https"):
+            raise DataError(
+                f"{where} cannot be read: it is empty or gone",
+                expected="the images, where they were listed",
+                fix="restore it; then the same line goes on",
+            )
 
     def data_error(self, where: Url, error: OSError, *, doing: str) -> DataError:
         """Names the credentials that the protocol reads."""
-        return cannot_be(where, doing, str(error) or type(error).__name__, _HINTS.get(where.scheme))
+        own = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine
+        hint = None if error.errno in own else _HINTS.get(where.scheme)
+        return cannot_be(where, doing, error, hint)
 
 
-def cannot_be(where: object, doing: str, why: str, fix: str | None) -> DataError:
+def cannot_be(
+    where: object, doing: str, error: OSError | MemoryError, hint: str | None = None
+) -> DataError:
     """The DataError for a file or folder that cannot be read (or what `doing` says)."""
+    denied = number_of(error) in (None, errno.EACCES, errno.EPERM)
+    expected = (
+        "a folder or file that this user may read" if denied else "a disk or server that answers"
+    )
     return DataError(
-        f"{where} cannot be {doing}: {why}",
-        expected="a folder or file that this user may read" if doing == "read" else "",
-        fix=fix or "",
+        f"{where} cannot be {doing}: {described(error)}",
+        expected=expected if doing == "read" else "",
+        fix=hint or fix_for(error),
+    )
+
+
+def _no_ranges(what: str) -> DataError:
+    return DataError(
+        f"{what}: the server sends whole files where a part is requested",
+        expected="a server with range requests, as object stores and nginx have them",
+        fix="fetch the file, and give its path to --data",
     )
 
 
 @contextmanager
-def os_errors() -> Iterator[None]:
-    """Whatever a protocol's library raises inside becomes an OSError."""
+def os_errors(*, numbered: bool = False) -> Iterator[None]:
+    """Whatever a protocol's library raises inside becomes an OSError with an errno.
+
+    `numbered`: an OSError without one is the protocol's too, not a parser's within the block.
+    """
     try:
         yield
-    except (OSError, MilanError, ImageFault, MemoryError):
+    except (MilanError, ImageFault, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        # fsspec's http calls a file missing whatever the server did.
+        cause = error.__cause__
+        status = getattr(cause, "status", 404)
+        if isinstance(cause, OSError):
+            raise cause from None
+        if status not in (404, 410):
+            denied = status in (401, 403)
+            raise OSError(errno.EACCES if denied else errno.EIO, f"HTTP {status}") from None
+        raise
+    except OSError as error:
+        if numbered and number_of(error) is None:
+            raise OSError(errno.EIO, str(error) or type(error).__name__) from error
         raise
     except Exception as error:
         # Broad: protocols raise whatever their libraries do, botocore's, aiohttp's, google's own.
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -232,25 +277,17 @@ def _as_data_error(where: Url) -> Iterator[None]:
         raise RemoteFiles().data_error(where, error, doing="read") from None
 
 
-@contextmanager
-def _missing_or_data_error(where: Url) -> Iterator[None]:
-    """A missing file stays a FileNotFoundError; every other error becomes a DataError."""
-    try:
-        with os_errors():
-            yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        with _as_data_error(where):
-            raise error
-
-
 def _list(folder: Url) -> list[dict]:
     fs, path = folder.at()
-    with _as_data_error(folder), os_errors():
-        fs.invalidate_cache()
-        try:
+
+    def ask() -> list[dict]:
+        with os_errors(numbered=True):
+            fs.invalidate_cache()
             return fs.ls(path, detail=True)
+
+    with _as_data_error(folder):
+        try:
+            return patiently(ask)
         except FileNotFoundError:
             return []
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from milan.core.paths import answered
 from milan.errors import ImageFault
 from milan.images.formats import kind_of, open_picture
 from milan.images.metadata import PHOTOMETRIC, TiffPage, pixels_only
@@ -54,11 +55,15 @@ def decode(data: bytes) -> Image.Image:
     """The picture in `data`, oriented, mode RGB, fully loaded.
 
     Raises ImageFault with one of the reasons: empty, not-an-image, unsupported (of a format that is
-    not read), truncated, too-large, multi-page, unreadable; MemoryError, which is not the image's
-    fault.
+    not read), truncated, too-large, multi-page, unreadable; DataError if memory runs out, which is
+    not the image's fault.
     """
     if not data:
         raise ImageFault("empty", "0 bytes")
+    return answered(f"an image of {len(data):,} bytes", lambda: _decode_any(data))
+
+
+def _decode_any(data: bytes) -> Image.Image:
     try:
         return _decode(data)
     except ImageFault:

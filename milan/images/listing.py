@@ -10,20 +10,32 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, check_unicode, files_below, is_local, map_files, open_below
+from milan.core.paths import (
+    AnyPath,
+    answered,
+    as_data_error,
+    check_unicode,
+    files_below,
+    is_local,
+    map_files,
+    open_below,
+)
 from milan.errors import DataError
 from milan.images.classes import ClassTable
 from milan.images.formats import extensions
 from milan.images.splits import Splits, WantedSplit, find_splits, of_split, take_split
 from milan.images.tars import PACKED, Tar, file_kind, packed, read_tar
+
+T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -47,6 +59,7 @@ _MADE_HERE = {  # a folder that has one of the first files and one of the second
 _PARTS = {"a report": ("sheet.png", "curves.png", "evaluation"), "mlflow": ("mlartifacts",)}
 """What in such a folder was made here; else all of it."""
 _STATS = "_stats.json"
+_PIECE_BYTES = 1 << 30  # of a row group's images, read at once
 _NO_IMAGES = ".parquet without images"
 _MARKERS = tuple({name for sets in _MADE_HERE.values() for names in sets for name in names})
 
@@ -266,11 +279,12 @@ def _list_tars(files: _Files, wanted: WantedSplit) -> Listing:
     root, in_splits = files.root, files.split is not None
 
     def rows(name: str) -> tuple[pa.Table, Tar, Splits]:
-        try:
+        def read() -> Tar:
             with open_below(root, name, skip=True) as file:
-                tar = read_tar(file, str(root / name))
-        except OSError as error:
-            raise DataError(f"{root / name} cannot be read: {error}") from None
+                return read_tar(file, str(root / name))
+
+        with as_data_error(root / name):
+            tar = answered(root / name, read)
         _check_names(tar.names)
         nulls = [None] * len(tar.names)
         keys = [f"{name}/{member}" for member in tar.names]
@@ -315,26 +329,41 @@ def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(root / name) as reader:  # faster than through a file of Python
             yield reader
         return
-    with open_below(root, name) as file, pq.ParquetFile(file) as reader:
-        yield reader
+    with open_below(root, name) as file:
+        try:
+            with pq.ParquetFile(file) as reader:
+                yield reader
+        except pa.ArrowException as error:  # of the content: to the connection it would be its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def read_bytes(reader: pq.ParquetFile, group: int) -> pa.ChunkedArray:
+    """`image.bytes` of a row group, in pieces: Arrow reads no struct of 2 GiB at once."""
+    meta = reader.metadata.row_group(group)
+    rows = max(1, meta.num_rows * _PIECE_BYTES // max(1, meta.total_byte_size))
+    batches = reader.iter_batches(rows, row_groups=[group], columns=["image.bytes"])
+    pieces = [batch.column(0).field("bytes") for batch in batches]
+    return pa.chunked_array(pieces, pieces[0].type if pieces else pa.binary())
 
 
 def _has_images(root: AnyPath, name: str) -> bool:
     """Whether a Parquet file is one of images. Raises DataError if it cannot be read."""
     try:
-        with _opened(root, name) as reader:
-            _check_schema(reader.schema_arrow, root / name)
+        _of_parquet(root, name, lambda reader: _check_schema(reader.schema_arrow, root / name))
     except NoImagesError:
         return False
     return True
 
 
-@contextmanager
-def _opened(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
-    """As parquet_below; raises DataError."""
-    try:
+def _of_parquet(root: AnyPath, name: str, do: Callable[[pq.ParquetFile], T]) -> T:
+    """`do` of an opened Parquet file. Raises DataError if it cannot be read."""
+
+    def read() -> T:
         with parquet_below(root, name) as reader:
-            yield reader
+            return do(reader)
+
+    try:
+        return answered(root / name, read)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{root / name} cannot be read: {error}") from None
 
@@ -344,8 +373,7 @@ def _list_parquet(files: _Files) -> Listing:
 
     def groups(name: str) -> tuple[str, list[tuple[int, pa.Table]], list[str] | DataError | None]:
         try:
-            with _opened(root, name) as reader:
-                return name, *_row_groups(reader, str(root / name), name)
+            return name, *_of_parquet(root, name, lambda r: _row_groups(r, str(root / name), name))
         except NoImagesError as error:
             return name, [], error
 

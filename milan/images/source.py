@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from milan.core.paths import AnyPath, as_path, probe, read_below
+from milan.core.paths import AnyPath, answered, as_path, probe, read_below
+from milan.core.retry import described
 from milan.errors import ImageFault
-from milan.images.listing import parquet_below
+from milan.images.listing import parquet_below, read_bytes
 from milan.images.manifest import Manifest
 
 _CACHE_BYTES = 512 << 20  # two of the manifest's shuffle windows
@@ -50,7 +51,7 @@ class ImageSource:
         self._indices = columns["index"].combine_chunks()
         self._offsets = columns["offset"].combine_chunks()
         self._sizes = columns["bytes"].combine_chunks()
-        self._groups_read: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._groups_read: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,8 +63,8 @@ class ImageSource:
     def read(self, row: int) -> bytes:
         """The encoded bytes of the image in `row`.
 
-        Raises ImageFault, missing or unreadable; DataError if the server of a URL does not answer:
-        that says nothing about the image.
+        Raises ImageFault, missing or unreadable; DataError for an error of the machine or the
+        network that does not pass, which says nothing about the image.
         """
         path = self._paths[row].as_py()
         try:
@@ -74,11 +75,12 @@ class ImageSource:
                 return self._of_tar(path, self._offsets[row].as_py(), size)
             return read_below(self.root, path, size=size)
         except (FileNotFoundError, NotADirectoryError):
-            raise ImageFault("missing", path) from None
-        except (OSError, pa.ArrowInvalid, IndexError, KeyError) as error:
             probe(self.root)
-            kind = type(error.__cause__ or error).__name__
-            raise ImageFault("unreadable", f"{path}: {kind}") from None
+            raise ImageFault("missing", path) from None
+        except OSError as error:
+            raise ImageFault("unreadable", f"{path}: {described(error)}") from None
+        except (pa.ArrowException, IndexError, KeyError) as error:
+            raise ImageFault("unreadable", f"{path}: {type(error).__name__}") from None
 
     def _of_tar(self, path: str, offset: int, size: int) -> bytes:
         data = read_below(self.root, path, offset=offset, size=size)
@@ -95,17 +97,19 @@ class ImageSource:
             )  # fmt: skip
         return data
 
-    def _group(self, path: str, group: int) -> pa.Array:
+    def _group(self, path: str, group: int) -> pa.ChunkedArray:
         """The `bytes` column of a row group; the latest ones are cached, up to _CACHE_BYTES."""
         with self._lock:
             if (path, group) in self._groups_read:
                 self._groups_read.move_to_end((path, group))
                 return self._groups_read[path, group]
-            with parquet_below(self.root, path) as reader:
-                table = reader.read_row_group(group, columns=["image.bytes"])
-            column = table["image"].combine_chunks().field("bytes")
+            column = answered(self.root / path, lambda: self._read_group(path, group))
             self._groups_read[path, group] = column
             groups = self._groups_read
             while len(groups) > 1 and sum(c.nbytes for c in groups.values()) > _CACHE_BYTES:
                 groups.popitem(last=False)
             return column
+
+    def _read_group(self, path: str, group: int) -> pa.ChunkedArray:
+        with parquet_below(self.root, path) as reader:
+            return read_bytes(reader, group)

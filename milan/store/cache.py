@@ -19,7 +19,7 @@ from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import MANIFEST, Index, canonical
-from milan.store.generation import Generation, first_with, not_found
+from milan.store.generation import Generation, first_with, not_found, read_array
 from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
 
 
@@ -294,7 +294,7 @@ class TargetCache:
         for name in files:
             first.read_verified(name)
         names = sorted({name.split("/")[1] for name in files if name.count("/") > 1})
-        return {name: np.asarray(first.array(f"codec/{name}").read().result()) for name in names}
+        return {name: read_array(first.root / "codec" / name) for name in names}
 
     def _check_tiling(self) -> None:
         """Raises CacheError unless every (row, view) is in exactly one generation."""

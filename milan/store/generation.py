@@ -7,13 +7,16 @@ swapped is never returned. The only module that uses tensorstore.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property, singledispatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, Url, as_path, is_local, probe, read_file, size_of
+from milan.core.paths import AnyPath, Url, answered, as_path, is_local, probe, read_file, size_of
+from milan.core.retry import described
 from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
 from milan.store.format import (
@@ -41,6 +45,7 @@ from milan.store.local_cache import File, LocalCopies
 
 _CACHED_CHECKSUMS = 256  # shards, in each loader worker: two windows, some 20 MB
 _TRIES = 8  # another run may evict a local copy before it is read
+_STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|ABORTED")
 _PAUSE = 0.01  # seconds before the second try, doubled for each one more: 1.3 s in all
 
 
@@ -277,7 +282,7 @@ class Generation:
                 root = (self.local or self).root
                 return read_file(root / path, first=start, size=end - start)
             except OSError as error:
-                why = str(error)
+                why = described(error)
         raise self._damaged(PIXELS, local, v, why)
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
@@ -317,13 +322,8 @@ class Generation:
         for _ in self._tries():
             for shard in shards if self.local else ():
                 self.fetch(*shard)
-            futures = {name: self.array(name)[local, views].read() for name in names}
-            try:
-                return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
-            except (ValueError, RuntimeError, OSError):
-                # The cache pool also remembers chunks that were missing.
-                self._open.clear()
-                _context.cache_clear()
+            with suppress(ValueError, RuntimeError, OSError):
+                return self.read_arrays(names, local, views)
         probe(self.root)
         if self.local and not all(self.local.has(*shard) for shard in shards):
             raise CacheError(
@@ -333,14 +333,29 @@ class Generation:
             )
         raise self._blame(names, local, views)
 
+    def read_arrays(self, names: list[str], *index: np.ndarray) -> dict[str, np.ndarray]:
+        """array name -> its values at `index`, or all, whose rows are not verified.
+
+        Raises ValueError, RuntimeError or OSError for damage, and DataError where the machine or
+        the network fails.
+        """
+
+        def read() -> dict[str, np.ndarray]:
+            try:
+                with system_errors():
+                    futures = {name: self.array(name)[index or ...].read() for name in names}
+                    return {name: np.ascontiguousarray(f.result()) for name, f in futures.items()}
+            except (ValueError, RuntimeError, OSError):
+                # The cache pool also remembers chunks that were missing.
+                self._open.clear()
+                _context.cache_clear()
+                raise
+
+        return answered(self.root, read)
+
     def array(self, name: str) -> Any:
         """An array as a tensorstore, opened in this process. Raises CacheError after a fork."""
-        if _reader.setdefault("pid", os.getpid()) != os.getpid():
-            raise CacheError(
-                f"{self.root}: a cache was read before this process was forked",
-                expected="loader workers started by forkserver or spawn",
-                fix='DataLoader(..., multiprocessing_context="forkserver")',
-            )
+        _check_fork(self.root)
         if name not in self._open:
             local = self.local if name in self.spec.view_arrays() else None
             self._open[name] = open_array((local or self).root / name)
@@ -348,10 +363,10 @@ class Generation:
 
     def _blame(self, names: list[str], local: np.ndarray, views: np.ndarray) -> CacheError:
         """The error for a batch that cannot be read: names the first row that cannot."""
-        for row, view in zip(local.tolist(), views.tolist(), strict=True):
+        for i, (row, view) in enumerate(zip(local.tolist(), views.tolist(), strict=True)):
             for name in names:
                 try:
-                    self.array(name)[row, view].read().result()
+                    self.read_arrays([name], local[i : i + 1], views[i : i + 1])
                 except (ValueError, RuntimeError, OSError) as error:
                     return self._damaged(name, row, view, str(error))
         return CacheError(f"{self.root}: a batch could not be read, but each of its rows can")
@@ -381,32 +396,75 @@ def not_found(store: AnyPath, roots: list[AnyPath], sample: list[str]) -> DataEr
     )
 
 
+def _check_fork(path: AnyPath) -> None:
+    if _reader.setdefault("pid", os.getpid()) != os.getpid():
+        raise CacheError(
+            f"{path}: a cache was read before this process was forked",
+            expected="loader workers started by forkserver or spawn",
+            fix='DataLoader(..., multiprocessing_context="forkserver")',
+        )
+
+
 def open_array(path: AnyPath) -> Any:
     """A Zarr array as a tensorstore. Raises CacheError if its metadata cannot be used."""
     import tensorstore
 
+    _check_fork(path)
+
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        # A missing chunk is an error, never a fill value.
+        "fill_missing_data_reads": False,
+        # A store does not change while it is open; but the cache pool may have chunks of
+        # another store that was at this path before.
+        "recheck_cached_metadata": "open",
+        "recheck_cached_data": "open",
+    }
+
+    def opened() -> Any:
+        with system_errors():
+            return tensorstore.open(spec, read=True, open=True, context=_context()).result()
+
     try:
-        return tensorstore.open(
-            {
-                "driver": "zarr3",
-                "kvstore": _kvstore(path),
-                # A missing chunk is an error, never a fill value.
-                "fill_missing_data_reads": False,
-                # A store does not change while it is open; but the cache pool may have chunks of
-                # another store that was at this path before.
-                "recheck_cached_metadata": "open",
-                "recheck_cached_data": "open",
-            },
-            read=True,
-            open=True,
-            context=_context(),
-        ).result()
+        return answered(path, opened)
     except (ValueError, OSError) as error:
         probe(path)
         raise CacheError(
             f"array {path} cannot be opened: {error}",
             expected="a Zarr array as the store's spec describes it",
         ) from None
+
+
+def read_array(path: AnyPath) -> np.ndarray:
+    """A small Zarr array. Raises CacheError if it is damaged or gone."""
+
+    def read() -> np.ndarray:
+        with system_errors():
+            return np.asarray(open_array(path).read().result())
+
+    try:
+        return answered(path, read)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CacheError(f"array {path} is damaged: {error}") from None
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """What tensorstore raises because of the system or a server becomes an OSError with an errno.
+
+    It states the number in its message, or a status: those of abseil, and a server's.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        text = str(error).partition(" [")[0]
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), text) from None
+        status = re.search(r"http_response_code='(\d+)'", str(error))
+        if _STATUS.match(text) or (status and status[1] not in ("404", "200", "206")):
+            raise OSError(errno.EIO, text) from None
+        raise
 
 
 @singledispatch

@@ -13,7 +13,7 @@ import numpy as np
 
 from milan.errors import CacheError
 from milan.store.format import PROTOTYPES, TEXT, TEXT_IDS, record_name
-from milan.store.generation import Generation
+from milan.store.generation import Generation, read_array
 
 
 @dataclass
@@ -70,11 +70,10 @@ def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
                 f"row {row + spec.first_row} of {generation.root} has no caption",
                 expected="rows of TargetCache.captioned",
             )
-    futures = {name: generation.array(name)[local].read() for name in (TEXT, TEXT_IDS)}
     values = {}
-    for name, future in futures.items():
+    for name in (TEXT, TEXT_IDS):
         try:
-            values[name] = np.ascontiguousarray(future.result())
+            values |= generation.read_arrays([name], local)
         except (ValueError, RuntimeError, OSError) as error:
             raise _damaged(generation, name, sorted(checksums), str(error)) from None
         for row, block, value in zip(local.tolist(), blocks.tolist(), values[name], strict=True):
@@ -92,10 +91,7 @@ def read_prototypes(generation: Generation) -> Prototypes | None:
         return None
     for name in files:
         generation.read_verified(name)
-    tables = {
-        name: np.asarray(generation.array(f"{PROTOTYPES}/{name}").read().result())
-        for name in ("features", "ids")
-    }
+    tables = {n: read_array(generation.root / PROTOTYPES / n) for n in ("features", "ids")}
     return Prototypes(generation.manifest().classes or [], **tables)
 
 

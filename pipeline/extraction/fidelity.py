@@ -23,7 +23,7 @@ from milan.images.views import ViewSpec, pack, render, unpack, view_of
 from milan.models.masking import importance_mask, visible_count
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
-from milan.store.generation import open_array
+from milan.store.generation import read_array
 from pipeline.extraction.worker import check_targets
 from pipeline.teachers.load import Teacher
 
@@ -133,7 +133,7 @@ def check_canaries(root: AnyPath, teacher: Teacher) -> None:
     if not (root / "canary").is_dir():
         return
     names = ("pixels", "features", "attention")
-    canaries = {n: np.asarray(open_array(root / "canary" / n).read().result()) for n in names}
+    canaries = {n: read_array(root / "canary" / n) for n in names}
     features, attention = teacher.targets(canaries["pixels"])
     bound = _TOLERANCE[teacher.identity["precision"]]
     for name, output in (("features", features), ("attention", attention)):

@@ -24,7 +24,7 @@ from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
-from milan.store.generation import open_array
+from milan.store.generation import read_array
 from pipeline.config import allowed_bad
 from pipeline.extraction.fidelity import check_canaries, check_min_cosine, prepare
 from pipeline.extraction.growth import Part
@@ -110,7 +110,7 @@ def read_codec(root: AnyPath, spec: CacheSpec) -> Codec:
     """The codec of `spec` with its tables, which the generation at `root` holds."""
     folder = root / "codec"
     names = sorted(folders_in(folder)) if folder.is_dir() else []
-    tables = {n: np.asarray(open_array(folder / n).read().result()) for n in names}
+    tables = {n: read_array(folder / n) for n in names}
     return codec_of(spec.codec).restored(tables)
 
 

@@ -274,7 +274,7 @@ def test_tars_that_changed(tmp_path: Path) -> None:
     with pytest.raises(ImageFault, match=r"ends within the image") as fault:
         source.read(row)
     assert fault.value.reason == "unreadable"
-    path.unlink()
+    path.rename(tmp_path / "y.tar")
     with pytest.raises(ImageFault) as fault:
         source.read(row)
     assert fault.value.reason == "missing"
