@@ -129,14 +129,8 @@ class RemoteFiles:
         options: dict[str, Any] = {"cache_type": "none"}
         if skip:
             options = {"block_size": _SKIP_BLOCK, "cache_type": "readahead"}
-        try:
-            with os_errors(), fs.open(path, "rb", **options) as file:
-                yield file
-        except OSError as error:
-            # fsspec's words for a server that sends a file from its beginning only.
-            if "range requests" in str(error) or "Cannot seek streaming" in str(error):
-                raise _no_ranges(f"{root / below} comes as a whole only") from None
-            raise
+        with os_errors(), fs.open(path, "rb", **options) as file:
+            yield _Answering(file, root / below)  # type: ignore[misc]
 
     def read_file(self, where: Url, *, first: int, size: int | None) -> bytes:
         """One request. Raises OSError."""
@@ -215,6 +209,34 @@ class RemoteFiles:
         own = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine
         hint = None if error.errno in own else _HINTS.get(where.scheme)
         return cannot_be(where, doing, error, hint)
+
+
+class _Answering:
+    """An open file whose errors are those of the connection, whoever reads it."""
+
+    def __init__(self, file: Any, where: Url) -> None:
+        self._file, self._where = file, where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        """Tried again while the server errs. Raises OSError."""
+        return patiently(lambda: self._asked(self._file.read, size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Raises OSError."""
+        return self._asked(self._file.seek, offset, whence)
+
+    def _asked(self, do: Callable[..., Any], *arguments: int) -> Any:
+        with os_errors(numbered=True):
+            try:
+                return do(*arguments)
+            except ValueError as error:
+                # fsspec's words for a server that sends a file from its beginning only.
+                if "range requests" in str(error) or "Cannot seek streaming" in str(error):
+                    raise _no_ranges(f"{self._where} comes as a whole") from None
+                raise
 
 
 def cannot_be(

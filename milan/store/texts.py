@@ -70,7 +70,7 @@ def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
                 f"row {row + spec.first_row} of {generation.root} has no caption",
                 expected="rows of TargetCache.captioned",
             )
-    values = {}
+    values: dict[str, np.ndarray] = {}
     for name in (TEXT, TEXT_IDS):
         try:
             values |= generation.read_arrays([name], local)
