@@ -5,7 +5,6 @@ It never makes an image, a record or a shard bad.
 
 from __future__ import annotations
 
-import builtins
 import errno
 import os
 import shutil
@@ -104,8 +103,7 @@ def test_what_the_system_says_of_a_file_is_its_own_fault(
     name: str, kinds: dict[str, ImageSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once: a missing file does not come back."""
-    failing = Failing(builtins.open, system(name), 1)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: failing(path, "rb").read())
+    failing = failing_reads(monkeypatch, system(name), 1)
     with pytest.raises(ImageFault) as fault:
         kinds["files"].read(0)
     assert fault.value.reason == ("missing" if name in ("ENOENT", "ENOTDIR") else "unreadable")
