@@ -82,6 +82,12 @@ def extract_targets(
     store = Store(out)
     try:
         fill_store(work, store, workers, summary, progress)
+    except KeyboardInterrupt:
+        finished = sum(work.finished_shards())
+        raise KeyboardInterrupt(
+            f"{finished:,} of {summary['shards']:,} shards are in {out} and stay; "
+            "the same line goes on with the others"
+        ) from None
     finally:
         store.close()
     return summary

@@ -95,13 +95,18 @@ def repair(
     from pipeline.repair import repair as run
     from stages import console
 
-    verdict = run(
-        cache,
-        data_root=data_root,
-        teacher=_teacher(teacher, pretrained),
-        device=device,
-        progress=console.ConsoleProgress(),
-    )
+    try:
+        verdict = run(
+            cache,
+            data_root=data_root,
+            teacher=_teacher(teacher, pretrained),
+            device=device,
+            progress=console.ConsoleProgress(),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "shards that were written again stay; the same line repairs the others"
+        ) from None
     _print_verdict(verdict)
 
 

@@ -18,7 +18,7 @@ from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
 from stages import artifacts, extract_targets, plan, pretrain, settings
 from stages.evaluate import evaluation_command
-from stages.options import Command
+from stages.options import Command, Interrupted
 
 # Set before heavy imports: no telemetry.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -107,8 +107,8 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("milan: interrupted; the same line resumes", file=sys.stderr)
+    except Interrupted as interrupted:
+        print(f"milan: interrupted: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         threading.excepthook = previous

@@ -45,8 +45,20 @@ Sets = Annotated[
 ]
 
 
+class Interrupted(Exception):
+    """Ctrl-C in a command, with what is kept: typer would end without a word."""
+
+
 class Command(TyperCommand):
     """A command whose help shows its options in panels, and which takes pairs as 0.6,1 too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. Raises Interrupted at Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            left = str(interrupt) or "nothing was written; the same line starts again"
+            raise Interrupted(left) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """By rich. Errors stay plain lines: rich would put them in a box."""

@@ -80,10 +80,15 @@ def pretrain(
         from pipeline.cluster.pretrain import pretrain_on_cluster as run
     else:
         from milan.training.pretrain import pretrain as run
-    with console.ConsoleProgress() as progress:
-        figures = run(
-            config, resume=resume, overwrite=overwrite, stop_after=max_steps, progress=progress
-        )
+    try:
+        with console.ConsoleProgress() as progress:
+            figures = run(
+                config, resume=resume, overwrite=overwrite, stop_after=max_steps, progress=progress
+            )
+    except KeyboardInterrupt:  # the second: the first one ends a run with a checkpoint
+        raise KeyboardInterrupt(
+            f"the checkpoints in {config.out} stay; the same line goes on from the last one"
+        ) from None
     if figures["rank"]:
         return  # another process says it
     rows = [

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pyarrow.compute as pc
 
-from milan.core.paths import AnyPath, names_in
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration, parse_bytes
 from milan.errors import ConfigError
@@ -101,7 +100,8 @@ def cost_of(
     images = max(s.first_row + s.rows for s in specs)
     views = max(s.first_view + s.views for s in specs)
     shards = sum(s.shards for s in specs)
-    missing = [s.shards - _recorded(out / p.name) for p, s in zip(work.parts, specs, strict=True)]
+    finished = work.finished_shards()
+    missing = [s.shards - n for s, n in zip(specs, finished, strict=True)]
     to_write = sizes.total * sum(missing) / shards
     planned = [
         ("store", str(out)),
@@ -271,10 +271,6 @@ def _with(work: Plan, codec: str, views: int, stored: str) -> Plan:
     spec = replace(part.spec, codec=codec, views=views, stored_views=stored)
     config = replace(work.config, codec=codec, views=views, store_views=stored)
     return replace(work, config=config, parts=[replace(part, spec=spec)])
-
-
-def _recorded(generation: AnyPath) -> int:
-    return sum(1 for _ in names_in(generation / "records"))
 
 
 def _memory() -> int:

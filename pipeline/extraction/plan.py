@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
 from milan.core.device import cpu_count
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
 from milan.images.manifest import build_manifest, describe_source, resolve_data
@@ -56,6 +56,11 @@ class Plan:
     def location(self) -> Location:
         """Where the store is, or will be."""
         return location_of(self.config.out)
+
+    def finished_shards(self) -> list[int]:
+        """How many shards of each part are committed, that is, have a record."""
+        root = self.location.path
+        return [sum(1 for _ in names_in(root / part.name / "records")) for part in self.parts]
 
     @property
     def on_gpu(self) -> bool:

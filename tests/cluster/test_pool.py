@@ -158,6 +158,18 @@ def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.soak
+def test_ctrl_c(many: Path, start: Callable[..., Command], tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes: one line with what is kept, and nothing runs on."""
+    command = start(many, tmp_path / "pressed")
+    until(lambda: command.records() >= 4)
+    os.killpg(command.process.pid, signal.SIGINT)
+    code, _, err = command.end()
+    kept = f"{command.records()} of 48 shards are in {STORE} and stay; the same line goes on"
+    assert (code, err) == (130, f"milan: interrupted: {kept} with the others\n")
+    until(command.all_gone)
+
+
+@pytest.mark.soak
 def test_a_node_that_dies(
     many: Path, start: Callable[..., Command], teacher_files: dict[str, str], tmp_path: Path
 ) -> None:

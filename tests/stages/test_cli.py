@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Ran, run_here
+from helpers import Ran, run_here, tree
 
 from milan.config import PretrainConfig
 from milan.errors import MilanError
@@ -437,3 +438,59 @@ def test_telemetry_is_off_in_what_a_command_starts() -> None:
         [sys.executable, "-c", script], env={**clean, **loud}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["0", "1", "1", "1"]
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_says_what_is_kept(
+    photos: Path, teacher_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line: how many shards stay, and how to go on; the same line then makes the same store."""
+    from pipeline.extraction import run
+
+    line = [
+        "extract-targets", "--data", photos, "--views", 2, "--shard-size", 8, "--executor", "local",
+        *(word for name, value in teacher_files.items() for word in (f"--{name}", value)),
+    ]  # fmt: skip
+    assert run_here(*line, "--out", "whole.zarr", cwd=tmp_path).code == 0
+    commit = run._Commits.commit
+
+    def press(self: Any, *arguments: Any) -> None:
+        commit(self, *arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Commits, "commit", press)
+        pressed = run_here(*line, "--out", "t.zarr", cwd=tmp_path)
+    kept = "2 of 6 shards are in t.zarr and stay; the same line goes on with the others"
+    assert (pressed.code, pressed.err) == (130, f"milan: interrupted: {kept}\n")
+    assert "resuming: 2 of 6 shards" in run_here(*line, "--out", "t.zarr", cwd=tmp_path).out
+    assert tree(tmp_path / "t.zarr") == tree(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        (("verify", "x.zarr"), "nothing was written; the same line starts again"),
+        (("linear-probe", "--data", "x"), "nothing was written; the same line starts again"),
+        (("repair", "x.zarr"), "shards that were written again stay; the same line repairs"),
+        (("pretrain", "--cache", "x.zarr"), "the checkpoints in runs/pretrain stay; the same line"),
+    ],
+)
+def test_ctrl_c_in_other_commands(
+    line: tuple[str, ...], left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said is true of the command: a probe does not resume."""
+
+    def press(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in (
+        "pipeline.verify.verify", "pipeline.repair.repair", "milan.training.pretrain.pretrain",
+        "milan.evaluation.linear_probe.linear_probe",
+    ):  # fmt: skip
+        monkeypatch.setattr(place, press)
+    done = run_here(*line, cwd=tmp_path)
+    assert done.code == 130
+    assert done.err.startswith(f"milan: interrupted: {left}")
