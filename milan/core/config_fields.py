@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from milan.core.paths import check_unicode
 from milan.errors import ConfigError, nearest
 
 _LIMITS = {
@@ -46,6 +47,8 @@ def check_fields(config: Any) -> None:
     """Raises ConfigError for the first field that is out of its range."""
     for field in dataclasses.fields(config):
         value, rule = getattr(config, field.name), field.metadata
+        if isinstance(value, str):
+            check_unicode(value, field.name)
         if not rule or (value is None and field.default is None):
             continue
         if rule["choices"]:

@@ -41,11 +41,11 @@ def as_path(where: str | AnyPath) -> AnyPath:
         raise DataError(f"the path {where!r}", expected="a path or a URL")
     check_unicode(where, "the path")
     match = _URL.fullmatch(where)
-    if match is None:
-        return Path(where).expanduser()
-    scheme, rest = match[1].lower(), match[2]
-    if scheme in ("file", "local"):
-        return Path(rest)
+    scheme, rest = (match[1].lower(), match[2]) if match else ("", where)
+    if scheme in ("", "file", "local"):
+        path = Path(rest) if scheme else Path(rest).expanduser()
+        check_unicode(os.path.realpath(path), "the path")  # also of the working folder, of links
+        return path
     user = rest.partition("/")[0].rpartition("@")[0]
     if ":" in user:
         raise DataError(

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core import rng
-from milan.core.paths import AnyPath, as_data_error, as_path, is_local
+from milan.core.paths import AnyPath, as_data_error, as_path, check_unicode, is_local
 from milan.errors import DataError
 from milan.images.classes import ClassTable
 from milan.images.formats import extensions
@@ -191,6 +191,7 @@ def build_manifest(
     there, or something that cannot be read.
     """
     listing = list_images(source, split)
+    check_unicode(str(listing.root.resolve()), "the folder")
     rows = _permute(listing, seed)
     if not len(rows):
         raise DataError(

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from milan.core import rng
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, check_unicode, is_local
 from milan.core.rng import mask_noise
 from milan.data.dataset import open_cache
-from milan.errors import CacheError
+from milan.errors import CacheError, DataError
 from milan.images.decode import decode
 from milan.images.views import View
 from milan.models.masking import importance_mask, visible_count
@@ -40,15 +40,20 @@ def contact_sheet(
     seed: int = 0,
     data_root: str | None = None,
     mask_ratio: float = 0.75,
+    among_images: bool = False,
 ) -> Path:
     """Draw `images` images of a store, a row each: the image with the crops of its K views, one
     view, the teacher's attention, a sampled mask, and the patch features.
 
     Features are shown by the colours of the store (panels.Colours.of_store), as in the sheets of
     runs. Returns the path of the picture, whose ending says its format. Raises CacheError if it
-    cannot be written.
+    cannot be written, and DataError if it would lie in the folder of the images and be read as one
+    of them; `among_images` says that it would not be.
     """
+    check_unicode(str(out), "the path")
     dataset = open_cache(cache, data_root=data_root)
+    if not among_images:
+        _check_apart(Path(out), dataset.roots or dataset.cache.find_data_roots())
     store = dataset.cache
     usable = dataset.good
     chosen = rng.permutation(seed, rng.SAMPLE, (1,), len(usable))[: max(1, images)]
@@ -93,6 +98,17 @@ def contact_sheet(
         [caption_of(dataset, *at) for at in zip(rows.tolist(), views.tolist(), strict=True)],
     )
     return _save(page, Path(out))
+
+
+def _check_apart(out: Path, roots: list[tuple[int, AnyPath]]) -> None:
+    """Raises DataError if `out` lies below one of the folders of the images (TargetCache's)."""
+    for _, root in roots:
+        if is_local(root) and out.resolve().is_relative_to(root.resolve()):
+            raise DataError(
+                f"{out} lies in the folder of the images, {root}",
+                expected="a place where it is not taken for an image",
+                fix=f"--out {root.resolve().parent / out.name}",
+            )
 
 
 def _save(page: np.ndarray, path: Path) -> Path:

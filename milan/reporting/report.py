@@ -87,7 +87,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         },
     )
     pictures = [
-        contact_sheet(store, out=out / "sheet.png", images=6),
+        contact_sheet(store, out=out / "sheet.png", images=6, among_images=True),
         _draw_curves(section["runs"], out / "curves.png"),
     ]
     for protocol, metrics in results.items():

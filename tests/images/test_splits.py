@@ -9,8 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import Notes, run_here
 
 from milan.errors import DataError
+from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.splits import open_splits
 from milan.images.manifest import Manifest, build_manifest, describe_source
 from milan.images.splits import TEST, VALIDATION, WantedSplit, find_splits
 
@@ -184,3 +187,47 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
     assert manifest.classes == ["p", "r"]
     manifest = build_manifest(fill(tmp_path / "d", "train1/a train2/b"), seed=0)
     assert manifest.classes is None
+
+
+def test_commands_take_a_split(tmp_path: Path, teacher_files: dict[str, str]) -> None:
+    """By flag, by parameter file, and in a plan; each says what it has taken."""
+    data = CASES / "07-hf-splits-in-file-names"
+    (tmp_path / "p.yaml").write_text(f"extract: {{data: {data}, split: val}}")
+    small = [part for name, value in teacher_files.items() for part in (f"--{name}", value)]
+    small += ["--views", 1, "--executor", "local"]
+    for arguments, images in (
+        (["--data", data, "--out", "a.zarr"], 4),
+        (["--params", "p.yaml", "--out", "b.zarr"], 2),
+        (["--params", "p.yaml", "--split", "all", "--out", "c.zarr"], 8),
+        (["--data", data, "--out", "a.zarr"], 4),
+    ):
+        ran = run_here("extract-targets", *arguments, *small, cwd=tmp_path)
+        assert (ran.code, ran.err) == (0, "")
+        assert f"manifest: {images} images" in ran.out.splitlines()
+        assert "of test 1, train 1, validation 1 (files)" in ran.out
+    ran = run_here("plan", "--data", data, "--split", "tset", *small, cwd=tmp_path)
+    assert ran.code == 1
+    assert "has no split 'tset'" in ran.err
+
+
+def test_probes_take_a_split(tmp_path: Path) -> None:
+    """What is fitted on is the training part, what is measured on never is."""
+    fill(tmp_path, "train/c/a train/d/b val/c/u val/d/v test/c/x")
+
+    def parts(**settings: str) -> tuple[str, str]:
+        notes = Notes()
+        config = EvaluationConfig(data=str(tmp_path), **settings)
+        told = []
+        for split in open_splits(config, notes):
+            files = [split.images.read(int(row)).decode() for row in split.rows]
+            told.append("".join(sorted(files)))
+        assert sum(line.startswith("split: ") for line in notes.lines) == 2
+        return told[0], told[1]
+
+    assert parts(val_data=str(tmp_path)) == ("ab", "uv")
+    assert parts(val_data=str(tmp_path), val_split="test") == ("ab", "x")
+    assert parts(split="val", val_data=str(tmp_path), val_split="test") == ("uv", "x")
+    only = EvaluationConfig(data=str(tmp_path), val_data=str(fill(tmp_path / "o", "train/c/a")))
+    with pytest.raises(DataError, match="no split validation or test: it has train 1") as error:
+        open_splits(only)
+    assert error.value.fix == "--val-split train or --val-split all"
