@@ -97,7 +97,7 @@ def test_duplicate_keys(extract: Callable[..., Ran], tmp_path: Path, photos: Pat
     data = next(photos.rglob("*.jpg")).read_bytes()
     images = [{"bytes": data, "path": name} for name in ("a.jpg", "b.jpg", "a.jpg")]
     pq.write_table(pa.table({"image": images}), tmp_path / "twice.parquet")
-    said(extract("--data", tmp_path / "twice.parquet"), "1 keys", "'a.jpg'", "unique")
+    said(extract("--data", tmp_path / "twice.parquet"), "1 keys", "twice.parquet/a.jpg'", "unique")
     assert not (tmp_path / "t.zarr").exists()
 
 
