@@ -20,7 +20,8 @@ from pipeline.estimate.cost import seconds_of
 from pipeline.estimate.size import size_of_store
 from pipeline.estimate.throughput import measure_throughput
 from pipeline.extract import extract_targets
-from pipeline.extraction.plan import plan, plan_workers
+from pipeline.extraction.hardware import plan_workers
+from pipeline.extraction.plan import plan
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
             executor="local",
         )  # fmt: skip
         work = plan(config, NoProgress())
-        workers = plan_workers(config, work)
+        workers = plan_workers(config, work.hardware)
         throughput = measure_throughput(work, workers, NoProgress())
         shards = [part.spec.shards for part in work.parts]
         seconds, sizes = seconds_of(work, workers, throughput, shards), size_of_store(work)

@@ -27,7 +27,7 @@ from milan.store.codecs import Codec, Int8
 from milan.store.format import CacheSpec
 from pipeline.extraction import worker
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Workers
+from pipeline.extraction.hardware import Workers
 from pipeline.teachers.load import Teacher
 from pipeline.writing.shards import _write_arrays, create_arrays
 

@@ -15,7 +15,8 @@ from milan.core.units import format_bytes
 from milan.errors import ConfigError
 from pipeline.config import ExtractConfig
 from pipeline.estimate.cost import Tables, measure_cost
-from pipeline.extraction.plan import plan, plan_workers
+from pipeline.extraction.hardware import plan_workers
+from pipeline.extraction.plan import plan
 from pipeline.extraction.run import check_space, fill_store
 from pipeline.writing.disk import as_full_disk_error
 from pipeline.writing.store import Store
@@ -59,11 +60,11 @@ def extract_targets(
         "bytes": sum(s.total_bytes() for s in specs),
         "dropped": len(work.dropped.get(work.layer, [])),
     }
-    workers = plan_workers(config, work)
+    workers = plan_workers(config, work.hardware)
     in_memory = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
     progress.note(
-        f"executor: {work.executor}, {workers.replicas} x teacher, {workers.decode_threads} "
-        f"decoding threads each, batches of {work.batch_size} views, "
+        f"executor: {work.hardware.executor}, {workers.replicas} x teacher, "
+        f"{workers.decode_threads} decoding threads each, batches of {work.batch_size} views, "
         f"{format_bytes(in_memory)} of targets in memory each"
     )
     new = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]

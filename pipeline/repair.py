@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from milan.core.paths import AnyPath, as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError
@@ -12,7 +10,8 @@ from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
 from pipeline.extraction.fidelity import check_canaries
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Plan, plan_workers
+from pipeline.extraction.hardware import hardware_of, plan_workers
+from pipeline.extraction.plan import Plan
 from pipeline.extraction.run import read_codec, write_shards
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -79,8 +78,8 @@ def _rewrite(
     origin, spec = generation.origin, generation.spec
     manifest = generation.manifest()
     source = generation.find_data_root(manifest.table["path"][:16].to_pylist(), root)
-    recorded = replace(teacher or TeacherSpec(**origin["teacher"]), texts=bool(spec.texts))
-    loaded = load_teacher(recorded, device=device)
+    named = teacher or TeacherSpec(**origin["teacher"])
+    loaded = load_teacher(named.as_stored(spec.teacher, texts=bool(spec.texts)), device=device)
     if loaded.identity != spec.teacher:
         raise CacheError(
             f"teacher {loaded.about['name']} is not the one of {store.path}",
@@ -93,11 +92,11 @@ def _rewrite(
         shard_size=spec.shard_size, device=device,
     )  # fmt: skip
     part = Part(entry.path, spec, generation.manifest())
-    work = Plan(config, source, loaded, entry.layer, [part])
+    work = Plan(config, source, loaded, entry.layer, hardware_of(config), [part])
     writer = Writer(store, entry.path, spec)
     for block, view in shards:
         writer.forget(block, view)
     codec = read_codec(store.path / first.path, spec)
-    workers = plan_workers(config, work)
+    workers = plan_workers(config, work.hardware)
     write_shards(work, writer, part, codec, writer.missing(), workers, progress)
     return writer.finish(entry.layer).digest == entry.digest

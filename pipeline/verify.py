@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import google_crc32c
 import numpy as np
@@ -294,8 +294,9 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     first = cache.generations[0]
     try:
         dataset = CachedDataset(cache, data_root=audit.data_root)
-        spec = audit.teacher or TeacherSpec(**first.origin["teacher"])
-        teacher = load_teacher(replace(spec, texts=bool(first.spec.texts)), device=audit.device)
+        named = audit.teacher or TeacherSpec(**first.origin["teacher"])
+        spec = named.as_stored(first.spec.teacher, texts=bool(first.spec.texts))
+        teacher = load_teacher(spec, device=audit.device)
     except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
         return

@@ -64,10 +64,17 @@ def connected(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def cluster_gpus(address: str | None) -> int:
-    """GPUs of the cluster at `address` or $RAY_ADDRESS."""
+def cluster_nodes(address: str | None) -> list[tuple[int, int]]:
+    """(cores, GPUs) of each node of the cluster at `address` or $RAY_ADDRESS that has cores."""
     with connected(address):
-        return int(ray.cluster_resources().get("GPU", 0))
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources if r.get("CPU")]
+    if not nodes:
+        raise MilanError(
+            f"the Ray cluster at {address or os.environ.get('RAY_ADDRESS')} has no cores",
+            expected="nodes on which workers may run",
+        )
+    return nodes
 
 
 def _probe(address: str) -> None:
@@ -132,13 +139,22 @@ def _host_class() -> type:
             for loaded in list(sys.modules):
                 if loaded.split(".")[0] in ("milan", "pipeline", "stages"):
                     del sys.modules[loaded]
-            self.worker = getattr(importlib.import_module(module), name)(**pickle.loads(payload))
+            start = getattr(importlib.import_module(module), name)
+            from milan.errors import MilanError
+
+            self.refusal: bytes | None = None
+            try:
+                self.worker = start(**pickle.loads(payload))
+            except MilanError as error:  # the answer to every call; a crash would be tried again
+                self.refusal = pickle.dumps(error)
 
         def call(self, method: str, *arguments: Any) -> tuple[str, Any]:
             import pickle
 
             from milan.errors import MilanError
 
+            if self.refusal:
+                return "error", self.refusal
             try:
                 return "result", getattr(self.worker, method)(*arguments)
             except MilanError as error:

@@ -48,6 +48,7 @@ def pretrain_on_cluster(
         num_nodes=1,
         address=None,
         devices=1,
+        device=config.device.partition(":")[0],  # Ray shows each rank one GPU, as number 0
     )
     arguments = {"cache": one_rank, "resume": resume, "overwrite": overwrite}
     return run_ranks(

@@ -25,7 +25,8 @@ from pipeline.estimate.decoding import (
 )
 from pipeline.estimate.size import Sizes, size_of_store
 from pipeline.estimate.throughput import Throughput, measure_throughput
-from pipeline.extraction.plan import Plan, Workers, plan, plan_workers
+from pipeline.extraction.hardware import Workers, plan_workers
+from pipeline.extraction.plan import Plan, plan
 
 Tables = dict[str, list[tuple[str, str]]]
 """Tables for people by title: rows of (what, figure)."""
@@ -68,7 +69,7 @@ def estimate_cost(
         # All of an image's time is counted as the teacher's, as if decoding took none.
         seconds = 1 / images_per_second
         throughput = Throughput(seconds, seconds / config.views, write, "given")
-    workers = plan_workers(work.config, work)
+    workers = plan_workers(work.config, work.hardware)
     if throughput is None:
         throughput = measure_throughput(work, workers, progress or NoProgress())
         if write_mb_per_second:

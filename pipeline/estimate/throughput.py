@@ -18,7 +18,8 @@ from milan.core.progress import Progress
 from milan.errors import CacheError
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
-from pipeline.extraction.plan import Plan, Workers
+from pipeline.extraction.hardware import Workers
+from pipeline.extraction.plan import Plan
 from pipeline.extraction.worker import Extractor
 from pipeline.writing.backend import Location
 from pipeline.writing.shards import create_arrays, stage_shard

@@ -1,16 +1,14 @@
-"""The plan, made before the first image is read: data, teacher, specs, and the workers."""
+"""The plan, made before the first image is read: data, teacher, hardware and specs."""
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
-from milan.core.device import cpu_count
 from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
-from milan.errors import ConfigError, DataError
+from milan.errors import DataError
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.splits import WantedSplit
 from milan.images.views import ViewSpec
@@ -18,23 +16,12 @@ from milan.store.codecs import codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
 from pipeline.extraction.growth import Found, Part, parts_of
+from pipeline.extraction.hardware import Hardware, hardware_of
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.backend import Location, location_of
 
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many workers run, and with how many threads."""
-
-    replicas: int
-    """Workers, each with its copy of the teacher."""
-    decode_threads: int
-    """Of each worker."""
-    torch_threads: int | None
-    """Of each worker; None: torch's own setting."""
 
 
 @dataclass
@@ -47,6 +34,7 @@ class Plan:
     teacher: Teacher
     layer: str
     """The store's name for the targets of this teacher and codec."""
+    hardware: Hardware
     parts: list[Part]
     """The generations that the store will have of this layer, including the finished ones."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
@@ -63,23 +51,9 @@ class Plan:
         return [sum(1 for _ in names_in(root / part.name / "records")) for part in self.parts]
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the teacher runs on CUDA."""
-        return self.teacher.device.type == "cuda"
-
-    @property
     def batch_size(self) -> int:
         """Views in a forward pass of the teacher."""
-        return self.config.batch_size or (256 if self.on_gpu else 64)
-
-    @property
-    def executor(self) -> str:
-        """ray or local. One copy of the teacher on a CPU needs no cluster."""
-        config = self.config
-        if config.executor != "auto":
-            return config.executor
-        cluster = config.address or os.environ.get("RAY_ADDRESS")
-        return "ray" if cluster or self.on_gpu or (config.replicas or 1) > 1 else "local"
+        return self.config.batch_size or (256 if self.hardware.on_gpu else 64)
 
     def origin(self) -> dict:
         """The content of origin.json: what differs between machines, and is never compared."""
@@ -90,20 +64,20 @@ class Plan:
             "data": self.config.data,
             "data_root": str(root),
             "data_root_from_store": self.location.relative_root(root),
-            "teacher": asdict(teacher_spec(self.config)),
+            "teacher": asdict(teacher_spec(self.config, self.hardware)),
             "batch_size": self.batch_size,
             "versions": versions,
         }
 
 
-def teacher_spec(config: ExtractConfig) -> TeacherSpec:
-    """The teacher that the settings name."""
+def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
+    """The teacher that the settings name, in the precision of the devices that run it."""
     return TeacherSpec(
         name=config.teacher,
         pretrained=config.pretrained,
         norm=config.teacher_norm,
         img_size=config.img_size,
-        precision=config.precision,
+        precision=hardware.precision if config.precision == "auto" else config.precision,
         offline=config.offline,
         texts=config.texts,
     )
@@ -131,7 +105,9 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
                 fix="without --texts",
             )
         progress.note(f"texts: {captions:,} captions, {len(manifest.classes or []):,} classes")
-    teacher = load_teacher(teacher_spec(config), device=config.device)
+    hardware = hardware_of(config)
+    device = hardware.driver_device(config.device)
+    teacher = load_teacher(teacher_spec(config, hardware), device=device)
     views = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed)
     codec.width(teacher.channels)  # raises if it cannot encode so many
     wanted = CacheSpec(
@@ -162,28 +138,6 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     growth = parts_of(out, wanted, found, layer, extend=config.extend)
     for note in growth.notes:
         progress.note(note)
-    return Plan(config, manifest.root, teacher, growth.layer, growth.parts, growth.dropped)
-
-
-def plan_workers(config: ExtractConfig, work: Plan) -> Workers:
-    """The workers for this machine, or for the Ray cluster that is joined. Raises ConfigError."""
-    import torch
-
-    if work.executor == "local":
-        if config.replicas not in (None, 1):
-            raise ConfigError(
-                f"--replicas {config.replicas} with --executor local", fix="--executor ray"
-            )
-        replicas = 1
-    elif config.replicas:
-        replicas = config.replicas
-    elif config.address or os.environ.get("RAY_ADDRESS"):
-        from pipeline.cluster.connect import cluster_gpus
-
-        replicas = max(1, cluster_gpus(config.address))
-    else:
-        replicas = torch.cuda.device_count() if work.on_gpu else 1
-    threads = config.num_workers or max(1, min(16, cpu_count() // replicas))
-    # Ray gives a worker one thread of torch, which on a CPU is too few.
-    keep = work.on_gpu or work.executor == "local"
-    return Workers(replicas, threads, None if keep else max(1, torch.get_num_threads() // replicas))
+    return Plan(
+        config, manifest.root, teacher, growth.layer, hardware, growth.parts, growth.dropped
+    )

@@ -28,7 +28,8 @@ from milan.store.generation import read_array
 from pipeline.config import allowed_bad
 from pipeline.extraction.fidelity import check_canaries, check_min_cosine, prepare
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Plan, Workers, teacher_spec
+from pipeline.extraction.hardware import Workers
+from pipeline.extraction.plan import Plan, teacher_spec
 from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher
 from pipeline.writing.backend import Location
@@ -179,15 +180,17 @@ def write_shards(
         "part": part,
         "codec": codec,
         "root": str(work.root.resolve()),
-        "device": config.device,
+        "device": work.hardware.worker_device(config.device),
         "batch_size": work.batch_size,
         "workers": workers,
     }
-    store.log("start", executor=work.executor, host=platform.node(), shards=int(todo.sum()))
+    store.log(
+        "start", executor=work.hardware.executor, host=platform.node(), shards=int(todo.sum())
+    )
     progress.begin("extract", rows_of(part.spec, todo), "images")
     commits = _Commits(writer, todo, progress)
     writer.clear(todo)
-    if work.executor == "local":
+    if work.hardware.executor == "local":
         import torch
 
         threads = torch.get_num_threads()
@@ -199,8 +202,8 @@ def write_shards(
         from pipeline.cluster.connect import RemoteClass
         from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
 
-        arguments = init | {"teacher": teacher_spec(config)}
-        gpus = 1 if work.on_gpu else 0
+        arguments = init | {"teacher": teacher_spec(config, work.hardware)}
+        gpus = 1 if work.hardware.on_gpu else 0
         failed = map_blocks(
             RemoteClass("pipeline.extraction.worker", "Extractor", arguments),
             todo,

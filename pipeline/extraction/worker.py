@@ -25,7 +25,7 @@ from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import Codec
 from milan.store.format import TEXT, TEXT_IDS, record_name
 from pipeline.extraction.growth import Part
-from pipeline.extraction.plan import Workers
+from pipeline.extraction.hardware import Workers
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.disk import as_full_disk_error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
 DEFAULT_PRETRAINED: Final = "openai"
@@ -28,3 +28,8 @@ class TeacherSpec:
     """Never use the network; the error says which file to place where."""
     texts: bool = False
     """Load the text tower as well."""
+
+    def as_stored(self, identity: dict[str, Any], *, texts: bool) -> TeacherSpec:
+        """This teacher, run as for a store: `auto` is the precision there, on whichever device."""
+        precision = identity["precision"] if self.precision == "auto" else self.precision
+        return replace(self, precision=precision, texts=texts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from milan.errors import TeacherError
+
 
 class Paper:
     """Returns what it was asked for. `folder` is shared by all, `slow` the block that hangs."""
@@ -21,3 +23,10 @@ class Paper:
             time.sleep(self.seconds)
         self.images += 1
         return [{"block": block, "views": views, "folder": folder}]
+
+
+class Refusing:
+    """A worker that cannot be built."""
+
+    def __init__(self) -> None:
+        raise TeacherError("a worker loaded another teacher than the driver")

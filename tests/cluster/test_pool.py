@@ -330,6 +330,26 @@ def test_what_a_worker_refuses_ends_the_run(
     assert not (tmp_path / STORE / ".staging").exists()
 
 
+def test_a_worker_that_refuses_to_start_ends_the_run(cluster: str, tmp_path: Path) -> None:
+    """Another teacher, no such device: once, and in its own words."""
+    from pipeline.cluster.connect import RemoteClass
+    from pipeline.cluster.pool import BlockCallbacks, Replicas, map_blocks
+
+    with pytest.raises(MilanError, match="another teacher"):
+        map_blocks(
+            RemoteClass("tests.cluster.paper_worker", "Refusing", {}),
+            np.ones((4, 1), bool),
+            BlockCallbacks(
+                folder_of=lambda block, attempt: tmp_path / f"{block}.{attempt}",
+                on_done=lambda *_: pytest.fail("there is nothing to commit"),
+                on_progress=lambda _: None,
+                on_failure=lambda block, attempt, why: pytest.fail(why),
+            ),
+            Replicas(count=1, gpus=0, address=None),
+            attempts=3,
+        )
+
+
 def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
     """A worker that dies each time: three attempts, then the block is named with a reason."""
     from pipeline.cluster.connect import RemoteClass

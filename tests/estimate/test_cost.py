@@ -20,7 +20,8 @@ from pipeline.estimate.decoding import Decoding, measure_decoding
 from pipeline.estimate.size import size_of_store
 from pipeline.estimate.throughput import Throughput
 from pipeline.extract import extract_targets
-from pipeline.extraction.plan import Plan, Workers, plan
+from pipeline.extraction.hardware import Workers
+from pipeline.extraction.plan import Plan, plan
 
 SPEED = Throughput(image_seconds=0.5, teacher_seconds=0.1, write_rate=50e6, source="made up")
 

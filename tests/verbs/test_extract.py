@@ -30,7 +30,8 @@ from milan.store.codecs import codec_of
 from milan.store.format import GENERATION, record_name
 from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
-from pipeline.extraction.plan import Workers, plan
+from pipeline.extraction.hardware import Workers
+from pipeline.extraction.plan import plan
 from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
