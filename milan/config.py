@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from milan.core.config_fields import check_fields, setting
+from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.core.units import parse_bytes
 from milan.errors import ConfigError, nearest
 
@@ -48,6 +48,8 @@ class PretrainConfig:
     """semantic or random; auto: the objective's (semantic for milan, random for pixels)."""
     mask_ratio: float = setting(0.75, unit="share", above=0, below=1)
     """Share of patches that are masked."""
+    init: str | None = None
+    """Start from weights: another run's encoder (its folder), timm:NAME, or published[:FILE]."""
 
     # The schedule
     epochs: int = setting(400, unit="epochs", least=1)
@@ -67,7 +69,7 @@ class PretrainConfig:
     """AdamW's; none for biases and norms."""
     beta2: float = setting(0.95, unit="share", least=0, below=1)
     """AdamW's second moment; the first is 0.9."""
-    seed: int = setting(0, unit="number")
+    seed: int = seed_setting()
     """Of weights, order and masks."""
 
     # The order of the images
@@ -126,9 +128,9 @@ class PretrainConfig:
     cache_limit: str | None = setting(None, identity=False, unit="bytes")
     """Most that --local may hold, such as 200GB; at least one window."""
     save_every: int | None = setting(None, identity=False, unit="steps", auto=True, least=1)
-    """Steps between checkpoints; auto: about an epoch's, at least 50."""
-    save_minutes: float = setting(15.0, identity=False, unit="minutes", above=0)
-    """Minutes between checkpoints, whatever the steps."""
+    """Steps between checkpoints; auto: an epoch's end, unless one is younger than 2 minutes."""
+    save_minutes: float | None = setting(None, identity=False, unit="minutes", auto=True, above=0)
+    """Minutes between checkpoints, at most; auto: 15, or 100 times what the last one took."""
     keep: int = setting(2, identity=False, unit="files", least=1)
     """Checkpoints kept."""
 

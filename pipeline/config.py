@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milan.core.config_fields import check_fields, setting
+from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.errors import ConfigError
 
 
@@ -64,7 +64,7 @@ class ExtractConfig:
     """Views in a forward pass of the teacher; auto: 256 on CUDA, else 64."""
     shard_size: int = setting(1024, unit="rows", least=1)
     """Rows of a block: the unit of work, of files and of resuming."""
-    seed: int = setting(0, unit="number")
+    seed: int = seed_setting()
     """Of the order of rows and of the crops."""
     limit: int | None = setting(None, unit="images", least=1)
     """Only so many images, the first of the shuffled order."""

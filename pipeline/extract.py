@@ -10,22 +10,23 @@ from collections.abc import Callable
 from typing import Any
 
 from milan.core.config_resolver import from_call
+from milan.core.paths import AnyPath, as_path, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes
 from milan.errors import ConfigError
+from milan.store.format import INDEX
 from pipeline.config import ExtractConfig
 from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.hardware import plan_workers
 from pipeline.extraction.plan import plan
 from pipeline.extraction.run import check_space, fill_store
-from pipeline.writing.disk import as_full_disk_error
+from pipeline.writing.disk import as_store_error
 from pipeline.writing.store import Store
 
 ASK_ABOVE = 100e9
 """Bytes to be written above which extraction asks first."""
 
 
-@as_full_disk_error("writing the store")
 def extract_targets(
     data: str | ExtractConfig,
     *,
@@ -47,6 +48,7 @@ def extract_targets(
     """
     config = from_call(ExtractConfig, "data", data, settings, "extract")
     progress = progress or NoProgress()
+    planned_for = _index_of(as_path(config.out))
     work = plan(config, progress)
     out = work.location.path
     specs = [part.spec for part in work.parts]
@@ -80,15 +82,27 @@ def extract_targets(
         raise ConfigError(
             f"{out} would take {format_bytes(needed)}", expected="your consent", fix="--yes"
         )
-    store = Store(out)
-    try:
-        fill_store(work, store, workers, summary, progress)
-    except KeyboardInterrupt:
-        finished = sum(work.finished_shards())
-        raise KeyboardInterrupt(
-            f"{finished:,} of {summary['shards']:,} shards are in {out} and stay; "
-            "the same line goes on with the others"
-        ) from None
-    finally:
-        store.close()
-    return summary
+    with as_store_error(out):
+        store = Store(out)
+        try:
+            # Another call may have finished or grown the store before this one had the lock.
+            current = _index_of(out) == planned_for
+            if current:
+                fill_store(work, store, workers, summary, progress)
+        except KeyboardInterrupt:
+            finished = sum(work.finished_shards())
+            raise KeyboardInterrupt(
+                f"{finished:,} of {summary['shards']:,} shards are in {out} and stay; "
+                "the same line goes on with the others"
+            ) from None
+        finally:
+            store.close()
+    if current:
+        return summary
+    progress.note(f"planned anew: {out} has changed since the plan was made")
+    return extract_targets(config, progress=progress, agree=agree)
+
+
+def _index_of(out: AnyPath) -> bytes | None:
+    """The index of a finished store, None if there is none."""
+    return read_file(out / INDEX) if (out / INDEX).exists() else None

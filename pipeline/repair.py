@@ -5,7 +5,7 @@ from __future__ import annotations
 from milan.core.paths import AnyPath, as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError
-from milan.store.format import Entry
+from milan.store.format import INDEX, Entry
 from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
 from pipeline.extraction.fidelity import check_canaries
@@ -16,6 +16,7 @@ from pipeline.extraction.run import read_codec, write_shards
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.verify import Verdict, verify
+from pipeline.writing.disk import as_store_error
 from pipeline.writing.store import Store, Writer
 
 
@@ -32,33 +33,46 @@ def repair(
     The images and the teacher are those that the store recorded, unless `data_root` or `teacher`
     is given. Raises CacheError if anything else than shards is damaged: then a copy is needed.
     """
-    progress = progress or NoProgress()
-    before = verify(path, deep=True, progress=progress)
+    progress, where = progress or NoProgress(), as_path(path)
+    if not (where / INDEX).exists():
+        return verify(path, deep=True, progress=progress)  # says what is missing
+    with as_store_error(where):
+        store = Store(where)
+        try:
+            # Under the lock: what is found damaged may not be mended by another call meanwhile.
+            before = verify(path, deep=True, progress=progress)
+            if before.repairable:
+                _rewrite_all(store, before, data_root, teacher, device, progress)
+        finally:
+            store.close()
     if not before.repairable:
         raise CacheError(
             f"{path} cannot be repaired: {before.corrupt[0]}",
             expected="damage inside shards or their records",
             fix="a copy of that file, or a new extraction",
         )
-    if not before.shards:
-        return before
-    store = Store(as_path(path))
-    try:
-        for entry in store.entries():
-            shards = [(b, v) for name, b, v in before.shards if name == entry.path]
-            if shards:
+    return verify(path, deep=True, progress=progress) if before.shards else before
+
+
+def _rewrite_all(
+    store: Store,
+    before: Verdict,
+    data_root: str | None,
+    teacher: TeacherSpec | None,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Write the damaged shards of a verdict again."""
+    for entry in store.entries():
+        shards = [(b, v) for name, b, v in before.shards if name == entry.path]
+        if shards:
+            progress.note(f"{entry.path}: {len(shards)} of {entry.shards} shards are written again")
+            same = _rewrite(store, entry, shards, data_root, teacher, device, progress)
+            if not same:
                 progress.note(
-                    f"{entry.path}: {len(shards)} of {entry.shards} shards are written again"
+                    "their bytes differ from the lost ones (another device or library?): "
+                    "runs that began with the old ones cannot continue"
                 )
-                same = _rewrite(store, entry, shards, data_root, teacher, device, progress)
-                if not same:
-                    progress.note(
-                        "their bytes differ from the lost ones (another device or library?): "
-                        "runs that began with the old ones cannot continue"
-                    )
-    finally:
-        store.close()
-    return verify(path, deep=True, progress=progress)
 
 
 def _rewrite(
@@ -78,7 +92,7 @@ def _rewrite(
     origin, spec = generation.origin, generation.spec
     manifest = generation.manifest()
     source = generation.find_data_root(manifest.table["path"][:16].to_pylist(), root)
-    named = teacher or TeacherSpec(**origin["teacher"])
+    named = teacher or TeacherSpec.recorded(origin["teacher"])
     loaded = load_teacher(named.as_stored(spec.teacher, texts=bool(spec.texts)), device=device)
     if loaded.identity != spec.teacher:
         raise CacheError(

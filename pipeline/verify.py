@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 import torch
 
+from milan.core.config_fields import check_seed
 from milan.core.paths import AnyPath, as_path, folders_in, pieces_of, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.data.dataset import CachedDataset
@@ -56,6 +57,10 @@ class Audit:
     teacher: TeacherSpec | None = None
     """Default: the one that the store recorded."""
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a seed out of its range."""
+        check_seed(self.seed)
 
 
 @dataclass
@@ -294,7 +299,7 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     first = cache.generations[0]
     try:
         dataset = CachedDataset(cache, data_root=audit.data_root)
-        named = audit.teacher or TeacherSpec(**first.origin["teacher"])
+        named = audit.teacher or TeacherSpec.recorded(first.origin["teacher"])
         spec = named.as_stored(first.spec.teacher, texts=bool(first.spec.texts))
         teacher = load_teacher(spec, device=audit.device)
     except (CacheError, DataError, TeacherError) as error:
@@ -304,7 +309,7 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     if teacher.identity != cache.spec.teacher or texts != cache.spec.texts:
         verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
         return
-    rng = np.random.default_rng(audit.seed)
+    rng = np.random.default_rng(audit.seed % 2**64)
     good = cache.good_rows()
     rows = good[rng.choice(len(good), min(audit.views, len(good)), replace=False)]
     views = rng.integers(0, cache.views, len(rows))

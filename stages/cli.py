@@ -106,7 +106,8 @@ def main() -> None:
     except (MilanError, RankError) as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug
-        _fail(str(error))
+        where = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
+        _fail(f"{where}: {error.strerror or error}; the same line goes on once it can")
     except Interrupted as interrupted:
         print(f"milan: interrupted: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None

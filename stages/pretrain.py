@@ -14,12 +14,13 @@ from stages.options import CALL, settings_command
 _RATES = (
     ("images/s", "images_per_second", "{:,.1f}"),
     ("data-loading time", "wait_share", "{:.1%}"),
+    ("time for checkpoints", "checkpoint_share", "{:.1%}"),
 )
 
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Store and run": ("cache", "layer", "data_root", "out", "on_changed", "on_growth"),
-    "Student": ("recipe", "model", "objective", "masking"),
+    "Student": ("recipe", "model", "init", "objective", "masking"),
     "Schedule": ("epochs", "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_nonfinite"),
     "Validation and reports": ("held_out", "probe_every", "report_to"),
     "Machine": (

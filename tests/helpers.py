@@ -23,10 +23,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from milan.core import remote
+from milan.objectives.base import Objective
 from pipeline.extract import extract_targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,43 @@ class Notes:
         return line
 
 
+class At(Notes):
+    """Progress that does something once so many steps are done."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.step, self.act = step, act
+
+    def advance(self, done: int, figures: str = "") -> None:
+        if done == self.step:
+            self.act()
+
+
+def rows_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """(rows that students are trained on, rows that they are validated on) from here on, in order;
+    both are filled while runs go on."""
+    trained, validated, predict = list[int](), list[int](), Objective.predict
+
+    def noted(objective: Any, student: Any, batch: Any) -> Any:
+        (trained if student.training else validated).extend(batch.rows.tolist())
+        return predict(objective, student, batch)
+
+    monkeypatch.setattr(Objective, "predict", noted)
+    return trained, validated
+
+
+def json_changes(value: dict[str, Any]) -> list[Any]:
+    """Other JSON: `value` with parts missing or of other kinds, in it and one level below."""
+    changed: list[Any] = [None, 3, "x", [], {}]
+    for key, part in value.items():
+        changed.append({k: v for k, v in value.items() if k != key})
+        changed += [value | {key: other} for other in (None, -1, "x", [], [3], {}, {"a": 1})]
+        for inner in list(part)[:3] if isinstance(part, dict) else ():
+            less = {k: v for k, v in part.items() if k != inner}
+            changed += [value | {key: less}, value | {key: part | {inner: [None]}}]
+    return [other for other in changed if other != value]
+
+
 def weights(run: Path) -> dict[str, bytes]:
     """Bytes of the encoder and of the newest checkpoint's parameters and moments."""
     newest = max((run / "checkpoints").iterdir())
@@ -153,6 +192,24 @@ def weights(run: Path) -> dict[str, bytes]:
         "moments": (newest / "optimiser.safetensors").read_bytes(),
         "step": newest.name.encode(),
     }
+
+
+def published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A student's weights under the published names."""
+    names = {
+        "decoder.mask_token": "mask_token",
+        "decoder.pos_embed": "decoder_pos_embed",
+        "decoder.embed.": "decoder_embed.",
+        "decoder.blocks.": "decoder_blocks.",
+        "decoder.norm.": "decoder_norm.",
+        "decoder.pred.": "decoder_pred.",
+        "encoder.": "",
+    }
+    found = {}
+    for name, tensor in model.state_dict().items():
+        ours = next(ours for ours in names if name.startswith(ours))
+        found[names[ours] + name[len(ours) :]] = tensor
+    return found
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ _LIMITS = {
 }  # fmt: skip
 AUTO = "auto"
 """The word for None where a setting depends on the teacher, the machine or other settings."""
+_SEEDS = (-(2**63), 2**63 - 1)  # what torch, numpy and JSON all take; a larger one would be cut
 
 
 def setting(
@@ -41,6 +42,18 @@ def setting(
 def is_auto(field: dataclasses.Field, value: Any) -> bool:
     """Whether `value` is the word for the default of a field that takes it."""
     return bool(field.metadata.get("auto")) and value == AUTO
+
+
+def seed_setting() -> Any:
+    """The field of a seed: a whole number of 64 bits with its sign."""
+    return setting(0, unit="number", least=_SEEDS[0], most=_SEEDS[1])
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed that is no field of a dataclass and is out of range."""
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        least, most = _SEEDS
+        raise ConfigError(f"seed {seed}", expected=f"at least {least}, at most {most}")
 
 
 def check_fields(config: Any) -> None:
@@ -86,4 +99,9 @@ def _inside(value: Any, rule: Any) -> bool:
 
 
 def _range(rule: Any) -> str:
-    return ", ".join(f"{word} {rule[key]:g}" for key, word in _LIMITS.items() if key in rule)
+    parts = (f"{word} {_text(rule[key])}" for key, word in _LIMITS.items() if key in rule)
+    return ", ".join(parts)
+
+
+def _text(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"

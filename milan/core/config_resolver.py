@@ -263,6 +263,8 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
                 raise TypeError
             return value
         if hint is int:
+            if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+                return int(value)  # by way of a float it would lose its last digits
             if isinstance(value, bool) or int(float(value)) != float(value):
                 raise TypeError
             return value if isinstance(value, int) else int(float(value))

@@ -15,13 +15,13 @@ import torch
 
 from milan.core.device import MEAN, STD, normalise
 from milan.core.progress import Progress
-from milan.errors import ConfigError, DataError, ImageFault, nearest
+from milan.errors import ConfigError, DataError, ImageFault
 from milan.evaluation.protocols import EvaluationConfig
 from milan.evaluation.splits import Split
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import centre_view, render
-from milan.models.encoder import create_vit, encode, pooled_features
+from milan.models.encoder import create_vit, encode, pooled_features, pretrained_vit
 from milan.models.export import load_encoder, read_about
 
 
@@ -58,18 +58,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             args = {k: v for k, v in config.model_args.items() if k != "img_size"}
             vit = _random(config.model, args, size, config.seed)
     elif name.startswith("timm:"):
-        model = name.removeprefix("timm:")
-        if not timm.is_model(model.split(".")[0]):
-            raise ConfigError(
-                f"unknown timm model {model!r}", fix=nearest(model, timm.list_models("*vit*"))
-            )
-        try:
-            vit = timm.create_model(model, pretrained=True, num_classes=0)
-        except Exception as error:  # hub clients raise many kinds, all for the same reason
-            raise ConfigError(
-                f"the weights of {model} cannot be fetched: {type(error).__name__}",
-                expected="a network, or the weights in the hub's local cache",
-            ) from None
+        vit = pretrained_vit(name.removeprefix("timm:"))
         size = timm.data.resolve_model_data_config(vit)["input_size"][1]
     else:
         vit = load_encoder(name)

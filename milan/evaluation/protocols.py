@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from milan.core.config_fields import check_fields, setting
+from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.errors import ConfigError, nearest
 
 ENTRY_POINTS = "milan.protocols"
@@ -65,7 +65,7 @@ class EvaluationConfig:
     """Only so many images of each set."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
-    seed: int = setting(0, unit="number")
+    seed: int = seed_setting()
     """Of random weights and of the splits."""
     teacher: str | None = None
     """With checkpoint teacher: its name or config, as in extract-targets."""

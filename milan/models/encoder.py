@@ -104,6 +104,24 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     return vit
 
 
+def pretrained_vit(name: str, **args: Any) -> Any:
+    """A model of timm with its pretrained weights, without head; `args` are create_model's.
+
+    Raises ConfigError: unknown name, or weights that cannot be fetched.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(
+            f"unknown timm model {name!r}", fix=nearest(name, timm.list_models("*vit*"))
+        )
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, **args)
+    except Exception as error:  # hub clients raise many kinds, all for the same reason
+        raise ConfigError(
+            f"the weights of {name} cannot be fetched: {type(error).__name__}",
+            expected="a network, or the weights in the hub's local cache",
+        ) from None
+
+
 def encode(
     vit: Any,
     images: torch.Tensor,

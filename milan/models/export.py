@@ -53,20 +53,21 @@ def _same_header(data: bytes) -> bytes:
 
 def read_about(run: str | Path) -> dict[str, Any]:
     """What an encoder.safetensors (or the run that holds it) says of itself in its header."""
-    path = _encoder_file(run)
+    path = encoder_file(run)
     try:
         with safe_open(path, framework="pt") as file:
             about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
         raise CacheError(f"{path} is damaged: {error}") from None
-    if "model" not in about:
+    if not about.keys() >= {"model", "model_args", "mean", "std", "input_size"}:
         raise CacheError(
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
         )
     return about
 
 
-def _encoder_file(run: str | Path) -> Path:
+def encoder_file(run: str | Path) -> Path:
+    """The encoder of a run's folder, or the file itself. Raises CacheError if there is none."""
     path = Path(run)
     path = path / ENCODER if path.is_dir() else path
     if not path.is_file():
@@ -80,7 +81,7 @@ def load_encoder(run: str | Path) -> Any:
     A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
     """
     about = read_about(run)
-    weights = load_file(_encoder_file(run))
+    weights = load_file(encoder_file(run))
     size = about["input_size"]
     encoder = build_encoder(about["model"], img_size=size, args=about["model_args"])
     encoder.load_state_dict(weights, strict=True)

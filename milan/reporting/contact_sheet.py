@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from milan.core import rng
+from milan.core.config_fields import check_seed
 from milan.core.paths import AnyPath, check_unicode, is_local
 from milan.core.rng import mask_noise
 from milan.data.dataset import open_cache
@@ -51,6 +52,7 @@ def contact_sheet(
     of them; `among_images` says that it would not be.
     """
     check_unicode(str(out), "the path")
+    check_seed(seed)
     dataset = open_cache(cache, data_root=data_root)
     if not among_images:
         _check_apart(Path(out), dataset.roots or dataset.cache.find_data_roots())

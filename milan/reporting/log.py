@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from milan.core.atomic import write_text
+from milan.core.atomic import is_open_file, write_text
 from milan.reporting.run_files import CURVES, LOG
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
@@ -45,10 +46,14 @@ class RunLog:
         """Keep the lines up to step `start`, and send trackers those that they miss."""
         self.run, self.trackers = run, trackers
         self.lines = read_log(run, start)
-        write_text(run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(run / LOG, "a")  # noqa: SIM115 - closed by close()
+        self._open()
         for line in self.lines:
             self._track(line)
+
+    def _open(self) -> None:
+        """Write the lines that are known, and open the file for those to come."""
+        write_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(self.run / LOG, "a")  # noqa: SIM115 - closed by close()
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """A line of metrics, and pictures by name."""
@@ -70,6 +75,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Have everything on the disk: a checkpoint goes with it."""
+        if not is_open_file(self.file.fileno(), self.run / LOG):  # somebody removed it
+            self._open()
         os.fsync(self.file.fileno())
         write_curves(self.run, self.lines)
         for tracker in self.trackers:
@@ -109,13 +116,33 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def read_log(run: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the log up to `step`; a resumed run logs later ones anew."""
+    """The lines of the log up to `step`; a resumed run logs later ones anew.
+
+    What is no line of a log is left out: the last one may be cut short by a kill.
+    """
+    try:
+        texts = (run / LOG).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
     lines = []
-    for text in (run / LOG).read_text().splitlines() if (run / LOG).exists() else []:
+    for text in texts:
         try:
             line = json.loads(text)
         except ValueError:
-            continue  # cut short when the run was killed
-        if line["step"] <= step:
+            continue
+        if _is_line(line) and line["step"] <= step:
             lines.append(line)
     return lines
+
+
+def _is_line(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and all(isinstance(figure, int | float) for figure in value.values())
+    )
+
+
+def last_step(run: Path) -> int:
+    """The last step that the log of a run speaks of; 0 if there is none."""
+    return max((line["step"] for line in read_log(run, sys.maxsize)), default=0)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
-from milan.core.atomic import write_json
+from milan.core.atomic import read_with_digest, write_json
 from milan.core.config_resolver import read_section
 from milan.core.paths import AnyPath, names_in, read_file
 from milan.core.progress import NoProgress, Progress
@@ -65,7 +66,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     out = Path(section["out"])
     results = {
         protocol: {
-            encoder: _read(protocol.metrics_file(folder))
+            encoder: _read(protocol.metrics_file(folder), *(c.key for c in protocol.columns))
             for encoder, folder in section["encoders"].items()
         }
         for protocol in map(get_protocol, names)
@@ -82,8 +83,8 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
             **{p.name: _by_column(p, metrics) for p, metrics in results.items()},
             "bytes_per_view": cache.spec.view_bytes(),
             "extract_images_per_second": extraction_speed,
-            "pretrain_images_per_second": {n: run["images_per_second"] for n, run in runs.items()},
-            "wait_share": {n: run["wait_share"] for n, run in runs.items()},
+            "pretrain_images_per_second": {n: r.get("images_per_second") for n, r in runs.items()},
+            "wait_share": {n: run.get("wait_share") for n, run in runs.items()},
         },
     )
     pictures = [
@@ -97,10 +98,18 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     return Report(out, [*tables, _cost_table(cache, extraction_speed, runs)], pictures)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *needed: str) -> dict[str, Any]:
+    """A metrics file with the figures that are needed. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"no metrics at {path}", fix="dvc repro")
-    return json.loads(path.read_text())
+    try:
+        return read_with_digest(path, dict.fromkeys(needed, (int, float, NoneType)))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}",
+            expected="the metrics that a command wrote",
+            fix="delete it, and dvc repro, or the command that wrote it",
+        ) from None
 
 
 def _extraction_speed(store: AnyPath) -> float | None:
@@ -111,7 +120,12 @@ def _extraction_speed(store: AnyPath) -> float | None:
     ]  # fmt: skip
     text = b"".join(read_file(log) for log in logs if log.exists())
     for line in text.splitlines():
-        speed = json.loads(line).get("images_per_second") or speed
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # cut short when the run was killed
+        told = event.get("images_per_second") if isinstance(event, dict) else None
+        speed = told if isinstance(told, int | float) and told else speed
     return speed
 
 
@@ -142,9 +156,11 @@ def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metric
         ("store", f"{cache.rows:,} images x {cache.views} views, {megabytes:,.1f} MB"),
         ("extraction, images/s", f"{extraction_speed:,.0f}" if extraction_speed else "-"),
     ]
-    for name, run in runs.items():
-        rows.append((f"pretraining {name}, images/s", f"{run['images_per_second']:,.0f}"))
-        rows.append((f"pretraining {name}, data-loading time", f"{run['wait_share']:.1%}"))
+    for name, run in runs.items():  # no rates: the call that wrote them found nothing to do
+        speed, waited = run.get("images_per_second"), run.get("wait_share")
+        rows.append((f"pretraining {name}, images/s", f"{speed:,.0f}" if speed else "-"))
+        shown = "-" if waited is None else f"{waited:.1%}"
+        rows.append((f"pretraining {name}, data-loading time", shown))
     return Table("Cost", ("what", ""), rows)
 
 

@@ -9,11 +9,10 @@ runs/pretrain/run.json       identity, settings, parts of the store, id: written
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from milan.core.atomic import write_json
+from milan.core.atomic import read_with_digest, write_with_digest
 from milan.errors import TrainError
 
 RUN = "run.json"
@@ -25,24 +24,56 @@ SHEET = "sheet"
 TENSORBOARD = "tensorboard"
 
 
-def read_run(run: Path, *needed: str) -> dict[str, Any]:
-    """The content of run.json, with the fields that are needed.
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "id": str, "identity": dict, "config": dict, "targets": dict, "stretches": list
+}  # fmt: skip
 
-    Raises TrainError if it is damaged, OSError if it is gone.
-    """
+
+def write_run(run: Path, content: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_with_digest(run / RUN, content)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The content of run.json. Raises TrainError if it is damaged, OSError if it is gone."""
     try:
-        content = json.loads((run / RUN).read_text())
-        if not isinstance(content, dict) or not content.keys() >= {*needed}:
-            raise ValueError
+        content = read_with_digest(run / RUN, _PARTS)
+        _check_parts(content)
         return content
-    except ValueError:
+    except ValueError as error:
         raise TrainError(
-            f"{run / RUN} is damaged",
+            f"{run / RUN} is damaged: {error}",
             expected="the JSON that the run was begun with",
             fix="a copy of it, or --overwrite (or --resume never) to start anew",
         ) from None
 
 
+def _check_parts(content: dict[str, Any]) -> None:
+    """Raises ValueError for what is not as a run writes it: one from before it had a digest."""
+    parts, dropped = content["stretches"], content.get("dropped", {})
+    kinds = {"epoch": int, "generations": int, "cache": str}
+    if not parts or not all(
+        isinstance(part, dict) and all(isinstance(part.get(k), kind) for k, kind in kinds.items())
+        for part in parts
+    ):
+        raise ValueError("it has no usable 'stretches'")
+    if "cache" not in content["identity"]:
+        raise ValueError("it has no usable 'identity'")
+    if not isinstance(content.get("reported", {}), dict):
+        raise ValueError("it has no usable 'reported'")
+    pairs = dropped.items() if isinstance(dropped, dict) else [("", dropped)]
+    if not all(k.isdecimal() and isinstance(v, list) and len(v) == 2 for k, v in pairs):
+        raise ValueError("it has no usable 'dropped'")
+
+
 def update_run(run: Path, **fields: Any) -> None:
     """Set fields of run.json."""
-    write_json(run / RUN, read_run(run) | fields)
+    write_run(run, read_run(run) | fields)
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """The figures of metrics.json; empty if it is gone or damaged: it is written again."""
+    try:
+        return read_with_digest(run / METRICS, {"step": int, "steps": int})
+    except (ValueError, OSError):
+        return {}

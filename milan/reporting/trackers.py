@@ -39,7 +39,7 @@ class TensorBoard:
         folder = run / TENSORBOARD
         self.last_step = start if folder.exists() else 0
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-        about = read_run(run, "config")
+        about = read_run(run)
         shown = {f"decoder.{name}": value for name, value in about.get("decoder", {}).items()}
         for name, value in about["config"].items():
             if isinstance(value, dict):

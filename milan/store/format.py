@@ -272,6 +272,18 @@ class Entry:
     files: dict[str, str]
     """SHA-256 of every file beside shards and records, by path inside the generation."""
 
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Entry:
+        """An entry of index.json. Raises KeyError, TypeError, ValueError for what is none."""
+        entry = cls(**{**value, "rows": tuple(value["rows"]), "views": tuple(value["views"])})
+        numbers = (*entry.rows, *entry.views, entry.shards, entry.bytes, entry.bad)
+        texts = (entry.path, entry.layer, entry.fingerprint, entry.digest, *entry.files.values())
+        if len(numbers) != 7 or not all(type(number) is int for number in numbers):
+            raise ValueError("a number is missing")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name or digest is missing")
+        return entry
+
 
 @dataclass(frozen=True)
 class Index:
@@ -286,7 +298,8 @@ class Index:
         entries = [asdict(entry) for entry in self.generations]
         content = {"format": FORMAT, "version": VERSION, "generations": entries}
         dropped = {layer: rows for layer, rows in self.dropped.items() if rows}
-        return canonical(content | ({"dropped": dropped} if dropped else {}))
+        content |= {"dropped": dropped} if dropped else {}
+        return canonical(content | {"digest": hashlib.sha256(canonical(content)).hexdigest()})
 
     @classmethod
     def read(cls, store: AnyPath) -> Index:
@@ -302,18 +315,23 @@ class Index:
             raise CacheError(f"{store / INDEX} is not the index of a target cache", expected=FORMAT)
         _check_version(store, index.get("version"))
         try:
-            entries = [
-                Entry(**{**e, "rows": tuple(e["rows"]), "views": tuple(e["views"])})
-                for e in index["generations"]
-            ]
+            entries = [Entry.parse(entry) for entry in index["generations"]]
             if not entries:
                 raise ValueError("no generation")
             dropped = {
                 str(layer): [int(row) for row in rows]
                 for layer, rows in index.get("dropped", {}).items()
             }
+            stated = index.pop("digest", None)  # none in one from before it had a digest
+            if stated is not None and stated != hashlib.sha256(canonical(index)).hexdigest():
+                raise ValueError("its digest differs")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"{store / INDEX} is damaged: {error}") from None
+            raise CacheError(
+                f"{store / INDEX} is damaged: {error}",
+                expected="the index as it was written",
+                fix="a copy of it; for a store that never grew, delete it and run the same "
+                "extract-targets line: its shards stay",
+            ) from None
         return cls(tuple(entries), dropped)
 
 
@@ -347,14 +365,34 @@ def read_json(path: AnyPath) -> Any:
 
 
 def read_group(generation: AnyPath) -> tuple[CacheSpec, dict]:
-    """Spec and other attributes of a generation's group."""
-    attributes = read_json(generation / "zarr.json").get("attributes", {})
-    if attributes.get("format") != FORMAT:
+    """Spec and other attributes of a generation's group. Raises CacheError if it is damaged."""
+    return parse_group(generation, read_group_file(generation))
+
+
+def read_group_file(generation: AnyPath) -> bytes:
+    """A generation's zarr.json. Raises CacheError."""
+    try:
+        return read_file(generation / "zarr.json")
+    except OSError as error:
+        path = generation / "zarr.json"
+        raise CacheError(f"{path} is damaged or gone: {error}", expected="JSON") from None
+
+
+def parse_group(generation: AnyPath, data: bytes) -> tuple[CacheSpec, dict]:
+    """Spec and other attributes in a generation's zarr.json. Raises CacheError if damaged."""
+    try:
+        group = json.loads(data)
+    except ValueError as error:
+        raise CacheError(
+            f"{generation / 'zarr.json'} is damaged or gone: {error}", expected="JSON"
+        ) from None
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise CacheError(f"{generation} is a Zarr group of another kind", expected=FORMAT)
     _check_version(generation, attributes.get("version"))
     try:
         spec = CacheSpec(**attributes["spec"])
-        stated = attributes["fingerprint"]
+        stated, _ = attributes["fingerprint"], attributes["about"]["name"]
     except (KeyError, TypeError) as error:
         raise CacheError(f"{generation / 'zarr.json'} is damaged: {error}") from None
     # Of the spec as it is written, so that a later version's new fields do not change it.

@@ -37,12 +37,17 @@ from milan.store.format import (
     PIXELS,
     SHARDS,
     Entry,
-    read_group,
+    parse_group,
+    read_group_file,
     read_json,
     record_name,
 )
 from milan.store.local_cache import File, LocalCopies
 
+_ORIGIN: dict[str, Any] = {
+    "data": str, "data_root": str, "data_root_from_store": str | None, "teacher": dict,
+    "batch_size": int,
+}  # fmt: skip
 _CACHED_CHECKSUMS = 256  # shards, in each loader worker: two windows, some 20 MB
 _TRIES = 8  # another run may evict a local copy before it is read
 _STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|ABORTED")
@@ -79,9 +84,11 @@ class Generation:
     def __init__(self, store: AnyPath, entry: Entry) -> None:
         self.store, self.entry = store, entry
         self.root: AnyPath = store / entry.path
-        self.spec, self.attributes = read_group(self.root)
+        data = read_group_file(self.root)
+        self.spec, self.attributes = parse_group(self.root, data)
         if self.attributes["fingerprint"] != entry.fingerprint:
             raise CacheError(f"{store}: index and {entry.path} are of different stores")
+        self._verify("zarr.json", data)
         self._open: dict[str, Any] = {}
         self._checksums: OrderedDict[tuple[int, int], ShardChecksums] = OrderedDict()
         self.local: LocalCopies | None = None
@@ -108,14 +115,31 @@ class Generation:
             data = read_file(path)
         except OSError as error:
             raise CacheError(f"{path} is gone: {error.strerror or error}") from None
-        if hashlib.sha256(data).hexdigest() != self.entry.files.get(name):
-            raise CacheError(f"{path} is damaged or of another store", expected="its digest")
+        self._verify(name, data)
         return data
+
+    def _verify(self, name: str, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() != self.entry.files.get(name):
+            raise CacheError(
+                f"{self.root / name} is damaged or of another store", expected="its digest"
+            )
 
     @property
     def origin(self) -> dict:
-        """The extraction: data, data_root, data_root_from_store, teacher, batch_size, versions."""
-        return read_json(self.root / ORIGIN)
+        """The extraction: data, data_root, data_root_from_store, teacher, batch_size, versions.
+
+        Raises CacheError if one of these is not there: it is in no digest.
+        """
+        origin = read_json(self.root / ORIGIN)
+        if not isinstance(origin, dict) or any(
+            not isinstance(origin.get(name), kind) for name, kind in _ORIGIN.items()
+        ):
+            raise CacheError(
+                f"{self.root / ORIGIN} is damaged",
+                expected="an object with " + ", ".join(_ORIGIN),
+                fix="--data-root FOLDER (or a URL), or a copy of that file",
+            )
+        return origin
 
     def roots(self) -> list[AnyPath]:
         """Where the images were at extraction: relative to the store, which may have been moved
@@ -145,7 +169,7 @@ class Generation:
 
         Empty if no image of the sample could be decoded.
         """
-        return read_json(self.root / FIDELITY)
+        return json.loads(self.read_verified(FIDELITY))
 
     def manifest(self) -> Manifest:
         """The images of this generation's rows."""

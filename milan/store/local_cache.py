@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from milan.core.atomic import is_open_file
 from milan.core.paths import AnyPath, pieces_of
 from milan.errors import CacheError
 
@@ -105,7 +106,7 @@ class LocalCopies:
             while not self.has(block, view):
                 with open(part, "a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    if not _is_open_file(lock.fileno(), part):
+                    if not is_open_file(lock.fileno(), part):
                         continue  # the process that had the lock removed the file: look again
                     if self.has(block, view):
                         part.unlink()
@@ -189,21 +190,19 @@ def _evict(entry: Path) -> None:
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
 
-def _is_open_file(handle: int, path: Path) -> bool:
-    """Whether `path` still names the open file `handle`."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _abandoned(part: Path) -> bool:
     """Whether the copying process has exited, which frees its lock; if so, remove what it left."""
-    with open(part, "a") as lock:
+    try:
+        lock = open(part, "r+")  # noqa: SIM115 - never made here: it may be whole meanwhile
+    except FileNotFoundError:
+        return False
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        if not is_open_file(lock.fileno(), part):
+            return False  # its copy was completed, or given up, before we had the lock
         _evict(part)
     return True
 

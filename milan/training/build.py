@@ -195,7 +195,7 @@ def schedule_of(settings: Settings, order: Stream, micro_batch: int, ranks: int)
         warmup_epochs=settings.warmup_epochs,
         min_lr=config.min_lr,
         precision=settings.precision,
-        save_every=config.save_every or max(50, order.for_epoch(config.epochs).steps),
+        save_every=config.save_every,
         save_minutes=config.save_minutes,
         keep=config.keep,
         log_every=config.log_every,

@@ -3,32 +3,38 @@
     runs/pretrain/checkpoints/step-00000120/
         model.safetensors      every parameter of the student
         optimiser.safetensors  AdamW's moments, by parameter name
-        state.json             step, gradient scaler, sums of the log, digests of the others
+        state.json             step, gradient scaler, sums of the log, digests of all three
 
-No pickles: nothing here can run code when it is loaded.
+No pickles: nothing here can run code when it is loaded. A torn one that newer steps have not
+replaced yet lies beside the others as step-00000120.torn.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from milan.core.atomic import sync_folder, write_json
+from milan.core.atomic import cannot_write, read_with_digest, sync_folder, write_with_digest
 from milan.core.distributed import SINGLE, Ranks, full_tensor, shard_like
 from milan.errors import TrainError
 
 FOLDER = "checkpoints"
 _PROVEN = ("model.safetensors", "optimiser.safetensors")
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "step": int, "sha256": dict, "scaler": dict, "losses": list
+}  # fmt: skip
 
 
 def save(
@@ -43,8 +49,9 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`, then drop all but the newest `keep`. Returns its folder.
 
-    Every rank calls it; rank 0 writes. Raises TrainError if there is no room for it: those before
-    stay as they are.
+    `state` has `scaler` (the gradient scaler's), `losses` (sum and count since the last line of
+    the log) and what else the loop goes on from. Every rank calls it; rank 0 writes. Raises
+    TrainError if it cannot be written: those before stay as they are.
     """
     weights = whole_weights(model, ranks)
     names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
@@ -79,12 +86,13 @@ def _write(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    folder = run / FOLDER / f"step-{step:08d}"
+    folder = _folder(run, step)
     fresh = folder.with_name(f".{folder.name}.tmp")
     try:
+        (run / FOLDER).mkdir(exist_ok=True)  # not its parents: a deleted run is not made anew
         for left in (run / FOLDER).glob(".step-*.tmp"):  # of a run that was killed
             shutil.rmtree(left)
-        fresh.mkdir(parents=True)
+        fresh.mkdir()
         save_file(weights, fresh / "model.safetensors")
         save_file(moments, fresh / "optimiser.safetensors")
         digests = {}
@@ -92,53 +100,82 @@ def _write(
             with open(fresh / name, "rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-        write_json(fresh / "state.json", {"step": step} | state | {"sha256": digests})
+        content = {"step": step} | state | {"sha256": digests}
+        write_with_digest(fresh / "state.json", content)
         sync_folder(fresh)
-        # One of this step is there only if it is incomplete.
-        shutil.rmtree(folder, ignore_errors=True)
+        _set_aside(run, step)
         os.replace(fresh, folder)
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        saved = steps(run)
-        raise TrainError(
-            f"the checkpoint of step {step} cannot be written: {error}",
-            expected="room for it; " + (f"that of step {saved[-1]} stays" if saved else ""),
-            fix="free some space, and the same line goes on",
-        ) from None
-    saved = steps(run)
-    # Newer ones are incomplete, or the run would not be at this step.
-    incomplete = [old for old in saved if old > step]
-    for old in incomplete + [old for old in saved if old <= step][:-keep]:
-        shutil.rmtree(run / FOLDER / f"step-{old:08d}", ignore_errors=True)
+        raise _not_written(run, step, error) from None
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(_folder(run, old), ignore_errors=True)
+    for torn in (run / FOLDER).glob("step-*.torn"):
+        if torn.name[5:-5].isdecimal() and int(torn.name[5:-5]) <= step:
+            shutil.rmtree(torn, ignore_errors=True)
     return folder
+
+
+def _set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints from `step` on: they are torn, or the run would not be at this step.
+
+    Raises TrainError if one is whole: it was written by another call.
+    """
+    for newer in steps(run):
+        if newer < step:
+            continue
+        if not _why_torn(run, newer):
+            raise TrainError(
+                f"{run} has a checkpoint of step {newer}, and this call is at step {step}: another "
+                "call trains in the folder",
+                expected="one training at a time in a folder",
+                fix="stop one of the two: the same line goes on from the newest checkpoint",
+            )
+        torn = _folder(run, newer).with_suffix(".torn")
+        shutil.rmtree(torn, ignore_errors=True)
+        os.replace(_folder(run, newer), torn)
+
+
+def _not_written(run: Path, step: int, error: OSError | SafetensorError) -> TrainError:
+    """The error for a checkpoint that cannot be written; those before stay as they are."""
+    code = re.search(r"os error (\d+)", str(error))  # how safetensors tells the system's error
+    if code:
+        error = OSError(int(code[1]), os.strerror(int(code[1])), str(run / FOLDER))
+    why, fix = None, "look at the disk; the same line goes on"
+    if isinstance(error, OSError) and (told := cannot_write(run, error)):
+        fix = told[1]
+        why = None if run.exists() else told[0]
+    saved = steps(run)
+    return TrainError(
+        f"the checkpoint of step {step} cannot be written: {why or _words(error)}",
+        expected="a folder that takes it; " + (f"that of step {saved[-1]} stays" if saved else ""),
+        fix=fix,
+    )
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def steps(run: Path) -> list[int]:
     """The steps that have a checkpoint, ascending."""
-    folder = run / FOLDER
-    if not folder.exists():
-        return []
-    return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit())
+    names = [path.name[5:] for path in (run / FOLDER).glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def newest(run: Path, *, note: Callable[[str], None]) -> int | None:
     """The newest step whose checkpoint is whole, None if there is no checkpoint.
 
-    Incomplete ones are named by `note` and skipped. Raises TrainError if there is none but these.
+    Torn ones are named by `note` and skipped. Raises TrainError if there is none but these, and
+    for one that cannot be read at the moment: that says nothing of what is in it.
     """
     saved = steps(run)
     for step in reversed(saved):
-        folder = run / FOLDER / f"step-{step:08d}"
-        try:
-            digests = json.loads((folder / "state.json").read_text())["sha256"]
-            for name in _PROVEN:
-                with open(folder / name, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != digests[name]:
-                        raise ValueError(f"{name} is not what was written")
+        why = _why_torn(run, step)
+        if not why:
             return step
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            note(f"passed over: checkpoint {folder} is torn ({error})")
+        note(f"passed over: checkpoint {_folder(run, step)} is torn ({why})")
     if saved:
         raise TrainError(
             f"none of the {len(saved)} checkpoints of {run} is whole",
@@ -147,28 +184,72 @@ def newest(run: Path, *, note: Callable[[str], None]) -> int | None:
     return None
 
 
+def _why_torn(run: Path, step: int) -> str:
+    """Why a checkpoint is not what was written; empty if it is whole. Raises as `newest` does."""
+    folder = _folder(run, step)
+    try:
+        digests = read_state(run, step)["sha256"]
+        for name in _PROVEN:
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digests.get(name):
+                    return f"{name} is not what was written"
+    except _GONE as error:
+        return f"{Path(error.filename).name} is gone"
+    except ValueError as error:
+        return f"state.json: {error}"
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "")
+        raise TrainError(
+            f"checkpoint {folder} cannot be read: {_words(error)} ({name})",
+            expected="a disk that answers: nothing is wrong with the checkpoint yet",
+            fix="the same line again",
+        ) from None
+    return ""
+
+
+def read_state(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, sha256, and the `state` that `save` was given.
+
+    Raises ValueError if it is damaged, OSError if it cannot be read.
+    """
+    state = read_with_digest(_folder(run, step) / "state.json", _STATE)
+    if state["step"] != step:
+        raise ValueError(f"it is of step {state['step']}")
+    if len(state["losses"]) != 2 or not all(isinstance(n, int | float) for n in state["losses"]):
+        raise ValueError("it has no usable 'losses'")
+    return state
+
+
+def check_fits(run: Path, step: int, model: nn.Module) -> None:
+    """Raises TrainError if a whole checkpoint is of another model: names or shapes differ."""
+    folder, there = _folder(run, step), model.state_dict()
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    ours = {name: tuple(tensor.shape) for name, tensor in there.items()}
+    odd = sorted(shapes.keys() ^ ours.keys()) or [k for k in ours if shapes[k] != ours[k]]
+    if odd:
+        raise TrainError(
+            f"{folder} is of another model: {odd[0]}", fix="--resume never, or another --out"
+        )
+
+
 def load(
     run: Path, step: int, *, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Load the checkpoint of a step, found by `newest`, into a model; returns its state.
 
-    Raises TrainError if it is of another model.
+    Raises TrainError if it is of another model, or has no optimiser of this one.
     """
-    folder = run / FOLDER / f"step-{step:08d}"
-    state = json.loads((folder / "state.json").read_text())
+    check_fits(run, step, model)
+    folder, there = _folder(run, step), model.state_dict()
     weights = load_file(folder / "model.safetensors")
-    there = model.state_dict()
-    fits = weights.keys() == there.keys()
-    if not fits or any(weights[k].shape != there[k].shape for k in there):
-        odd = sorted(weights.keys() ^ there.keys()) or [
-            k for k in there if weights[k].shape != there[k].shape
-        ]
-        raise TrainError(
-            f"{folder} is of another model: {odd[0]}", fix="--resume never, or another --out"
-        )
     model.load_state_dict({k: shard_like(v, there[k]) for k, v in weights.items()}, strict=True)
     _restore(model, optimiser, load_file(folder / "optimiser.safetensors"))
-    return state
+    return read_state(run, step)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def _restore(

@@ -29,6 +29,9 @@ from milan.training import checkpoint
 from milan.training.optim import Schedule, gradient_norm
 
 _STOP, _SAVE, _NONFINITE = 1, 2, 4
+_YOUNG = 120.0  # seconds: an epoch that ends so soon after a checkpoint needs none
+_OLD = 900.0  # seconds after which there is a checkpoint in the middle of an epoch
+_COST = 100  # times what the last one took: no checkpoint earlier, or they take more than 1 %
 _MOST_SKIPPED = 10  # steps in a row without a finite loss: the run has diverged
 
 
@@ -65,8 +68,9 @@ class Context:
     ranks: Ranks = SINGLE
     progress: Progress = field(default_factory=NoProgress)
     stop: Stop = field(default_factory=Stop)
-    log: RunLog | None = None
-    """Of rank 0."""
+    open_log: Callable[[int], RunLog] | None = None
+    """Opens the log at a step, and cuts what it says of later ones. Called on rank 0, once the
+    checkpoint is loaded."""
 
 
 def fit(
@@ -93,6 +97,8 @@ def fit(
     requests = loop.requests() if start < last else 0
     if start >= last or requests & _STOP:
         return loop.summary(start, {"seconds": 0.0})
+    if context.open_log and context.ranks.is_rank0:
+        loop.run_log = context.open_log(start)
     context.progress.begin("train", schedule.steps, "steps", done=start)
     loop.feed = feed = _Feed(batches_from(start), loop.heartbeat)
     loop.logged = (time.perf_counter(), 0.0, start)
@@ -101,10 +107,11 @@ def fit(
         for step in range(start, last):
             loop.step(step)
             loop.done = done = step + 1
-            requests = loop.requests()
             epoch_over = schedule.data.position(done)[1] == 0
+            requests = loop.requests(epoch_over)
             logging = epoch_over or done == last or done % schedule.log_every == 0
-            saving = requests or done == last or done % schedule.save_every == 0
+            by_step = schedule.save_every and done % schedule.save_every == 0
+            saving = requests or done == last or by_step
             if logging or saving:
                 loop.settle()
             if epoch_over:
@@ -119,6 +126,8 @@ def fit(
                 break
         context.progress.end()
         seconds = time.perf_counter() - feed.began
+    if loop.run_log:
+        loop.run_log.close()
     trained = max(seconds - feed.startup - loop.validating, 1e-9)
     images = (done - start) * schedule.data.batch_size
     return loop.summary(
@@ -128,6 +137,7 @@ def fit(
             "startup_seconds": round(feed.startup, 2),
             "images_per_second": round(images / trained, 2),
             "wait_share": round(feed.waited / trained, 4),
+            "checkpoint_share": round(loop.saving / max(seconds, 1e-9), 4),
         },
     )
 
@@ -211,13 +221,17 @@ class _Loop:
     ) -> None:
         self.task, self.optimiser, self.schedule = task, optimiser, schedule
         self.run, self.device, self.ranks = context.run, context.device, context.ranks
-        self.progress, self.stop, self.run_log = context.progress, context.stop, context.log
+        self.progress, self.stop = context.progress, context.stop
+        self.run_log: RunLog | None = None
         self.stopped_by = ""
         """The signal that asked to stop; empty if none did."""
         self.done = 0
         """Steps taken, of the whole run."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
-        self.saved = time.monotonic()
+        self.saved, self.resumable = time.monotonic(), False
+        """When this call could be resumed from last, or began; whether there is a checkpoint."""
+        self.saving, self.last_save = 0.0, 0.0
+        """Seconds spent on checkpoints in this call; on the last one."""
         self.validating = 0.0
         """Seconds spent on validation in this call."""
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
@@ -240,7 +254,7 @@ class _Loop:
         self.loss_sum, self.counted = state["losses"]
         if self.scaler.is_enabled() and state["scaler"]:  # of a run that was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
-        self.done = step
+        self.done, self.saved, self.resumable = step, time.monotonic(), True
         return step
 
     def heartbeat(self) -> None:
@@ -351,19 +365,32 @@ class _Loop:
         state = {"step": done, "steps": steps, "finished": done == steps} | figures
         return state | ({"stopped_by": self.stopped_by} if self.stopped_by and done < steps else {})
 
-    def requests(self) -> int:
+    def requests(self, epoch_over: bool = False) -> int:
         """What any rank requests after this step: _STOP, _SAVE; 0 is nothing.
 
         Raises TrainError on all ranks if a step before was not finite on one.
         """
-        late = time.monotonic() - self.saved > 60 * self.schedule.save_minutes
-        flags = (_STOP if self.stop.by else 0) | (_SAVE if late and self.ranks.is_rank0 else 0)
+        saves = self.ranks.is_rank0 and self._checkpoint_is_due(epoch_over)
+        flags = (_STOP if self.stop.by else 0) | (_SAVE if saves else 0)
         requests = self.ranks.any_flags(flags | (_NONFINITE if self.nonfinite else 0))
         if requests & _NONFINITE:
             raise self._error(self.nonfinite)
         if requests & _STOP:
             self.stopped_by = self.stop.by or "another rank"
         return requests
+
+    def _checkpoint_is_due(self, epoch_over: bool) -> bool:
+        """By the clock: after 15 minutes, and at an epoch's end unless one is two minutes young.
+
+        Both are longer where the last one took more than a hundredth of that.
+        """
+        age, cost = time.monotonic() - self.saved, _COST * self.last_save
+        minutes = self.schedule.save_minutes
+        if age > (60 * minutes if minutes else max(_OLD, cost)):
+            return True
+        if not epoch_over or self.schedule.save_every:
+            return False
+        return not self.resumable or age > max(_YOUNG, cost)
 
     def validate(self, epoch: int) -> None:
         """Measure the model after an epoch."""
@@ -407,6 +434,7 @@ class _Loop:
 
     def save(self, done: int) -> None:
         """Write a checkpoint; the sums of an unfinished line are in it."""
+        began = time.monotonic()
         (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
         if self.run_log:  # a run that is resumed from here relies on it
             self.run_log.flush()
@@ -415,8 +443,14 @@ class _Loop:
             step=done,
             model=self.task.model,
             optimiser=self.optimiser,
-            state={"scaler": self.scaler.state_dict(), "losses": [total, self.counted]},
+            state={
+                "scaler": self.scaler.state_dict(),
+                "losses": [total, self.counted],
+                "steps": self.schedule.steps,
+            },
             keep=self.schedule.keep,
             ranks=self.ranks,
         )
-        self.saved = time.monotonic()
+        self.saved, self.resumable = time.monotonic(), True
+        self.last_save = self.saved - began
+        self.saving += self.last_save

@@ -1,23 +1,22 @@
-"""Memory or disks that are full: errors of the machine, as one line that says what to do."""
+"""Errors of the machine (memory, a disk, a folder), as one line that says what to do."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from milan.core.atomic import cannot_write
 from milan.errors import TrainError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RESUME = "the same line goes on from the last checkpoint"
 
 
 @contextmanager
 def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
-    """Inside, an error because memory or a disk is full becomes a TrainError.
+    """Inside, an error because memory is full, or the run cannot be written, becomes a TrainError.
 
     `micro_batch` is how many images were on the device at once. Any other error stays what it is.
     """
@@ -26,13 +25,11 @@ def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise _no_memory(error, "device", micro_batch) from None
     except OSError as error:
-        if error.errno not in _FULL:
+        told = cannot_write(run, error)
+        if told is None:
             raise
-        raise TrainError(
-            f"{run} cannot be written: {error.strerror}",
-            expected="room for the log and the checkpoints",
-            fix=f"free some space: {_RESUME}",
-        ) from None
+        expected = "a folder that takes the log and the checkpoints"
+        raise TrainError(told[0], expected=expected, fix=told[1]) from None
     except RuntimeError as error:  # torch has no finer one for the CPU's memory
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise _no_memory(error, "machine", micro_batch) from None

@@ -97,10 +97,11 @@ class Schedule:
     warmup_epochs: float
     min_lr: float
     precision: str
-    save_every: int
-    """Steps between checkpoints."""
-    save_minutes: float
-    """Minutes between checkpoints, whatever the steps."""
+    save_every: int | None
+    """Steps between checkpoints; None: at the end of epochs, unless one is younger than two
+    minutes."""
+    save_minutes: float | None
+    """Minutes between checkpoints, whatever the steps; None: 15, or what they cost asks for."""
     keep: int
     """Checkpoints kept."""
     log_every: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from milan.models.export import ENCODER, save_encoder
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
 from milan.reporting.log import RunLog, last_metrics, read_log, write_curves
-from milan.reporting.run_files import METRICS, read_run
+from milan.reporting.run_files import METRICS, read_metrics, read_run
 from milan.reporting.trackers import check_trackers, open_trackers
 from milan.store.cache import TargetCache
 from milan.store.format import Index
@@ -48,18 +47,22 @@ from milan.training.build import (
     student_of,
 )
 from milan.training.compilation import StepLoss, compile_step
+from milan.training.initial import initialise_from
 from milan.training.loop import Context, fit
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import trial_batch
 from milan.training.optim import Schedule, adamw
 from milan.training.run import (
+    Start,
+    continue_run,
+    decide,
     decoder_of,
     known_parts,
     locked,
-    move_on,
+    moved_on,
+    part_of,
     restart_arguments,
     start_run,
-    step_to_resume,
     without_changed,
 )
 from milan.training.validation import Validation, ValidationPlan, check_labels
@@ -132,7 +135,8 @@ def pretrain(
             ExitStack() as until_end,
         ):
             context = Context(Path(config.out), own, ranks, progress, stop)
-            return _train(resolve_defaults(config, own, ranks), call, context, until_end)
+            with as_train_error(context.run, None):
+                return _train(resolve_defaults(config, own, ranks), call, context, until_end)
     except Stopped as stopped:
         figures = {"step": 0, "steps": 0, "finished": False, "stopped_by": stopped.by}
         return figures | {"run": config.out, "rank": given.rank if given else 0}
@@ -157,8 +161,10 @@ def _train(
     differs = deviations(
         config, recipe=load_recipe(PretrainConfig, config.recipe, "pretrain"), leave=_PLACES
     )
-    step = ranks.on_rank0(
-        lambda: step_to_resume(
+    # What this call does is decided under the lock: a call before it may have trained until now.
+    ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
+    start = ranks.on_rank0(
+        lambda: decide(
             run,
             config,
             settings.values(),
@@ -167,41 +173,46 @@ def _train(
             progress=progress,
         )
     )
-    if step is not None:
-        _lock(context, until_end)
-    order, cache = _order_and_store(config, step, context)
+    step = start.step or 0
+    order, cache, parts = _order_and_store(config, start, context)
     dataset = _open_dataset(settings, order, cache, context)
     _note_settings(settings, cache, differs, progress)
-    decoder = None if step is None else ranks.on_rank0(lambda: decoder_of(run))
-    student = student_of(settings, cache, decoder=decoder).to(context.device)
+    decoder = None if start.step is None else ranks.on_rank0(lambda: decoder_of(run))
+    student = student_of(settings, cache, decoder=decoder)
     progress.note(describe_student(config.model, student))
+    initial = {} if start.step is not None else initialise_from(config, student, progress)
+    student = student.to(context.device)
     micro_batch = micro_batch_of(config, student, context.device, ranks, progress)
-    if step is None:
-        _lock(context, until_end)
-        values, built = settings.values(micro_batch=micro_batch), student.decoder.arguments
-        ranks.on_rank0(lambda: start_run(run, cache, values, differs, decoder=built))
+    if start.step is None:
+        if start.why:
+            progress.note(f"begins anew: {run} ({start.why})")
+        values = settings.values(micro_batch=micro_batch)
+        kept = {"decoder": student.decoder.arguments} | initial
+        ranks.on_rank0(lambda: start_run(run, cache, values, differs, **kept))
     else:
         progress.note(f"resuming: {run} at step {step}")
-    order = without_changed(dataset, order, context, policy=config.on_changed, step=step or 0)
+        ranks.on_rank0(lambda: checkpoint.check_fits(run, step, student))
+        ranks.on_rank0(lambda: continue_run(run, start, parts, settings.values()))
+    order = without_changed(dataset, order, context, policy=config.on_changed, step=step)
     schedule = schedule_of(settings, order, micro_batch, ranks.size)
     _note_schedule(settings, schedule, order, micro_batch, context)
-    if ranks.is_rank0 and (step or 0) < schedule.steps:
-        trackers = open_trackers(config.report_to, run, step or 0)
-        context = replace(context, log=RunLog(run, step or 0, trackers))
+    if start.schedule:
+        progress.note(_describe_new_schedule(start, schedule))
+    context = replace(
+        context, open_log=lambda at: RunLog(run, at, open_trackers(config.report_to, run, at))
+    )
     with as_train_error(run, micro_batch):
         figures = _fit(
-            settings, schedule, context, student, dataset, resume_from=step,
+            settings, schedule, context, student, dataset, resume_from=start.step,
             stop_after=call.stop_after,
         )  # fmt: skip
         weights = checkpoint.whole_weights(student.encoder, ranks)
         if figures["step"]:
             ranks.on_rank0(lambda: _finish(settings, schedule, run, figures, cache, weights))
-        if context.log:
-            context.log.close()
-    if (step or 0) == schedule.steps:
+    if step == schedule.steps:
         progress.note(f"nothing is left to do: {run} is at step {step} of {schedule.steps}")
     if figures["step"]:
-        figures |= ranks.on_rank0(lambda: json.loads((run / METRICS).read_text()))
+        figures |= ranks.on_rank0(lambda: read_metrics(run))
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
@@ -264,38 +275,32 @@ def _fit(
 # --- the store of a run ---------------------------------------------------------------------------
 
 
-def _lock(context: Context, until_end: ExitStack) -> None:
-    """Lock the run's folder, from rank 0."""
-    context.ranks.on_rank0(
-        lambda: until_end.enter_context(locked(context.run, progress=context.progress))
-    )
-
-
 def _open(config: PretrainConfig, pinned: int | None = None) -> TargetCache:
     return TargetCache(config.cache, layer=config.layer, pinned=pinned)
 
 
 def _order_and_store(
-    config: PretrainConfig, step: int | None, context: Context
-) -> tuple[Stream, TargetCache]:
-    """The order of a run that begins, or is resumed at `step`, and the store as it knows it."""
+    config: PretrainConfig, start: Start, context: Context
+) -> tuple[Stream, TargetCache, list[dict[str, Any]]]:
+    """The order of a run that begins or is resumed, the store as it knows it, and its parts."""
     run, ranks = context.run, context.ranks
-    if step is None:
+    if start.step is None:
         # A store may grow at this moment: all ranks see what the first one saw.
         cache = _open(config, ranks.on_rank0(lambda: _open(config).pinned))
-        return run_order(config, cache), cache
+        return run_order(config, cache), cache, [part_of(0, cache)]
 
-    def known() -> tuple[GrownOrder, TargetCache]:
-        parts = known_parts(ranks.on_rank0(lambda: read_run(run)["stretches"]), config)
-        orders = ((epoch, run_order(config, cache)) for epoch, cache in parts)
-        return GrownOrder(tuple(orders)), parts[-1][1]
+    def known(parts: list[dict[str, Any]]) -> tuple[GrownOrder, TargetCache]:
+        caches = known_parts(parts, config)
+        orders = ((epoch, run_order(config, cache)) for epoch, cache in caches)
+        return GrownOrder(tuple(orders)), caches[-1][1]
 
-    order, cache = known()
+    parts = ranks.on_rank0(lambda: read_run(run)["stretches"])
+    order, cache = known(parts)
     if config.on_growth == "move":
-        epoch, within = order.position(step)
-        ranks.on_rank0(lambda: move_on(run, config, epoch + (within > 0)))
-        order, cache = known()
-    return order, cache
+        epoch, within = order.position(start.step)
+        parts = ranks.on_rank0(lambda: moved_on(parts, config, epoch + (within > 0)))
+        order, cache = known(parts)
+    return order, cache, parts
 
 
 def _open_dataset(
@@ -347,12 +352,11 @@ def _finish(
     save_encoder(run / ENCODER, weights, about)
     lines = read_log(run, figures["step"])
     write_curves(run, lines)
-    path = run / METRICS
-    if "images_per_second" not in figures and path.exists():  # nothing was left to do
-        before = json.loads(path.read_text())
-        figures = before if before["step"] == figures["step"] else figures
+    if "images_per_second" not in figures:  # nothing was left to do
+        before = read_metrics(run)
+        figures = before if before.get("step") == figures["step"] else figures
     kept = {name: value for name, value in figures.items() if name != "stopped_by"}
-    write_json(path, kept | last_metrics(lines))
+    write_json(run / METRICS, kept | last_metrics(lines))
 
 
 # --- what a run tells -----------------------------------------------------------------------------
@@ -410,6 +414,16 @@ def describe_student(name: str, student: Student) -> str:
     return (
         f"student: {name}, {encoder:,.3g} M weights; its decoder has {decoder:,.3g} M, "
         f"{shape['depth']} blocks of width {shape['embed_dim']}"
+    )
+
+
+def _describe_new_schedule(start: Start, schedule: Schedule) -> str:
+    """What a finished run gets that goes on with more epochs, in words."""
+    at = start.step or 0
+    return (
+        f"new schedule from step {at:,} of {schedule.steps:,} on: {', '.join(start.schedule)}; the "
+        f"learning rate is {schedule.learning_rate(at):.3g} there. What was trained so far had the "
+        "schedule of fewer epochs: --overwrite trains all epochs by the new one"
     )
 
 

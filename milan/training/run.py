@@ -6,6 +6,7 @@ What lies in the folder is drawn in milan.reporting.run_files.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import platform
 import shutil
@@ -13,7 +14,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from milan.config import PretrainConfig
-from milan.core.atomic import ensure_writable, lock_folder, write_json
+from milan.core.atomic import cannot_write, ensure_writable, lock_folder
 from milan.core.config_fields import identity_names
+from milan.core.paths import names_in
 from milan.core.progress import Progress
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import CachedDataset
@@ -30,6 +33,7 @@ from milan.data.order import Stream
 from milan.errors import CacheError, TrainError
 from milan.models.decoder import PUBLISHED
 from milan.models.export import ENCODER
+from milan.reporting.log import last_step
 from milan.reporting.run_files import (
     CURVES,
     LOG,
@@ -37,21 +41,37 @@ from milan.reporting.run_files import (
     RUN,
     SHEET,
     TENSORBOARD,
+    read_metrics,
     read_run,
     update_run,
+    write_run,
 )
 from milan.store.cache import TargetCache
 from milan.training import checkpoint
 from milan.training.loop import Context
 
 _LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+_SCHEDULE = ("epochs", "warmup_epochs", "lr", "min_lr")  # what a finished run may go on with anew
 
 
-def step_to_resume(
+@dataclass(frozen=True)
+class Start:
+    """How a call begins, as its folder was when the call had locked it."""
+
+    step: int | None = None
+    """Of the checkpoint to resume; None: the run begins anew."""
+    why: str = ""
+    """Why it begins anew although the folder has a log or checkpoints; empty if it has none."""
+    schedule: tuple[str, ...] = ()
+    """'field: the run's -> the new one' of a finished run that goes on with more epochs."""
+
+
+def decide(
     run: Path, config: PretrainConfig, values: dict[str, Any], *, resume: str, overwrite: bool,
     progress: Progress,
-) -> int | None:  # fmt: skip
-    """The step of the newest whole checkpoint to resume from; None: the run begins anew.
+) -> Start:  # fmt: skip
+    """Whether a run that is locked is resumed from its newest whole checkpoint, or begins anew.
 
     `values` are the settings with all defaults filled in. Writes nothing. Raises TrainError for a
     folder that holds another run, with the settings that differ, or files that `start_run` would
@@ -68,35 +88,60 @@ def step_to_resume(
             expected="an empty folder, or a run with its run.json and checkpoints",
             fix="--out another folder, or --overwrite to replace them",
         )
-    if not (saved and has_run and resume == "auto"):
-        return None
+    if resume == "never" or not (saved and has_run):
+        return Start(why=_why_anew(run, saved, "resume never" if resume == "never" else ""))
     try:
         differing = _differing(run, config, values)
     except TrainError:
         if not overwrite:
             raise
-        return None
-    if differing and not overwrite:
-        raise TrainError(
-            f"{run} holds a run of other settings ({', '.join(differing)})",
-            expected="the settings it was started with",
-            fix="--out another folder, or --overwrite (or --resume never) to start it anew",
-        )
-    return None if differing else checkpoint.newest(run, note=progress.note)
+        return Start(why=_why_anew(run, saved, "overwrite"))
+    if not differing:
+        return Start(checkpoint.newest(run, note=progress.note))
+    if overwrite:
+        return Start(why=_why_anew(run, saved, "overwrite"))
+    if differing.keys() <= {*_SCHEDULE} and _more_epochs(differing):
+        step = checkpoint.newest(run, note=progress.note)
+        if step is not None and step == _steps_of(run, step):
+            changes = [f"{name} {old} -> {new}" for name, (old, new) in differing.items()]
+            return Start(step, schedule=tuple(changes))
+    told = ", ".join(f"{name}: {old} != {new}" for name, (old, new) in differing.items())
+    raise TrainError(
+        f"{run} holds a run of other settings ({told})",
+        expected="the settings it was started with"
+        + ("; more --epochs once it has finished" if "epochs" in differing else ""),
+        fix="--out another folder, or --overwrite (or --resume never) to start it anew",
+    )
+
+
+def _why_anew(run: Path, saved: list[int], asked: str) -> str:
+    logged = last_step(run)
+    if not (logged or saved):
+        return ""
+    if saved and asked:
+        return f"--{asked} replaces the run of step {max(logged, saved[-1])}"
+    return f"its log speaks of step {logged}, and no checkpoint was written"
+
+
+def _more_epochs(differing: dict[str, tuple[Any, Any]]) -> bool:
+    old, new = differing.get("epochs", (0, 0))
+    return isinstance(old, int) and new > old
+
+
+def _steps_of(run: Path, step: int) -> int | None:
+    """How many steps the run has to which the whole checkpoint of `step` belongs."""
+    told = checkpoint.read_state(run, step).get("steps")  # a checkpoint of an older version: None
+    return told or read_metrics(run).get("steps")
 
 
 def start_run(
-    run: Path,
-    cache: TargetCache,
-    values: dict[str, Any],
-    differs: dict[str, tuple[Any, Any]],
-    *,
-    decoder: dict[str, Any],
-) -> None:
+    run: Path, cache: TargetCache, values: dict[str, Any], differs: dict[str, tuple[Any, Any]],
+    **more: Any,
+) -> None:  # fmt: skip
     """Make the folder, which is locked, that of a new run; results of an earlier one are removed.
 
-    `differs`: settings that deviate from the recipe, with (value, the recipe's). `decoder`: all
-    arguments of the decoder.
+    `differs`: settings that deviate from the recipe, with (value, the recipe's). `more` is kept in
+    run.json as it is.
     """
     for folder in (checkpoint.FOLDER, TENSORBOARD):
         shutil.rmtree(run / folder, ignore_errors=True)
@@ -106,34 +151,52 @@ def start_run(
         "id": uuid.uuid4().hex[:12],
         "identity": _identity(values, cache.digest),
         "config": values,
-        "decoder": decoder,
         "differs": {name: list(pair) for name, pair in differs.items()},
         "fingerprint": cache.spec.fingerprint(),
         "targets": _summary_of(cache),
-        "stretches": [_part(0, cache)],
+        "stretches": [part_of(0, cache)],
         "versions": {n: version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")},
         "command": sys.argv,
         "platform": platform.platform(),
     }
-    write_json(run / RUN, content)
+    write_run(run, content | more)
+
+
+def continue_run(
+    run: Path, start: Start, parts: list[dict[str, Any]], values: dict[str, Any]
+) -> None:
+    """Write down what changes from the step on at which a run is resumed: its store, its schedule.
+
+    Call it once the checkpoint is known to fit.
+    """
+    content = read_run(run)
+    changes: dict[str, Any] = {}
+    if parts != content["stretches"]:
+        changes["stretches"] = parts
+    if start.schedule:
+        schedule = {name: values[name] for name in _SCHEDULE}
+        changes["identity"] = content["identity"] | schedule
+        changes["config"] = content["config"] | schedule
+        before = {name: content["config"].get(name) for name in _SCHEDULE}
+        changes["schedules"] = [
+            *content.get("schedules", []), {"until_step": start.step, **before}
+        ]  # fmt: skip
+    if changes:
+        update_run(run, **changes)
 
 
 @contextmanager
 def locked(run: Path, *, progress: Progress) -> Iterator[None]:
-    """Make a run's folder and lock it: one call at a time trains there.
+    """Make a run's folder and lock it: one call at a time trains there, or decides what to do.
 
     Raises TrainError: it cannot be written, or another call has the lock. An earlier attempt of
-    the same run is given a moment to end.
+    the same run is given a moment to end. A folder that was made here and got no run is removed.
     """
-    try:
-        ensure_writable(run)
-    except OSError as error:
-        raise TrainError(
-            f"{run} cannot be written: {error.strerror}", fix="--out another folder"
-        ) from None
-    lock, until = None, time.monotonic() + _LOCK_SECONDS
+    lock, until, made = None, time.monotonic() + _LOCK_SECONDS, list[Path]()
     while lock is None:
         try:
+            made = made or [folder for folder in (run, *run.parents) if not folder.exists()]
+            ensure_writable(run)
             lock = lock_folder(run)
         except BlockingIOError as holder:
             if time.monotonic() > until:
@@ -144,11 +207,23 @@ def locked(run: Path, *, progress: Progress) -> Iterator[None]:
                 ) from None
             time.sleep(0.2)
         except OSError as error:
-            progress.note(f"not locked: {run} ({error.strerror}); start nothing else there")
-            break
+            if error.errno in _NO_LOCKS:
+                progress.note(f"not locked: {run} ({error.strerror}); start nothing else there")
+                break
+            if error.errno == errno.ENOENT and time.monotonic() < until:
+                continue  # another call made the folder, got no run, and removed it
+            found, fix = cannot_write(run, error) or (
+                f"{run} cannot be written: {error.strerror}", "--out another folder"
+            )  # fmt: skip
+            raise TrainError(found, fix=fix) from None
     try:
         yield
     finally:
+        if made and list(names_in(run)) == [".lock"]:
+            (run / ".lock").unlink()
+            with suppress(OSError):  # one that is used by others meanwhile
+                for folder in made:
+                    folder.rmdir()
         if lock:
             lock.close()
 
@@ -171,7 +246,7 @@ def _id(run: Path) -> str | None:
 
 def decoder_of(run: Path) -> dict[str, Any]:
     """All arguments of a run's decoder, which it keeps whatever the defaults are by now."""
-    about = read_run(run, "identity")
+    about = read_run(run)
     # Once every encoder had the published decoder, and the run did not say so.
     return about.get("decoder") or PUBLISHED | about["identity"]["decoder"]
 
@@ -200,16 +275,19 @@ def known_parts(
     return caches
 
 
-def move_on(run: Path, config: PretrainConfig, epoch: int) -> None:
-    """From `epoch` on the run reads all that its store holds now."""
-    newest, parts = TargetCache(config.cache, layer=config.layer), read_run(run)["stretches"]
-    if newest.digest != parts[-1]["cache"]:
-        # A part that was to begin then, or later, and never did, is replaced.
-        begun = [part for part in parts if part["epoch"] < epoch]
-        update_run(run, stretches=[*begun, _part(epoch, newest)])
+def moved_on(
+    parts: list[dict[str, Any]], config: PretrainConfig, epoch: int
+) -> list[dict[str, Any]]:
+    """The parts of a run that reads all that its store holds now, from `epoch` on."""
+    newest = TargetCache(config.cache, layer=config.layer)
+    if newest.digest == parts[-1]["cache"]:
+        return parts
+    # A part that was to begin then, or later, and never did, is replaced.
+    return [*(part for part in parts if part["epoch"] < epoch), part_of(epoch, newest)]
 
 
-def _part(epoch: int, cache: TargetCache) -> dict[str, Any]:
+def part_of(epoch: int, cache: TargetCache) -> dict[str, Any]:
+    """A part of a run, as run.json has it."""
     return {"epoch": epoch, "generations": cache.pinned, "cache": cache.digest}
 
 
@@ -233,9 +311,11 @@ def _summary_of(cache: TargetCache) -> dict[str, Any]:
     }
 
 
-def _differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> list[str]:
-    """'field: the run's != the one now' for each that differs."""
-    content = read_run(run, "identity", "stretches", "targets")
+def _differing(
+    run: Path, config: PretrainConfig, values: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """field -> (the run's, the one now) for each that differs."""
+    content = read_run(run)
     pinned = content["stretches"][0]["generations"]
     try:
         cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
@@ -244,7 +324,7 @@ def _differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> lis
     before, now = content["identity"], _identity(values, cache.digest)
     if before["cache"] != now["cache"]:
         before, now = before | content["targets"], now | _summary_of(cache)
-    return [f"{k}: {before.get(k)} != {now[k]}" for k in now if before.get(k) != now[k]]
+    return {k: (before.get(k), now[k]) for k in now if before.get(k) != now[k]}
 
 
 # --- images that changed since extraction ---------------------------------------------------------

@@ -14,6 +14,7 @@ from milan.core.paths import as_path
 from milan.core.progress import ForwardedProgress, NoProgress, Progress
 from milan.core.signals import Stop
 from milan.errors import ConfigError
+from milan.training.initial import check_absolute
 from milan.training.pretrain import pretrain
 from milan.training.run import restart_arguments
 from pipeline.cluster.connect import RemoteClass
@@ -39,6 +40,7 @@ def pretrain_on_cluster(
             f"num_nodes {config.num_nodes} without a cluster",
             expected="a Ray cluster's --address or $RAY_ADDRESS; torchrun and srun need neither",
         )
+    check_absolute(config.init)
     one_rank = replace(
         config,
         cache=_absolute(config.cache),

@@ -23,12 +23,12 @@ from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import Codec
-from milan.store.format import TEXT, TEXT_IDS, record_name
+from milan.store.format import TEXT, TEXT_IDS
 from pipeline.extraction.growth import Part
 from pipeline.extraction.hardware import Workers
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
-from pipeline.writing.disk import as_full_disk_error
+from pipeline.writing.disk import as_store_error
 from pipeline.writing.shards import stage_shard
 
 
@@ -166,7 +166,7 @@ class Extractor:
         rejected, pictures = computed.rejected, computed.pictures[v]
         views = {name: values[v] for name, values in computed.arrays.items()}
         texts = self._texts(start, stop) if v == 0 else {}
-        with as_full_disk_error(f"staging shard {record_name(block, v)[:-5]}"):
+        with as_store_error(folder):
             files = stage_shard(as_path(folder), self.spec, block, v, views | texts, pictures)
         sums = {name: _row_checksums(values, rejected, start) for name, values in views.items()}
         if texts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from milan.errors import CacheError
+
 DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
 DEFAULT_PRETRAINED: Final = "openai"
 
@@ -33,3 +35,15 @@ class TeacherSpec:
         """This teacher, run as for a store: `auto` is the precision there, on whichever device."""
         precision = identity["precision"] if self.precision == "auto" else self.precision
         return replace(self, precision=precision, texts=texts)
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> TeacherSpec:
+        """The one that a store's origin.json has. Raises CacheError if it has other fields."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CacheError(
+                f"the teacher in the store's origin.json is not one: {error}",
+                expected="name, pretrained, norm, img_size, precision, offline, texts",
+                fix="--teacher NAME --pretrained TAG",
+            ) from None

@@ -5,7 +5,6 @@ Implements Location and Backend of pipeline.writing.backend, where each method i
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan.core.atomic import lock_folder, sync_folder
+from milan.core.atomic import cannot_write, lock_folder, sync_folder
 from milan.core.paths import AnyPath
 from milan.errors import CacheError
 from milan.store.format import GENERATION, GENERATIONS, LOG
@@ -193,14 +192,16 @@ def write_whole(path: Path, data: bytes, *, temporary_folder: Path) -> None:
 
 
 @contextmanager
-def as_full_disk_error(doing: str) -> Iterator[None]:
-    """Raise CacheError for a full disk: what is committed stays, and the next run continues."""
+def as_store_error(folder: str | AnyPath) -> Iterator[None]:
+    """Raise CacheError where `folder` cannot be written: what is committed stays.
+
+    Any other OSError stays what it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        told = cannot_write(Path(str(folder)), error)
+        if told is None:
             raise
-        raise CacheError(
-            f"no space left while {doing}",
-            fix="free some space and run the same line again: nothing is lost",
-        ) from None
+        expected = "a disk that takes the store; what is committed stays"
+        raise CacheError(told[0], expected=expected, fix=told[1]) from None

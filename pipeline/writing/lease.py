@@ -128,11 +128,13 @@ def _expired(text: bytes, info: ObjectInfo) -> bool:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
+    """What a lock says; one that is damaged is no lock, and has expired."""
     try:
         lock = json.loads(text)
     except ValueError:
         lock = None
-    return lock if isinstance(lock, dict) else {}
+    whole = isinstance(lock, dict) and isinstance(lock.get("seconds"), int | float)
+    return lock if whole else {}
 
 
 def _now() -> float:

@@ -46,6 +46,8 @@ class ShardTable:
     def add(self, record: dict[str, Any], data: bytes) -> None:
         """Add the record of a shard that exists; `data` is the content of the record's file."""
         shard = record["block"] * self.spec.views + record["view"]
+        for row in range(*record["rows"]):  # of a record that this one replaces
+            self.reasons.pop(row, None)
         size = {file["path"].split("/")[0]: file["bytes"] for file in record["files"]}
         self.records[shard] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
         self.sizes[shard] = [size.get(name, -1) for name in self.names]
@@ -56,6 +58,8 @@ class ShardTable:
     def forget(self, block: int, view: int) -> None:
         """Mark a shard as one to be written again."""
         self.known[block * self.spec.views + view] = False
+        for row in range(*self.spec.block_rows(block)):
+            self.reasons.pop(row, None)
 
     def missing(self) -> np.ndarray:
         """[blocks, K] bool, True = not known to exist."""
@@ -91,11 +95,35 @@ class ShardTable:
                     continue
             try:
                 record = json.loads(data)
-                if (record["block"], record["view"]) == (block, view):
-                    self.add(record, data)
-                    self.known[shard] = self._whole(size_of, shard)
-            except (ValueError, KeyError, TypeError, AttributeError):
+                self._check(record, block, view)
+            except (ValueError, LookupError, TypeError, AttributeError):
                 continue  # damaged: the shard is written again
+            self.add(record, data)
+            if not self._whole(size_of, shard):
+                self.forget(block, view)
+
+    def _check(self, record: dict[str, Any], block: int, view: int) -> None:
+        """Raises an error of some kind unless a record has all its parts, of this shard."""
+        first, last = self.spec.block_rows(block)
+        paths = self.spec.files(block, view)
+        bad = [int(row) for row, reason in record["bad"].items() if isinstance(reason, str)]
+        per_row = [record[name] for name in ("digests", "heights", "widths", "pixels")]
+        per_row += record["crc32c"].values()
+        per_row += [record["ends"]] if self.spec.stored_views != "none" else []
+        names = {file["path"] for file in record["files"]}
+        whole = (
+            (record["block"], record["view"], record["rows"]) == (block, view, [first, last])
+            and len(bad) == len(record["bad"])
+            and all(first <= row < last for row in bad)
+            and record["crc32c"].keys() >= self.spec.view_arrays().keys()
+            and all(isinstance(values, list) and len(values) == last - first for values in per_row)
+            and all(file["bytes"] >= 0 and len(file["sha256"]) == 64 for file in record["files"])
+            and names <= {*paths.values()}
+            # A shard without one good image has no files; one without a text has none of texts.
+            and (len(bad) == last - first or paths["features"] in names)
+        )
+        if not whole:
+            raise ValueError("a part is missing")
 
     def _whole(self, size_of: Callable[[str], int | None], shard: int) -> bool:
         """Whether the files of a shard have the sizes of its record."""

@@ -105,24 +105,29 @@ class Store:
 
     def publish(self, entry: Entry) -> None:
         """List a finished generation in the index; a repaired one replaces its earlier entry."""
-        before, index = self.backend.read(INDEX), self._index()
+        index = self._read_index()
         entries = list(index.generations)
         position = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
         entries[position : position + 1] = [entry]
-        self._replace_index(before, replace(index, generations=tuple(entries)))
+        self._replace_index(index, replace(index, generations=tuple(entries)))
 
     def drop(self, dropped: dict[str, list[int]]) -> None:
         """List rows whose images are gone (Index.dropped), if the store is finished."""
-        before, index = self.backend.read(INDEX), self._index()
+        index = self._read_index()
         if index.generations:
-            self._replace_index(before, replace(index, dropped={**index.dropped, **dropped}))
+            self._replace_index(index, replace(index, dropped={**index.dropped, **dropped}))
 
     def _index(self) -> Index:
         return Index.read(self.path) if (self.path / INDEX).exists() else Index(())
 
-    def _replace_index(self, before: bytes | None, index: Index) -> None:
-        if before != (data := index.to_bytes()):
-            self.backend.write(INDEX, data)
+    def _read_index(self) -> Index:
+        """The index, so that `write` replaces this one alone."""
+        self.backend.read(INDEX)
+        return self._index()
+
+    def _replace_index(self, before: Index, index: Index) -> None:
+        if before != index:
+            self.backend.write(INDEX, index.to_bytes())
 
     def report_bad(self, bad: dict[int, str], manifest: Manifest) -> AnyPath | None:
         """Write the list of rejected files, row by reason, beside the index as CSV.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,7 +19,9 @@ from milan.core.config_fields import is_auto
 from milan.core.config_resolver import deviations, from_call, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
 from milan.evaluation.protocols import EvaluationConfig
+from milan.reporting.contact_sheet import contact_sheet
 from pipeline.config import ExtractConfig
+from pipeline.verify import Audit
 
 
 @pytest.fixture
@@ -436,3 +439,26 @@ def test_settings_outside_of_a_section(key: str, params: Any) -> None:
     with pytest.raises(ConfigError, match=f"has {key} outside of any section") as error:
         pretraining(params=params(f"{key}: 3"))
     assert "under pretrain:" in error.value.expected
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**64, 10**400])
+def test_a_seed_has_64_bits(seed: int) -> None:
+    """Wherever one is taken, a larger one is refused: cut to 64 bits it would be another's."""
+    takes: list[Callable[[int], Any]] = [
+        lambda seed: PretrainConfig(seed=seed).check(),
+        lambda seed: ExtractConfig("data", seed=seed).check(),
+        lambda seed: EvaluationConfig(seed=seed).check(),
+        lambda seed: Audit(1, seed),
+        lambda seed: contact_sheet("none.zarr", out="sheet.png", seed=seed),
+    ]
+    for take in takes:
+        with pytest.raises(ConfigError, match=f"^seed {seed}; expected: at least -{2**63}, at"):
+            take(seed)
+
+
+def test_whole_numbers_keep_all_their_digits(params: Any) -> None:
+    """As text they must not pass through a float, which has 53 bits."""
+    seed = 2**63 - 1
+    assert pretraining(params=params(f"pretrain: {{seed: '{seed}'}}")).seed == seed
+    assert pretraining([f"seed={seed}"]).seed == seed
+    assert pretraining(params=params("pretrain: {epochs: '1e2'}")).epochs == 100

@@ -24,6 +24,7 @@ from helpers import (
     SMALL,
     STUDENT,
     TEACHER,
+    At,
     Forked,
     Notes,
     log_of,
@@ -52,18 +53,6 @@ from pipeline.extract import extract_targets
 
 RUN: dict[str, Any] = {**SMALL, "micro_batch": 2, "log_every": 1, "save_every": 2}
 """21 steps of four micro-batches, so that little is read ahead."""
-
-
-class At(Notes):
-    """A watcher that does something once so many steps are done."""
-
-    def __init__(self, step: int, act: Callable[[], None]) -> None:
-        super().__init__()
-        self.step, self.act = step, act
-
-    def advance(self, done: int, figures: str = "") -> None:
-        if done == self.step:
-            self.act()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SMALL, Notes, log_of, make_photos, weights
+from helpers import SMALL, Notes, log_of, make_photos, rows_seen, weights
 
 import milan
 from milan.data.order import GrownOrder, draw_validation_rows, order_of
 from milan.errors import CacheError
-from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
@@ -63,15 +62,7 @@ def test_a_run_moves_on_at_the_next_epoch(
     grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Epoch 1 ends as it began; from epoch 2 all images are seen; resumed, it is the same run."""
-    seen: list[int] = []
-    predict = Objective.predict
-
-    def watched(objective: Any, student: Any, batch: Any) -> Any:
-        if student.training:
-            seen.extend(batch.rows.tolist())
-        return predict(objective, student, batch)
-
-    monkeypatch.setattr(Objective, "predict", watched)
+    seen, _ = rows_seen(monkeypatch)
     run = tmp_path / "run"
     pretrain(grown, run, "small", stop_after=7)
     pretrain(grown, run, "large", on_growth="move", stop_after=5)

@@ -408,8 +408,8 @@ def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
         ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "linear_probe.json",
         "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
     ]  # fmt: skip
-    steps = [p.name for p in (folder / "runs/pretrain/checkpoints").iterdir()]
-    assert steps == ["step-00000006"]
+    steps = sorted(p.name for p in (folder / "runs/pretrain/checkpoints").iterdir())
+    assert steps == ["step-00000003", "step-00000006"]
     assert [p.name for p in (folder / "runs/random").iterdir()] == ["linear_probe.json"]
 
 

@@ -24,6 +24,7 @@ from milan.data.order import order_of
 from milan.data.prefetch import Prefetcher
 from milan.data.sampler import StepSampler
 from milan.errors import CacheError, ConfigError
+from milan.store import local_cache as local_cache_module
 from milan.store.cache import TargetCache
 from milan.store.generation import Generation
 from milan.store.local_cache import LocalCopies
@@ -390,3 +391,32 @@ def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:
         assert not generation.fetch(1, 0, protected=[])
         assert part.exists()
     assert generation.fetch(1, 0, protected=[])
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_copy_that_is_completed_meanwhile_is_kept(
+    when: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes room sees a part, and its owner completes it before it can be locked: it is
+    no leftover, and the files of a shard that is here stay."""
+    cache = local_cache(store, tmp_path)
+    generation = cache.generations[0]
+    assert generation.local is not None
+    generation.fetch(0, 0)
+    marker = generation.local.marker(0, 0)
+    part = marker.with_name(marker.name + ".part")
+    os.rename(marker, part)
+
+    def completed(opened: Any, how: int = 0) -> None:
+        if part.exists():
+            os.rename(part, marker)
+
+    if when == "before it is opened":
+        completed(None)
+    else:
+        monkeypatch.setattr(local_cache_module.fcntl, "flock", completed)
+    assert not local_cache_module._abandoned(part)
+    monkeypatch.undo()
+    assert not part.exists()
+    assert marker.exists()
+    assert same(cache, TargetCache(store), ROWS[:8], VIEWS[:8] * 0)

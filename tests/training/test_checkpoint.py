@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import published
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_weight_decay
 
@@ -75,8 +76,9 @@ def trained() -> Trained:
 
 
 def save(run: Path, step: int, trained: Trained, *, keep: int = 9) -> Path:
+    run.mkdir(exist_ok=True)
     model, optimiser = trained
-    state = {"scaler": {"scale": 65536.0}}
+    state = {"scaler": {"scale": 65536.0}, "losses": [1.5, 2]}
     return checkpoint.save(
         run, step=step, model=model, optimiser=optimiser, state=state, keep=keep, ranks=Ranks()
     )
@@ -340,24 +342,6 @@ def test_encoders_of_others_are_refused(tmp_path: Path) -> None:
 # --- published checkpoints ------------------------------------------------------------------------
 
 HEADS = {"num_heads": 2, "decoder_num_heads": 2}
-
-
-def published(model: Student) -> dict[str, torch.Tensor]:
-    """A student's weights under the published names."""
-    names = {
-        "decoder.mask_token": "mask_token",
-        "decoder.pos_embed": "decoder_pos_embed",
-        "decoder.embed.": "decoder_embed.",
-        "decoder.blocks.": "decoder_blocks.",
-        "decoder.norm.": "decoder_norm.",
-        "decoder.pred.": "decoder_pred.",
-        "encoder.": "",
-    }
-    found = {}
-    for name, tensor in model.state_dict().items():
-        ours = next(ours for ours in names if name.startswith(ours))
-        found[names[ours] + name[len(ours) :]] = tensor
-    return found
 
 
 @pytest.mark.parametrize("kind", ["dict", "arrays", "pth", "bare pth", "safetensors"])

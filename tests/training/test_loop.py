@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.reporting.log import RunLog, read_log
+from milan.training import checkpoint, loop
 from milan.training.loop import Context, fit
 from milan.training.optim import EqualEpochs, Schedule, adamw
 
@@ -49,11 +50,11 @@ class Classifier:
         return {"top1": float((self.network(points).argmax(1) == labels).float().mean())}, {}
 
 
-def schedule(epochs: int) -> Schedule:
+def schedule(epochs: int, save_every: int | None = 3) -> Schedule:
     """Five steps an epoch."""
     return Schedule(
         data=EqualEpochs(STEPS, BATCH), epochs=epochs, accumulate=1, lr=0.1, warmup_epochs=1,
-        min_lr=0, precision="fp32", save_every=3, save_minutes=15, keep=2, log_every=2,
+        min_lr=0, precision="fp32", save_every=save_every, save_minutes=None, keep=2, log_every=2,
     )  # fmt: skip
 
 
@@ -66,15 +67,18 @@ def batches_from(step: int) -> Iterator[Any]:
             yield batch_of(10_000 + step)
 
 
-def train(run: Path, *, epochs: int = 4, resume_from: int | None = None, **more: Any) -> Any:
+def train(
+    run: Path, *, epochs: int = 4, resume_from: int | None = None, save_every: int | None = 3,
+    **more: Any,
+) -> Any:  # fmt: skip
     run.mkdir(exist_ok=True)
     task = Classifier()
-    log = RunLog(run, resume_from or 0, [])
     figures = fit(
-        task, adamw(task.model, CPU, weight_decay=0.0, beta2=0.95), schedule(epochs),
-        Context(run, CPU, log=log), batches_from=batches_from, resume_from=resume_from, **more,
+        task, adamw(task.model, CPU, weight_decay=0.0, beta2=0.95),
+        schedule(epochs, save_every),
+        Context(run, CPU, open_log=lambda step: RunLog(run, step, [])), batches_from=batches_from,
+        resume_from=resume_from, **more,
     )  # fmt: skip
-    log.close()
     return task, figures
 
 
@@ -101,3 +105,53 @@ def test_resumed_it_is_the_same(tmp_path: Path, stop: int) -> None:
         [line["loss"] for line in read_log(tmp_path / name, 20)] for name in ("whole", "parts")
     ]
     assert losses[1][-1] == losses[0][-1]
+
+
+class Clock:
+    """Seconds that pass with each step and each checkpoint."""
+
+    def __init__(self, step: float, save: float) -> None:
+        self.now, self.step, self.save = 1000.0, step, save
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.mark.parametrize(
+    ("step", "save", "expected"),
+    [
+        (0.1, 0.0, [5, 20]),  # the first epoch's end, then none in two minutes
+        (30.0, 0.0, [5, 10, 15, 20]),  # epochs of 150 s
+        (13.0, 0.0, [5, 15, 20]),  # epochs of 65 s: every other
+        (30.0, 2.0, [5, 15, 20]),  # saving took 2 s: 200 s have to pass
+        (400.0, 0.0, [3, 5, 8, 10, 13, 15, 18, 20]),  # every 15 minutes besides
+        (400.0, 15.0, [3, 7, 11, 15, 19, 20]),  # but not before 25
+    ],
+)
+def test_when_checkpoints_are_written(
+    step: float, save: float, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At an epoch's end unless one is young; else after 15 minutes; at most 1 % of the time."""
+    clock, steps, write = Clock(step, save), list[int](), checkpoint.save
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        steps.append(more["step"])
+        clock.now += clock.save
+        return write(*arguments, **more)
+
+    taken = loop._Loop.step
+
+    def slow(self: Any, number: int) -> None:
+        clock.now += clock.step
+        taken(self, number)
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(checkpoint, "save", noted)
+    monkeypatch.setattr(loop._Loop, "step", slow)
+    _, figures = train(tmp_path, save_every=None)
+    assert steps == expected
+    assert figures["checkpoint_share"] == pytest.approx(
+        len(steps) * save / (20 * step + len(steps) * save), abs=1e-4
+    )

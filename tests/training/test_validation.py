@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, Notes, log_of, make_photos, pretrain_line, tree, weights
+from helpers import SMALL, Notes, log_of, make_photos, pretrain_line, rows_seen, tree, weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -34,7 +34,6 @@ from milan.data.order import draw_validation_rows, order_of
 from milan.errors import ConfigError
 from milan.evaluation.knn import nearest_neighbours
 from milan.models.masking import importance_mask
-from milan.objectives.base import Objective
 from milan.objectives.pixels import patchify, pixel_regression, unpatchify_prediction
 from milan.reporting import panels, trackers
 from milan.reporting.panels import SheetInputs
@@ -80,14 +79,7 @@ def test_held_out_rows_are_judged_and_never_trained_on(
     store: Path, cache: TargetCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the student is shown in training, and after every epoch, is told apart by its mode."""
-    trained, judged = [], []
-    predict = Objective.predict
-
-    def noted(objective: Any, student: Any, batch: Any) -> Any:
-        (trained if student.training else judged).extend(batch.rows.tolist())
-        return predict(objective, student, batch)
-
-    monkeypatch.setattr(Objective, "predict", noted)
+    trained, judged = rows_seen(monkeypatch)
     notes = Notes()
     run = {**WATCHED, "epochs": 3, "probe_every": None, "picture_every": 99}
     milan.pretrain(str(store), out=str(tmp_path), progress=notes, **run)
