@@ -63,6 +63,8 @@ class Manifest:
         """The name of each image. Older stores left out the name of a Parquet file that was alone:
         here it is always in front.
         """
+        if self.table["group"].null_count == len(self):
+            return self.table["key"].to_pylist()
         rows = self.table.select(["key", "path", "group"]).to_pydict().values()
         return [
             key if group is None or key.startswith(f"{path}/") else f"{path}/{key}"

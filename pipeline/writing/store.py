@@ -74,10 +74,26 @@ class Store:
         if (root / "zarr.json").exists():
             existing, _ = read_group(root)
             if existing.fingerprint() != spec.fingerprint():
-                raise settings_differ(self.path, existing, spec)
+                raise self._begun_differently(name, existing, spec)
         else:
             self._create(name, spec, *initial())
         return Writer(self, name, spec)
+
+    def _begun_differently(self, name: str, existing: CacheSpec, spec: CacheSpec) -> CacheError:
+        """The error for a generation that was begun, not finished, and now is to be another."""
+        whole, images = self._index().generations, replace(
+            spec, manifest=existing.manifest, rows=existing.rows
+        )  # fmt: skip
+        if not whole and existing.fingerprint() != images.fingerprint():
+            return settings_differ(self.path, existing, spec)
+        delete = f"delete {self.path / name if whole else self.path}"
+        return CacheError(
+            f"{self.path / name} was begun with other images or settings and is not finished "
+            f"({'; '.join(existing.differences(spec))})",
+            expected=f"the same line over the same {existing.rows:,} images; then a store can grow",
+            fix=f"that line, or --out another.zarr, or {delete}: only what is finished of it is "
+            "lost" + (f", the rest of {self.path} stays" if whole else ""),
+        )
 
     def _create(
         self,

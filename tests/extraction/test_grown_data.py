@@ -122,6 +122,8 @@ def test_a_class_that_sorts_first(tmp_path: Path, grow: Callable[..., dict]) -> 
     assert (plain.manifest.classes, other.manifest.classes) == (
         ["cat", "dog", "ant"], ["cat", "dog", "ant", "bee"]
     )  # fmt: skip
+    tables = [g.manifest().classes or [] for g in (*plain.generations, *other.generations)]
+    assert all(table == ["cat", "dog", "ant", "bee"][: len(table)] for table in tables)
     assert [open_cache(store)[i]["label"] for i in range(3)] == plain.manifest.labels().tolist()
 
 
@@ -311,6 +313,29 @@ def test_views_of_an_image_that_changed(tmp_path: Path, grow: Callable[..., dict
     assert TargetCache(store).good_rows().tolist() == [0, 1, 3, 4, 5]
     path.write_bytes(kept)
     assert len(open_cache(store)[9]["image"]) == 3
+
+
+def test_data_that_changed_before_the_end(
+    tmp_path: Path, grow: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun with other images is not mixed with these, nor is a whole store given up."""
+    data, store = make_photos(tmp_path / "data", count=6), tmp_path / "t.zarr"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for whole in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr("pipeline.extraction.run.write_shards", killed)
+            with pytest.raises(KeyboardInterrupt):
+                grow(data)
+        (data / "class 0/more.jpg").write_bytes(next(data.rglob("*.jpg")).read_bytes())
+        with pytest.raises(CacheError, match=r"was begun with other images .*is not fin") as error:
+            grow(data)
+        assert error.value.fix.endswith("stays") == whole
+        (data / "class 0/more.jpg").unlink()
+        grow(data)
+        shutil.copy(data / keys(store)[0], data / "class 1/new.jpg")
 
 
 # --- deleted photographs --------------------------------------------------------------------------
