@@ -50,6 +50,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: ZipFile) -> None:
     }
     recipes = {f"milan/recipes/{path.name}" for path in (ROOT / "milan/recipes").iterdir()}
     assert held == ours | recipes | {"milan/py.typed"}
+    # Installed, they would hide a program's own folder called so.
+    assert not held & {"pipeline/__init__.py", "stages/__init__.py"}
     for module in held:
         if module.endswith(".py"):
             assert wheel.read(module) == (ROOT / module).read_bytes()

@@ -144,12 +144,16 @@ def test_a_notebook(widgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- packages of the user's own -------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A program's folder with packages called as ours are; ours are not imported yet."""
+@pytest.fixture(params=["packages", "folders"])
+def own_packages(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A program with packages called as ours are, or folders; ours are not imported yet."""
     for name in ("pipeline", "stages"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
+        if request.param == "packages":
+            (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "config.py").write_text("raise AssertionError('of the program')\n")
         (tmp_path / name / "own.py").write_text(f"NAME = 'my own {name}'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -230,7 +234,7 @@ def test_an_item_is_what_the_teacher_saw_and_said(store: Path, cache: TargetCach
         np.testing.assert_array_equal(item["features"], decoded[0])
         np.testing.assert_array_equal(item["attention"], targets.attention[0])
         crop = View.of(cache.crops(np.array([row]), np.array([view]))[0])
-        pixels = render(decode((views.root / key).read_bytes()), crop, size=32)
+        pixels = render(decode((views.roots[0][1] / key).read_bytes()), crop, size=32)
         np.testing.assert_array_equal(item["image"].permute(1, 2, 0), pixels)
 
 

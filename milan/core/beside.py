@@ -1,8 +1,9 @@
 """The packages that are installed beside `milan`, `pipeline` and `stages`, told from another's.
 
-Their names are common words. A program may have a package of its own called so, in its folder,
-which Python searches first. Both can be used in one process: within `ours` the names mean the
-packages in the folder that milan itself is in, outside what they mean to the program.
+Their names are common words. A program may have a package or a folder of its own called so, which
+Python searches first. Both can be used in one process: within `ours` the names mean the packages in
+the folder that milan itself is in, outside what they mean to the program. For the same reason
+neither has an `__init__.py`: an installed one would hide a program's folder that has none.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
-
-from milan.errors import ConfigError
 
 _HERE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("pipeline", "stages")
@@ -47,15 +46,13 @@ def _take(package: str) -> dict[str, ModuleType]:
 
 
 def _is_ours(found: object) -> bool:
-    """Whether a package, or its spec, is of the folder that milan is in."""
-    places = getattr(found, "submodule_search_locations", getattr(found, "__path__", None))
-    return any(Path(place).resolve().parent == _HERE for place in [*(places or [])][:1])
+    """Whether a package, or its spec, is looked for first in the folder that milan is in."""
+    places = getattr(found, "submodule_search_locations", None) or getattr(found, "__path__", [])
+    return any(Path(place).resolve().parent == _HERE for place in list(places)[:1])
 
 
 def _load(package: str) -> ModuleType:
-    spec = PathFinder.find_spec(package, [str(_HERE)])
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"no package {package} in {_HERE}", fix="install milan-pretrain again")
-    module = sys.modules[package] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The package with our folder alone: Python itself would join all folders called so."""
+    spec = ModuleSpec(package, None, is_package=True)
+    spec.submodule_search_locations = [str(_HERE / package)]
+    return module_from_spec(spec)

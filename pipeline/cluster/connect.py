@@ -127,10 +127,10 @@ def _host_class() -> type:
             import pickle
             import sys
 
-            # A worker's path begins with the driver's folder, which may have other packages called
-            # `pipeline`, `stages` or `milan`: put ours first, and forget what came from elsewhere.
-            # On another node `root` may not exist; there the installed package is used, once the
-            # driver's folder is out of the way.
+            # A worker's path begins with the driver's folder, which may have another package called
+            # `milan`: put ours first, and forget what came from elsewhere. On another node `root`
+            # may not exist; there the installed package is used, once the driver's folder is out of
+            # the way. For `pipeline` and `stages` milan.core.beside sees to that.
             installed = os.path.isdir(os.path.join(root, "pipeline"))
             here = os.path.realpath(os.getcwd())
             sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != here]
@@ -139,6 +139,10 @@ def _host_class() -> type:
             for loaded in list(sys.modules):
                 if loaded.split(".")[0] in ("milan", "pipeline", "stages"):
                     del sys.modules[loaded]
+            from milan.core.beside import ours
+
+            self.ours = ours()  # for as long as the actor lives
+            self.ours.__enter__()
             start = getattr(importlib.import_module(module), name)
             from milan.errors import MilanError
 

@@ -1,1 +1,0 @@
-"""The extraction job: images and a teacher become a target cache."""

@@ -1,1 +1,0 @@
-"""The commands of milan, one module per stage."""
