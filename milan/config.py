@@ -146,7 +146,11 @@ class PretrainConfig:
         if "://" in self.out:
             raise ConfigError(f"out {self.out}", expected="a folder: runs are kept on a disk")
         if (self.local is None) != (self.cache_limit is None):
-            raise ConfigError("one of local and cache_limit", expected="both, or neither")
+            raise ConfigError(
+                "one of local and cache_limit",
+                expected="both, or neither",
+                fix="--local FOLDER --cache-limit 200GB",
+            )
         if self.cache_limit is not None:
             parse_bytes(self.cache_limit)
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:

@@ -76,7 +76,11 @@ class ImageFault(Exception):
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """The names most like `name`, as a phrase for an error's `fix`; empty if none is near."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    part = name.lower()
+    close = [k for k in known if len(part) > 2 and part in k.lower()]  # dinov2, vit_base
+    close = sorted(close, key=lambda k: (not k.lower().startswith(part), len(k)))[:count]
+    if not close:
+        close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if not close:
         lowered = {k.lower(): k for k in known}
         close = [

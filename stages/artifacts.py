@@ -10,7 +10,7 @@ import typer
 def visualise(
     cache: Annotated[str, typer.Argument(help="A finished store.")],
     out: Annotated[str, typer.Option(help="The picture (PNG).")] = "sheet.png",
-    images: Annotated[int, typer.Option(help="How many images.")] = 8,
+    images: Annotated[int, typer.Option(help="How many images.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of images and of the masks.")] = 0,
     data_root: Annotated[
         str | None, typer.Option(help="Where the images lie, if not where the store says.")
@@ -61,7 +61,7 @@ def inspect(cache: Cache) -> None:
 def verify(
     cache: Cache,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte.")] = False,
-    audit: Annotated[int, typer.Option(help="Recompute so many views and compare.")] = 0,
+    audit: Annotated[int, typer.Option(help="Recompute so many views and compare.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of the audit's choice.")] = 0,
     data_root: DataRoot = None,
     teacher: Teacher = None,

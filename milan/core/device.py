@@ -32,7 +32,7 @@ def pick_device(name: str = "auto") -> torch.device:
         if device.type != "cuda":
             return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]
         raise ConfigError(f"--device {name}: {first}", fix=fix) from None
     # Without a tensor: a process that only starts ranks needs no memory on a GPU.
     if not torch.cuda.is_available():

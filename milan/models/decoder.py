@@ -6,6 +6,7 @@ where the encoder has none), E encoder width, D decoder width, C target width.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Final
 
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
             raise ConfigError(
                 f"decoder width {embed_dim} with {num_heads} heads",
                 expected="a width that the heads divide",
-                fix="--set decoder.num_heads=…",
+                fix=f"--set decoder.num_heads={math.gcd(embed_dim, num_heads)}",
             )
         self.kind, self.class_token = kind, class_token
         self.arguments = {

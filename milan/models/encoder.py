@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from milan.errors import ConfigError, nearest
 
+_DEFAULT = "vit_base_patch16_224"
+VIT_MODULES = ("vision_transformer", "deit")
+"""Modules of timm whose models may be plain ViTs."""
 _UNPOOLED = "--set model.global_pool=avg"
 
 
@@ -59,11 +62,10 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     `args` override its arguments (patch_size, embed_dim, depth, num_heads, ...). Raises
     ConfigError: unknown name or argument (the nearest are named), or a ViT of another kind.
     """
-    known = timm.list_models("*vit*")
     if not timm.is_model(name):
-        raise ConfigError(
-            f"unknown model {name!r}", expected="a ViT of timm", fix=nearest(name, known)
-        )
+        raise unknown_vit(f"unknown model {name!r}", name)
+    if _module_of(name) not in VIT_MODULES:
+        raise unknown_vit(f"model {name} is no ViT", name)
     args = dict(args or {})
     allowed = set(inspect.signature(VisionTransformer).parameters)
     for key in args:
@@ -76,7 +78,7 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
             f"model {name} cannot be built with {args}: {e}",
             expected="a plain ViT of timm, and arguments that it takes",
         ) from None
-    why, fix = "", "--model vit_base_patch16_224"
+    why, fix = "", f"--model {_DEFAULT}"
     if not isinstance(vit, VisionTransformer):
         why = f"is a {type(vit).__name__}"
     elif hasattr(vit, "dist_token"):
@@ -88,7 +90,9 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     elif vit.patch_embed.grid_size[0] != vit.patch_embed.grid_size[1]:
         why = "has a grid that is not square"
     elif vit.patch_embed.num_patches * vit.patch_embed.patch_size[0] ** 2 != img_size**2:
-        why = f"has patches of {vit.patch_embed.patch_size[0]} pixels, which do not tile {img_size}"
+        patch = vit.patch_embed.patch_size[0]
+        why = f"has patches of {patch} pixels, which do not tile {img_size}"
+        fix = f"--set model.patch_size={_tiling(img_size, patch)}"
     elif vit.pos_embed is None:
         why = "has no absolute positions"
     elif not vit.patch_embed.flatten or vit.patch_embed.proj.in_channels != 3:
@@ -110,9 +114,7 @@ def pretrained_vit(name: str, **args: Any) -> Any:
     Raises ConfigError: unknown name, or weights that cannot be fetched.
     """
     if not timm.is_model(name.split(".")[0]):
-        raise ConfigError(
-            f"unknown timm model {name!r}", fix=nearest(name, timm.list_models("*vit*"))
-        )
+        raise unknown_vit(f"unknown timm model {name!r}", name, "timm:")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **args)
     except Exception as error:  # hub clients raise many kinds, all for the same reason
@@ -120,6 +122,23 @@ def pretrained_vit(name: str, **args: Any) -> Any:
             f"the weights of {name} cannot be fetched: {type(error).__name__}",
             expected="a network, or the weights in the hub's local cache",
         ) from None
+
+
+def unknown_vit(found: str, name: str, before: str = "--model ") -> ConfigError:
+    """The error for a name that is no ViT of timm, with the one most like it."""
+    known = [model for module in VIT_MODULES for model in timm.list_models(module=module)]
+    near = nearest(name, known, count=1) or _DEFAULT
+    return ConfigError(found, expected="a ViT of timm", fix=before + near)
+
+
+def _module_of(name: str) -> str:
+    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+
+
+def _tiling(img_size: int, patch: int) -> int:
+    """The largest patch up to `patch` that tiles `img_size` with 7 x 7 patches or more, if any."""
+    fits = [p for p in range(1, min(patch, img_size) + 1) if img_size % p == 0]
+    return max([p for p in fits if img_size // p >= 7] or fits)
 
 
 def encode(

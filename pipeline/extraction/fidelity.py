@@ -110,6 +110,13 @@ def fidelity(codec: Codec, features: torch.Tensor, attention: torch.Tensor) -> d
     }
 
 
+_CLOSER = {
+    "pq": "pq with more bytes a token, or --codec int8",
+    "int8": "--codec float16, or a smaller --min-cosine",
+    "float16": "a smaller --min-cosine: no codec is closer",
+}
+
+
 def check_min_cosine(report: dict[str, Any], minimum: float | None) -> None:
     """Raises CacheError if the mean cosine of class or patch tokens is below `minimum`."""
     if minimum is None or not report:
@@ -120,7 +127,7 @@ def check_min_cosine(report: dict[str, Any], minimum: float | None) -> None:
         raise CacheError(
             f"codec {report['codec']} keeps {worst} tokens at a mean cosine of {means[worst]:.5f}",
             expected=f"at least {minimum} (--min-cosine)",
-            fix="--codec int8 or float16, or pq with more bytes a token",
+            fix=_CLOSER[str(report["codec"]).partition(":")[0]],
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from milan.errors import TeacherError, nearest
 from pipeline.teachers.spec import DEFAULT_PRETRAINED, DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower, no_texts
-from pipeline.teachers.timm_vit import check_module, check_tiling, resize
+from pipeline.teachers.timm_vit import check_module, check_tiling, known_vits, resize
 from pipeline.teachers.towers import Family, Loaded, NativeTower, TimmTower, Tower, refuse
 from pipeline.teachers.weights import (
     do_not_fit,
@@ -63,6 +63,8 @@ def _pretrained(spec: TeacherSpec) -> str:
         return spec.pretrained
     if spec.name == DEFAULT_TEACHER:
         return DEFAULT_PRETRAINED
+    config, _, _ = _local_or_named_config(spec.name, texts=False)  # a name first, then weights
+    _size_options(spec.name, config, None)
     raise TeacherError(
         f"--teacher {spec.name} without --pretrained",
         expected="a tag, a weight file, or none",
@@ -74,7 +76,7 @@ def _tags(name: str) -> str:
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
-    return "--pretrained " + " | ".join(tags) if tags else "--pretrained FILE.safetensors"
+    return "--pretrained " + " or ".join(tags) if tags else "--pretrained FILE.safetensors"
 
 
 def load_clip(spec: TeacherSpec) -> Loaded:
@@ -233,13 +235,35 @@ def _local_or_named_config(name: str, *, texts: bool) -> tuple[dict, dict, Path 
         return {**config, **text_config}, content.get("preprocess_cfg", {}), path
     config = open_clip.get_model_config(name)
     if config is None:
-        known = open_clip.list_models()
         raise TeacherError(
             f"unknown teacher {name!r}",
             expected="an open_clip name, timm:NAME, hf-hub:…, local-dir:… or a config file",
-            fix="--teacher " + (nearest(name, known) or DEFAULT_TEACHER),
+            fix=f"--teacher {_nearest_teacher(name)}",
         )
     return {**config, **text_config}, {}, None
+
+
+def _nearest_teacher(name: str) -> str:
+    """The teacher most like `name`: of open_clip with a tag of its weights, or of timm."""
+    import open_clip
+
+    vits = {vit: f"timm:{vit}" for vit in known_vits()}
+    clips = {clip for clip, _ in open_clip.list_pretrained() if _may_be_teacher(clip)}
+    near = name if name in vits else nearest(name, [*clips, *vits], count=1)
+    if near in clips:
+        return f"{near} --pretrained {open_clip.list_pretrained_tags_by_model(near)[0]}"
+    return vits.get(near, DEFAULT_TEACHER)
+
+
+def _may_be_teacher(name: str) -> bool:
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    try:
+        _size_options(name, config, None)
+        return not config["vision_cfg"].get("attentional_pool")
+    except TeacherError:
+        return False
 
 
 def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:

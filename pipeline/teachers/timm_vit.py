@@ -49,6 +49,13 @@ def check_module(name: str, model: str) -> None:
             refuse(name, f"its image tower is timm's {model}")
 
 
+def known_vits() -> list[str]:
+    """The models of timm that may be teachers and have weights, without their tags."""
+    names = [name for module in _MODULES for name in timm.list_models(module=module)]
+    published = {name.partition(".")[0] for name in timm.list_pretrained()}
+    return [name for name in names if name in published]
+
+
 def load_timm_vit(spec: TeacherSpec) -> Loaded:
     """Build `timm:NAME[.TAG]` with the weights `spec.pretrained`: a tag, a file, or `none`.
 
@@ -61,11 +68,11 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
         raise no_texts(f"--teacher {name}")
     model, _, tag = name.removeprefix("timm:").partition(".")
     if not timm.is_model(model):
-        known = timm.list_models("*vit*") + timm.list_models("*eva*")
+        near = nearest(model, known_vits()) or "vit_base_patch14_dinov2"
         raise TeacherError(
             f"unknown teacher {name!r}",
             expected="timm:NAME of a ViT",
-            fix="--teacher timm:" + (nearest(model, known) or "vit_base_patch14_dinov2"),
+            fix=" or ".join(f"--teacher timm:{name}" for name in near.split(" or ")),
         )
     check_module(name, model)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
@@ -73,7 +80,9 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
         raise TeacherError(
             f"unknown teacher {name!r}",
             expected=f"a tag of timm:{model}: " + ", ".join(tags),
-            fix=f"--teacher timm:{model}." + (nearest(tag, tags) or tags[0]) if tags else "",
+            fix=f"--teacher timm:{model}." + (nearest(tag, tags, count=1) or tags[0])
+            if tags
+            else "",
         )
     if pretrained in tags:
         if tag and tag != pretrained:

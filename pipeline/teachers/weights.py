@@ -51,11 +51,11 @@ def weight_file(name: str, pretrained: str, tags: list[str]) -> Path:
     file = Path(pretrained).expanduser()
     if file.is_file():
         return file
-    near = nearest(pretrained, tags) or " or ".join(tags[:4])
+    near = nearest(pretrained, tags, count=1) or " or ".join(tags[:4])
     raise TeacherError(
         f"--pretrained {pretrained} is neither a file nor a tag of {name}",
         expected="a .safetensors or .pt file, a tag, or none",
-        fix=f"--pretrained {near}" if near else "",
+        fix=f"--pretrained {near}" if near else "--pretrained none (random weights, for tests)",
     )
 
 
