@@ -60,13 +60,13 @@ def is_local(where: AnyPath) -> TypeGuard[Path]:
     return isinstance(where, Path)
 
 
-def check_unicode(text: str, what: str) -> None:
+def check_unicode(text: str, what: str, *, fix: str = "rename it") -> None:
     """Raises DataError for a name of bytes that are not UTF-8: no table or JSON could hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{what} {text!r} is not UTF-8", expected="names in UTF-8", fix="rename it"
+            f"{what} {text!r} is not UTF-8", expected="names in UTF-8", fix=fix
         ) from None
 
 

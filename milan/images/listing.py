@@ -74,6 +74,8 @@ class Listing:
 
     root: AnyPath
     """The folder that paths are relative to."""
+    file: str | None
+    """The file that was named, if it is all; else None."""
     tables: list[pa.Table]
     used: dict[str, int]
     """Files and members of tars that give rows, labels or captions: what they are -> count."""
@@ -131,7 +133,8 @@ class _Files:
         for name, split in zip(names, splits.of_files, strict=True):
             if name not in kept:
                 self.leave_out([name], of_split(split))
-        _check_names(self.sizes)
+        for name in self.sizes:
+            check_unicode(name, "the file name")
         self.no_classes = splits.folders | downloads
         tops = {name.partition("/")[0] for name in self.sizes}
         if len(tops) == 1 and (top := tops.pop()) in splits.folders:
@@ -150,8 +153,8 @@ class _Files:
     ) -> Listing:
         """The listing, when the rows are known."""
         return Listing(
-            self.root, tables, used, dict(+self.ignored), self.split, self.splits, group_bytes,
-            classes,
+            self.root, next(iter(self.sizes)) if self.alone else None, tables, used,
+            dict(+self.ignored), self.split, self.splits, group_bytes, classes,
         )  # fmt: skip
 
 
@@ -246,11 +249,6 @@ def _places(name: str) -> Iterator[str]:
     yield name
 
 
-def _check_names(names: Iterable[str]) -> None:
-    for name in names:
-        check_unicode(name, "the file name")
-
-
 # --- folders ------------------------------------------------------------------------------------
 
 
@@ -285,7 +283,8 @@ def _list_tars(files: _Files, wanted: WantedSplit) -> Listing:
 
         with as_data_error(root / name):
             tar = answered(root / name, read)
-        _check_names(tar.names)
+        for member in tar.names:
+            check_unicode(member, f"member of {root / name}:", fix="write the tar again")
         nulls = [None] * len(tar.names)
         keys = [f"{name}/{member}" for member in tar.names]
         paths = [name] * len(keys)
@@ -348,6 +347,7 @@ def read_bytes(reader: pq.ParquetFile, group: int) -> pa.ChunkedArray:
 
 def _has_images(root: AnyPath, name: str) -> bool:
     """Whether a Parquet file is one of images. Raises DataError if it cannot be read."""
+    check_unicode(name, "the file name")
     try:
         _of_parquet(root, name, lambda reader: _check_schema(reader.schema_arrow, root / name))
     except NoImagesError:
@@ -436,7 +436,10 @@ def _row_groups(
             schema=SCHEMA,
         )
         groups.append((meta.total_byte_size, table))
-    return groups, _class_names(schema.metadata)
+    names = _class_names(schema.metadata)
+    for text in names or []:
+        check_unicode(text, f"class name in {label}:", fix="write the file again")
+    return groups, names
 
 
 def _class_names(metadata: dict | None) -> list[str] | None:

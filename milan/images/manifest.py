@@ -219,7 +219,8 @@ def describe_source(manifest: Manifest, flag: str = "--split") -> list[str]:
     """What a fresh manifest was made of, a line each for the user: root, split, every file."""
     listing = manifest.listing
     assert listing is not None
-    lines = [f"data: {listing.root.resolve()}"]
+    root = listing.root.resolve()
+    lines = [f"data: {root / listing.file if listing.file else root}"]
     if listing.split:
         lines.append(
             f"split: {listing.split}, of {show_counts(listing.splits)}; {flag} NAME takes another, "

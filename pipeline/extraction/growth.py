@@ -21,6 +21,7 @@ from milan.images.classes import ClassTable
 from milan.images.decode import content_digest
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
+from milan.images.splits import ALL
 from milan.store.format import (
     GENERATION,
     GENERATIONS,
@@ -58,6 +59,12 @@ class Found:
     """Where its paths begin."""
     drop_missing: bool = False
     """Whether stored images that are no longer there may be left out."""
+
+    @property
+    def of_one_split(self) -> bool:
+        """Whether it has other splits too, which were not taken."""
+        listing = self.manifest.listing
+        return listing is not None and listing.split not in (None, ALL)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,8 @@ class _Stored:
             f"data ({self.found.root}), the first is {first!r} (manifest)",
             expected=f"the same images ({self._recorded()}), and perhaps more",
             fix="restore them, or --out another.zarr"
-            + (", or --drop-missing if they were deleted" if len(self.present) else ""),
+            + (", or --drop-missing if they were deleted" if len(self.present) else "")
+            + (", or --split all if they are of other splits" if self.found.of_one_split else ""),
         )
 
     def check_images(self) -> None:

@@ -100,6 +100,16 @@ def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
     with pytest.raises(DataError, match=r"udcff\.jpg' is not UTF-8"):
         build_manifest(tmp_path, seed=0)
+    (tmp_path / os.fsdecode(b"\xff.jpg")).unlink()
+    path = write(tmp_path / "p" / "x", [image("1")])
+    path = path.rename(tmp_path / "p" / os.fsdecode(b"\xff.parquet"))
+    with pytest.raises(DataError, match=r"udcff\.parquet' is not UTF-8"):
+        build_manifest(tmp_path, seed=0)
+    path.unlink()
+    names = {"info": {"features": {"label": {"names": ["\ud800"]}}}}
+    path = write(tmp_path / "p" / "x.parquet", [image("1") | {"label": 0}], names)
+    with pytest.raises(DataError, match=r"class name in .*x\.parquet: '\\ud800' is not UTF-8"):
+        build_manifest(path, seed=0)
 
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:

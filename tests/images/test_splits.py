@@ -205,6 +205,8 @@ def test_commands_take_a_split(tmp_path: Path, teacher_files: dict[str, str]) ->
         assert (ran.code, ran.err) == (0, "")
         assert f"manifest: {images} images" in ran.out.splitlines()
         assert "of test 1, train 1, validation 1 (files)" in ran.out
+    ran = run_here("extract-targets", "--data", data, "--out", "c.zarr", *small, cwd=tmp_path)
+    assert (ran.code, "4 of the 8 images" in ran.err, "--split all" in ran.err) == (1, True, True)
     ran = run_here("plan", "--data", data, "--split", "tset", *small, cwd=tmp_path)
     assert ran.code == 1
     assert "has no split 'tset'" in ran.err
