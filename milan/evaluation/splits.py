@@ -85,6 +85,7 @@ def _labelled(
         raise DataError(
             f"{source} has {int((labels < 0).sum())} images without a label, such as {first!r}",
             expected="class folders, a `label` column, or .cls members of tars",
+            fix="move them elsewhere" if manifest.classes else "",
         )
     return manifest.root, manifest, labels
 
