@@ -352,6 +352,14 @@ def test_only_the_newest_checkpoints_are_kept(store: Path, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
 
 
+def test_a_checkpoint_by_the_clock(store: Path, tmp_path: Path) -> None:
+    """`save_minutes` besides `save_every`."""
+    run = {**SMALL, "out": str(tmp_path), "epochs": 1, "save_every": 1000, "keep": 9}
+    milan.pretrain(str(store), save_minutes=1e-6, **run)
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in (1, 2, 3)]
+
+
 def test_nothing_is_left_to_do(whole: Path, store: Path, tmp_path: Path) -> None:
     """A finished run run again: told so, same files; a lost encoder is written again."""
     run = tmp_path / "run"
