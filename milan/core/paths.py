@@ -25,6 +25,8 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)", re.DOTALL)
 _PIECE = 8 << 20  # of a file that is read from end to end
 
 AnyPath = Path | Url
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a Git LFS pointer begins, a small text in place of a file that was not fetched."""
 P = TypeVar("P", contravariant=True)
 T = TypeVar("T")
 R = TypeVar("R")

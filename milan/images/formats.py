@@ -13,11 +13,12 @@ from importlib.util import find_spec
 
 from PIL import Image
 
+from milan.core.paths import LFS_POINTER, AnyPath, open_below
+from milan.errors import DataError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 """Of files that are taken for images on every machine; see also `extensions`."""
 HEIC = (".heic", ".heif")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a Git LFS pointer begins, a small text in place of a file that was not fetched."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 _PLUGINS = ("Jpeg", "Mpo", "Png", "WebP", "Tiff", "Gif", "Bmp", "Ppm", "Jpeg2K", "Avif")
 _INSTALL_HEIF = "pip install 'milan-pretrain[heic]'"
@@ -103,6 +104,22 @@ def kind_of(data: bytes) -> str | None:
         kind = "AVIF" if kind == "HEIC" else kind  # else it would have been HEIC above
         return None if kind == "AVIF" and "AVIF" in _formats(False) else kind
     return next((name for start, name in _BY_BEGINNING.items() if data.startswith(start)), None)
+
+
+def is_lfs_pointer(root: AnyPath, name: str) -> bool:
+    """Whether the file `name` below root is a Git LFS pointer. Raises as read_below does."""
+    try:
+        with open_below(root, name) as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def lfs_pointer(path: object) -> DataError:
+    """The error for a Git LFS pointer where `path` should be."""
+    return DataError(
+        f"{path} is a Git LFS pointer", expected="the file it stands for", fix="git lfs pull"
+    )
 
 
 def _is_heic(data: bytes) -> bool:

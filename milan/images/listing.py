@@ -31,7 +31,7 @@ from milan.core.paths import (
 )
 from milan.errors import DataError
 from milan.images.classes import ClassTable
-from milan.images.formats import extensions
+from milan.images.formats import extensions, is_lfs_pointer, lfs_pointer
 from milan.images.splits import Splits, WantedSplit, find_splits, of_split, take_split
 from milan.images.tars import PACKED, Tar, file_kind, packed, read_tar
 
@@ -332,7 +332,7 @@ def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(file) as reader:
                 yield reader
-        except pa.ArrowException as error:  # of the content: to the connection it would be its own
+        except (pa.ArrowException, UnicodeError) as error:  # of the content, not the connection's
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -364,8 +364,14 @@ def _of_parquet(root: AnyPath, name: str, do: Callable[[pq.ParquetFile], T]) -> 
 
     try:
         return answered(root / name, read)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{root / name} cannot be read: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        if is_lfs_pointer(root, name):
+            raise lfs_pointer(root / name) from None
+        raise DataError(
+            f"{root / name} cannot be read: {error}",
+            expected="a whole Parquet file",
+            fix="fetch or write it again",
+        ) from None
 
 
 def _list_parquet(files: _Files) -> Listing:
@@ -395,13 +401,84 @@ def _list_parquet(files: _Files) -> Listing:
 
 
 def _check_schema(schema: pa.Schema, where: object) -> None:
-    """Raises NoImagesError for other columns than those of the Hugging Face image schema."""
-    image = schema.field("image").type if "image" in schema.names else pa.null()
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+    """Raises NoImagesError for other columns than those of the Hugging Face image schema.
+
+    Raises DataError for columns of its names that are of other types, or twice there.
+    """
+    names = schema.names
+    image = schema.field("image").type if names.count("image") == 1 else pa.null()
+    fields = [field.name for field in image] if pa.types.is_struct(image) else []
+    for column, among in (("image", names), ("label", names), ("caption", names),
+                          ("bytes", fields), ("path", fields)):  # fmt: skip
+        if among.count(column) > 1:
+            raise DataError(
+                f"{where} has {among.count(column)} columns called {column!r}",
+                expected="each name once",
+                fix="write it again without the others",
+            )
+    if "bytes" not in fields:
         raise NoImagesError(
             f"{where} has columns {', '.join(f'{f.name} {f.type}' for f in schema)}",
             expected="the Hugging Face image schema: a column image{bytes, path}",
         )
+    types = {f"image.{field.name}": field.type for field in image}
+    types |= {field.name: field.type for field in schema}
+    for column, (expected, fits) in _TYPES.items():
+        if column in types and not (fits(types[column]) or pa.types.is_null(types[column])):
+            raise DataError(
+                f"{column} of {where} is {types[column]}", expected=expected, fix=_CAST[column]
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(kind) for is_kind in (
+        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
+        pa.types.is_large_binary,
+    ))  # fmt: skip
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (
+        pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    ))  # fmt: skip
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(kind) for is_kind in (
+        pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string,
+        pa.types.is_large_string, pa.types.is_string_view,
+    ))  # fmt: skip
+
+
+_TYPES = {
+    "image.bytes": ("binary: the file of each image", _is_bytes),
+    "image.path": ("text", _is_text),
+    "label": ("class numbers", _is_number),
+    "caption": ("text", _is_text),
+}
+_CAST = {
+    "image.bytes": "datasets: ds.cast_column('image', datasets.Image()), then ds.to_parquet(...)",
+    "image.path": "pyarrow: cast it to pa.string(), or leave it out",
+    "label": "datasets: ds.class_encode_column('label'), then ds.to_parquet(...)",
+    "caption": "pyarrow: cast it to pa.string(), or leave it out",
+}
+
+
+def _as_text(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
+    """A column as text. Raises DataError if some of it is not UTF-8."""
+    try:
+        text = column.cast(pa.string())
+        text.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{what} is not all text: {error}",
+            expected="UTF-8",
+            fix="write it again in UTF-8, or leave the column out",
+        ) from None
+    return text
 
 
 def _row_groups(
@@ -412,6 +489,7 @@ def _row_groups(
     _check_schema(schema, label)
     image = schema.field("image").type
     has_path = image.get_field_index("path") >= 0
+    image_path = image.field("path").type if has_path else None
     columns = ["image.path"] if has_path else []
     columns += [c for c in ("label", "caption") if c in schema.names]
     groups = []
@@ -420,35 +498,47 @@ def _row_groups(
         n = meta.num_rows
         part = reader.read_row_group(group, columns=columns)
         nulls = [None] * n
-        paths = part["image"].combine_chunks().field("path").to_pylist() if has_path else nulls
+        of_file = f"of {label}, row group {group},"
+        paths = nulls
+        if has_path:
+            column = pa.chunked_array([c.field("path") for c in part["image"].chunks], image_path)
+            paths = _as_text(column, f"image.path {of_file}").to_pylist()
         # After the file's name even where it is the only one: another may come beside it.
         keys = [f"{name}/{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
-        try:
-            labels = part["label"].cast(pa.int32()) if "label" in columns else nulls
-            captions = part["caption"].cast(pa.string()) if "caption" in columns else nulls
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"a column of {label} cannot be used: {error}",
-                expected="`label` as class numbers, `caption` as text",
-            ) from None
+        labels = captions = nulls
+        if "caption" in columns:
+            captions = _as_text(part["caption"], f"caption {of_file}")
+        if "label" in columns:
+            try:
+                labels = part["label"].cast(pa.int32())
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"label {of_file} is not all class numbers: {error}",
+                    expected=_TYPES["label"][0],
+                    fix=_CAST["label"],
+                ) from None
         table = pa.table(
             [keys, [name] * n, [group] * n, list(range(n)), nulls, nulls, labels, captions],
             schema=SCHEMA,
         )
         groups.append((meta.total_byte_size, table))
-    names = _class_names(schema.metadata)
-    for text in names or []:
-        check_unicode(text, f"class name in {label}:", fix="write the file again")
-    return groups, names
+    return groups, _class_names(schema.metadata, label)
 
 
-def _class_names(metadata: dict | None) -> list[str] | None:
+def _class_names(metadata: dict | None, where: str) -> list[str] | None:
     raw = (metadata or {}).get(b"huggingface")
     if not raw:
         return None
     try:
         names = json.loads(raw)["info"]["features"]["label"]["names"]
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        "".join(names if texts else []).encode()
+    except UnicodeError as error:
+        raise DataError(
+            f"the class names of {where} are not Unicode: {error}",
+            expected="names in UTF-8",
+            fix="write it again with names in UTF-8",
+        ) from None
     except (ValueError, KeyError, TypeError):
         return None
-    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if texts and names else None

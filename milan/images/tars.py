@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from milan.core.paths import LFS_POINTER
 from milan.errors import DataError
-from milan.images.formats import extensions, kind_of_extension
+from milan.images.formats import extensions, kind_of_extension, lfs_pointer
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 """Names of tars that are compressed as a whole."""
@@ -72,8 +73,11 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
             _check_end(file, archive.offset)
     except (tarfile.TarError, ValueError, EOFError) as error:
         file.seek(0)
-        if file.read(6).startswith(_MAGIC):
+        head = file.read(len(LFS_POINTER))
+        if head.startswith(_MAGIC):
             raise packed(path) from None
+        if head == LFS_POINTER:
+            raise lfs_pointer(path) from None
         raise DataError(
             f"{path} is no tar, or cut short or damaged: {error}",
             expected="a whole tar",

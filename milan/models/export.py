@@ -18,6 +18,7 @@ from safetensors.torch import save as serialise
 
 from milan.errors import CacheError
 from milan.models.encoder import build_encoder
+from milan.models.state_dict import check_fetched, unwrapped
 
 ENCODER = "encoder.safetensors"
 """The file in a run's folder."""
@@ -54,6 +55,7 @@ def _same_header(data: bytes) -> bytes:
 def read_about(run: str | Path) -> dict[str, Any]:
     """What an encoder.safetensors (or the run that holds it) says of itself in its header."""
     path = encoder_file(run)
+    check_fetched(path, CacheError)
     try:
         with safe_open(path, framework="pt") as file:
             about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
@@ -81,10 +83,16 @@ def load_encoder(run: str | Path) -> Any:
     A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
     """
     about = read_about(run)
-    weights = load_file(encoder_file(run))
+    file = encoder_file(run)
     size = about["input_size"]
     encoder = build_encoder(about["model"], img_size=size, args=about["model_args"])
-    encoder.load_state_dict(weights, strict=True)
+    try:
+        encoder.load_state_dict(unwrapped(load_file(file)), strict=True)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CacheError(
+            f"{file} does not fit {about['model']}: {first}", expected="its own weights"
+        ) from None
     encoder.pretrained_cfg = {
         **encoder.pretrained_cfg,
         "mean": tuple(about["mean"]),

@@ -16,6 +16,7 @@ from torch import nn
 from milan.errors import ConfigError
 from milan.models.decoder import PUBLISHED, Decoder
 from milan.models.encoder import build_encoder
+from milan.models.state_dict import check_fetched, inner_state, unwrapped
 from milan.models.student import Student
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width -> heads (MILAN, models_milan.py)
@@ -49,7 +50,7 @@ def load_published(
     """
     read = _published_state(source)
     try:
-        state = {k: torch.as_tensor(v) for k, v in read.items()}
+        state = {k: torch.as_tensor(v) for k, v in unwrapped(read).items()}
         shape = _published_shape(state) | dict(config or {})
         vit = build_encoder(
             "vit_base_patch16_224",
@@ -94,6 +95,7 @@ def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {path}", expected="a .pth or .safetensors file")
+    check_fetched(path, ConfigError)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -106,7 +108,7 @@ def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # pickle, zip and torch each have their own
             first = (str(error) or type(error).__name__).splitlines()[0][:160]
             raise ConfigError(f"{path} cannot be loaded safely: {first}") from None
-    state = read.get("model", read) if isinstance(read, dict) else None
+    state = inner_state(read)
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds no state dict", expected="named tensors, or `model`")
     return state

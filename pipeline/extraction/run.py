@@ -18,7 +18,8 @@ import numpy as np
 from milan.core.paths import AnyPath, folders_in
 from milan.core.progress import Progress
 from milan.core.units import format_bytes
-from milan.errors import CacheError, DataError
+from milan.errors import CacheError, DataError, ImageFault
+from milan.images.decode import decode
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
@@ -35,6 +36,7 @@ from pipeline.teachers.load import Teacher
 from pipeline.writing.backend import Location
 from pipeline.writing.store import Store, Writer, group_attributes
 
+_READERS = 16  # threads that try rejected images again
 _ATTEMPTS = 3  # of one block, before the run gives it up
 
 
@@ -56,6 +58,11 @@ def fill_store(
             check_canaries(writer.root, work.teacher)
         summary["fidelity"] = read_json(writer.root / FIDELITY)
         todo = writer.missing()
+        published = any(part.name == entry.path for entry in store.entries())
+        allowed = allowed_bad(work.config.max_bad, summary["images"])
+        if not published or len(rejected) + len(writer.bad()) > allowed:
+            _try_rejected(work, part, writer, progress)
+            todo = writer.missing()
         shards = int(todo.sum())
         check_space(work.location, part.spec.total_bytes() * shards // part.spec.shards)
         if 0 < shards < part.spec.shards:
@@ -73,6 +80,39 @@ def fill_store(
     cache = TargetCache(store.path, layer=work.layer)
     summary["digest"] = cache.digest
     store.log("finish", digest=cache.digest, images_per_second=summary["images_per_second"])
+
+
+def _try_rejected(work: Plan, part: Part, writer: Writer, progress: Progress) -> None:
+    """Try the rejected images of an earlier run again; forget the shards of those that are well.
+
+    A file that was missing, cut short or not fetched may have been restored since.
+    """
+    images, bad = ImageSource(part.manifest, work.root), list(writer.bad())
+
+    def well(row: int) -> bool:
+        try:
+            decode(images.read(row))
+        except ImageFault:
+            return False
+        return True
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        rows = [row for row, is_well in zip(bad, pool.map(well, bad), strict=True) if is_well]
+    if not rows:
+        return
+    if not read_json(writer.root / FIDELITY):
+        raise CacheError(
+            f"{work.location.path} was begun when no image could be read: its codec fits none",
+            fix=f"delete {work.location.path}, then the same line",
+        )
+    blocks = sorted({row // part.spec.shard_size for row in rows})
+    for block in blocks:
+        for view in range(part.spec.views):
+            writer.forget(block, view)
+    progress.note(
+        f"{len(rows)} of {len(bad)} rejected images can be read now: "
+        f"{len(blocks) * part.spec.views} shards are written again"
+    )
 
 
 def _open_generation(

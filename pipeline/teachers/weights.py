@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from milan.errors import TeacherError, nearest
+from milan.models.state_dict import check_fetched, inner_state, unwrapped
 
 # By the start of the tag.
 _LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metaclip": "CC-BY-NC-4.0"}
@@ -21,29 +22,28 @@ _LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metacli
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict by name, on the CPU, in the file's own types.
 
-    A state dict inside a training checkpoint is taken out; `module.` of a wrapped model is cut off.
-    No code in the file is run. Raises TeacherError for what is no state dict.
+    A state dict inside a training checkpoint is taken out; what DDP, FSDP or torch.compile add to
+    names is cut off. No code in the file is run. Raises TeacherError for what is no state dict.
     """
     content: Any
     try:
+        check_fetched(file, TeacherError)
         if file.suffix == ".safetensors":
             content = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-        state = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-        if not state:
+        tensors = {k: v for k, v in inner_state(content).items() if isinstance(v, torch.Tensor)}
+        if not tensors:
             raise ValueError("no tensors in it")
+        return unwrapped(tensors)
+    except TeacherError:
+        raise
     except Exception as error:  # safetensors, pickle, zip and torch each have their own
         reason = " ".join(str(error).split())[:160] or "an empty file"
         raise TeacherError(
             f"{file} cannot be loaded safely: {type(error).__name__}: {reason}",
             expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",
         ) from None
-    return {k.removeprefix("module."): v for k, v in state.items()}
 
 
 def weight_file(name: str, pretrained: str, tags: list[str]) -> Path:

@@ -390,7 +390,7 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
         ([{"image": {"path": "x"}}], "struct<path"),
         ([image("x") | {"label": "cat"}], "class numbers"),
         ([image("x") | {"label": 2**40}], "class numbers"),
-        ([image("x") | {"caption": ["a", "b"]}], "as text"),
+        ([image("x") | {"caption": ["a", "b"]}], "caption of"),
     ],
     ids=["no image", "plain bytes", "no bytes", "label text", "label large", "captions"],
 )

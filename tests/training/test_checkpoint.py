@@ -344,7 +344,10 @@ def test_encoders_of_others_are_refused(tmp_path: Path) -> None:
 HEADS = {"num_heads": 2, "decoder_num_heads": 2}
 
 
-@pytest.mark.parametrize("kind", ["dict", "arrays", "pth", "bare pth", "safetensors"])
+PUBLISHED = ["dict", "arrays", "pth", "bare pth", "safetensors"]
+
+
+@pytest.mark.parametrize("kind", [*PUBLISHED, "compiled, in a training checkpoint"])
 def test_published_layout(tmp_path: Path, kind: str) -> None:
     """As released: a .pth with `model` and the command line, an argparse.Namespace; and others."""
     model = student()
@@ -360,6 +363,10 @@ def test_published_layout(tmp_path: Path, kind: str) -> None:
     elif kind == "bare pth":
         source = str(tmp_path / "bare.pth")
         torch.save(state, source)
+    elif kind == "compiled, in a training checkpoint":
+        source = tmp_path / "run.pth"
+        state = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+        torch.save({"state_dict": state, "epoch": 399}, source)
     elif kind == "safetensors":
         source = tmp_path / "x.safetensors"
         save_file(state, source)

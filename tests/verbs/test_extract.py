@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import make_photos, tree
+from helpers import Notes, make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from milan.core.paths import LFS_POINTER
 from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, ConfigError, DataError, TeacherError
@@ -27,7 +28,7 @@ from milan.images.manifest import build_manifest
 from milan.images.views import View, checksum, render, view_of
 from milan.store.cache import TargetCache
 from milan.store.codecs import codec_of
-from milan.store.format import GENERATION, record_name
+from milan.store.format import GENERATION, LOG, record_name
 from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
 from pipeline.extraction.hardware import Workers
@@ -381,6 +382,49 @@ def test_bad_images_do_not_stop_a_shard(
     # The list is told again, and goes when nothing is bad any more.
     extract(data, max_bad="15%")
     assert (path / "bad-images.csv").exists()
+
+
+def test_the_same_line_tries_rejected_images_again(
+    extract: Any, photos: Path, tmp_path: Path
+) -> None:
+    """Restored files get their targets, as if they had never been away; nothing else changes."""
+    data, away = tmp_path / "data", tmp_path / "away"
+    shutil.copytree(photos, data)
+    names = sorted(path.relative_to(data) for path in data.rglob("*.jpg"))[3:22:9]
+    gone, cut, link = names
+    extract(data, "whole.zarr")
+    away.mkdir()
+    (data / gone).rename(away / "gone")
+    (data / gone).symlink_to(tmp_path / "nowhere")
+    whole_cut, whole_link = (data / cut).read_bytes(), (data / link).read_bytes()
+    (data / cut).write_bytes(whole_cut[:300])
+    (data / link).write_bytes(LFS_POINTER + b"v1\n")
+    with pytest.raises(DataError, match="3 of 24 images are rejected"):
+        extract(data)
+
+    notes = Notes()
+    (data / gone).unlink()
+    (away / "gone").rename(data / gone)
+    (data / link).write_bytes(whole_link)
+    with pytest.raises(DataError, match=r"1 of 24 images are rejected \(1 truncated\)"):
+        extract(data, progress=notes)
+    assert any(line.startswith("2 of 3 rejected images can be read now") for line in notes.lines)
+
+    extract(data, max_bad="1")
+    published = tree(tmp_path / "t.zarr")
+    (data / cut).write_bytes(whole_cut)
+    extract(data, max_bad="1")  # what was allowed stays as it was published
+    assert {n: d for n, d in tree(tmp_path / "t.zarr").items() if n != LOG} == {
+        n: d for n, d in published.items() if n != LOG
+    }
+    assert extract(data)["bad"] == {}
+    assert not (tmp_path / "t.zarr/bad-images.csv").exists()
+    cache, whole = TargetCache(tmp_path / "t.zarr"), TargetCache(tmp_path / "whole.zarr")
+    assert cache.bad == {}
+    rows, views = everything(cache)
+    assert np.array_equal(cache.crops(rows, views), whole.crops(rows, views))
+    assert np.array_equal(cache.read(rows, views).attention, whole.read(rows, views).attention)
+    open_cache(tmp_path / "t.zarr").pixels(rows, views)
 
 
 def test_good_rows_are_as_if_there_were_no_bad_ones(
