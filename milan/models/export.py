@@ -77,21 +77,30 @@ def encoder_file(run: str | Path) -> Path:
     return path
 
 
+def encoder_weights(run: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in an encoder.safetensors (or the run that holds it), by the encoder's names."""
+    path = encoder_file(run)
+    try:
+        return unwrapped(load_file(path))
+    except (SafetensorError, ValueError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from None
+
+
 def load_encoder(run: str | Path) -> Any:
     """The pretrained encoder of a run (its folder, or an encoder.safetensors), in eval mode.
 
     A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
     """
-    about = read_about(run)
-    file = encoder_file(run)
+    about, weights = read_about(run), encoder_weights(run)
     size = about["input_size"]
     encoder = build_encoder(about["model"], img_size=size, args=about["model_args"])
     try:
-        encoder.load_state_dict(unwrapped(load_file(file)), strict=True)
-    except (RuntimeError, ValueError, SafetensorError) as error:
+        encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise CacheError(
-            f"{file} does not fit {about['model']}: {first}", expected="its own weights"
+            f"{encoder_file(run)} does not fit {about['model']}: {first}",
+            expected="its own weights",
         ) from None
     encoder.pretrained_cfg = {
         **encoder.pretrained_cfg,

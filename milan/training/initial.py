@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
 from milan.config import PretrainConfig
@@ -22,7 +21,7 @@ from milan.core.device import MEAN, STD
 from milan.core.progress import Progress
 from milan.errors import ConfigError, nearest
 from milan.models.encoder import create_vit, pretrained_vit, sincos_positions
-from milan.models.export import encoder_file, read_about
+from milan.models.export import encoder_weights, read_about
 from milan.models.published import load_published
 from milan.models.student import Student
 
@@ -105,7 +104,7 @@ def _find(init: str, student: Student, model: str) -> _Weights:
     about = read_about(init)
     args = "".join(f" --set model.{name}={value}" for name, value in about["model_args"].items())
     return _Weights(
-        load_file(encoder_file(init)), about["model"] + args, mean=about["mean"], std=about["std"]
+        encoder_weights(init), about["model"] + args, mean=about["mean"], std=about["std"]
     )
 
 
