@@ -532,13 +532,14 @@ def _class_names(metadata: dict | None, where: str) -> list[str] | None:
     try:
         names = json.loads(raw)["info"]["features"]["label"]["names"]
         texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        "".join(names if texts else []).encode()
     except UnicodeError as error:
         raise DataError(
-            f"the class names of {where} are not Unicode: {error}",
+            f"the class names in {where} are not UTF-8: {error}",
             expected="names in UTF-8",
-            fix="write it again with names in UTF-8",
+            fix="write the file again",
         ) from None
     except (ValueError, KeyError, TypeError):
         return None
+    for text in names if texts else []:
+        check_unicode(text, f"class name in {where}:", fix="write the file again")
     return names if texts and names else None
