@@ -19,6 +19,7 @@ from milan.evaluation.protocols import PROTOCOLS, find_protocol
 from stages import artifacts, extract_targets, plan, pretrain, settings
 from stages.evaluate import evaluation_command
 from stages.options import Command, Interrupted
+from stages.process import explain, prepare_process
 
 # Set before heavy imports: no telemetry.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -102,12 +103,12 @@ def main() -> None:
     """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
     previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
+        prepare_process()
         app(prog_name="milan")
     except (MilanError, RankError) as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug
-        where = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
-        _fail(f"{where}: {error.strerror or error}; the same line goes on once it can")
+        _fail(explain(error))
     except Interrupted as interrupted:
         print(f"milan: interrupted: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -157,6 +157,6 @@ def copied_to(path: Path) -> Iterator[None]:
     """Write what is printed in the block to a text file too."""
     out.record = True
     yield
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(out.export_text())
     out.record = False

@@ -37,7 +37,7 @@ def lock_folder(folder: Path) -> Any:
     if the lock's file cannot be opened, or the file system has no locks.
     """
     while True:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - open as long as the lock
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,7 +105,7 @@ def digest_of(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: readers see the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

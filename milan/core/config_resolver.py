@@ -148,7 +148,7 @@ def read_section(params: str, section: str, kind: type | None = None) -> dict[st
     if not path.is_file():
         raise ConfigError(f"no parameter file at {params}", fix="--params params.yaml")
     try:
-        read = yaml.safe_load(path.read_text()) or {}
+        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
     except UnicodeDecodeError:

@@ -24,6 +24,7 @@ from milan.core.signals import (
     blocked_stop_signals,
     exit_with_parent,
     how_it_ended,
+    keep_sockets_short,
     on_stop_signals,
     unblock_stop_signals,
     without_main_module,
@@ -59,7 +60,7 @@ def launch(
                 raise errors[0]
             if crash and "exit code" in crash:  # and no error explains it
                 for path in sorted(folder.glob("traceback.*")):
-                    progress.note(f"rank {path.suffix[1:]}: {path.read_text()}")
+                    progress.note(f"rank {path.suffix[1:]}: {path.read_text(encoding='utf-8')}")
             return crash, None if crash else _read(folder / "result")
 
     return run_with_restarts(
@@ -110,6 +111,7 @@ def _run_processes(
     progress: Progress,
 ) -> str | None:
     """One attempt of all ranks; how the first that crashed did, or None."""
+    keep_sockets_short()
     context, port = multiprocessing.get_context("spawn"), free_port("127.0.0.1")
     receiver, sender = context.Pipe(duplex=False)
     processes = [
@@ -202,7 +204,7 @@ def _run_rank(
         except RankError:  # another rank is the cause
             sys.exit(1)
         except Exception:  # when one rank has failed, the others fail too, each in its own way
-            (folder / f"traceback.{rank}").write_text(traceback.format_exc())
+            (folder / f"traceback.{rank}").write_text(traceback.format_exc(), encoding="utf-8")
             sys.exit(1)
     if rank == 0:
         _write(folder / "result", result)

@@ -5,17 +5,21 @@ Also child processes: which signals they get, and that they end with their paren
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import ModuleType
+from typing import Any
 
 _ONE_PRESS = 0.5  # seconds within which two SIGINTs count as one
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -123,6 +127,23 @@ def without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = before
+
+
+def short_folder(most: int) -> str:
+    """The folder for temporary files, or /tmp if the path has more than `most` bytes.
+
+    A socket's path has 107 bytes at most (104 on macOS).
+    """
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= most else "/tmp"
+
+
+def keep_sockets_short() -> None:
+    """Let multiprocessing make its sockets in /tmp if the path of TMPDIR is too long for them."""
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is None and short_folder(70) == "/tmp":
+        config["tempdir"] = folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def exit_with_parent() -> None:

@@ -27,6 +27,7 @@ from milan.core.signals import (
     exit_with_parent,
     how_it_ended,
     ignore_stop_signals,
+    keep_sockets_short,
     without_main_module,
 )
 from milan.core.units import format_bytes
@@ -325,6 +326,7 @@ def training_loader(
     options: dict[str, Any] = {}
     if num_workers:
         methods = multiprocessing.get_all_start_methods()
+        keep_sockets_short()
         method = "forkserver" if "forkserver" in methods else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":

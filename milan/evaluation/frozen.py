@@ -43,6 +43,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     run without an encoder. The teacher is no encoder of ours: pipeline.teachers.frozen loads it.
     """
     name = config.checkpoint
+    tokens_of: Callable[[torch.Tensor], torch.Tensor] | None = None
     if name == "teacher":
         raise ConfigError(
             "checkpoint teacher without a network",
@@ -60,17 +61,43 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     elif name.startswith("timm:"):
         vit = pretrained_vit(name.removeprefix("timm:"))
         size = timm.data.resolve_model_data_config(vit)["input_size"][1]
+        tokens_of = _timm_tokens(name, vit, size)
     else:
         vit = load_encoder(name)
         size = vit.patch_embed.img_size[0]
     data_config = timm.data.resolve_model_data_config(vit)
     vit = vit.to(device).eval().requires_grad_(False)
+    tokens_of = tokens_of or partial(encode, vit)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         images = normalise(pixels, data_config["mean"], data_config["std"])
-        return pooled_features(vit, encode(vit, images)).float()
+        return pooled_features(vit, tokens_of(images)).float()
 
     return Frozen(features, size, name)
+
+
+def _timm_tokens(model: str, vit: Any, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images [B, 3, S, S] to tokens as `encode` orders them, by timm's own pass.
+
+    timm's ViTs have positions of many kinds, or tokens that `encode` does not know. Raises
+    ConfigError for a model whose output is not one token a patch.
+    """
+
+    def tokens(images: torch.Tensor) -> torch.Tensor:
+        return getattr(vit, "fc_norm", torch.nn.Identity())(vit.forward_features(images))
+
+    shape: tuple[int, ...] = ()
+    if hasattr(vit, "forward_features") and hasattr(vit, "num_prefix_tokens"):
+        with torch.inference_mode():
+            output = vit.eval().forward_features(torch.zeros(1, 3, size, size))
+        shape = tuple(getattr(output, "shape", ()))
+    if len(shape) != 3:
+        raise ConfigError(
+            f"{model} is a {type(vit).__name__}, whose output is not one token a patch",
+            expected="a ViT",
+            fix="--checkpoint timm:vit_base_patch16_224.augreg_in21k",
+        )
+    return tokens
 
 
 def _random(name: str, args: dict[str, Any], size: int, seed: int) -> Any:

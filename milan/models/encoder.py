@@ -178,7 +178,7 @@ def pooled_features(vit: Any, tokens: torch.Tensor) -> torch.Tensor:
     Without a class token the mean alone, [B, E].
     """
     patches = tokens[:, vit.num_prefix_tokens :].mean(dim=1)
-    return torch.cat([tokens[:, 0], patches], dim=1) if vit.has_class_token else patches
+    return patches if vit.cls_token is None else torch.cat([tokens[:, 0], patches], dim=1)
 
 
 def _embedded(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class RunLog:
     def _open(self) -> None:
         """Write the lines that are known, and open the file for those to come."""
         write_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.run / LOG, "a")  # noqa: SIM115 - closed by close()
+        self.file = open(self.run / LOG, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def add(self, line: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """A line of metrics, and pictures by name."""

@@ -167,7 +167,7 @@ def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metric
 def _write_chart_data(protocol: Protocol, metrics: Metrics, path: Path) -> None:
     """A CSV that `dvc plots` draws, with the same columns for every protocol."""
     main = protocol.columns[0]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["encoder", "metric", "value"])
         writer.writerows([name, main.heading, m[main.key]] for name, m in metrics.items())
@@ -192,7 +192,7 @@ def _draw_curves(runs: dict[str, str], out: Path) -> Path:
     """The loss of each run, in training and on its validation images."""
     figure, axes = _axes(4.2 * len(runs), 3, columns=len(runs))
     for axis, (name, folder) in zip(axes, runs.items(), strict=True):
-        with open(Path(folder) / CURVES) as file:
+        with open(Path(folder) / CURVES, encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         for key, label, style in (
             ("loss", "training", {"color": "#9aa5b1", "lw": 1.2}),

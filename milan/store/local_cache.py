@@ -104,7 +104,7 @@ class LocalCopies:
         size = sum(file.bytes for file in files)
         with _as_cache_error(self.folder):
             while not self.has(block, view):
-                with open(part, "a") as lock:
+                with open(part, "ab") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     if not is_open_file(lock.fileno(), part):
                         continue  # the process that had the lock removed the file: look again
@@ -157,7 +157,7 @@ class LocalCopies:
                 f"a shard of {size:,} bytes does not fit a cache limit of {self.limit:,}",
                 fix="a larger --cache-limit",
             )
-        with open(self.folder / "lock", "a") as lock:
+        with open(self.folder / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             used, evictable = 0, []
             for entry in self.folder.glob("*/shards/*"):
@@ -193,7 +193,7 @@ def _evict(entry: Path) -> None:
 def _abandoned(part: Path) -> bool:
     """Whether the copying process has exited, which frees its lock; if so, remove what it left."""
     try:
-        lock = open(part, "r+")  # noqa: SIM115 - never made here: it may be whole meanwhile
+        lock = open(part, "rb+")  # noqa: SIM115 - never made here: it may be whole meanwhile
     except FileNotFoundError:
         return False
     with lock:

@@ -1,7 +1,9 @@
-"""Errors of the machine (memory, a disk, a folder), as one line that says what to do."""
+"""Errors of the machine (memory, disk, folder, open files), as one line that says what to do."""
 
 from __future__ import annotations
 
+import errno
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,8 @@ _RESUME = "the same line goes on from the last checkpoint"
 
 @contextmanager
 def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
-    """Inside, an error because memory is full, or the run cannot be written, becomes a TrainError.
+    """Inside, an error because memory or open files are used up, or the run cannot be written,
+    becomes a TrainError.
 
     `micro_batch` is how many images were on the device at once. Any other error stays what it is.
     """
@@ -25,6 +28,12 @@ def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise _no_memory(error, "device", micro_batch) from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise TrainError(
+                f"{error.strerror}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are allowed",
+                expected="some for each loader worker",
+                fix=f"ulimit -n 4096, or a smaller --num-workers; {_RESUME}",
+            ) from None
         told = cannot_write(run, error)
         if told is None:
             raise

@@ -371,7 +371,7 @@ def _dropped_before(run: Path) -> dict[int, tuple[int, str]]:
 
 
 def _write_csv(path: Path, dropped: dict[int, tuple[int, str]], dataset: CachedDataset) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "key", "reason", "from_step"])
         for row, (at, why) in sorted(dropped.items()):

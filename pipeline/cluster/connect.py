@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
+from milan.core.signals import short_folder
 from milan.errors import MilanError
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+_ANSWER = 10.0  # seconds in which a cluster's server has to answer
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -35,15 +38,18 @@ def connect(address: str | None) -> bool:
         return False
     target = address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
+    if "RAY_TMPDIR" not in os.environ:  # Ray takes TMPDIR as it is: missing, or too long
+        local["_temp_dir"] = os.path.join(short_folder(36), "ray")
     try:
         if target:
             _probe(target)
-        ray.init(
-            address=target or "local",  # not a cluster that happens to run on this machine
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if target else local),
-        )
+        with _without_uv():
+            ray.init(
+                address=target or "local",  # not a cluster that happens to run on this machine
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if target else local),
+            )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {target}" if target else "Ray on this machine"
         raise MilanError(
@@ -51,6 +57,22 @@ def connect(address: str | None) -> bool:
             fix="without Ray: --executor local for extraction, torchrun for pretraining",
         ) from None
     return True
+
+
+@contextmanager
+def _without_uv() -> Iterator[None]:
+    """Inside, Ray does not look whether it runs under `uv run`.
+
+    It would pack the working folder, which it refuses above 512 MB, and start workers by the same
+    command in another folder. Our workers need this Python and nothing of the folder.
+    """
+    name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+    before = getattr(ray_constants, name, None)
+    setattr(ray_constants, name, False)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, before)
 
 
 @contextmanager
@@ -78,10 +100,21 @@ def cluster_nodes(address: str | None) -> list[tuple[int, int]]:
 
 
 def _probe(address: str) -> None:
-    """Raise OSError if nobody answers at host:port; Ray itself would try for many minutes."""
+    """Raise OSError unless Ray answers at host:port; Ray itself would try for a quarter of an hour.
+
+    Whatever speaks gRPC begins with HTTP/2's SETTINGS frame. Under TLS any answer will do.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    if not (host and port.isdecimal()):
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        try:
+            frame = connection.recv(9)
+        except TimeoutError:
+            raise OSError(f"what listens there says nothing for {_ANSWER:g} s") from None
+    if frame[3:4] != b"\x04" and os.environ.get("RAY_USE_TLS", "0") == "0":
+        raise OSError("what listens there is not Ray")
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,15 @@ import numpy as np
 import ray
 
 from milan.core.paths import AnyPath
+from milan.core.progress import Progress
+from milan.core.waiting import Wait
+from milan.errors import CacheError
 from pipeline.cluster.connect import RemoteClass, connected, last_line, value_of
 
 # When no block is left to begin, an idle worker gets a backup of one that has been in work for so
 # many times the median, and for so many seconds at least.
 _BACKUP_MEDIANS, _BACKUP_SECONDS = 3, 5.0
+_LIMIT = 30 * 60.0  # seconds without an answer of any worker: loading a teacher takes minutes
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,24 @@ def map_blocks(
     replicas: Replicas,
     *,
     attempts: int,
+    progress: Progress | None = None,
 ) -> dict[int, str]:
     """Run `worker` over the shards `todo` ([blocks, K] bool); returns the blocks that failed.
 
     A worker has `run(block, views, folder) -> records` and a counter `images`. The result maps
     each block that failed `attempts` times to its last reason. A MilanError of a worker is raised
-    at once.
+    at once, and a CacheError if no worker answers for half an hour.
     """
+    need = "1 core" + (f" and {replicas.gpus:g} GPU" if replicas.gpus else "")
+    wait = Wait(
+        f"a worker of Ray that starts or answers (each needs {need})",
+        limit=_LIMIT,
+        fix="`ray status` shows what the cluster is busy with; --executor local needs no Ray",
+        progress=progress,
+        error=CacheError,
+    )
     with connected(replicas.address):
-        return _Pool(worker, callbacks, replicas, attempts).run(todo)
+        return _Pool(worker, callbacks, replicas, attempts).run(todo, wait)
 
 
 @dataclass
@@ -97,7 +110,7 @@ class _Pool:
         self.lost: dict[int, str] = {}  # blocks given up, with the last reason
         self.durations: deque[float] = deque(maxlen=99)  # seconds of the blocks done last
 
-    def run(self, todo: np.ndarray) -> dict[int, str]:
+    def run(self, todo: np.ndarray, wait: Wait) -> dict[int, str]:
         """Work through `todo` ([blocks, K] bool); returns the blocks that were given up."""
         blocks = np.flatnonzero(todo.any(axis=1))
         fresh = iter(blocks.tolist())
@@ -109,7 +122,9 @@ class _Pool:
             if not self.running:
                 return self.lost
             ready, _ = ray.wait(list(self.running), timeout=1.0)
-            self._read_images(images)
+            if self._read_images(images) or ready:
+                wait.restart()
+            wait.check()
             self.callbacks.on_progress(sum(images.values()))
             for task in ready:
                 if task in self.running:  # else the block's other attempt has just ended
@@ -172,9 +187,13 @@ class _Pool:
         for task in [t for t, attempt in self.running.items() if attempt.block == block]:
             ray.kill(self.running.pop(task).actor)
 
-    def _read_images(self, images: dict[Any, int]) -> None:
+    def _read_images(self, images: dict[Any, int]) -> bool:
+        """Ask the workers how many images they have dealt with; whether any answered."""
+        answered = False
         for attempt in self.running.values():
             try:
                 images[attempt.actor] = ray.get(attempt.actor.read.remote("images"), timeout=0.5)
+                answered = True
             except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
                 continue  # starting, or crashed: the task itself will tell
+        return answered

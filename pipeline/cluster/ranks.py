@@ -18,6 +18,7 @@ from milan.errors import MilanError
 from pipeline.cluster.connect import RemoteClass, connected, last_line, value_of
 
 _PLACEMENT_TIMEOUT = 60.0  # seconds in which a cluster that is large enough has room for ranks
+_START_TIMEOUT = 600.0  # seconds in which the first rank has to be ready
 _GRACE = 5.0  # seconds in which the other ranks may report why one crashed
 
 
@@ -120,7 +121,9 @@ class _RankGroup:
         """(how a rank crashed, None), or (None, what rank 0 returned)."""
         rank0, size = self.actors[0], len(self.actors)
         try:
-            host, port = ray.get([rank0.node.remote(), rank0.call.remote("port")])
+            host, port = ray.get(
+                [rank0.node.remote(), rank0.call.remote("port")], timeout=_START_TIMEOUT
+            )
         except ray.exceptions.RayError as error:
             return f"rank 0 did not start ({last_line(error)})", None
         environment = {

@@ -255,6 +255,7 @@ def write_shards(
             ),
             Replicas(workers.replicas, gpus, config.address),
             attempts=_ATTEMPTS,
+            progress=progress,
         )
         if failed:
             block, reason = next(iter(failed.items()))

@@ -157,7 +157,7 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         # open_clip takes a config only from a folder in the layout of its hub.
         hub_config = {"model_cfg": config, "preprocess_cfg": preprocess}
-        Path(folder, "open_clip_config.json").write_text(json.dumps(hub_config))
+        Path(folder, "open_clip_config.json").write_text(json.dumps(hub_config), encoding="utf-8")
         torch.manual_seed(0)
         try:
             model = open_clip.create_model(
@@ -193,7 +193,9 @@ def _published_config(name: str) -> dict:
     kind, address = name.split(":", 1)
     try:
         if kind == "local-dir":
-            config = json.loads(Path(address, "open_clip_config.json").read_text())["model_cfg"]
+            config = json.loads(Path(address, "open_clip_config.json").read_text(encoding="utf-8"))[
+                "model_cfg"
+            ]
         else:
             config = open_clip.factory._get_hf_config(address)["model_cfg"]
         config["vision_cfg"].keys(), config["embed_dim"]
@@ -222,7 +224,7 @@ def _local_or_named_config(name: str, *, texts: bool) -> tuple[dict, dict, Path 
         if not path.is_file():
             raise TeacherError(f"no model config at {name}", expected="an open_clip model config")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             config = content.get("model_cfg", content)
             config["vision_cfg"].keys(), config["embed_dim"]
             if texts and "text_cfg" not in config:

@@ -160,7 +160,7 @@ class Disk:
 
     def log(self, line: str) -> None:
         """Append a line to the log."""
-        with open(self.path / LOG, "a") as file:
+        with open(self.path / LOG, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def close(self) -> None:

@@ -6,8 +6,11 @@ import json
 import os
 import random
 import signal
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -29,7 +32,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from milan.errors import MilanError
+from milan.errors import CacheError, MilanError
 from pipeline.extract import extract_targets
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
@@ -138,6 +141,113 @@ def test_an_address_of_nothing(
         extract_targets(str(photos), out=str(tmp_path / STORE), **teacher_files)
     assert time.monotonic() - began < 60
     assert not (tmp_path / STORE).exists()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(("answer", "said"), [(b"", "nothing for 0.3 s"), (b"220 mail", "not Ray")])
+def test_an_address_of_something_else(
+    scheme: str, answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program listens there: Ray would try for a quarter of an hour."""
+    from pipeline.cluster import connect
+
+    monkeypatch.setattr(connect, "_ANSWER", 0.3)
+    monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply() -> None:
+            connection, _ = server.accept()
+            connection.sendall(answer)
+            time.sleep(1)
+            connection.close()
+
+        Thread(target=reply, daemon=True).start()
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(MilanError, match=f"{address} cannot be reached: what .* {said}"):
+            connect.connect(address)
+
+
+def test_ray_does_not_look_for_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `uv run` it would pack the working folder and start workers by that command."""
+    import ray
+    from ray._private import worker
+    from ray._private.runtime_env import uv_runtime_env_hook
+
+    from pipeline.cluster.connect import connect
+
+    environments: list[Any] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run", "x"])
+    monkeypatch.setattr(uv_runtime_env_hook, "hook", lambda env: {"working_dir": "."})
+    assert worker._maybe_modify_runtime_env({}, False) == {"working_dir": "."}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        ray, "init",
+        lambda **given: environments.append(worker._maybe_modify_runtime_env({}, False)),
+    )  # fmt: skip
+    assert connect(None)
+    assert environments == [{}]
+    assert worker._maybe_modify_runtime_env({}, False) == {"working_dir": "."}
+
+
+def test_rays_sockets_find_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Below a TMPDIR that is short and exists; else below /tmp. RAY_TMPDIR is the user's own."""
+    import ray
+
+    from pipeline.cluster.connect import connect
+
+    folders: list[str | None] = []
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: folders.append(given.get("_temp_dir")))
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    for folder in ("/var/tmp", str(long), "/no/such/folder"):
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        assert connect(None)
+    monkeypatch.setenv("RAY_TMPDIR", "/mine")
+    assert connect(None)
+    assert folders == ["/var/tmp/ray", "/tmp/ray", "/tmp/ray", None]
+
+
+def test_no_worker_that_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cluster without room, or workers that cannot start: it is said, and has a limit."""
+    from milan.core import waiting
+    from pipeline.cluster import pool
+    from pipeline.cluster.connect import RemoteClass
+
+    class Silent:
+        """An actor that waits for its place."""
+
+        def __getattr__(self, _: str) -> Any:
+            return self
+
+        def __call__(self, *_: Any, **more: Any) -> Any:
+            return self
+
+    def nothing(*_: Any, **more: Any) -> Any:
+        raise pool.ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(pool, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(RemoteClass, "starter", lambda self, **more: Silent)
+    monkeypatch.setattr(pool.ray, "wait", lambda tasks, timeout: ([], time.sleep(0.05)))
+    monkeypatch.setattr(pool.ray, "get", nothing)
+    monkeypatch.setattr(pool, "_LIMIT", 0.5)
+    monkeypatch.setattr(waiting, "_FIRST_WORD", 0.1)
+    notes = Notes()
+    with pytest.raises(CacheError, match="in vain for a worker of Ray that starts or answers"):
+        pool.map_blocks(
+            RemoteClass("os", "_exit", {}), np.ones((2, 1), bool),
+            pool.BlockCallbacks(
+                folder_of=lambda *_: tmp_path, on_done=lambda *_: None,
+                on_progress=lambda _: None, on_failure=lambda *_: None,
+            ),
+            pool.Replicas(count=1, gpus=2, address=None), attempts=3, progress=notes,
+        )  # fmt: skip
+    assert "each needs 1 core and 2 GPU" in notes.lines[0]
+    assert "--executor local" in notes.lines[0]
 
 
 def test_no_cluster_is_joined_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,3 +383,36 @@ def test_the_limit_is_of_each_set(tmp_path: Path) -> None:
     val = make_photos(tmp_path / "val", count=30, seed=1)
     got = linear_probe(data=str(data), val_data=str(val), limit=12, frozen=COLOURS)
     assert (got["train_images"], got["val_images"]) == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [
+        ("vit_tiny_patch16_224", 2),
+        ("vit_base_patch16_siglip_224", 1),  # no class token
+        ("deit_tiny_distilled_patch16_224", 2),  # two tokens before the patches
+        ("vit_relpos_small_patch16_224", 1),  # positions between patches
+        ("vit_small_patch16_rope_224", 2),  # positions by rotation alone
+    ],
+)
+def test_any_vit_of_timm_is_probed(model: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kind of positions and tokens it has: class token and mean of the patches."""
+    frozen = timm_encoder(monkeypatch, model, depth=1, embed_dim=24, num_heads=2)
+    features = frozen.features(torch.zeros(2, frozen.size, frozen.size, 3, dtype=torch.uint8))
+    assert features.shape == (2, 24 * width)
+    assert features.isfinite().all()
+
+
+def test_what_is_no_vit_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused by its kind, with what would be taken."""
+    with pytest.raises(ConfigError, match="timm:resnet10t is a ResNet, whose output is not"):
+        timm_encoder(monkeypatch, "resnet10t")
+
+
+def timm_encoder(monkeypatch: pytest.MonkeyPatch, model: str, **options: Any) -> Any:
+    """`timm:model` with random weights."""
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **given: make(name, num_classes=0, **options)
+    )
+    return frozen_encoder(EvaluationConfig(f"timm:{model}", "x"), torch.device("cpu"))
