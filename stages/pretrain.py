@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -76,11 +75,8 @@ def pretrain(
             rows = estimate_run(config, progress=progress)
         console.table("A run would take", ("what", ""), rows)
         return
-    run: Callable[..., dict[str, Any]]
-    if config.num_nodes > 1 or config.address:
-        from pipeline.cluster.pretrain import pretrain_on_cluster as run
-    else:
-        from milan.training.pretrain import pretrain as run
+    from milan.training.pretrain import pretrain as run
+
     try:
         with console.ConsoleProgress() as progress:
             figures = run(

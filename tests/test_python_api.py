@@ -101,6 +101,16 @@ def test_every_public_name_is_there() -> None:
         milan.nonsense  # noqa: B018
 
 
+def test_several_machines_are_not_quietly_one(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python too, `num_nodes` means ranks on a cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="num_nodes 2 without a cluster"):
+        milan.pretrain(str(store), out=str(tmp_path / "run"), num_nodes=2, **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ from milan.training.run import (
 )
 from milan.training.validation import Validation, ValidationPlan, check_labels
 
+_CLUSTER = "pipeline.cluster.pretrain"  # loaded only for a run on several machines
 _PLACES = ("cache", "out", "data_root", "local", "cache_limit", "recipe")  # not of a recipe
 
 
@@ -104,14 +106,18 @@ def pretrain(
     resumes the newest checkpoint of the same settings, `"never"` starts anew; `overwrite` replaces
     a run of other settings instead of refusing. Asked to `stop`, or by SIGINT, SIGTERM or SIGUSR1,
     it finishes its step and writes a checkpoint; a second SIGINT interrupts. With several GPUs it
-    starts a process for each. Returns the figures of metrics.json, `run` and `rank`, and
-    `stopped_by` if it was asked to stop before its end (`step` is 0 if it waited for other ranks or
-    for data then). Raises MilanError, and RankError if other ranks are out of reach.
+    starts a process for each, with `num_nodes` or `address` ranks on a Ray cluster. Returns the
+    figures of metrics.json, `run` and `rank`, and `stopped_by` if it was asked to stop before its
+    end (`step` is 0 if it waited for other ranks or for data then). Raises MilanError, and
+    RankError if other ranks are out of reach.
     """
     config = from_call(PretrainConfig, "cache", cache, settings, "pretrain")
     config.check()
     call = Call(resume, overwrite, stop_after)
     call.check()
+    if config.num_nodes > 1 or config.address:
+        on_cluster = import_module(_CLUSTER).pretrain_on_cluster
+        return on_cluster(config, **vars(call), progress=progress)
     device = pick_device(config.device)
     given = Ranks.from_environment()
     count = 1 if given else devices_of(config, device)
