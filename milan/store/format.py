@@ -322,6 +322,8 @@ class Index:
                 str(layer): [int(row) for row in rows]
                 for layer, rows in index.get("dropped", {}).items()
             }
+            if any(row < 0 for rows in dropped.values() for row in rows):
+                raise ValueError("a dropped row below 0")
             stated = index.pop("digest", None)  # none in one from before it had a digest
             if stated is not None and stated != hashlib.sha256(canonical(index)).hexdigest():
                 raise ValueError("its digest differs")

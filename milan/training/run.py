@@ -341,9 +341,9 @@ def without_changed(
     their places, so that an epoch keeps its steps. Raises ConfigError if too few images are left.
     """
     run, ranks = context.run, context.ranks
-    dropped = ranks.on_rank0(lambda: _dropped_before(run))
-    gone = [row for row in dataset.cache.dropped.tolist() if row not in dropped]
-    new = dict.fromkeys(gone, (step, "dropped from the store"))
+    # Of rank 0: the store may be extended at this moment.
+    dropped, gone = ranks.on_rank0(lambda: (_dropped_before(run), dataset.cache.dropped.tolist()))
+    new = {row: (step, "dropped from the store") for row in gone if row not in dropped}
     if policy == "drop" and not dataset.stored:  # stored views are verified with their targets
         rows = dataset.good[~np.isin(dataset.good, list(dropped))]
         mine = changed_images(

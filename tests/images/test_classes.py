@@ -14,6 +14,7 @@ import pytest
 from milan.errors import DataError
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest
+from milan.store.texts import Prototypes
 
 CASES = Path(__file__).parent.parent / "cases"
 
@@ -100,6 +101,21 @@ def test_parts_of_a_store_share_one_table(tmp_path: Path) -> None:
     expected = [*first.labels(), *np.array([2, 0, 1])[second.labels()], -1]
     assert joined.labels().tolist() == expected
     assert Manifest.join([second], classes=["dog"]).classes == ["dog", "ant", "cat"]
+
+
+def test_prototypes_follow_the_table() -> None:
+    """Of generations that numbered classes by themselves: each class from the last that has it."""
+
+    def part(classes: list[str], value: float) -> Prototypes:
+        features = np.full((len(classes), 2), value, np.float32) + np.arange(len(classes))[:, None]
+        return Prototypes(classes, features, np.zeros((len(classes), 1, 3), np.int32))
+
+    table = ["cat", "dog", "ant", "bee"]
+    joined = Prototypes.join([part(CAT_DOG, 10), part(["ant", "cat"], 20)], table)
+    assert joined.classes == table
+    assert joined.features[:3, 0].tolist() == [21, 11, 20]
+    assert np.isnan(joined.features[3]).all()
+    assert joined.ids[:, 0, 0].tolist() == [0, 0, 0, -1]
 
 
 def test_an_error_leaves_the_table_as_it_was() -> None:
