@@ -156,12 +156,13 @@ def test_numbers_of_another_listing(
     grow(data)
     before = committed(store)
     if kind in ("more names", "as before"):
+        other = grow(data, codec="float16", extend=True)["layer"]
         parquet(data / "a.parquet", [0, 1, 2], ["ant", "cat", "dog"], first=3)
         if kind == "as before":
 
             def added(stored: _Stored, *_: Any) -> Manifest:
                 listing = stored.found.manifest
-                new = [i for i, key in enumerate(stored.listed) if key.startswith("a.")]
+                new = [i for i, key in enumerate(stored.listed) if not key.startswith("b.")]
                 return Manifest(listing.table.take(pa.array(new)), listing.classes)
 
             monkeypatch.setattr(_Stored, "added", added)
@@ -171,6 +172,12 @@ def test_numbers_of_another_listing(
         labels = dict(zip(keys(store), manifest.labels().tolist(), strict=True))
         assert [labels[f"a.parquet/0.{i}"] for i in range(3)] == [2, 0, 1]
         assert [labels[f"b.parquet/0.{i}"] for i in range(3)] == [0, 1, 0]
+        (data / "a.parquet").unlink()  # a layer that does not have it gets a class of its own
+        parquet(data / "c.parquet", [0], ["bee"], first=6)
+        grow(data, codec="float16")
+        manifest = TargetCache(store, layer=other).manifest
+        assert manifest.classes == ["cat", "dog", "ant", "bee"]
+        assert manifest.labels().tolist()[3:] == [3]
         return
     names = cat_dog if kind == "names come" else None
     parquet(data / "b.parquet", [0, 1, 0], names)
