@@ -2,6 +2,7 @@
 
 MilanError            exit code 1, one message, no traceback
 ├── DataError         images, manifests, data sets; a remote store that does not answer
+│   └── MachineError  the machine, a disk or the network fails: nothing is said about the data
 ├── TeacherError      the frozen teacher: its name, weights, shape
 ├── CacheError        a store that is missing, incomplete, damaged or another's
 ├── ConfigError       parameters and model arguments
@@ -40,6 +41,10 @@ def _rebuild(kind: type[MilanError], found: str, expected: str, fix: str) -> Mil
 
 class DataError(MilanError):
     """Images or a manifest that cannot be used."""
+
+
+class MachineError(DataError):
+    """The machine, a disk or the network fails while data are read; the same line may succeed."""
 
 
 class TeacherError(MilanError):

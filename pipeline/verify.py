@@ -20,7 +20,7 @@ from milan.core.config_fields import check_seed
 from milan.core.paths import AnyPath, as_path, folders_in, pieces_of, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.data.dataset import CachedDataset
-from milan.errors import CacheError, DataError, TeacherError
+from milan.errors import CacheError, DataError, MachineError, TeacherError
 from milan.images.views import checksum, unpack
 from milan.store.cache import TargetCache
 from milan.store.format import (
@@ -302,6 +302,8 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
         named = audit.teacher or TeacherSpec.recorded(first.origin["teacher"])
         spec = named.as_stored(first.spec.teacher, texts=bool(first.spec.texts))
         teacher = load_teacher(spec, device=audit.device)
+    except MachineError:
+        raise
     except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
         return
@@ -320,6 +322,9 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
         try:
             pixels = dataset.pixels(rows[part], views[part])
+        except MachineError:
+            progress.end()
+            raise
         except DataError as error:
             verdict.foreign.append(str(error))
             progress.end()

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol, TypeGuard, TypeVar
 
 from milan.core.remote import RemoteFiles, Url, cannot_be
 from milan.core.retry import SAME_LINE, passes, patiently
-from milan.errors import DataError
+from milan.errors import DataError, MachineError
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)", re.DOTALL)
 _PIECE = 8 << 20  # of a file that is read from end to end
@@ -94,7 +94,7 @@ class FileSystem(Protocol[P]):
 def answered(where: object, do: Callable[[], R]) -> R:
     """`do()`, which reads `where`: tried again while the machine or the network errs.
 
-    Raises DataError with the errno's name if that does not pass (milan.core.retry). What `do`
+    Raises MachineError with the errno's name if that does not pass (milan.core.retry). What `do`
     raises about the file itself stays as it is.
     """
     try:
@@ -112,7 +112,7 @@ def read_below(root: AnyPath, below: str, *, offset: int | None = None, size: in
 
     One read, or one request. Without `offset`, `size` is what the file had when it was listed,
     None if that is unknown; a file that has changed is read as it is. Raises OSError for a file
-    that is absent or none, and DataError where the machine or the network fails.
+    that is absent or none, and MachineError where the machine or the network fails.
     """
     files, where = _files(root), root / below
 
@@ -149,8 +149,8 @@ def open_below(root: AnyPath, below: str, *, skip: bool = False) -> ContextManag
 def read_file(where: AnyPath, *, first: int = 0, size: int | None = None) -> bytes:
     """A whole file, or `size` bytes of it from `first` on; one request.
 
-    Raises OSError for a file that is absent or none, and DataError where the machine or the network
-    fails.
+    Raises OSError for a file that is absent or none, and MachineError where the machine or the
+    network fails.
     """
     files = _files(where)
 
@@ -322,7 +322,7 @@ class LocalFiles:
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(where) as entries:
             if next(entries, None):
                 return
-        raise DataError(
+        raise MachineError(
             f"{where} cannot be read: it is empty or gone",
             expected="the files, where they were listed",
             fix=f"mount or restore it; {SAME_LINE}",

@@ -17,8 +17,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
-from milan.core.retry import described, fix_for, number_of, patiently
-from milan.errors import DataError, ImageFault, MilanError
+from milan.core.retry import described, fix_for, number_of, passes, patiently
+from milan.errors import DataError, ImageFault, MachineError, MilanError
 
 _S3 = (
     "credentials in the environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), "
@@ -198,7 +198,7 @@ class RemoteFiles:
     def probe(self, where: Url) -> None:
         """Raises DataError unless the server answers and, where it can be asked, has the folder."""
         if not where.exists() and where.scheme not in ("http", "https"):
-            raise DataError(
+            raise MachineError(
                 f"{where} cannot be read: it is empty or gone",
                 expected="the images, where they were listed",
                 fix="restore it; then the same line goes on",
@@ -242,12 +242,16 @@ class _Answering:
 def cannot_be(
     where: object, doing: str, error: OSError | MemoryError, hint: str | None = None
 ) -> DataError:
-    """The DataError for a file or folder that cannot be read (or what `doing` says)."""
+    """The error for a file or folder that cannot be read (or what `doing` says).
+
+    It is a MachineError if the file itself is not to blame.
+    """
     denied = number_of(error) in (None, errno.EACCES, errno.EPERM)
     expected = (
         "a folder or file that this user may read" if denied else "a disk or server that answers"
     )
-    return DataError(
+    kind = MachineError if passes(error) else DataError
+    return kind(
         f"{where} cannot be {doing}: {described(error)}",
         expected=expected if doing == "read" else "",
         fix=hint or fix_for(error),

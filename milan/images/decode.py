@@ -55,8 +55,8 @@ def decode(data: bytes) -> Image.Image:
     """The picture in `data`, oriented, mode RGB, fully loaded.
 
     Raises ImageFault with one of the reasons: empty, not-an-image, unsupported (of a format that is
-    not read), truncated, too-large, multi-page, unreadable; DataError if memory runs out, which is
-    not the image's fault.
+    not read), truncated, too-large, multi-page, unreadable; MachineError if memory runs out, which
+    is not the image's fault.
     """
     if not data:
         raise ImageFault("empty", "0 bytes")

@@ -63,7 +63,7 @@ class ImageSource:
     def read(self, row: int) -> bytes:
         """The encoded bytes of the image in `row`.
 
-        Raises ImageFault, missing or unreadable; DataError for an error of the machine or the
+        Raises ImageFault, missing or unreadable; MachineError for an error of the machine or the
         network that does not pass, which says nothing about the image.
         """
         path = self._paths[row].as_py()

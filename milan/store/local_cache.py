@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from milan.core.atomic import is_open_file
 from milan.core.paths import AnyPath, pieces_of
+from milan.core.retry import fix_for, passes
 from milan.errors import CacheError
 
 RETRY_SECONDS = 0.1
@@ -214,7 +215,9 @@ def _as_cache_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        fix = "a smaller --cache-limit" if full else "--local a folder of your own"
         raise CacheError(
             f"shards cannot be copied to {folder}: {error}",
-            fix="a smaller --cache-limit" if full else "--local a folder of your own",
+            fix=fix if full or denied or not passes(error) else fix_for(error),
         ) from None

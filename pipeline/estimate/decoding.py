@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from milan.core.device import cpu_count
-from milan.errors import DataError, ImageFault
+from milan.errors import ImageFault
 from milan.images.decode import decode
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
@@ -62,7 +62,7 @@ def measure_decoding(work: Plan) -> Decoding | None:
         started = time.thread_time()
         try:
             image = decode(source.read(row))
-        except (ImageFault, DataError):
+        except ImageFault:
             continue
         view = view_of(view_spec, row, view=0, height=image.height, width=image.width)
         pixels = render(image, view, size=view_spec.size)

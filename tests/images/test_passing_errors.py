@@ -24,14 +24,14 @@ from helpers import forget
 from milan.core import retry
 from milan.core.paths import LocalFiles, as_path, read_file
 from milan.data.dataset import open_cache
-from milan.errors import CacheError, DataError, ImageFault
+from milan.errors import CacheError, DataError, ImageFault, MachineError
 from milan.images import decode as decoding
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
 from milan.store.generation import system_errors
-from pipeline.verify import GOOD, verify
+from pipeline.verify import GOOD, Audit, verify
 from pipeline.writing.shard_table import ShardTable
 
 TRIES = len(retry.PAUSES) + 1
@@ -163,6 +163,21 @@ def test_records_that_cannot_be_read_are_no_damage(
             with pytest.raises(DataError, match=f"cannot be read: {name}"):
                 ShardTable(cache.spec).read_records(cache.root)
     assert verify(store, deep=True).code == GOOD
+
+
+def test_an_audit_that_cannot_read_is_no_verdict(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`foreign` would say that the images are others."""
+    failing = Failing(LocalFiles.read_below, system("EIO"), 10**6)
+    real = LocalFiles.read_below
+
+    def read_below(files: Any, root: Path, below: str, **options: Any) -> bytes:
+        return (failing if below.endswith(".jpg") else real)(files, root, below, **options)
+
+    monkeypatch.setattr(LocalFiles, "read_below", read_below)
+    with pytest.raises(MachineError, match=r"\.jpg cannot be read: EIO"):
+        verify(store, audit=Audit(4))
 
 
 TENSORSTORE = {
