@@ -115,6 +115,7 @@ def stage(
         "bad": reasons,
         "crc32c": {name: _row_checksums(rows, reasons, start) for name, rows in arrays.items()},
         "digests": ["d"] * (stop - start), "pixels": [0] * (stop - start),
+        "heights": [8] * (stop - start), "widths": [8] * (stop - start),
     }  # fmt: skip
     return folder, record
 
