@@ -113,7 +113,9 @@ class Colours:
     def of_store(cls, cache: TargetCache) -> Colours:
         """Fitted to the first images of a store, so that all its sheets compare, grown or not."""
         rows = cache.good_rows()[:_FITTED]  # in the manifest's order, which is shuffled
-        features = patch_features(cache, rows, np.zeros_like(rows))
+        # A shard at a time: a local cache need not have room for more than a window's.
+        parts = np.split(rows, np.flatnonzero(np.diff(cache.shards_of(rows))) + 1)
+        features = np.concatenate([patch_features(cache, p, np.zeros_like(p)) for p in parts])
         images = "1 image" if len(rows) == 1 else f"{len(rows)} images"
         return cls(features, f"fitted to {images} of the store, the same in all its sheets")
 
