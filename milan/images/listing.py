@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -55,13 +56,22 @@ _MADE_HERE = {  # a folder that has one of the first files and one of the second
     "a run": ({"run.json"}, {"log.jsonl", "curves.csv", "metrics.json"}),
     "a report": ({"metrics.json"}, {"report.txt", "sheet.png"}),
     "mlflow": ({"mlflow.db"}, {"mlflow.db"}),
+    "an mlflow run": ({"meta.yaml"}, {"meta.yaml"}),
 }
-_PARTS = {"a report": ("sheet.png", "curves.png", "evaluation"), "mlflow": ("mlartifacts",)}
+_PARTS = {
+    "a report": ("sheet.png", "curves.png", "evaluation"),
+    "mlflow": ("mlartifacts",),
+    "an mlflow run": ("artifacts",),
+}
 """What in such a folder was made here; else all of it."""
 _STATS = "_stats.json"
 _PIECE_BYTES = 1 << 30  # of a row group's images, read at once
 _NO_IMAGES = ".parquet without images"
 _MARKERS = tuple({name for sets in _MADE_HERE.values() for names in sets for name in names})
+
+
+class NoParquetError(DataError):
+    """A file that is damaged, or no Parquet file at all."""
 
 
 class NoImagesError(DataError):
@@ -172,8 +182,10 @@ def list_images(source: AnyPath, wanted: WantedSplit | None = None) -> Listing:
         files.ending(".tar"),
     )
     if parquet and (images or tars):  # perhaps they only describe the others
-        others = [name for name in parquet if not _has_images(files.root, name)]
-        files.leave_out(others, _NO_IMAGES)
+        described = {place for name in images for place in _places(name)}
+        described |= {name.removesuffix(".tar") for name in tars}
+        for name, why in map_files(files.root, partial(_no_images, files.root, described), parquet):
+            files.leave_out([name] if why else [], why)
         parquet = files.ending(".parquet")
     if parquet:
         files.take(parquet, wanted)
@@ -345,18 +357,28 @@ def read_bytes(reader: pq.ParquetFile, group: int) -> pa.ChunkedArray:
     return pa.chunked_array(pieces, pieces[0].type if pieces else pa.binary())
 
 
-def _has_images(root: AnyPath, name: str) -> bool:
-    """Whether a Parquet file is one of images. Raises DataError if it cannot be read."""
+def _no_images(root: AnyPath, described: set[str], name: str) -> tuple[str, str | None]:
+    """(name, why it is no Parquet file of images; None if it is one).
+
+    Raises DataError if it cannot be read. One that is damaged is left out where it only describes a
+    folder or tar of its name, one of `described`.
+    """
     check_unicode(name, "the file name")
     try:
         _of_parquet(root, name, lambda reader: _check_schema(reader.schema_arrow, root / name))
     except NoImagesError:
-        return False
-    return True
+        return name, _NO_IMAGES
+    except NoParquetError:
+        if name.removesuffix(".parquet") not in described:
+            raise
+        return name, "damaged .parquet beside its images"
+    return name, None
 
 
 def _of_parquet(root: AnyPath, name: str, do: Callable[[pq.ParquetFile], T]) -> T:
-    """`do` of an opened Parquet file. Raises DataError if it cannot be read."""
+    """`do` of an opened Parquet file. Raises DataError if it cannot be read: NoParquetError if its
+    content is the reason.
+    """
 
     def read() -> T:
         with parquet_below(root, name) as reader:
@@ -367,7 +389,8 @@ def _of_parquet(root: AnyPath, name: str, do: Callable[[pq.ParquetFile], T]) -> 
     except (pa.ArrowException, OSError, UnicodeError) as error:
         if is_lfs_pointer(root, name):
             raise lfs_pointer(root / name) from None
-        raise DataError(
+        whole = isinstance(error, OSError) and not isinstance(error.__cause__, pa.ArrowException)
+        raise (DataError if whole else NoParquetError)(
             f"{root / name} cannot be read: {error}",
             expected="a whole Parquet file",
             fix="fetch or write it again",

@@ -112,6 +112,7 @@ def test_stores_runs_and_reports_are_no_images(
     put(root / "report", "metrics.json", "sheet.png", "curves.png", "evaluation/linear_probe.png")
     put(root / "report", "photo.jpg")  # somebody's own
     put(root, "runs/mlflow.db", "runs/mlartifacts/1/sheet.png")
+    put(root, "mlruns/0/1/meta.yaml", "mlruns/0/1/artifacts/sheet.png")
     manifest = build_manifest(root, seed=0)
     assert keys(manifest) == sorted([*keys(before), "report/photo.jpg"])
     line = found(manifest)
@@ -156,6 +157,12 @@ def test_metadata_beside_tars_and_images(tmp_path: Path) -> None:
         "found: 15 files: 8 labels and captions, 4 images, 1 .tar; left out: 1 .json, "
         "1 .parquet without images"
     )
+    put(tmp_path / "g", "00000/1.jpg", "00000.parquet", "00001.tar", "00001.parquet")
+    line = "found: 4 files: 1 images; left out: 2 damaged .parquet beside its images, 1 .tar"
+    assert found(build_manifest(tmp_path / "g", seed=0)) == line
+    put(tmp_path / "g", "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read"):
+        build_manifest(tmp_path / "g", seed=0)
     put(tmp_path / "f", "cat/1.jpg", "dog/2.jpg")
     for name, column in (("metadata.parquet", "file_name"), ("cat/more.parquet", "image")):
         pq.write_table(pa.table({column: ["cat/1.jpg"]}), tmp_path / "f" / name)
