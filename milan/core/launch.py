@@ -138,13 +138,18 @@ def _run_processes(
         sender.close()
         alive: dict[Any, int] = {p.sentinel: rank for rank, p in enumerate(processes)}
         crash, open_pipes = None, [receiver]
-        while alive and crash is None:
-            for ready in multiprocessing.connection.wait([*alive, *open_pipes]):
-                if ready is not receiver:
-                    rank = alive.pop(ready)
-                    crash = crash or _crash_of(processes[rank], rank)
-                elif not _replay_next(receiver, progress):
-                    open_pipes = []
+        try:
+            while alive and crash is None:
+                for ready in multiprocessing.connection.wait([*alive, *open_pipes]):
+                    if ready is not receiver:
+                        rank = alive.pop(ready)
+                        crash = crash or _crash_of(processes[rank], rank)
+                    elif not _replay_next(receiver, progress):
+                        open_pipes = []
+        except BaseException:  # a second Ctrl-C: this process would wait for ranks that hang
+            for process in processes:
+                process.kill()
+            raise
         while open_pipes and receiver.poll() and _replay_next(receiver, progress):
             pass  # rank 0's last progress
         deadline = time.monotonic() + _GRACE

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import format_duration
 from milan.errors import MilanError, TrainError
 
+_SILENCE = 60.0  # seconds without a byte of a download
 _FIRST_WORD = 15.0  # seconds of waiting before it is said; then again after twice as long
 
 
@@ -18,6 +22,20 @@ class Stopped(Exception):
     def __init__(self, by: str) -> None:
         self.by = by
         super().__init__(by)
+
+
+@contextmanager
+def stalled_connections_fail() -> Iterator[None]:
+    """Inside, a connection that is opened fails once it has been silent for a minute.
+
+    For downloads by libraries that would wait for ever. Other threads are affected as well.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 class Wait:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from milan.core.waiting import stalled_connections_fail
 from milan.errors import ConfigError, nearest
 
 _DEFAULT = "vit_base_patch16_224"
@@ -116,7 +117,8 @@ def pretrained_vit(name: str, **args: Any) -> Any:
     if not timm.is_model(name.split(".")[0]):
         raise unknown_vit(f"unknown timm model {name!r}", name, "timm:")
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, **args)
+        with stalled_connections_fail():
+            return timm.create_model(name, pretrained=True, num_classes=0, **args)
     except Exception as error:  # hub clients raise many kinds, all for the same reason
         raise ConfigError(
             f"the weights of {name} cannot be fetched: {type(error).__name__}",

@@ -26,13 +26,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from milan.core.atomic import is_open_file
 from milan.core.paths import AnyPath, pieces_of
 from milan.core.retry import fix_for, passes
+from milan.core.waiting import Wait
 from milan.errors import CacheError
 
+_LIMIT = 15 * 60.0  # seconds in which another process has to copy a shard
 RETRY_SECONDS = 0.1
 """Pause before room for a shard is looked for again."""
 
@@ -106,7 +108,7 @@ class LocalCopies:
         with _as_cache_error(self.folder):
             while not self.has(block, view):
                 with open(part, "ab") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    _lock(lock, part)
                     if not is_open_file(lock.fileno(), part):
                         continue  # the process that had the lock removed the file: look again
                     if self.has(block, view):
@@ -159,7 +161,7 @@ class LocalCopies:
                 fix="a larger --cache-limit",
             )
         with open(self.folder / "lock", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, self.folder / "lock")
             used, evictable = 0, []
             for entry in self.folder.glob("*/shards/*"):
                 try:
@@ -181,6 +183,27 @@ class LocalCopies:
                 used -= bytes
             os.truncate(part, size)
         return True
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Lock an open file, once nobody else has it. Raises CacheError at the limit."""
+    pause, wait = (
+        0.001,
+        Wait(
+            f"the process that locks {path}, which copies a shard or makes room",
+            limit=_LIMIT,
+            fix=f"`fuser {path}` names it; end it, or --local another folder",
+            error=CacheError,
+        ),
+    )
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            wait.check()
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
 
 
 def _evict(entry: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from pipeline.teachers.spec import DEFAULT_PRETRAINED, DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower, no_texts
@@ -112,10 +113,11 @@ def _build_published(spec: TeacherSpec, pretrained: str) -> _Clip:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = open_clip.create_model(
-                name, load_weights=pretrained != "none", require_pretrained=not pretrained,
-                force_patch_dropout=0.0, **options,
-            )  # fmt: skip
+            with stalled_connections_fail():
+                model = open_clip.create_model(
+                    name, load_weights=pretrained != "none", require_pretrained=not pretrained,
+                    force_patch_dropout=0.0, **options,
+                )  # fmt: skip
         except Exception as error:  # pickle, safetensors, torch and the hub: each has its own
             reason = " ".join(str(error).split())[:300]
             raise TeacherError(f"teacher {name} cannot be loaded: {reason}") from None
@@ -281,7 +283,8 @@ def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
     if offline and not repository and cached and not cached.exists():
         raise not_here(what, wanted, offline=True)
     try:
-        return Path(open_clip.pretrained.download_pretrained(entry))
+        with stalled_connections_fail():
+            return Path(open_clip.pretrained.download_pretrained(entry))
     except Exception as error:  # hub clients raise many kinds; all mean: cannot be downloaded
         raise not_here(what, wanted, offline=offline, error=error) from None
 

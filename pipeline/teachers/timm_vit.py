@@ -17,6 +17,7 @@ from timm.models import (
 )
 from torch import nn
 
+from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import no_texts
@@ -138,7 +139,8 @@ def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
     file = cfg.hf_hub_filename or "model.safetensors"
     options = {"filename": file} if cfg.hf_hub_filename else {}
     try:
-        return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, **options)
+        with stalled_connections_fail():
+            return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, **options)
     except Exception as error:  # hub clients raise many kinds; all mean: cannot be downloaded
         wanted = f"{file} of https://huggingface.co/{cfg.hf_hub_id}"
         raise not_here(what, wanted, offline=offline, error=error) from None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
+from urllib.request import urlopen
 
 import pytest
 from helpers import Notes
 
+from milan.core import waiting
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped, Wait
 from milan.errors import CacheError
@@ -53,3 +56,13 @@ def test_a_stop_ends_a_wait(grace: int, clock: list[float]) -> None:
         clock[0] += 1
     with pytest.raises(Stopped, match="SIGTERM"):
         wait.check()
+
+
+def test_a_download_that_stalls_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """urlopen alone, as torch's hub and open_clip call it, waits for ever."""
+    monkeypatch.setattr(waiting, "_SILENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/weights"
+        with pytest.raises(TimeoutError), waiting.stalled_connections_fail():
+            urlopen(address)
+    assert socket.getdefaulttimeout() is None

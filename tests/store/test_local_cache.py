@@ -379,6 +379,23 @@ def test_a_window_must_fit(store: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_is_not_waited_for_without_end(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that hangs while it copies or makes room: one error that names its lock."""
+    monkeypatch.setattr(local_cache_module, "_LIMIT", 0.1)
+    cache = local_cache(copied, tmp_path / "fast")
+    generation = cache.generations[0]
+    assert generation.local
+    part = generation.local.marker(0, 0)
+    for locked in (part.with_name(f"{part.name}.part"), generation.local.folder / "lock"):
+        with open(locked, "ab") as holder:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            with pytest.raises(CacheError, match=f"in vain for the process that locks {locked}"):
+                generation.fetch(0, 0)
+    assert generation.fetch(0, 0)
+
+
 def test_a_lock_is_held_by_who_copies(copied: Path, tmp_path: Path) -> None:
     """A part whose copier lives is not taken for a dead one's, and its room stays taken."""
     near = local_cache(copied, tmp_path / "fast", 1.5)
