@@ -49,7 +49,7 @@ class ExtractConfig:
     drop_missing: bool = False
     """Leave out stored images that were deleted from the data; nothing is rewritten."""
     executor: str = setting("auto", choices=("auto", "ray", "local"))
-    """ray, or local: the same work in this process; auto: local for one copy on a CPU, else ray."""
+    """ray, or local: the same work in this process; auto: local for one copy, else ray."""
     address: str | None = None
     """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray in this machine."""
     replicas: int | None = setting(None, unit="copies", auto=True, least=1)
