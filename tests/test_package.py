@@ -119,7 +119,7 @@ def test_the_promised_commands() -> None:
     ]
     readme = (ROOT / "README.md").read_text()
     first = readme.index("make demo")
-    assert first < readme.index("make test") < readme.index("milan extract-targets --data")
+    assert first < readme.index("make test") < readme.index("milan extract-targets --data imagenet")
     for command in ("extract-targets --data imagenet", "pretrain --cache targets.zarr"):
         assert f"milan {command}" in readme
     assert "dvc repro" in readme
