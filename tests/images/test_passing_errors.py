@@ -23,8 +23,12 @@ from helpers import forget
 
 from milan.core import retry
 from milan.core.paths import LocalFiles, as_path, read_file
+from milan.core.progress import NoProgress
+from milan.core.signals import Stop
+from milan.data.changed_images import changed_images
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, DataError, ImageFault, MachineError
+from milan.evaluation.frozen import _central_square
 from milan.images import decode as decoding
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
@@ -165,10 +169,22 @@ def test_records_that_cannot_be_read_are_no_damage(
     assert verify(store, deep=True).code == GOOD
 
 
-def test_an_audit_that_cannot_read_is_no_verdict(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reader", ["training", "changed images", "probe", "audit"])
+def test_whoever_reads_images_ends(
+    reader: str, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`foreign` would say that the images are others."""
+    """None says that an image has changed, leaves it out, or calls the store another's."""
+    dataset = open_cache(store)
+    at = np.arange(4), np.zeros(4, int)
+    dataset.pixels(*at)
+    readers: dict[str, Callable[[], Any]] = {
+        "training": lambda: dataset.pixels(*at),
+        "changed images": lambda: changed_images(
+            dataset, at[0], stop=Stop(), progress=NoProgress()
+        ),
+        "probe": lambda: _central_square(dataset.source, 32, 0.875, 0),
+        "audit": lambda: verify(store, audit=Audit(4)),
+    }
     failing = Failing(LocalFiles.read_below, system("EIO"), 10**6)
     real = LocalFiles.read_below
 
@@ -177,7 +193,7 @@ def test_an_audit_that_cannot_read_is_no_verdict(
 
     monkeypatch.setattr(LocalFiles, "read_below", read_below)
     with pytest.raises(MachineError, match=r"\.jpg cannot be read: EIO"):
-        verify(store, audit=Audit(4))
+        readers[reader]()
 
 
 TENSORSTORE = {
