@@ -109,7 +109,7 @@ def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             first = (str(error) or type(error).__name__).splitlines()[0][:160]
             raise ConfigError(f"{path} cannot be loaded safely: {first}") from None
     state = inner_state(read)
-    if not isinstance(state, dict):
+    if not (isinstance(state, dict) and any(isinstance(v, torch.Tensor) for v in state.values())):
         raise ConfigError(f"{path} holds no state dict", expected="named tensors, or `model`")
     return state
 
