@@ -167,7 +167,8 @@ def sheet_of_run(shown: SheetInputs, colours: Colours | None) -> list[Column]:
         visible_column(shown.pixels, shown.masked),
     ]
     if shown.features is None:
-        return [*columns, Column("prediction", "the student's pixels", shown.prediction)]
+        what = "the student's pixels; MAE trains those of masked patches only"
+        return [*columns, Column("prediction", what, shown.prediction)]
     colours = colours or Colours(shown.features)
     predicted = upscale(_bytes(colours(shown.prediction)), size)
     return [
