@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test soak lint format types bench clean
+.PHONY: install demo test soak lint format types bench gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ format: install
 
 types: install
 	mypy
+
+gpu-check: install
+	python -m benchmarks.gpu_check
 
 bench: install
 	python -m benchmarks

@@ -72,9 +72,12 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def photos(folder: Path, count: int) -> Path:
-    """A folder of ImageNet photographs if present, else of `count` JPEGs of noise of that size."""
-    if PHOTOS.exists():
-        return PHOTOS
+    """A folder of ImageNet photographs if present, else `noise_photos`."""
+    return PHOTOS if PHOTOS.exists() else noise_photos(folder, count)
+
+
+def noise_photos(folder: Path, count: int) -> Path:
+    """A folder of `count` JPEGs of noise, 500 x 375 pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for i in range(count):

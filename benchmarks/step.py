@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD, autocast, normalise
 from milan.data.loader import Batch
 from milan.models.kernels import choose_kernels
+from milan.models.student import Student
 from milan.store.codecs import CODECS
-from milan.training.build import micro_batch_of, resolve_defaults, student_of
+from milan.training.build import Settings, micro_batch_of, resolve_defaults, student_of
+from milan.training.compilation import StepLoss, compile_step
+from milan.training.loop import Context
 from milan.training.optim import adamw, gradient_norm
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -36,7 +40,44 @@ PAIRS = (("ViT-B/16", 16), ("ViT-L/14", 16), ("ViT-L/14", 14))
 """Teacher, and the student's patch size."""
 
 
-def ours(
+class Case(NamedTuple):
+    """A step to be measured: what pretraining builds, on one micro-batch of random targets."""
+
+    student: Student
+    settings: Settings
+    targets: Any
+    """In a store's place: its codec, spec and view spec."""
+    batch: Batch
+    """On the CPU."""
+    device: torch.device
+
+    def run(self, size: int) -> Callable[[], None]:
+        """A step of `size` images; with the setting `compile` on, compiled."""
+        config, student, settings = self.settings.config, self.student, self.settings
+        at_once = len(self.batch.rows)
+        choose_kernels(student, self.device, settings.precision)
+        optimiser = adamw(
+            student, self.device, weight_decay=config.weight_decay, beta2=config.beta2
+        )
+        objective = settings.objective(self.targets)
+        eager = StepLoss(objective, student, objective.loss)
+        context = Context(Path(), self.device)
+        loss_of = compile_step(eager, self.batch.to(self.device), settings, context)
+
+        def step() -> None:
+            optimiser.zero_grad(set_to_none=True)
+            for _ in range(size // at_once):
+                with autocast(self.device, settings.precision):
+                    loss = loss_of(self.batch.to(self.device)) * (at_once / size)
+                loss.backward()
+            norm = gradient_norm(student)
+            optimiser.step()
+            loss.item(), norm.item()
+
+        return step
+
+
+def case(
     precision: str,
     size: int,
     tower: str,
@@ -44,8 +85,9 @@ def ours(
     device: torch.device,
     *,
     micro: int | None = None,
-) -> Callable[[], None]:
-    """The step of `milan pretrain`, on one batch of random targets."""
+    **settings_: Any,
+) -> Case:
+    """The step of `milan pretrain` with targets of `tower`, and further settings."""
     about = TOWERS[tower]
     patches, channels = (224 // about["patch"]) ** 2, about["joint"]
     settings = resolve_defaults(
@@ -53,7 +95,7 @@ def ours(
             batch_size=size,
             micro_batch=micro,
             precision=precision,
-            model_args={"patch_size": patch},
+            **{"compile": "off", "model_args": {"patch_size": patch}, **settings_},
         ),
         device,
     )
@@ -66,9 +108,6 @@ def ours(
     student = student_of(settings, targets).to(device).train()
     config = settings.config
     at_once = micro_batch_of(config, student, device)
-    choose_kernels(student, device, precision)
-    optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
-    objective = settings.objective(targets)
     codes, scale = codec.encode(torch.randn(at_once, 1 + patches, channels))
     batch = Batch(
         torch.randint(0, 256, (at_once, 224, 224, 3), dtype=torch.uint8),
@@ -79,18 +118,20 @@ def ours(
         torch.from_numpy(codes),
         None if scale is None else torch.from_numpy(scale),
     )
+    return Case(student, settings, targets, batch, device)
 
-    def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
-        for _ in range(size // at_once):
-            with autocast(device, precision):
-                loss = objective(student, batch.to(device)) * (at_once / size)
-            loss.backward()
-        norm = gradient_norm(student)
-        optimiser.step()
-        loss.item(), norm.item()
 
-    return step
+def ours(
+    precision: str,
+    size: int,
+    tower: str,
+    patch: int,
+    device: torch.device,
+    *,
+    micro: int | None = None,
+) -> Callable[[], None]:
+    """The step of `milan pretrain`, on one batch of random targets."""
+    return case(precision, size, tower, patch, device, micro=micro).run(size)
 
 
 def online(

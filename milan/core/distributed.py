@@ -308,7 +308,7 @@ def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     device_type = next(student.parameters()).device.type
-    mesh = init_device_mesh(device_type, (ranks.size,))
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     for stack in (student.encoder.blocks, student.decoder.blocks):  # type: ignore[union-attr]
         for block in stack:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
