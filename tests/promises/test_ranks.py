@@ -45,6 +45,7 @@ TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
 import sys, torch
 from milan.core.distributed import Ranks, process_group
+from milan.reporting.run_files import write_run
 from milan.errors import ConfigError
 with process_group(Ranks.from_environment(), torch.device("cpu")) as (ranks, device):
     assert ranks.any_flags(1 << ranks.rank) == 3
@@ -249,7 +250,9 @@ def test_what_ranks_are_told_when_they_live_again(tmp_path: Path) -> None:
     """To go on, once their run has begun; before, what they were told the first time."""
     again = run_module.restart_arguments(tmp_path)
     assert again() == {}
-    (tmp_path / "run.json").write_text('{"id": "a"}')
+    parts = [{"epoch": 0, "generations": 1, "cache": "c"}]
+    about = {"id": "a", "identity": {"cache": "c"}, "config": {}, "targets": {}}
+    write_run(tmp_path, about | {"stretches": parts})
     assert again() == {"resume": "auto", "overwrite": False}
     assert run_module.restart_arguments(tmp_path)() == {}
 
