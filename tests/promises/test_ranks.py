@@ -38,6 +38,7 @@ from milan.data.order import Order, order_of
 from milan.data.sampler import Address, Kind, StepSampler, split_over_ranks
 from milan.errors import ConfigError, MilanError, TrainError
 from milan.models.masking import importance_mask
+from milan.reporting.run_files import write_run
 from milan.training import run as run_module
 from milan.training.pretrain import devices_of
 
