@@ -46,7 +46,6 @@ TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
 import sys, torch
 from milan.core.distributed import Ranks, process_group
-from milan.reporting.run_files import write_run
 from milan.errors import ConfigError
 with process_group(Ranks.from_environment(), torch.device("cpu")) as (ranks, device):
     assert ranks.any_flags(1 << ranks.rank) == 3
