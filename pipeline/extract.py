@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from milan.core.config_resolver import from_call
-from milan.core.paths import AnyPath, as_path, read_file
+from milan.core.paths import AnyPath, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes
 from milan.errors import ConfigError
@@ -20,6 +20,7 @@ from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.hardware import plan_workers
 from pipeline.extraction.plan import plan
 from pipeline.extraction.run import check_space, fill_store
+from pipeline.writing.backend import location_of
 from pipeline.writing.disk import as_store_error
 from pipeline.writing.store import Store
 
@@ -48,7 +49,8 @@ def extract_targets(
     """
     config = from_call(ExtractConfig, "data", data, settings, "extract")
     progress = progress or NoProgress()
-    planned_for = _index_of(as_path(config.out))
+    config.check()
+    planned_for = _index_of(location_of(config.out).path)
     work = plan(config, progress)
     out = work.location.path
     specs = [part.spec for part in work.parts]

@@ -155,10 +155,11 @@ class At(Notes):
 
     def __init__(self, step: int, act: Callable[[], None]) -> None:
         super().__init__()
-        self.step, self.act = step, act
+        self.step, self.act, self.acted = step, act, False
 
     def advance(self, done: int, figures: str = "") -> None:
-        if done == self.step:
+        if done == self.step and not self.acted:  # it is called between two batches as well
+            self.acted = True
             self.act()
 
 

@@ -66,7 +66,7 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     if not timm.is_model(name):
         raise unknown_vit(f"unknown model {name!r}", name)
     if _module_of(name) not in VIT_MODULES:
-        raise unknown_vit(f"model {name} is no ViT", name)
+        raise unknown_vit(f"model {name} is no plain ViT", name)
     args = dict(args or {})
     allowed = set(inspect.signature(VisionTransformer).parameters)
     for key in args:

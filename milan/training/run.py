@@ -25,7 +25,6 @@ import numpy as np
 from milan.config import PretrainConfig
 from milan.core.atomic import cannot_write, ensure_writable, lock_folder
 from milan.core.config_fields import identity_names
-from milan.core.paths import names_in
 from milan.core.progress import Progress
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import CachedDataset
@@ -210,22 +209,28 @@ def locked(run: Path, *, progress: Progress) -> Iterator[None]:
             if error.errno in _NO_LOCKS:
                 progress.note(f"not locked: {run} ({error.strerror}); start nothing else there")
                 break
-            if error.errno == errno.ENOENT and time.monotonic() < until:
+            if error.errno == errno.ENOENT and time.monotonic() < until and _can_be_made(run):
                 continue  # another call made the folder, got no run, and removed it
-            found, fix = cannot_write(run, error) or (
-                f"{run} cannot be written: {error.strerror}", "--out another folder"
-            )  # fmt: skip
+            found, fix = f"{run} cannot be written: {error.strerror}", "--out another folder"
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                found, fix = cannot_write(run, error) or (found, fix)
             raise TrainError(found, fix=fix) from None
     try:
         yield
     finally:
-        if made and list(names_in(run)) == [".lock"]:
-            (run / ".lock").unlink()
+        if not (run / RUN).exists():  # the folder is left as it was
             with suppress(OSError):  # one that is used by others meanwhile
+                (run / ".lock").unlink()
                 for folder in made:
                     folder.rmdir()
         if lock:
             lock.close()
+
+
+def _can_be_made(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder.is_dir()
 
 
 def restart_arguments(run: Path) -> Callable[[], dict[str, Any]]:

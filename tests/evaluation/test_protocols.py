@@ -91,8 +91,8 @@ def test_a_protocol_from_outside(package: None, store: Path, photos: Path, tmp_p
     shown = run_here("nearest-mean", "--help")
     assert shown.code == 0
     assert "Classify by the nearest class mean." in shown.out
-    assert "--shrink <float>" in shown.out
-    assert "Factor on the class means.  [1]" in shown.out
+    assert "--shrink" in shown.out
+    assert "Factor on the class means." in shown.out
     assert "--val-data" in shown.out
     for name in ("linear_probe", "nearest_mean"):
         for flags in (("runs/milan",), ("random", "--like", "runs/milan")):

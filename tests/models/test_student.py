@@ -410,13 +410,13 @@ def test_seeds() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "size", "message"),
     [
-        ("vit_base_patch16_225", {}, 224, "try: vit_base_patch16_224"),
+        ("vit_base_patch16_225", {}, 224, "try: --model vit_base_patch16_224"),
         ("ViT_Base_Patch16_224", {}, 224, "vit_base_patch16_224"),
         ("resnet18", {}, 32, "plain ViT"),
-        ("vit_base_patch16_rope_224", {"depth": 1}, 224, "is a Eva"),
+        ("vit_base_patch16_rope_224", {"depth": 1}, 224, "is no plain ViT"),
         ("vit_base_patch16_siglip_224", {"depth": 1}, 224, "try: --set model.global_pool=avg"),
         ("deit_base_distilled_patch16_224", {"depth": 1}, 224, "distillation token"),
-        ("vit_base_r50_s16_224", {"depth": 1}, 224, "embeds its patches by a HybridEmbed"),
+        ("vit_base_r50_s16_224", {"depth": 1}, 224, "is no plain ViT"),
         (VIT, SMALL | {"embed_dimm": 3}, 32, "try: embed_dim"),
         (VIT, SMALL | {"num_heads": 3}, 32, "cannot be built"),
         (VIT, SMALL | {"embed_dim": 30}, 32, "multiple of 4"),

@@ -257,7 +257,7 @@ TRAIN_CASES = {
     "model": (("--model", "vit_bse_patch16_224"), ("unknown model", "vit_base_patch16_224")),
     "a model of another kind": (
         ("--model", "resnet18"),
-        ("resnet18 is no ViT", "--model vit_base_patch16_224"),
+        ("resnet18 is no plain ViT", "--model vit_base_patch16_224"),
     ),
     "model argument": (("--set", "model.embed=64"), ("unknown model argument", "embed_dim")),
     "heads": (("--set", "model.num_heads=5"), ("vit_base_patch16_224", "num_heads")),

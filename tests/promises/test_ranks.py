@@ -287,7 +287,7 @@ def test_every_visible_gpu_has_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert devices_of(PretrainConfig(), gpu) == 4
     assert devices_of(PretrainConfig(devices=2), gpu) == 2
-    assert devices_of(PretrainConfig(), torch.device("cuda", 1)) == 1
+    assert devices_of(PretrainConfig(device="cuda:1"), torch.device("cuda", 1)) == 1
     assert devices_of(PretrainConfig(), torch.device("cpu")) == 1
     with pytest.raises(ConfigError, match="devices 8") as error:
         devices_of(PretrainConfig(devices=8), gpu)

@@ -331,8 +331,9 @@ def test_a_teacher_without_texts_is_one_error(
 
 def test_a_tower_in_a_module_of_its_own(tmp_path: Path) -> None:
     """open_clip's other layout (`custom_text`) says the same, from the same file."""
-    config = json.loads((DEMO / "config.json").read_text())["model_cfg"]
-    (tmp_path / "custom.json").write_text(json.dumps({**config, "custom_text": True}))
+    config = json.loads((DEMO / "config.json").read_text())
+    config["model_cfg"]["custom_text"] = True
+    (tmp_path / "custom.json").write_text(json.dumps(config))
     one = load_teacher(TeacherSpec(TEACHER["teacher"], TEACHER["pretrained"], texts=True))
     two = load_teacher(
         TeacherSpec(str(tmp_path / "custom.json"), TEACHER["pretrained"], texts=True)
