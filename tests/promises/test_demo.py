@@ -157,6 +157,7 @@ def test_its_image_tower_is_open_clips(teacher: Teacher, zero_shot: ModuleType) 
     assert (features[:, 0] - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.soak
 def test_zero_shot_accuracy(zero_shot: ModuleType) -> None:
     """Worth learning from: at least 84 % of the embedded test images, by text prompts alone."""
     model, tokenizer = zero_shot.load_teacher()

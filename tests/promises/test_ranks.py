@@ -144,7 +144,8 @@ def test_asked_to_stop(number: signal.Signals, store: Path, alone: Path, tmp_pat
 def test_ranks_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
     """All finish the same step; code 75, so that a scheduler requeues; the same line goes on."""
     out = tmp_path / "run"
-    line = pretrain_line(store, out, "--devices", 2)
+    # Small micro-batches: the signal must arrive before the last step.
+    line = pretrain_line(store, out, "--set", "micro_batch=1", "--devices", 2)
     process = Forked(line, tmp_path / "output")
     wait_for_step(process, out, 5)
     process.send_signal(signal.SIGTERM)
