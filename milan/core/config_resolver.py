@@ -136,6 +136,23 @@ def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
     return given.values
 
 
+def _load_yaml(text: str) -> Any:
+    """YAML without keys that stand twice: of those yaml itself takes the last in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    again = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"key {key.value!r} stands twice, again in line {again}")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
+
+
 def read_section(params: str, section: str, kind: type | None = None) -> dict[str, Any]:
     """One section of a YAML parameter file; empty if the file has no such section.
 
@@ -148,7 +165,7 @@ def read_section(params: str, section: str, kind: type | None = None) -> dict[st
     if not path.is_file():
         raise ConfigError(f"no parameter file at {params}", fix="--params params.yaml")
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        read = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
     except UnicodeDecodeError:

@@ -248,6 +248,9 @@ def test_files_that_cannot_be_read(params: Any, tmp_path: Path) -> None:
         pretraining(params=str(tmp_path / "latin.yaml"))
     with pytest.raises(ConfigError, match="unknown parameter '1'"):
         pretraining(params=params("pretrain: {1: 2}"))
+    for twice in ("pretrain:\n  lr: 1\n  lr: 2\n", "pretrain: {lr: 1}\npretrain:\n  lr: 2\n"):
+        with pytest.raises(ConfigError, match=r"'\w+' stands twice, again in line [23]"):
+            pretraining(params=params(twice))
 
 
 def test_files_run_no_code(params: Any) -> None:
