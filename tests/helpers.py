@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from milan.core import remote
+from milan.core.signals import STOPPING
 from milan.objectives.base import Objective
 from pipeline.extract import extract_targets
 
@@ -300,6 +301,8 @@ class Forked:
 def _forked(line: list[str], output: str) -> None:
     from stages import cli
 
+    # A loader that started the fork server did so with these blocked, as its workers want them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
