@@ -62,7 +62,7 @@ class Case(NamedTuple):
         objective = settings.objective(self.targets)
         eager = StepLoss(objective, student, objective.loss)
         context = Context(Path(), self.device)
-        loss_of = compile_step(eager, self.batch.to(self.device), settings, context)
+        loss_of = compile_step(eager, lambda: self.batch.to(self.device), settings, context)
 
         def step() -> None:
             optimiser.zero_grad(set_to_none=True)

@@ -38,12 +38,14 @@ class StepLoss:
         return self.loss(self.objective.predict(self.network, batch))
 
 
-def compile_step(step: StepLoss, trial: Batch, settings: Settings, context: Context) -> StepLoss:
+def compile_step(
+    step: StepLoss, trial: Callable[[], Batch], settings: Settings, context: Context
+) -> StepLoss:
     """The step as the setting `compile` asks for it; all ranks call it together.
 
-    It is tried on a micro-batch, forwards and backwards, so that no run depends on what cannot be
-    compiled: with `auto` it then stays as it is. Raises ConfigError if it must be compiled and
-    cannot be.
+    It is tried on the micro-batch that `trial` makes, forwards and backwards, so that no run
+    depends on what cannot be compiled: with `auto` it then stays as it is. Raises ConfigError if it
+    must be compiled and cannot be.
     """
     device, ranks, progress = context.device, context.ranks, context.progress
     choice = settings.config.compile
@@ -61,7 +63,7 @@ def compile_step(step: StepLoss, trial: Batch, settings: Settings, context: Cont
         with sync_gradients(step.network, False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own, of tensors that it looks at
             with autocast(device, settings.precision):
-                loss = compiled(trial)
+                loss = compiled(trial())
             loss.backward()
     except torch.OutOfMemoryError:
         raise

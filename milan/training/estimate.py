@@ -26,6 +26,8 @@ from milan.training.build import (
     schedule_of,
     student_of,
 )
+from milan.training.compilation import StepLoss, compile_step
+from milan.training.loop import Context
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import peak_bytes
 from milan.training.optim import adamw
@@ -65,13 +67,20 @@ def estimate_run(
         patches=student.patches,
     )
 
+    step_loss = compile_step(
+        StepLoss(objective, student, objective.loss),
+        lambda: batch.to(device),
+        settings,
+        Context(Path(config.out), device, progress=progress),
+    )
+
     def seconds(work: str) -> float:
         began = time.perf_counter()
         if work == "update":
             optimiser.step()
         else:
             with autocast(device, settings.precision):
-                loss = objective(student, batch.to(device))
+                loss = step_loss(batch.to(device))
             assert type(loss) is torch.Tensor, "a step of the estimate ran on fake tensors"
             loss.backward()
         if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -241,7 +242,7 @@ def _fit(
     objective = settings.objective(dataset.cache)
     network = parallelise(student, ranks, config.parallel)
     step = StepLoss(objective, network, objective.loss)
-    trial = trial_batch(micro_batch, student, dataset.cache, device)
+    trial = partial(trial_batch, micro_batch, student, dataset.cache, device)
     step = compile_step(step, trial, settings, context)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     plan = ValidationPlan(config, order, ranks, micro_batch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +19,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from milan.core.paths import AnyPath
 from milan.store.format import PIXELS, CacheSpec
+from milan.store.generation import system_errors
 from pipeline.writing.backend import location_of
 
 _CONTEXT: Final[dict[str, Any]] = {
@@ -119,7 +119,8 @@ def _write_arrays(
 
     start, stop = spec.block_rows(block)
     try:
-        with tensorstore.Transaction() as transaction:  # one write a shard, not one a chunk
+        # One write a shard, not one a chunk.
+        with system_errors(), tensorstore.Transaction() as transaction:
             for name, values in arrays.items():
                 kvstore = {"driver": "file", "path": str((folder / name).resolve()) + "/"}
                 array = tensorstore.open(
@@ -127,8 +128,6 @@ def _write_arrays(
                 ).result()
                 rows = array.with_transaction(transaction)[start:stop]
                 (rows[:, view] if spec.arrays()[name].of_views else rows).write(values).result()
-    except (ValueError, RuntimeError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+    except OSError as error:
+        error.filename = str(folder)
+        raise
