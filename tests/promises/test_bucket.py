@@ -463,8 +463,8 @@ def killed_at(
 def test_a_killed_driver_is_no_obstacle(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, tmp_path: Path
 ) -> None:
-    """At birth, and among the files of a shard; what the dead left is no part of it."""
-    killed_at([7, 36], photos, url, settings, tmp_path)
+    """Killed among the files of a shard; what the dead left is no part of it."""
+    killed_at([36], photos, url, settings, tmp_path)
     assert same_store(url, store)
 
 

@@ -153,6 +153,7 @@ def test_wandb_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert settings["lr"] == 0.003
 
 
+@pytest.mark.soak
 def test_wandb_asks_nothing(store: Path, tmp_path: Path) -> None:
     """Without credentials, and on a terminal: one error that names the way out, no question.
 

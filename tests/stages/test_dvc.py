@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import ROOT, STUDENT, make_photos, run_here, tree
+from helpers import ROOT, STUDENT, Ran, make_photos, run_here, tree
 
 from milan.store.cache import TargetCache
 
@@ -189,20 +190,33 @@ def test_a_training_parameter_does_not_extract_again(
     assert (metrics["step"], metrics["finished"]) == (6, True)
 
 
+def run_stage(project: Path, name: str) -> Ran:
+    """The command of a stage, in this process."""
+    command, _ = list_stages(project)[name]
+    return run_here(*shlex.split(command)[1:], cwd=project)
+
+
+def dvc_stage(project: Path, name: str) -> Ran:
+    """The stage, as DVC runs it."""
+    done = run_dvc(project, "repro", name)
+    assert ran(done) == [name]
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("run", [run_stage, pytest.param(dvc_stage, marks=pytest.mark.soak)])
 def test_another_teacher_and_another_scale_are_not_mixed(
-    project: Path, reproduced: subprocess.CompletedProcess
+    run: Callable[[Path, str], Ran], project: Path, reproduced: subprocess.CompletedProcess
 ) -> None:
-    """DVC runs the stage, the command refuses and says what to do, the store stays; with the
-    old teacher and settings in place again nothing is to be done."""
+    """The stage refuses and says what to do, the store stays; with the old teacher and settings
+    in place again nothing is to be done."""
     before = tree(project / "targets.zarr")
     weights = project / "teacher/model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-2] + bytes(2))
     set_params(project, {"extract": {"scale": [0.2, 1.0]}})
-    refused = run_dvc(project, "repro", "extract")
-    assert refused.returncode != 0
-    assert ran(refused) == ["extract"]
-    (line,) = (x for x in refused.stderr.splitlines() if x.startswith("milan: "))
+    refused = run(project, "extract")
+    assert refused.code != 0
+    (line,) = (x for x in refused.err.splitlines() if x.startswith("milan: "))
     assert "teacher.weights: " in line
     assert "view_law.scale: [0.6, 1.0] != [0.2, 1.0]" in line
     assert "--out another.zarr, or delete targets.zarr first (in params.yaml: extract.out)" in line
@@ -213,13 +227,14 @@ def test_another_teacher_and_another_scale_are_not_mixed(
     weights.write_bytes(kept)
     lock = (project / "dvc.lock").read_bytes()
     set_params(project, {"extract": {"out": "another.zarr"}})
-    beside = run_dvc(project, "repro", "extract")
-    assert (beside.returncode, ran(beside)) == (0, ["extract"]), beside.stderr
+    beside = run(project, "extract")
+    assert beside.code == 0, beside.err
     assert tree(project / "targets.zarr") == before
     assert TargetCache(project / "another.zarr").view_spec.scale == (0.2, 1.0)
     command, _ = list_stages(project)["pretrain@milan"]
     assert "--cache another.zarr" in command
 
+    shutil.rmtree(project / "another.zarr")
     (project / "dvc.lock").write_bytes(lock)
     set_params(project, {"extract": {"scale": [0.6, 1.0], "out": "targets.zarr"}})
     again = run_dvc(project, "status", "extract")
