@@ -58,13 +58,18 @@ from milan.training.run import (
     Start,
     continue_run,
     decide,
-    decoder_of,
-    known_parts,
     locked,
-    moved_on,
-    part_of,
     restart_arguments,
     start_run,
+)
+from milan.training.run_store import (
+    decoder_of,
+    differing,
+    identity_with,
+    known_parts,
+    moved_on,
+    part_of,
+    store_of_run,
     without_changed,
 )
 from milan.training.validation import Validation, ValidationPlan, check_labels
@@ -173,8 +178,7 @@ def _train(
     start = ranks.on_rank0(
         lambda: decide(
             run,
-            config,
-            settings.values(),
+            lambda: differing(run, config, settings.values()),
             resume=call.resume,
             overwrite=call.overwrite,
             progress=progress,
@@ -194,12 +198,13 @@ def _train(
         if start.why:
             progress.note(f"begins anew: {run} ({start.why})")
         values = settings.values(micro_batch=micro_batch)
-        kept = {"decoder": student.decoder.arguments} | initial
-        ranks.on_rank0(lambda: start_run(run, cache, values, differs, **kept))
+        kept = {**store_of_run(cache), "decoder": student.decoder.arguments, **initial}
+        identity = identity_with(values, cache)
+        ranks.on_rank0(lambda: start_run(run, identity, values, differs, **kept))
     else:
         progress.note(f"resuming: {run} at step {step}")
         ranks.on_rank0(lambda: checkpoint.check_fits(run, step, student))
-        ranks.on_rank0(lambda: continue_run(run, start, parts, settings.values()))
+        ranks.on_rank0(lambda: continue_run(run, start, settings.values(), stretches=parts))
     order = without_changed(dataset, order, context, policy=config.on_changed, step=step)
     schedule = schedule_of(settings, order, micro_batch, ranks.size)
     _note_schedule(settings, schedule, order, micro_batch, context)

@@ -1,0 +1,160 @@
+"""The part of a store that a run knows, and the images that it leaves out."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milan.config import PretrainConfig
+from milan.data.changed_images import CSV, changed_images
+from milan.data.dataset import CachedDataset
+from milan.data.order import Stream
+from milan.errors import CacheError
+from milan.models.decoder import PUBLISHED
+from milan.reporting.run_files import read_run, update_run
+from milan.store.cache import TargetCache
+from milan.training.loop import Context
+from milan.training.run import Differing, compared, identity_of
+
+
+def decoder_of(run: Path) -> dict[str, Any]:
+    """All arguments of a run's decoder, which it keeps whatever the defaults are by now."""
+    about = read_run(run)
+    # Once every encoder had the published decoder, and the run did not say so.
+    return about.get("decoder") or PUBLISHED | about["identity"]["decoder"]
+
+
+# --- the part of the store that a run knows -------------------------------------------------------
+
+
+def known_parts(
+    parts: list[dict[str, Any]], config: PretrainConfig
+) -> list[tuple[int, TargetCache]]:
+    """(first epoch, the store as it was when the run got there), oldest first.
+
+    `parts` as run.json has them. A store may have grown since: a run goes on with what it knows.
+    Raises CacheError if a part of it is not what it was.
+    """
+    caches = []
+    for part in parts:
+        cache = TargetCache(config.cache, layer=config.layer, pinned=part["generations"])
+        if cache.digest != part["cache"]:
+            raise CacheError(
+                f"{config.cache} is not the store that {config.out} was trained on "
+                f"(cache: {part['cache'][:12]} != {cache.digest[:12]})",
+                fix="the store it began with, or --out another folder",
+            )
+        caches.append((part["epoch"], cache))
+    return caches
+
+
+def moved_on(
+    parts: list[dict[str, Any]], config: PretrainConfig, epoch: int
+) -> list[dict[str, Any]]:
+    """The parts of a run that reads all that its store holds now, from `epoch` on."""
+    newest = TargetCache(config.cache, layer=config.layer)
+    if newest.digest == parts[-1]["cache"]:
+        return parts
+    # A part that was to begin then, or later, and never did, is replaced.
+    return [*(part for part in parts if part["epoch"] < epoch), part_of(epoch, newest)]
+
+
+def part_of(epoch: int, cache: TargetCache) -> dict[str, Any]:
+    """A part of a run, as run.json has it."""
+    return {"epoch": epoch, "generations": cache.pinned, "cache": cache.digest}
+
+
+# --- what makes a run the same --------------------------------------------------------------------
+
+
+def identity_with(values: dict[str, Any], cache: TargetCache) -> dict[str, Any]:
+    """What must stay as it is for a run to be resumed: its fields that say so, and the store."""
+    return {"cache": cache.digest} | identity_of(PretrainConfig, values)
+
+
+def store_of_run(cache: TargetCache) -> dict[str, Any]:
+    """What the run.json of a new run says of its store."""
+    return {
+        "fingerprint": cache.spec.fingerprint(),
+        "targets": _summary_of(cache),
+        "stretches": [part_of(0, cache)],
+    }
+
+
+def _summary_of(cache: TargetCache) -> dict[str, Any]:
+    """What people know a store by."""
+    return {
+        "teacher": cache.attributes["about"]["name"],
+        "image_size": cache.view_spec.size,
+        "grid": cache.grid,
+        "width": cache.spec.channels,
+        "codec": cache.spec.codec,
+    }
+
+
+def differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> Differing:
+    """What differs between the run in a folder and the one of these settings."""
+    content = read_run(run)
+    pinned = content["stretches"][0]["generations"]
+    try:
+        cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
+    except CacheError:
+        cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
+    before, now = content["identity"], identity_with(values, cache)
+    if before["cache"] != now["cache"]:
+        before, now = before | content["targets"], now | _summary_of(cache)
+    return compared(before, now)
+
+
+# --- images that changed since extraction ---------------------------------------------------------
+
+
+def without_changed(
+    dataset: CachedDataset, order: Stream, context: Context, *, policy: str, step: int
+) -> Stream:
+    """The order without images that changed or are gone: those saved with the run, and new ones.
+
+    Those dropped from the store are known; with the policy `drop` all others are compared. New
+    ones are saved in run.json, with the `step` that this call starts from. At the beginning of a
+    run such rows leave the order as those without targets do; in a resumed run other rows take
+    their places, so that an epoch keeps its steps. Raises ConfigError if too few images are left.
+    """
+    run, ranks = context.run, context.ranks
+    # Of rank 0: the store may be extended at this moment.
+    dropped, gone = ranks.on_rank0(lambda: (_dropped_before(run), dataset.cache.dropped.tolist()))
+    new = {row: (step, "dropped from the store") for row in gone if row not in dropped}
+    if policy == "drop" and not dataset.stored:  # stored views are verified with their targets
+        rows = dataset.good[~np.isin(dataset.good, list(dropped))]
+        mine = changed_images(
+            dataset, rows[ranks.rank :: ranks.size], stop=context.stop, progress=context.progress
+        )
+        parts = ranks.gather_objects(mine)
+        new |= {row: (step, why) for _, part in parts for row, why in part.items()}
+    dropped |= new
+    if new:
+        ranks.on_rank0(lambda: update_run(run, dropped=dropped))
+    if not dropped:
+        return order
+    ranks.on_rank0(lambda: _write_csv(run / CSV, dropped, dataset))
+    context.progress.note(
+        f"dropped: {len(dropped):,} images changed or deleted since extraction, see {run / CSV}"
+    )
+    removed = [row for row, (at, _) in dropped.items() if at == 0]
+    replaced = [row for row, (at, _) in dropped.items() if at > 0]
+    return order.without(np.array(removed, np.int64), np.array(replaced, np.int64))
+
+
+def _dropped_before(run: Path) -> dict[int, tuple[int, str]]:
+    """row -> (step at which it was dropped, reason), of earlier calls."""
+    return {int(row): tuple(pair) for row, pair in read_run(run).get("dropped", {}).items()}
+
+
+def _write_csv(path: Path, dropped: dict[int, tuple[int, str]], dataset: CachedDataset) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "key", "reason", "from_step"])
+        for row, (at, why) in sorted(dropped.items()):
+            writer.writerow([row, dataset.cache.manifest.key(row), why, at])
