@@ -105,7 +105,7 @@ def bookkeeping(shards: int, rows: int, folder: Path) -> dict[str, tuple[float, 
     resumed = Writer(store, writer.name, spec)
     steps.run("missing, of a resumed store", resumed.missing)
     assert resumed.shard_table.known.all()
-    steps.run("finish", lambda: resumed.finish("paper/float16"))
+    steps.run("finish", lambda: resumed.store.publish(resumed.finish("paper/float16")))
     steps.run("missing, of a finished store", Writer(store, writer.name, spec).missing)
     store.close()
     cache = steps.run("open the store", lambda: TargetCache(path))

@@ -77,6 +77,6 @@ def make_store(
             linked.append(file | {"path": target})
         rows = list(spec.block_rows(block))
         writer.commit(folder, record | {"block": block, "rows": rows, "files": linked})
-    writer.finish("none/int8")
+    store.publish(writer.finish("none/int8"))
     store.close()
     return path

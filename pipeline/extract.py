@@ -57,7 +57,7 @@ def extract_targets(
     summary: dict[str, Any] = {
         "path": str(out),
         "layer": work.layer,
-        "images": max(s.first_row + s.rows for s in specs),
+        "images": max(s.first_row + s.rows for s in specs) - len(work.superseded),
         "views": max(s.first_view + s.views for s in specs),
         "shards": sum(s.shards for s in specs),
         "bytes_per_view": specs[0].view_bytes(),

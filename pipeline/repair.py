@@ -5,13 +5,15 @@ from __future__ import annotations
 from milan.core.paths import AnyPath, as_path
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError
-from milan.store.format import INDEX, Entry
+from milan.images.source import ImageSource
+from milan.store.format import INDEX, Entry, Index
 from milan.store.generation import Generation
 from pipeline.config import ExtractConfig
 from pipeline.extraction.fidelity import check_canaries
 from pipeline.extraction.growth import Part
 from pipeline.extraction.hardware import hardware_of, plan_workers
 from pipeline.extraction.plan import Plan
+from pipeline.extraction.rewriting import written_again
 from pipeline.extraction.run import read_codec, write_shards
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -105,12 +107,19 @@ def _rewrite(
         str(source), out=str(store.path), executor="local", batch_size=origin["batch_size"],
         shard_size=spec.shard_size, device=device,
     )  # fmt: skip
-    part = Part(entry.path, spec, generation.manifest())
+    others = [Generation(store.path, e) for e in store.entries() if e.layer == entry.layer]
+    first_views = next(g for g in others if g.entry.rows == entry.rows and not g.spec.first_view)
+    part = Part(entry.path, spec, manifest, first_views if spec.first_view else None)
+    dropped = Index.read(store.path).dropped.get(entry.layer, [])
+    images = ImageSource(manifest, source)
+    part, todo = written_again(part, generation, images, shards, dropped)
     work = Plan(config, source, loaded, entry.layer, hardware_of(config), [part])
     writer = Writer(store, entry.path, spec)
-    for block, view in shards:
+    for block, view in todo:
         writer.forget(block, view)
     codec = read_codec(store.path / first.path, spec)
     workers = plan_workers(config, work.hardware)
     write_shards(work, writer, part, codec, writer.missing(), workers, progress)
-    return writer.finish(entry.layer).digest == entry.digest
+    written = writer.finish(entry.layer)
+    store.publish(written)
+    return written.digest == entry.digest

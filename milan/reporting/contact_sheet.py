@@ -94,7 +94,7 @@ def contact_sheet(
     about = store.attributes["about"]
     random = ", random weights" if about["random_weights"] else ""
     page = draw_page(
-        f"{store.rows:,} images x {store.views} views, {store.spec.codec}, "
+        f"{store.images:,} images x {store.views} views, {store.spec.codec}, "
         f"teacher {about['name']}{random}",
         columns,
         [caption_of(dataset, *at) for at in zip(rows.tolist(), views.tolist(), strict=True)],

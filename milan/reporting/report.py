@@ -153,7 +153,7 @@ def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metric
     megabytes = cache.spec.total_bytes() / 1e6
     rows = [
         ("bytes a view", f"{cache.spec.view_bytes():,} ({cache.spec.codec})"),
-        ("store", f"{cache.rows:,} images x {cache.views} views, {megabytes:,.1f} MB"),
+        ("store", f"{cache.images:,} images x {cache.views} views, {megabytes:,.1f} MB"),
         ("extraction, images/s", f"{extraction_speed:,.0f}" if extraction_speed else "-"),
     ]
     for name, run in runs.items():  # no rates: the call that wrote them found nothing to do

@@ -104,6 +104,19 @@ class TargetCache:
         reasons = {row: why for g in self.generations for row, why in g.bad()}
         return dict(sorted(reasons.items()))
 
+    @cached_property
+    def superseded(self) -> list[int]:
+        """Rows without targets whose images have a later row, for they could be read then."""
+        if not self.bad or len(self._row_generations()) == 1:
+            return []
+        newest = {key: row for row, key in enumerate(self.manifest.keys())}
+        return [row for row in self.bad if newest[self.manifest.key(row)] != row]
+
+    @property
+    def images(self) -> int:
+        """How many images the rows stand for."""
+        return self.rows - len(self.superseded)
+
     def good_rows(self, *, with_dropped: bool = False) -> np.ndarray:
         """Rows that have targets, and an image unless `with_dropped`; ascending, int64.
 

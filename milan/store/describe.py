@@ -33,7 +33,7 @@ def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
 
 
 def _what(cache: TargetCache) -> list[tuple[str, Any]]:
-    about, spec = cache.attributes["about"], cache.spec
+    about, spec, superseded = cache.attributes["about"], cache.spec, len(cache.superseded)
     views = cache.view_spec
     weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
     return [
@@ -45,7 +45,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("data", _data(cache)),
         (
             "images",
-            f"{cache.rows:,}, {len(cache.bad):,} of them without targets"
+            f"{cache.images:,}, {len(cache.bad) - superseded:,} of them without targets"
             + (f", {len(cache.dropped):,} dropped (deleted)" if len(cache.dropped) else ""),
         ),
         ("views of each", cache.views),

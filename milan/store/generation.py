@@ -189,7 +189,7 @@ class Generation:
             return
         shards = np.flatnonzero(np.asarray(self.shards["bad"]))
         for shard in shards[shards % self.spec.views == 0].tolist():
-            record = self.record(shard // self.spec.views, 0)
+            record = self.intact_record(shard // self.spec.views, 0)
             for row, why in record["bad"].items():
                 yield self.spec.first_row + int(row), why
 
@@ -213,17 +213,7 @@ class Generation:
         Its digest is checked against the shard table and the sizes of its files against the record.
         Raises CacheError.
         """
-        name = record_name(block, view)
-        expected = self.shards["record"][block * self.spec.views + view].as_py()
-        try:
-            data = read_file(self.root / "records" / name)
-        except OSError as error:
-            raise CacheError(
-                f"record {name} of {self.root} is gone: {error.strerror or error}"
-            ) from None
-        if hashlib.sha256(data).digest() != expected:
-            raise CacheError(f"record {name} of {self.root} is damaged", expected="its digest")
-        record = json.loads(data)
+        record = self.intact_record(block, view)
         for file in record["files"]:
             try:
                 size = size_of(self.root / file["path"])
@@ -237,6 +227,20 @@ class Generation:
                     fix=f"milan repair {self.store}",
                 )
         return record
+
+    def intact_record(self, block: int, view: int) -> dict:
+        """The commit record of a shard whose files may be damaged. Raises CacheError."""
+        name = record_name(block, view)
+        expected = self.shards["record"][block * self.spec.views + view].as_py()
+        try:
+            data = read_file(self.root / "records" / name)
+        except OSError as error:
+            raise CacheError(
+                f"record {name} of {self.root} is gone: {error.strerror or error}"
+            ) from None
+        if hashlib.sha256(data).digest() != expected:
+            raise CacheError(f"record {name} of {self.root} is damaged", expected="its digest")
+        return json.loads(data)
 
     def checksums(self, block: int, view: int) -> ShardChecksums:
         """Of a shard; those of the shards used last are cached. Raises CacheError."""

@@ -383,8 +383,9 @@ def _note_settings(
     about, config = cache.attributes["about"], settings.config
     random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
     progress.note(
-        f"cache: {config.cache}, {cache.rows:,} images x {cache.views} views, {cache.spec.codec}, "
-        f"teacher {about['name']} ({about['pretrained']}{random}), {cache.digest[:12]}"
+        f"cache: {config.cache}, {cache.images:,} images x {cache.views} views, "
+        f"{cache.spec.codec}, teacher {about['name']} ({about['pretrained']}{random}), "
+        f"{cache.digest[:12]}"
     )
     newest = len(Index.read(cache.path).generations)
     if cache.pinned < newest:
@@ -392,8 +393,8 @@ def _note_settings(
             f"pinned: the first {cache.pinned} of {newest} generations, as the run knows them; "
             "what was added since is not read"
         )
-    if cache.bad:
-        progress.note(f"left out: {len(cache.bad)} images without targets")
+    if without := len(cache.bad) - len(cache.superseded):
+        progress.note(f"left out: {without} images without targets")
     changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(

@@ -2,12 +2,15 @@
 
 Rows keep their numbers: new images come after the old ones, and classes that are new after those
 that have a number. Each stretch of rows that was added at once gets its further views in a
-generation of its own, so that blocks stay aligned.
+generation of its own, so that blocks stay aligned. A rejected image that can be read now gets a new
+row, and the old one is superseded: what is committed stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, read_file
+from milan.core.progress import Progress
 from milan.errors import CacheError, ConfigError, DataError, ImageFault
 from milan.images.classes import ClassTable
-from milan.images.decode import content_digest
+from milan.images.decode import content_digest, decode
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.images.splits import ALL
@@ -36,6 +40,7 @@ from milan.store.generation import Generation
 from pipeline.writing.store import settings_differ
 
 _COMPARED = 8  # images whose bytes are compared, where names alone do not tell
+_READERS = 16  # threads that try rejected images again
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,13 @@ class Part:
     manifest: Manifest
     first: Generation | None = None
     """The one with the first views of the same rows, whose images these must be."""
+    rejected: dict[int, tuple[str | None, str]] = field(default_factory=dict)
+    """Rows, counted inside it, that are not read: (digest of the bytes if known, why)."""
+
+    def is_same(self, row: int, digest: str) -> bool:
+        """Whether bytes of this digest are the image of a row's first views, as far as is known."""
+        known = self.first and self.first.content_digest(self.spec.first_row + row, 0)
+        return not known or known == digest
 
 
 @dataclass(frozen=True)
@@ -76,16 +88,20 @@ class Growth:
     """Its generations; finished ones come first and unchanged."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Of each layer: the rows whose images are gone, as Index.dropped."""
+    superseded: frozenset[int] = frozenset()
+    """Rejected rows of the layer whose images have a later row."""
     notes: list[str] = field(default_factory=list)
     """What a person should know."""
 
 
-def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, extend: bool) -> Growth:
+def parts_of(
+    out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, extend: bool, progress: Progress
+) -> Growth:
     """The generations for `wanted.rows` images and `wanted.views` views.
 
-    An unfinished generation must be the next one wanted. Raises CacheError for a store of other
-    targets, unless `extend` is set: then these become another layer; and for images that are not
-    those of the store.
+    Images that a finished store has rejected are tried again. An unfinished generation must be the
+    next one wanted. Raises CacheError for a store of other targets, unless `extend` is set: then
+    these become another layer; and for images that are not those of the store.
     """
     if not (out / INDEX).exists():
         manifest = _as_begun(out, GENERATION, found.manifest.head(wanted.rows))
@@ -109,63 +125,102 @@ def parts_of(out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, exten
         layer = same[0].entry.layer
     manifests = [g.manifest() for g in rows]
     views = max((g.entry.views[1] for g in same), default=0)
+    # Earlier versions published the views of one stretch of rows before those of the next.
+    stored_views = [_views_of(g, same) for g in rows]
     if wanted.views < views:
         raise CacheError(
             f"{out} has {views} views of each image (views: {views} != {wanted.views})",
             expected=f"--views {views} or more: a store only grows",
             fix=f"--views {views}, or --out another.zarr",
         )
-    stored = _Stored(out, rows, manifests, found)
+    stored = _Stored(out, rows, manifests, found, rejected_by=[*same, *rows])
     stored.check_missing(index.dropped.get(rows[0].entry.layer, []))
-    stored.check_images(more_views=wanted.views > views)
+    stored.check_images(more_views=min(stored_views) < wanted.views)
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
     free_names = _free_names(len(existing))
-    if views < wanted.views:
-        for g, manifest in zip(rows, manifests, strict=True):
-            more = replace(
-                wanted,
-                manifest=manifest.digest(),
-                rows=g.spec.rows,
-                first_row=g.spec.first_row,
-                views=wanted.views - views,
-                first_view=views,
-            )
-            parts.append(Part(next(free_names), more, manifest, g))
+    lacking = [
+        (next(free_names), g, manifest, has)
+        for g, manifest, has in zip(rows, manifests, stored_views, strict=True)
+        if has < wanted.views
+    ]
+    name = next(free_names)
+    if same:
+        stored.try_rejected(out / name, progress)
+    for more_name, g, manifest, has in lacking:
+        more = replace(
+            wanted,
+            manifest=manifest.digest(),
+            rows=g.spec.rows,
+            first_row=g.spec.first_row,
+            views=wanted.views - has,
+            first_view=has,
+        )
+        parts.append(Part(more_name, more, manifest, g, stored.superseded_in(g)))
     added = stored.added(wanted.rows, existing)
     if len(added):
-        name, first_row = next(free_names), sum(len(manifest) for manifest in manifests)
+        if same and not same[0].fidelity:
+            raise codec_fits_none(out)
+        first_row = sum(len(manifest) for manifest in manifests)
         added = _as_begun(out, name, added)
         spec = replace(wanted, manifest=added.digest(), rows=len(added), first_row=first_row)
         parts.append(Part(name, spec, added))
     dropped = stored.dropped(layer, existing, index.dropped)
-    return Growth(layer, parts, dropped, stored.notes)
+    return Growth(layer, parts, dropped, frozenset(stored.superseded), stored.notes)
+
+
+def _views_of(rows: Generation, layer: list[Generation]) -> int:
+    """How many views a layer has of the rows that a generation began."""
+    return max((g.entry.views[1] for g in layer if g.entry.rows == rows.entry.rows), default=0)
+
+
+def _rejected(generation: Generation) -> dict[int, str]:
+    """Its rows without targets, with the reason, as far as its records are whole."""
+    rejected: dict[int, str] = {}
+    with suppress(CacheError):  # a damaged record: its shard is written again
+        rejected.update(generation.bad())
+    return rejected
 
 
 class _Stored:
     """The images that a layer has, and where the data has them now."""
 
     def __init__(
-        self, out: AnyPath, rows: list[Generation], manifests: list[Manifest], found: Found
-    ) -> None:
+        self, out: AnyPath, rows: list[Generation], manifests: list[Manifest], found: Found,
+        *, rejected_by: list[Generation],
+    ) -> None:  # fmt: skip
         self.out, self.rows, self.found = out, rows, found
         self.notes: list[str] = []
         self.manifest = Manifest.join(manifests)
         self.keys, self.listed = self.manifest.keys(), found.manifest.keys()
+        self.rejected = {row: why for g in rejected_by for row, why in _rejected(g).items()}
+        """Row -> why it has no targets."""
+        newest = {key: row for row, key in enumerate(self.keys)}
+        self.superseded = {row for row, key in enumerate(self.keys) if newest[key] != row}
+        """Rows whose images have a later row: they were rejected, and could be read later."""
         place = {key: i for i, key in enumerate(self.listed)}
         self.place = np.array([place.get(key, -1) for key in self.keys], np.int64)
         """[rows] positions in the data; -1: it is not there."""
-        self.missing = np.flatnonzero(self.place < 0)
-        self.present = np.flatnonzero(self.place >= 0)
+        images = ~np.isin(np.arange(len(self.keys)), list(self.superseded))
+        self.missing = np.flatnonzero(images & (self.place < 0))
+        self.present = np.flatnonzero(images & (self.place >= 0))
+        self.read = self.present[~np.isin(self.present, list(self.rejected))]
+        """Rows with targets whose images are there."""
+        self.again: list[int] = []
+        """Rejected rows whose images can be read now."""
 
     def check_missing(self, dropped: list[int]) -> None:
-        """Raises CacheError for images that are not in the data, unless they may be, or were."""
-        gone = self.missing[~np.isin(self.missing, dropped)]
+        """Raises CacheError for images that are not in the data, unless they may be, or were.
+
+        Nothing is lost with those that were rejected.
+        """
+        gone = self.missing[~np.isin(self.missing, [*dropped, *self.rejected])]
         allowed = self.found.drop_missing or not len(gone)
         if allowed and len(self.present):
             return
         first = min(self.keys[row] for row in (gone if len(gone) else self.missing).tolist())
         raise CacheError(
-            f"{len(self.missing):,} of the {len(self.keys):,} images of {self.out} are not in the "
+            f"{len(self.missing):,} of the {len(self.keys) - len(self.superseded):,} images of "
+            f"{self.out} are not in the "
             f"data ({self.found.root}), the first is {first!r} (manifest)",
             expected=f"the same images ({self._recorded()}), and perhaps more",
             fix="restore them, or --out another.zarr"
@@ -179,8 +234,8 @@ class _Stored:
         Places inside files are compared for all. Of data at another place, also the sizes; and the
         bytes of a few images, as where a name is only a place in a file.
         """
-        stored = self.manifest.table.take(pa.array(self.present))
-        listed = self.found.manifest.table.take(pa.array(self.place[self.present]))
+        stored = self.manifest.table.take(pa.array(self.read))
+        listed = self.found.manifest.table.take(pa.array(self.place[self.read]))
         moved = not self._same_root()
         for name, empty in (("path", ""), ("group", -1), ("index", -1), ("offset", -1)):
             differ = _differ(stored[name], listed[name], empty)
@@ -193,13 +248,13 @@ class _Stored:
         grows = more_views or len(self.listed) > len(self.present)
         inside = any(stored[name].null_count < len(stored) for name in ("group", "offset"))
         if grows and (moved or inside):
-            different = [i for i in _spread(len(stored)) if self._is_other(int(self.present[i]))]
+            different = [i for i in _spread(len(stored)) if self._is_other(int(self.read[i]))]
             if different:
                 raise self._other_images("have other bytes", np.array(different))
         if len(resized):
             self.notes.append(
                 f"changed since extraction: {len(resized):,} images have another size, the first "
-                f"is {self.keys[self.present[resized[0]]]!r}; milan pretrain --on-changed drop "
+                f"is {self.keys[self.read[resized[0]]]!r}; milan pretrain --on-changed drop "
                 "leaves them out"
             )
 
@@ -226,11 +281,11 @@ class _Stored:
         return False
 
     def _other_images(self, what: str, differ: np.ndarray) -> CacheError:
-        """The error for images, by their position among those present, that are not the store's."""
+        """The error for images, by their position among those read, that are not the store's."""
         where = self.found.root
         return CacheError(
             f"{len(differ):,} images of {self.out} {what} below {where}, the first is "
-            f"{self.keys[self.present[differ[0]]]!r}",
+            f"{self.keys[self.read[differ[0]]]!r}",
             expected=f"the images of the store ({self._recorded()}), in files as they were",
             fix="restore the files and put new images into others, or --out another.zarr",
         )
@@ -241,8 +296,43 @@ class _Stored:
         except CacheError:
             return "its folder is not recorded"
 
+    def try_rejected(self, begun: AnyPath, progress: Progress) -> None:
+        """Look again at the images that were rejected: a file may have been restored since.
+
+        What an earlier call has `begun` with them goes on as it is.
+        """
+        tried = [row for row in self.present.tolist() if row in self.rejected]
+        if not tried:
+            return
+        if (begun / "zarr.json").exists():
+            keys = set(Manifest.read(pa.BufferReader(read_file(begun / MANIFEST))).keys())
+            self.again = [row for row in tried if self.keys[row] in keys]
+        else:
+            images = ImageSource(
+                self.found.manifest.take(self.place[np.array(tried)]), self.found.root
+            )
+            digests = readable(images, range(len(tried)), progress)
+            self.again = [tried[i] for i in digests]
+        self.superseded |= {*self.again}
+        left = Counter(
+            self.rejected[row].split(":")[0] for row in tried if row not in self.superseded
+        )
+        counts = ", ".join(f"{n:,} {reason}" for reason, n in left.most_common())
+        self.notes.append(
+            f"tried again: {len(self.again):,} of {len(tried):,} rejected images can be read now"
+            + (" and become new rows" if self.again else "")
+            + (f"; still rejected: {counts}" if counts else "")
+        )
+
+    def superseded_in(self, generation: Generation) -> dict[int, tuple[str | None, str]]:
+        """The superseded rows of a generation, as Part.rejected."""
+        first, end = generation.entry.rows
+        why = (None, "superseded: a later row has this image")
+        return {row - first: why for row in sorted(self.superseded) if first <= row < end}
+
     def added(self, rows: int, existing: list[Generation]) -> Manifest:
-        """The images that come after those stored, up to `rows` that are in the data.
+        """The images that come after those stored, up to `rows` that are in the data: those that
+        were rejected and can be read now, and new ones.
 
         Their labels are numbers of the store's table of classes, over the generations `existing`.
         """
@@ -255,6 +345,7 @@ class _Stored:
             )
         old, listing = set(self.keys), self.found.manifest
         new = [i for i, key in enumerate(self.listed) if key not in old][: rows - count]
+        new = sorted([*new, *self.place[self.again].tolist()]) if self.again else new
         if not new:
             return listing.head(0)
         table, before = ClassTable(), 0
@@ -311,22 +402,58 @@ class _Stored:
         for name in dict.fromkeys([layer, *(g.entry.layer for g in existing)]):
             parts = [g for g in existing if g.entry.layer == name]
             rows = set(before.get(name, []))
-            bad = {row for g in parts if rows for row, _ in g.bad()}
+            bad = {row for g in parts for row in _rejected(g)}
             # A layer that is only begun has the rows of the one that it is made from.
             for g in [g for g in parts if g.spec.first_view == 0] or self.rows:
                 for row, key in enumerate(g.manifest().keys(), g.spec.first_row):
+                    if row in bad:
+                        continue
                     if key in gone:
                         rows.add(row)
-                    elif key in back and row not in bad:
+                    elif key in back:
                         rows.discard(row)
             dropped[name] = sorted(rows)
         returned = len(set(before.get(layer, [])).difference(dropped[layer]))
-        self.notes.append(
-            f"dropped: {len(dropped[layer]):,} images of the store are not in the data; they keep "
-            "their targets, and training leaves them out"
-            + (f"; {returned:,} are back" if returned else "")
-        )
+        if dropped[layer] or returned:
+            self.notes.append(
+                f"dropped: {len(dropped[layer]):,} images of the store are not in the data; they "
+                "keep their targets, and training leaves them out"
+                + (f"; {returned:,} are back" if returned else "")
+            )
         return dropped
+
+
+def readable(images: ImageSource, rows: Sequence[int], progress: Progress) -> dict[int, str]:
+    """Which of some rejected images can be read by now: row -> digest of the bytes.
+
+    Raises MachineError where the machine or the network fails.
+    """
+
+    def read(row: int) -> str | None:
+        try:
+            data = images.read(row)
+            decode(data)
+        except ImageFault:
+            return None
+        return content_digest(data)
+
+    progress.begin("try rejected images again", len(rows), "images")
+    digests: dict[int, str] = {}
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="retry") as pool:
+        for i, (row, digest) in enumerate(zip(rows, pool.map(read, rows), strict=True), 1):
+            if digest:
+                digests[row] = digest
+            progress.advance(i)
+    progress.end()
+    return digests
+
+
+def codec_fits_none(out: AnyPath) -> CacheError:
+    """Why a store whose images were all rejected takes no others."""
+    return CacheError(
+        f"{out} was begun when no image could be read: its codec fits none",
+        fix=f"delete {out}, then the same line",
+    )
 
 
 def _as_begun(out: AnyPath, name: str, manifest: Manifest) -> Manifest:

@@ -39,6 +39,8 @@ class Plan:
     """The generations that the store will have of this layer, including the finished ones."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Of each layer: the rows whose images are gone (Index.dropped)."""
+    superseded: frozenset[int] = frozenset()
+    """Rejected rows of the layer whose images have a later row."""
 
     @property
     def location(self) -> Location:
@@ -84,7 +86,10 @@ def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
 
 
 def plan(config: ExtractConfig, progress: Progress) -> Plan:
-    """Find data, load the teacher and derive the specs; reads no image. Raises MilanError."""
+    """Find data, load the teacher and derive the specs. Raises MilanError.
+
+    Images are read only if a finished store has rejected them, or must be compared with its own.
+    """
     config.check()
     codec = codec_of(config.codec)
     out = location_of(config.out).path
@@ -135,9 +140,10 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
     found = Found(manifest, manifest.root, drop_missing=config.drop_missing)
-    growth = parts_of(out, wanted, found, layer, extend=config.extend)
+    growth = parts_of(out, wanted, found, layer, extend=config.extend, progress=progress)
     for note in growth.notes:
         progress.note(note)
     return Plan(
-        config, manifest.root, teacher, growth.layer, hardware, growth.parts, growth.dropped
-    )
+        config, manifest.root, teacher, growth.layer, hardware, growth.parts, growth.dropped,
+        growth.superseded,
+    )  # fmt: skip

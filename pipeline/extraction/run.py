@@ -18,37 +18,37 @@ import numpy as np
 from milan.core.paths import AnyPath, folders_in
 from milan.core.progress import Progress
 from milan.core.units import format_bytes
-from milan.errors import CacheError, DataError, ImageFault
-from milan.images.decode import decode
+from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
 from milan.store.codecs import Codec, codec_of
-from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, canonical, read_json
-from milan.store.generation import read_array
+from milan.store.format import FIDELITY, MANIFEST, ORIGIN, CacheSpec, Entry, canonical, read_json
+from milan.store.generation import Generation, read_array
 from pipeline.config import allowed_bad
 from pipeline.extraction.fidelity import check_canaries, check_min_cosine, prepare
-from pipeline.extraction.growth import Part
+from pipeline.extraction.growth import Part, codec_fits_none, readable
 from pipeline.extraction.hardware import Workers
 from pipeline.extraction.plan import Plan, teacher_spec
+from pipeline.extraction.rewriting import written_again
 from pipeline.extraction.worker import Extractor
 from pipeline.teachers.load import Teacher
 from pipeline.writing.backend import Location
 from pipeline.writing.store import Store, Writer, group_attributes
 
-_READERS = 16  # threads that try rejected images again
 _ATTEMPTS = 3  # of one block, before the run gives it up
 
 
 def fill_store(
     work: Plan, store: Store, workers: Workers, summary: dict, progress: Progress
 ) -> None:
-    """Write the missing shards, generation by generation, and publish each when it is complete.
+    """Write the missing shards, generation by generation, and publish all when they are complete.
 
     Adds to `summary`: fidelity, bad (counts by reason), bad_csv, digest, seconds,
     images_per_second. Raises MilanError.
     """
     rejected: dict[int, str] = {}
+    writers: list[Writer] = []
     seconds, images = 0.0, 0
     codec: Codec | None = None
     store.drop(work.dropped)
@@ -58,11 +58,13 @@ def fill_store(
             check_canaries(writer.root, work.teacher)
         summary["fidelity"] = read_json(writer.root / FIDELITY)
         todo = writer.missing()
-        published = any(part.name == entry.path for entry in store.entries())
-        allowed = allowed_bad(work.config.max_bad, summary["images"])
-        if not published or len(rejected) + len(writer.bad()) > allowed:
+        entry = next((entry for entry in store.entries() if entry.path == part.name), None)
+        if entry is None:
             _try_rejected(work, part, writer, progress)
-            todo = writer.missing()
+            writer.forget_partial_blocks()
+        elif todo.any():
+            part = _as_it_was(work, store, entry, part, writer)
+        todo = writer.missing()
         shards = int(todo.sum())
         check_space(work.location, part.spec.total_bytes() * shards // part.spec.shards)
         if 0 < shards < part.spec.shards:
@@ -74,7 +76,9 @@ def fill_store(
             seconds += time.perf_counter() - started
             images += rows_of(part.spec, todo)
         rejected |= {part.spec.first_row + row: reason for row, reason in writer.bad().items()}
-        _publish(work, writer, rejected, summary)
+        _check_rejected(work, store, rejected, summary)
+        writers.append(writer)
+    store.publish(*[writer.finish(work.layer) for writer in writers])
     summary["seconds"] = round(seconds, 3)
     summary["images_per_second"] = round(images / seconds, 2) if images else None
     cache = TargetCache(store.path, layer=work.layer)
@@ -87,24 +91,16 @@ def _try_rejected(work: Plan, part: Part, writer: Writer, progress: Progress) ->
 
     A file that was missing, cut short or not fetched may have been restored since.
     """
-    images, bad = ImageSource(part.manifest, work.root), list(writer.bad())
-
-    def well(row: int) -> bool:
-        try:
-            decode(images.read(row))
-        except ImageFault:
-            return False
-        return True
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        rows = [row for row, is_well in zip(bad, pool.map(well, bad), strict=True) if is_well]
+    images = ImageSource(part.manifest, work.root)
+    bad = [row for row in writer.bad() if row not in part.rejected]
+    if not bad:
+        return
+    digests = readable(images, bad, progress)
+    rows = [row for row, digest in digests.items() if part.is_same(row, digest)]
     if not rows:
         return
     if not read_json(writer.root / FIDELITY):
-        raise CacheError(
-            f"{work.location.path} was begun when no image could be read: its codec fits none",
-            fix=f"delete {work.location.path}, then the same line",
-        )
+        raise codec_fits_none(work.location.path)
     blocks = sorted({row // part.spec.shard_size for row in rows})
     for block in blocks:
         for view in range(part.spec.views):
@@ -113,6 +109,17 @@ def _try_rejected(work: Plan, part: Part, writer: Writer, progress: Progress) ->
         f"{len(rows)} of {len(bad)} rejected images can be read now: "
         f"{len(blocks) * part.spec.views} shards are written again"
     )
+
+
+def _as_it_was(work: Plan, store: Store, entry: Entry, part: Part, writer: Writer) -> Part:
+    """A finished part some of whose shards are gone, as it is written again."""
+    images = ImageSource(part.manifest, work.root)
+    missing = {(block, view) for block, view in np.argwhere(writer.missing()).tolist()}
+    dropped = work.dropped.get(work.layer, [])
+    part, shards = written_again(part, Generation(store.path, entry), images, missing, dropped)
+    for block, view in shards - missing:
+        writer.forget(block, view)
+    return part
 
 
 def _open_generation(
@@ -291,26 +298,26 @@ def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -
             extractor.stopped.set()  # after an error or Ctrl-C nobody waits for the next block
 
 
-def _publish(work: Plan, writer: Writer, rejected: dict[int, str], summary: dict) -> None:
-    """List the files rejected so far (reason by row), and publish if they are few enough.
+def _check_rejected(work: Plan, store: Store, rejected: dict[int, str], summary: dict) -> None:
+    """List the files rejected so far (reason by row). Raises DataError if they are too many.
 
-    Rows that were dropped from the store do not count: they are left out of training already.
+    Rows that were dropped from the store do not count: they are left out of training already. Nor
+    do those whose images have a later row.
     """
-    dropped = set(work.dropped.get(work.layer, []))
-    rejected = {row: reason for row, reason in rejected.items() if row not in dropped}
+    left_out = work.superseded.union(work.dropped.get(work.layer, []))
+    rejected = {row: reason for row, reason in rejected.items() if row not in left_out}
     reasons = Counter(reason.split(":")[0] for reason in rejected.values())
     summary["bad"] = dict(reasons.most_common())
     manifest = Manifest.join([p.manifest for p in work.parts if p.spec.first_view == 0])
-    path = writer.store.report_bad(rejected, manifest)
+    path = store.report_bad(rejected, manifest)
     summary["bad_csv"] = str(path) if path else None
     allowed = allowed_bad(work.config.max_bad, summary["images"])
     if len(rejected) > allowed:
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        writer.store.log("withheld", bad=len(rejected))
+        store.log("withheld", bad=len(rejected))
         raise DataError(
             f"{len(rejected)} of {summary['images']} images are rejected ({counts}); all others "
             f"are done, the list is {path}",
             expected=f"at most {allowed} (--max-bad {work.config.max_bad})",
             fix=f"the same line with --max-bad {len(rejected)}: it then only writes the index",
         )
-    writer.finish(work.layer)

@@ -77,7 +77,7 @@ class Extractor:
         """`root` is where the manifest's paths begin. Raises TeacherError for another teacher."""
         if workers.torch_threads:
             torch.set_num_threads(workers.torch_threads)
-        self.spec, self.manifest = part.spec, part.manifest
+        self.part, self.spec, self.manifest = part, part.spec, part.manifest
         self.batch_size, self.threads = batch_size, workers.decode_threads
         self.view_spec = ViewSpec.from_law(part.spec.view_law)
         self.codec = codec
@@ -96,7 +96,7 @@ class Extractor:
         self.stopped = Event()
         """Set it, and calls of `run` end after the batch in hand, by CancelledError."""
         self._feeding = Lock()
-        self._first, self._records = part.first, Lock()
+        self._records = Lock()
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
@@ -213,15 +213,15 @@ class Extractor:
 
     def _check_same(self, row: int, digest: str) -> None:
         """Raises ImageFault unless the image is that of the row's first views."""
-        if self._first is None:
-            return
         with self._records:
-            known = self._first.content_digest(self.spec.first_row + row, 0)
-        if known and known != digest:
+            same = self.part.is_same(row, digest)
+        if not same:
             raise ImageFault("changed", "other bytes than when its first views were extracted")
 
     def _render(self, row: int) -> _Rendered:
-        digest = None
+        digest, reason = self.part.rejected.get(row, (None, None))
+        if reason:
+            return _Rendered(row, digest=digest, reason=reason)
         try:
             data = self.source.read(row)
             digest = content_digest(data)

@@ -2,7 +2,7 @@
 
     worker   shards.stage_shard  -> .staging/<run>/<block>/…   fsync, read back, SHA-256
     driver   Writer.commit       -> generations/000/…          rename, fsync, then the record
-    driver   Writer.finish       -> index.json                 when no record is missing
+    driver   Store.publish       -> index.json                 when no record is missing
 
 Only its record makes a shard exist. Whatever is killed at any time leaves staging, which the next
 run removes once it has the lock, or a whole shard. This is the order for every backend; how a disk
@@ -119,13 +119,14 @@ class Store:
         """The committed generations, oldest first."""
         return self._index().generations
 
-    def publish(self, entry: Entry) -> None:
-        """List a finished generation in the index; a repaired one replaces its earlier entry."""
+    def publish(self, *entries: Entry) -> None:
+        """List finished generations in the index, all at once: readers see no part of a growth.
+
+        A repaired one replaces its earlier entry.
+        """
         index = self._read_index()
-        entries = list(index.generations)
-        position = next((i for i, e in enumerate(entries) if e.path == entry.path), len(entries))
-        entries[position : position + 1] = [entry]
-        self._replace_index(index, replace(index, generations=tuple(entries)))
+        listed = {entry.path: entry for entry in (*index.generations, *entries)}
+        self._replace_index(index, replace(index, generations=tuple(listed.values())))
 
     def drop(self, dropped: dict[str, list[int]]) -> None:
         """List rows whose images are gone (Index.dropped), if the store is finished."""
@@ -191,6 +192,16 @@ class Writer:
         self.store.backend.remove(f"{self.name}/records/{record_name(block, view)}")
         self.shard_table.forget(block, view)
 
+    def forget_partial_blocks(self) -> None:
+        """Forget the shards of blocks that have some and lack others.
+
+        The views of a block are of one reading of its images, which may have changed since.
+        """
+        missing = self.missing()
+        for block in np.flatnonzero(missing.any(axis=1) & ~missing.all(axis=1)).tolist():
+            for view in np.flatnonzero(~missing[block]).tolist():
+                self.forget(block, view)
+
     def clear(self, todo: np.ndarray) -> None:
         """Remove leftovers in the way of the shards `todo` ([blocks, K] bool)."""
         files: list[str] = []
@@ -221,9 +232,8 @@ class Writer:
         return dict(sorted(self.shard_table.reasons.items()))
 
     def finish(self, layer: str) -> Entry:
-        """Write the shard table, and then the index, which makes the generation count.
-
-        Raises CacheError if a shard is missing.
+        """Write the shard table; returns the entry that makes the generation count when the index
+        has it (Store.publish). Raises CacheError if a shard is missing.
         """
         if not self.shard_table.known.all():
             missing = np.argwhere(self.missing())
@@ -241,7 +251,7 @@ class Writer:
         tables = {name: digest for name, digest in files.items() if name.startswith(CONTENT)}
         spec, fingerprint = self.spec, read_group(self.root)[1]["fingerprint"]
         content = [fingerprint, tables, self.shard_table.digest()]
-        entry = Entry(
+        return Entry(
             path=self.name,
             layer=layer,
             fingerprint=fingerprint,
@@ -253,8 +263,6 @@ class Writer:
             bad=len(self.shard_table.reasons),
             files=files,
         )
-        self.store.publish(entry)
-        return entry
 
     def _static_files(self) -> dict[str, str]:
         """SHA-256, by name, of every file but shards, records and the origin."""

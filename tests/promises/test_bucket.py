@@ -623,3 +623,19 @@ def test_a_plan_writes_nothing(
     assert list(files_below(Url(url))) == []
     with pytest.raises(ConfigError, match=r"--out memory://x/t\.zarr"):
         extract_targets(str(photos), out="memory://x/t.zarr", **settings)
+
+
+def test_a_restored_image_becomes_a_row(tmp_path: Path, url: str, settings: dict[str, Any]) -> None:
+    """The finished store of a bucket grows by it, and no object is replaced but the index."""
+    data = make_photos(tmp_path / "photos", count=3)
+    path = sorted(data.rglob("*.jpg"))[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    line = {**settings, "out": url, "views": 1, "max_bad": "1"}
+    extract_targets(str(data), **line)
+    before = remote_tree(url)
+    path.write_bytes(whole)
+    assert extract_targets(str(data), **line)["bad"] == {}
+    now = remote_tree(url)
+    assert {name for name in before if now.get(name) != before[name]} == {INDEX, "bad-images.csv"}
+    assert len(TargetCache(url).good_rows()) == 3

@@ -121,7 +121,7 @@ def stage(
 
 
 def finish(store: Writer) -> None:
-    store.finish("made up")
+    store.store.publish(store.finish("made up"))
 
 
 def missing(store: Writer) -> list[tuple[int, int]]:
