@@ -10,9 +10,10 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from threading import Lock, Thread
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -65,15 +66,28 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
-        return self._each(lambda t: copy_to(t, device))
+        return each(self, lambda t: copy_to(t, device))
 
     def pin_memory(self) -> Batch:
         """In pages that a GPU copies from by itself."""
-        return self._each(torch.Tensor.pin_memory)
+        return each(self, torch.Tensor.pin_memory)
 
-    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        moved: Any = (None if tensor is None else move(tensor) for tensor in self)
-        return Batch(*moved)
+
+AnyBatch = TypeVar("AnyBatch", bound=tuple)
+"""A NamedTuple of tensors, some of which may be None."""
+
+
+def each(batch: AnyBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> AnyBatch:
+    """The batch with every tensor moved."""
+    moved: Any = (None if tensor is None else move(tensor) for tensor in batch)
+    return type(batch)(*moved)
+
+
+class BatchSource(Protocol):
+    """Where the batches of a loader come from; sent to its workers."""
+
+    def load(self, address: Address) -> Any:
+        """The micro-batch at `address`, a NamedTuple of tensors with `pin_memory`."""
 
 
 class FileChannel:
@@ -118,7 +132,7 @@ class FileChannel:
 
 
 class SharedBatch:
-    """A Batch on its way from a loader worker, in one nameless file in memory.
+    """A batch on its way from a loader worker, in one nameless file in memory.
 
     torch would share each tensor below /dev/shm, which containers limit to 64 MB; what finds no
     room there is lost on the way, and waited for.
@@ -127,9 +141,9 @@ class SharedBatch:
     channels: ClassVar[dict[int, FileChannel]] = {}
     """Those of this process's loaders, by number."""
 
-    def __init__(self, batch: Batch, number: int, channel: FileChannel) -> None:
+    def __init__(self, batch: Any, number: int, channel: FileChannel) -> None:
         """Sends the file through `channel`. Raises TrainError if there is no room for it."""
-        self.number, self.bytes = number, 0
+        self.kind, self.number, self.bytes = type(batch), number, 0
         self.parts: list[tuple[torch.dtype, torch.Size, int] | None] = []
         try:
             file = _file_in_memory()
@@ -157,7 +171,7 @@ class SharedBatch:
         self.bytes = at
         return tensor.dtype, tensor.shape, first
 
-    def opened(self) -> Batch:
+    def opened(self) -> Any:
         """The batch; its tensors lie in the file, which ends with the last of them."""
         file = self.channels[self.number].receive(self.name)
         try:
@@ -170,9 +184,9 @@ class SharedBatch:
             ).view(part[1])
             for part in self.parts
         )  # fmt: skip
-        return Batch(*tensors)
+        return self.kind(*tensors)
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Any:
         """Called by DataLoader where there is a GPU."""
         return self.opened().pin_memory()
 
@@ -190,24 +204,32 @@ def _file_in_memory() -> int:
 class _Batches(Dataset):
     """Turns addresses into batches; runs in loader workers."""
 
-    def __init__(
-        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
-    ) -> None:
-        self.dataset, self.seed, self.features = dataset, seed, features
-        self.patches = patches or dataset.cache.spec.tokens - 1
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
         self.channel: tuple[int, FileChannel] | None = None
         """Where loader workers hand over batches."""
 
-    def __getitem__(self, address: Address) -> Batch | SharedBatch | MilanError:
+    def __getitem__(self, address: Address) -> Any:
         try:
-            batch = self._load(address)
+            batch = self.source.load(address)
             if self.channel and get_worker_info():
                 return SharedBatch(batch, *self.channel)
             return batch
         except MilanError as error:
             return error  # raised by _Loader: DataLoader would bury it in a traceback's text
 
-    def _load(self, address: Address) -> Batch:
+
+class CachedBatches:
+    """Views with their targets, from a store."""
+
+    def __init__(
+        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
+    ) -> None:
+        self.dataset, self.seed, self.features = dataset, seed, features
+        self.patches = patches or dataset.cache.spec.tokens - 1
+
+    def load(self, address: Address) -> Batch:
+        """Pixels, targets and noise of a micro-batch."""
         rows, views = address.rows, address.views
         features = self.features and address.kind.has_targets
         targets = self.dataset.cache.read(rows, views, features=features)
@@ -231,14 +253,13 @@ class _Loader(DataLoader):
     """
 
     dataset: _Batches
-    sampler: StepSampler
     wait: Wait
+    windows: Callable[[], Iterator[tuple[int, list[Shard]]]] = staticmethod(lambda: iter(()))
+    """What Prefetcher takes."""
 
     def __iter__(self) -> Any:
-        cache = self.dataset.dataset.cache
-        prefetcher = Prefetcher(_windows(cache, self.sampler))
-        if cache.generations[0].local:
-            prefetcher.start()
+        prefetcher = Prefetcher(self.windows())
+        prefetcher.start()
         others = multiprocessing.active_children()
         number = next(_numbers)
         channel = SharedBatch.channels[number] = FileChannel()
@@ -320,8 +341,29 @@ def training_loader(
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
 
     `features`: whether the teacher's are read. `patches`: N of the student, which the noise is
-    for; default: the teacher's. `wait`: for the workers, default `batch_wait()`. Workers are
-    started by forkserver (spawn where there is none): tensorstore does not survive a fork.
+    for; default: the teacher's. `wait`: for the workers, default `batch_wait()`.
+    """
+    source = CachedBatches(dataset, sampler.order.seed, features, patches)
+    loader = batch_loader(
+        source, sampler, num_workers=num_workers, pin_memory=pin_memory, wait=wait
+    )
+    if dataset.cache.generations[0].local:
+        loader.windows = partial(_windows, dataset.cache, sampler)
+    return loader
+
+
+def batch_loader(
+    source: BatchSource,
+    sampler: StepSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    wait: Wait | None = None,
+) -> _Loader:
+    """Micro-batches of any source, as `training_loader` gives those of a store.
+
+    Workers are started by forkserver (spawn where there is none): tensorstore does not survive a
+    fork.
     """
     options: dict[str, Any] = {}
     if num_workers:
@@ -335,7 +377,7 @@ def training_loader(
             "multiprocessing_context": context, "prefetch_factor": 4, "timeout": _POLL,
         }  # fmt: skip
     loader = _Loader(
-        _Batches(dataset, sampler.order.seed, features, patches),
+        _Batches(source),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
