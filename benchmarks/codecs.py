@@ -51,10 +51,7 @@ def outlier_features(count: int) -> torch.Tensor:
 def cosines(codec, features: torch.Tensor, fitted: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """(mean, worst) cosine of the images after the first `fitted`, which fitted the codec."""
     unseen = features[fitted:]
-    codes, scale = codec.encode(unseen)
-    decoded = codec.decode(
-        torch.from_numpy(codes), None if scale is None else torch.from_numpy(scale)
-    )
+    decoded = codec.decode(*codec.encode(unseen))
     cosine = torch.nn.functional.cosine_similarity(decoded, unseen, dim=-1)
     return float(cosine.mean()), float(cosine.min())
 
@@ -67,19 +64,14 @@ def ways_of_int8(features: torch.Tensor) -> list[tuple[str, float]]:
     plain = Int8("int8", "int8", fill=-128, scaled=True).fitted(torch.ones(1, channels))
 
     def round_trip(values: torch.Tensor) -> torch.Tensor:
-        codes, scale = plain.encode(values)
-        return plain.decode(torch.from_numpy(codes), torch.from_numpy(scale))
+        return plain.decode(*plain.encode(values))
 
     fitted = CODECS["int8"].fitted(flat)
-    codes, scale = fitted.encode(features)
-    assert scale is not None
     ways = {
         "one scale a token": round_trip(features),
         "channel means taken out": round_trip(features - mean) + mean,
         "rotated": round_trip(features @ rotation) @ rotation.T,
-        "channel sizes divided out": fitted.decode(
-            torch.from_numpy(codes), torch.from_numpy(scale)
-        ),
+        "channel sizes divided out": fitted.decode(*fitted.encode(features)),
     }
     similarity = torch.nn.functional.cosine_similarity
     return [(name, float(1 - similarity(w, features, dim=-1).mean())) for name, w in ways.items()]

@@ -115,8 +115,8 @@ def case(
         torch.rand(at_once, student.patches).clamp(1e-6, 1 - 1e-6),
         torch.arange(at_once),
         torch.zeros(at_once, dtype=torch.int64),
-        torch.from_numpy(codes),
-        None if scale is None else torch.from_numpy(scale),
+        codes,
+        scale,
     )
     return Case(student, settings, targets, batch, device)
 

@@ -20,6 +20,7 @@ from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.hardware import plan_workers
 from pipeline.extraction.plan import plan
 from pipeline.extraction.run import check_space, fill_store
+from pipeline.extraction.worker import BLOCKS_AT_ONCE
 from pipeline.writing.backend import location_of
 from pipeline.writing.disk import as_store_error
 from pipeline.writing.store import Store
@@ -65,7 +66,8 @@ def extract_targets(
         "dropped": len(work.dropped.get(work.layer, [])),
     }
     workers = plan_workers(config, work.hardware)
-    in_memory = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
+    block = config.shard_size * max(s.views for s in specs) * specs[0].view_bytes()
+    in_memory = block * min(BLOCKS_AT_ONCE, max(s.blocks for s in specs))
     progress.note(
         f"executor: {work.hardware.executor}, {workers.replicas} x teacher, "
         f"{workers.decode_threads} decoding threads each, batches of {work.batch_size} views, "

@@ -51,8 +51,11 @@ class Codec:
         """The codec with the tables that a store keeps."""
         return replace(self, tables=tables)
 
-    def encode(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """Features [B, T, C], finite, to codes [B, T, width] and scales [B, T] (or None)."""
+    def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features [B, T, C], finite, to codes [B, T, width] and scales [B, T] (or None).
+
+        On the device of the features, which nobody waits for.
+        """
         raise NotImplementedError
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -80,9 +83,9 @@ class Codec:
 class Float16(Codec):
     """Half precision: what the published teacher computes in. 2 bytes a channel."""
 
-    def encode(self, features: torch.Tensor) -> tuple[np.ndarray, None]:
+    def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Rounded to the nearest half; values beyond 65504 are the caller's to refuse."""
-        return features.to(torch.float16).cpu().numpy(), None
+        return features.to(torch.float16), None
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """Exact: every half is a float."""
@@ -105,13 +108,13 @@ class Int8(Codec):
         rms = rms.clamp_min(float(rms.square().mean().sqrt()) * 1e-2 or 1.0)
         return replace(self, tables={"channel": rms.cpu().numpy().astype(np.float32)})
 
-    def encode(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes in -127..127 and scales > 0."""
         features = features.float() / self._table("channel", features.device)
         tiny = torch.finfo(torch.float32).tiny
         scale = (features.abs().amax(dim=-1) / 127).clamp_min(tiny)
         codes = (features / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
-        return codes.cpu().numpy(), scale.cpu().numpy()
+        return codes, scale
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """code * scale * channel."""
@@ -180,7 +183,7 @@ class ProductQuantised(Codec):
         cosine = float(((back * turned).sum(1) / np.linalg.norm(back, axis=1)).mean())
         return cosine, replace(self, tables={"rotation": rotation, "codebook": book.copy()})
 
-    def encode(self, features: torch.Tensor) -> tuple[np.ndarray, None]:
+    def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The nearest centroid of every piece of the unit vector."""
         book = self._table("codebook", features.device)  # [M, 256, d]
         rotation = self._table("rotation", features.device)
@@ -191,7 +194,7 @@ class ProductQuantised(Codec):
             pieces = (part @ rotation.T).view(len(part), self.size, -1).transpose(0, 1)
             closeness = torch.baddbmm(half_norms[:, None], pieces, book.transpose(1, 2), beta=-1)
             codes.append(closeness.argmax(-1).T.to(torch.uint8))
-        return torch.cat(codes).view(*features.shape[:-1], self.size).cpu().numpy(), None
+        return torch.cat(codes).view(*features.shape[:-1], self.size), None
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """Look up and rotate back, in float32 also under autocast."""

@@ -1,18 +1,20 @@
 """A pool of Ray actors that take blocks of rows.
 
 Features never pass through Ray: a worker writes its shards to staging and returns their records.
-A worker that crashes is replaced and its block retried; only the driver commits, so a worker that
-was given up for lost can harm nothing but its own staging folder. At the end, a block that hangs on
-a slow worker (or on one that finds no room after its node is gone) is given to an idle one too; the
-first to finish counts, and the bytes are the same either way.
+A worker has several blocks at a time: it stages the shards of one while it computes the next. One
+that crashes is replaced and its blocks are retried, each alone, so that a block which kills its
+worker takes no other with it; only the driver commits, so a worker that was given up for lost can
+harm nothing but its own staging folders. At the end, a block that hangs on a slow worker (or on one
+that finds no room after its node is gone) is given to an idle one too; the first to finish counts,
+and the bytes are the same either way.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,8 @@ class Replicas:
     count: int
     gpus: float
     """Of each."""
+    blocks: int
+    """That each has at a time."""
     address: str | None
     """Of the cluster; None: $RAY_ADDRESS, or Ray started on this machine."""
 
@@ -67,7 +71,8 @@ def map_blocks(
 ) -> dict[int, str]:
     """Run `worker` over the shards `todo` ([blocks, K] bool); returns the blocks that failed.
 
-    A worker has `run(block, views, folder) -> records` and a counter `images`. The result maps
+    A worker has `run(block, views, folder) -> records`, which as many threads call as it has blocks
+    at a time, and a counter `images`. The result maps
     each block that failed `attempts` times to its last reason. A MilanError of a worker is raised
     at once, and a CacheError if no worker answers for half an hour.
     """
@@ -100,9 +105,14 @@ class _Pool:
     def __init__(
         self, worker: RemoteClass, callbacks: BlockCallbacks, replicas: Replicas, attempts: int
     ) -> None:
-        # Two calls at a time: a block's work, and the question how far it is.
-        self.start_actor = worker.starter(num_cpus=1, num_gpus=replicas.gpus, max_concurrency=2)
-        self.callbacks, self.replicas, self.attempts = callbacks, replicas.count, attempts
+        self.start_actor = worker.starter(
+            num_cpus=1,
+            num_gpus=replicas.gpus,
+            max_concurrency=replicas.blocks + 1,  # and the question how far it is
+        )
+        self.callbacks, self.replicas, self.attempts = callbacks, replicas, attempts
+        self.actors: list[Any] = []  # that live
+        self.fresh: deque[int] = deque()  # blocks that were not begun
         self.running: dict[Any, _Attempt] = {}  # by Ray's task
         self.retries: deque[int] = deque()  # blocks whose attempt failed
         self.attempt_numbers: dict[int, int] = {}  # the newest, of blocks that are not done
@@ -112,13 +122,13 @@ class _Pool:
 
     def run(self, todo: np.ndarray, wait: Wait) -> dict[int, str]:
         """Work through `todo` ([blocks, K] bool); returns the blocks that were given up."""
-        blocks = np.flatnonzero(todo.any(axis=1))
-        fresh = iter(blocks.tolist())
-        idle = [self.start_actor() for _ in range(min(self.replicas, len(blocks)))]
+        self.fresh.extend(np.flatnonzero(todo.any(axis=1)).tolist())
+        self.actors = [self.start_actor() for _ in range(min(self.replicas.count, len(self.fresh)))]
         images: dict[Any, int] = {}  # by actor, crashed ones included
         while True:
-            while idle and (block := self._next_block(fresh)) is not None:
-                self._begin(idle.pop(), block, np.flatnonzero(todo[block]).tolist())
+            while (given := self._next()) is not None:
+                actor, block = given
+                self._begin(actor, block, np.flatnonzero(todo[block]).tolist())
             if not self.running:
                 return self.lost
             ready, _ = ray.wait(list(self.running), timeout=1.0)
@@ -128,7 +138,7 @@ class _Pool:
             self.callbacks.on_progress(sum(images.values()))
             for task in ready:
                 if task in self.running:  # else the block's other attempt has just ended
-                    idle.append(self._finish(task))
+                    self._finish(task)
 
     def _begin(self, actor: Any, block: int, views: list[int]) -> None:
         number = self.attempt_numbers[block] = self.attempt_numbers.get(block, -1) + 1
@@ -136,41 +146,60 @@ class _Pool:
         task = actor.call.remote("run", block, views, str(folder))
         self.running[task] = _Attempt(actor, block, number, folder, time.monotonic())
 
-    def _finish(self, task: Any) -> Any:
-        """Deal with a task that has ended; returns the actor that is idle now."""
+    def _finish(self, task: Any) -> None:
+        """Deal with a task that has ended."""
         attempt = self.running.pop(task)
         try:
             records = value_of(ray.get(task))
         except ray.exceptions.RayActorError as error:  # the actor crashed
+            if attempt.actor in self.actors:  # else another of its blocks has told already
+                self.actors.remove(attempt.actor)
+                self.actors.append(self.start_actor())
             self._fail(attempt, last_line(error))
-            return self.start_actor()
+            return
         except ray.exceptions.RayTaskError as error:
             self._fail(attempt, last_line(error))
-            return attempt.actor
+            return
         self.callbacks.on_done(attempt.block, attempt.folder, records)
         self.durations.append(time.monotonic() - attempt.started)
         self._drop(attempt.block)
-        return attempt.actor
 
     def _fail(self, attempt: _Attempt, reason: str) -> None:
         block = attempt.block
         self.callbacks.on_failure(block, attempt.number, reason)
         self.failures[block] = self.failures.get(block, 0) + 1
-        if any(other.block == block for other in self.running.values()):
+        if self._in_work(block):
             return  # its other attempt goes on
         if self.failures[block] < self.attempts:
             self.retries.append(block)
         else:
             self.lost[block] = reason
 
-    def _next_block(self, fresh: Iterator[int]) -> int | None:
-        """What an idle actor should do: a new block, a failed one, or a backup of a slow one."""
-        block = next(fresh, None)
-        if block is not None:
-            return block
+    def _in_work(self, block: int) -> bool:
+        return any(attempt.block == block for attempt in self.running.values())
+
+    def _next(self) -> tuple[Any, int] | None:
+        """(actor, block) to begin now; None while all actors have enough.
+
+        A new block goes to the actor with the fewest. Only an idle one gets a failed block, or a
+        backup of a slow one.
+        """
+        blocks: defaultdict[Any, list[int]] = defaultdict(list)
+        for attempt in self.running.values():
+            blocks[attempt.actor].append(attempt.block)
+        for actor in sorted(self.actors, key=lambda actor: len(blocks[actor])):
+            has_room = len(blocks[actor]) < self.replicas.blocks
+            if self.fresh and has_room and not any(b in self.failures for b in blocks[actor]):
+                return actor, self.fresh.popleft()
+            if not blocks[actor] and (block := self._retry_or_backup()) is not None:
+                return actor, block
+        return None
+
+    def _retry_or_backup(self) -> int | None:
+        """A block that failed, or one that takes too long where it is."""
         if self.retries:
             return self.retries.popleft()
-        if not self.durations:
+        if self.fresh or not self.durations:
             return None
         limit = max(_BACKUP_SECONDS, _BACKUP_MEDIANS * statistics.median(self.durations))
         attempts = Counter(attempt.block for attempt in self.running.values())
@@ -184,15 +213,20 @@ class _Pool:
         """The block is done: stop a second attempt at it; nobody reads what that one staged."""
         self.attempt_numbers.pop(block, None)
         self.failures.pop(block, None)
-        for task in [t for t, attempt in self.running.items() if attempt.block == block]:
-            ray.kill(self.running.pop(task).actor)
+        for actor in [a.actor for a in self.running.values() if a.block == block]:
+            ray.kill(actor)
+            self.actors.remove(actor)
+            for task in [t for t, attempt in self.running.items() if attempt.actor is actor]:
+                other = self.running.pop(task).block
+                if other != block and not self._in_work(other):
+                    self.retries.append(other)
 
     def _read_images(self, images: dict[Any, int]) -> bool:
         """Ask the workers how many images they have dealt with; whether any answered."""
         answered = False
-        for attempt in self.running.values():
+        for actor in {attempt.actor for attempt in self.running.values()}:
             try:
-                images[attempt.actor] = ray.get(attempt.actor.read.remote("images"), timeout=0.5)
+                images[actor] = ray.get(actor.read.remote("images"), timeout=0.5)
                 answered = True
             except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
                 continue  # starting, or crashed: the task itself will tell

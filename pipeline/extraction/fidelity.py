@@ -24,7 +24,7 @@ from milan.models.masking import importance_mask, visible_count
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
 from milan.store.generation import read_array
-from pipeline.extraction.worker import check_targets
+from pipeline.extraction.worker import raise_faults, target_faults
 from pipeline.teachers.load import Teacher
 
 # Images: to fit a codec, to fit codebooks, to measure fidelity, canaries.
@@ -65,7 +65,7 @@ def prepare(
     outputs = [teacher.targets(pixels) for pixels in batches]
     features = torch.cat([f.cpu() for f, _ in outputs]).clone()
     attention = torch.cat([a.cpu() for _, a in outputs]).clone()
-    check_targets(features, attention, rows)
+    raise_faults(target_faults(features, attention).numpy(), rows)
     # Half of a small sample is for measuring; a single image is for both.
     cut = min(fit_images, len(views) // 2) if len(views) > 1 else 1
     codec = codec or unfitted.fitted(features[:cut].flatten(0, 1))
@@ -87,9 +87,7 @@ def fidelity(codec: Codec, features: torch.Tensor, attention: torch.Tensor) -> d
     Spearman's correlation of stored and true attention; `mask_overlap`, the share of visible
     patches that masks sampled from either have in common.
     """
-    codes, scale = codec.encode(features)
-    scales = None if scale is None else torch.from_numpy(scale)
-    decoded = codec.decode(torch.from_numpy(codes), scales)
+    decoded = codec.decode(*codec.encode(features))
     cosine = torch.nn.functional.cosine_similarity(decoded, features, dim=-1).double().clamp(max=1)
     stored = torch.from_numpy(attention.numpy().astype(np.float32))
     ranks, stored_ranks = (a.argsort(1).argsort(1).double() for a in (attention, stored))

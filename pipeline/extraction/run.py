@@ -31,7 +31,7 @@ from pipeline.extraction.growth import Part, codec_fits_none, readable
 from pipeline.extraction.hardware import Workers
 from pipeline.extraction.plan import Plan, teacher_spec
 from pipeline.extraction.rewriting import written_again
-from pipeline.extraction.worker import Extractor
+from pipeline.extraction.worker import BLOCKS_AT_ONCE, Extractor
 from pipeline.teachers.load import Teacher
 from pipeline.writing.backend import Location
 from pipeline.writing.store import Store, Writer, group_attributes
@@ -260,7 +260,7 @@ def write_shards(
                 on_progress=commits.report,
                 on_failure=commits.log_failure,
             ),
-            Replicas(workers.replicas, gpus, config.address),
+            Replicas(workers.replicas, gpus, BLOCKS_AT_ONCE, config.address),
             attempts=_ATTEMPTS,
             progress=progress,
         )
@@ -274,7 +274,7 @@ def write_shards(
 
 
 def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -> None:
-    """The same work in two threads of this process: one block is written, the next computed."""
+    """The same work in threads of this process."""
 
     def commit_first() -> None:
         block, folder, task = tasks.popleft()
@@ -284,13 +284,13 @@ def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -
         commits.report(extractor.images)
 
     tasks: deque[tuple[int, AnyPath, Future[list[dict]]]] = deque()
-    with ThreadPoolExecutor(2, thread_name_prefix="extract") as pool:
+    with ThreadPoolExecutor(BLOCKS_AT_ONCE, thread_name_prefix="extract") as pool:
         try:
             for block in np.flatnonzero(todo.any(axis=1)).tolist():
                 views = np.flatnonzero(todo[block]).tolist()
                 folder = commits.folder_of(block, 0)
                 tasks.append((block, folder, pool.submit(extractor.run, block, views, str(folder))))
-                if len(tasks) == 2:
+                if len(tasks) == BLOCKS_AT_ONCE:
                     commit_first()
             while tasks:
                 commit_first()

@@ -6,24 +6,26 @@ passed to the teacher, and the block's shards, one for each view, are staged for
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from threading import Event, Lock
-from typing import Any
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 import torch
 
+from milan.core.ahead import Ahead
 from milan.core.paths import as_path
+from milan.core.transfer import through_device
 from milan.errors import ImageFault, TeacherError
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import Codec
-from milan.store.format import TEXT, TEXT_IDS
+from milan.store.format import TEXT, TEXT_IDS, CacheSpec
 from pipeline.extraction.growth import Part
 from pipeline.extraction.hardware import Workers
 from pipeline.teachers.load import Teacher, load_teacher
@@ -31,13 +33,18 @@ from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.disk import as_store_error
 from pipeline.writing.shards import stage_shard
 
+BLOCKS_AT_ONCE: Final = 2
+"""Blocks that a worker is given at a time: the shards of one are staged, the next is computed."""
+_STAGERS = 4  # shards that a worker writes at a time: a core writes some 3,000 views a second
+
 
 @dataclass
 class _Rendered:
     """An image after decoding: its K views, or the reason why it was rejected."""
 
     row: int
-    pixels: np.ndarray | None = None  # [K, S, S, 3] uint8
+    pixels: list[np.ndarray] | None = None  # K x [S, S, 3] uint8
+    sums: list[int] | None = None  # their K checksums
     crops: np.ndarray | None = None  # [K, 5]
     packed: list[bytes] | None = None  # K pictures, if views are stored
     digest: str | None = None
@@ -45,22 +52,33 @@ class _Rendered:
     reason: str | None = None
 
 
-@dataclass
-class _Computed:
-    """A block after the teacher: n rows, K views."""
+class _Block:
+    """What is known of a block: n rows, K views. Empty, and filled as the teacher computes."""
 
-    arrays: dict[str, np.ndarray]  # [K, n, ...] by name
-    pictures: list[list[bytes]]  # [K][n], if views are stored
-    rejected: dict[str, str]  # row -> reason
-    record: dict[str, Any]  # digests and sizes of the n images
-    pixel_sums: np.ndarray  # [K, n]
+    def __init__(self, spec: CacheSpec, number: int) -> None:
+        self.start, self.stop = spec.block_rows(number)
+        count, k = self.stop - self.start, spec.views
+        self.number, self.rows = number, range(self.start, self.stop)
+        self.arrays = {
+            name: np.full((k, count, *array.shape[2:]), array.fill, array.dtype)
+            for name, array in spec.view_arrays().items()
+        }
+        """[K, n, ...] by name."""
+        self.pictures = [[b""] * count for _ in range(k)]
+        """[K][n], if views are stored."""
+        self.rejected: dict[str, str] = {}
+        """Reason by row."""
+        self.record: dict[str, list[Any]] = {
+            "digests": [None] * count, "heights": [0] * count, "widths": [0] * count
+        }  # fmt: skip
+        self.pixel_sums = np.zeros((k, count), np.int64)
 
 
 class Extractor:
     """A copy of the teacher and its decoding threads; each call of `run` stages one block.
 
-    A second thread may call `run` for the next block: the teacher works for it while this one's
-    shards are written.
+    BLOCKS_AT_ONCE threads may call `run`: the teacher works for one block, of the next the first
+    images are decoded meanwhile, or the shards of the last are written.
     """
 
     def __init__(
@@ -97,6 +115,8 @@ class Extractor:
         """Set it, and calls of `run` end after the batch in hand, by CancelledError."""
         self._feeding = Lock()
         self._records = Lock()
+        self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        self._stagers = ThreadPoolExecutor(min(_STAGERS, part.spec.views), "stage")
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.
@@ -105,77 +125,84 @@ class Extractor:
         and returns the same bits, as in a run without interruption. Raises TeacherError, CacheError
         (disk full), FileExistsError (Location.upload).
         """
-        with self._feeding:
-            computed = self._compute(block)
-        return [self._stage(block, v, computed, folder) for v in views]
+        filled = _Block(self.spec, block)
+        # A few batches ahead of the teacher, and before it is free for this block.
+        ahead = 2 * max(1, self.batch_size // self.spec.views) + self.threads
+        with Ahead(self._render, filled.rows, self._decoders, ahead) as images, self._feeding:
+            self._compute(filled, images)
+        staged = [self._stagers.submit(self._stage, filled, v, folder) for v in views]
+        wait(staged)  # after an error too: then nobody writes to the folder any more
+        return [shard.result() for shard in staged]
 
-    def _compute(self, block: int) -> _Computed:
-        """Decode a block's images and run the teacher on their views."""
-        start, stop = self.spec.block_rows(block)
-        count, k = stop - start, self.spec.views
-        arrays = {
-            name: np.full((k, count, *array.shape[2:]), array.fill, array.dtype)
-            for name, array in self.spec.view_arrays().items()
-        }
-        record: dict[str, Any] = {
-            "digests": [None] * count,
-            "heights": [0] * count,
-            "widths": [0] * count,
-        }
-        pixel_sums = np.zeros((k, count), np.int64)
-        rejected: dict[str, str] = {}
-        pictures = [[b""] * count for _ in range(k)]
+    def _compute(self, block: _Block, images: Iterable[_Rendered]) -> None:
+        """Run the teacher on the views of a block's images."""
+        batches = self._batches(block, images)
+        device, largest = self.teacher.device, self.batch_size
+        for (rows, views), results in through_device(
+            batches, self._targets, device, largest=largest
+        ):
+            raise_faults(results.pop("faults"), self.spec.first_row + block.start + rows)
+            for name, values in results.items():
+                block.arrays[name][views, rows] = values
 
-        def rendered() -> Iterator[tuple[int, int, np.ndarray]]:
-            for image in self._images(range(start, stop)):
-                row = image.row - start
-                record["digests"][row] = image.digest
-                record["heights"][row], record["widths"][row] = image.size
-                if image.pixels is None or image.crops is None:
-                    rejected[str(image.row)] = image.reason or "unreadable"
-                    self.images += 1
-                    continue
-                arrays["crop"][:, row] = image.crops
-                for view, data in enumerate(image.packed or []):
-                    pictures[view][row] = data
-                for view, pixels in enumerate(image.pixels):
-                    pixel_sums[view, row] = checksum(pixels)
-                    yield row, view, pixels
-                self.images += 1
+    @torch.inference_mode()
+    def _targets(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher says of views [B, S, S, 3], as it is stored, and `faults` [B]."""
+        features, attention = self.teacher.targets(pixels)
+        codes, scale = self.codec.encode(features)
+        targets = {"features": codes, "attention": attention}
+        if scale is not None:
+            targets["scale"] = scale
+        return targets | {"faults": target_faults(features, attention, codes)}
 
-        for batch in _batches(rendered(), self.batch_size):
+    def _batches(
+        self, block: _Block, images: Iterable[_Rendered]
+    ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray]]]:
+        """((rows of the block, views), their pixels) of `batch_size` views, the last of fewer."""
+        rendered = self._views(block, images)
+        while batch := list(islice(rendered, self.batch_size)):
             if self.stopped.is_set():
                 raise CancelledError
-            rows = np.array([item[0] for item in batch])
-            view = np.array([item[1] for item in batch])
-            features, attention = self.teacher.targets(np.stack([item[2] for item in batch]))
-            check_targets(features, attention, self.spec.first_row + rows + start)
-            codes, scale = self.codec.encode(features)
-            if not np.isfinite(codes).all():
-                raise TeacherError("features beyond the range of float16", fix="--codec int8")
-            arrays["features"][view, rows] = codes
-            arrays["attention"][view, rows] = attention.cpu().numpy()
-            if scale is not None:
-                arrays["scale"][view, rows] = scale
+            rows, views, pixels = zip(*batch, strict=True)
+            yield (np.array(rows), np.array(views)), list(pixels)
 
-        return _Computed(arrays, pictures, rejected, record, pixel_sums)
+    def _views(
+        self, block: _Block, images: Iterable[_Rendered]
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(row of the block, view, pixels) of each image that is not rejected."""
+        for image in images:
+            row = image.row - block.start
+            block.record["digests"][row] = image.digest
+            block.record["heights"][row], block.record["widths"][row] = image.size
+            if image.pixels is None or image.crops is None or image.sums is None:
+                block.rejected[str(image.row)] = image.reason or "unreadable"
+                self.images += 1
+                continue
+            block.arrays["crop"][:, row] = image.crops
+            block.pixel_sums[:, row] = image.sums
+            for view, data in enumerate(image.packed or []):
+                block.pictures[view][row] = data
+            for view, pixels in enumerate(image.pixels):
+                yield row, view, pixels
+            self.images += 1
 
-    def _stage(self, block: int, v: int, computed: _Computed, folder: str) -> dict:
+    def _stage(self, block: _Block, v: int, folder: str) -> dict:
         """Write the shard of a block's view number `v` to `folder`; returns its record."""
-        start, stop = self.spec.block_rows(block)
-        rejected, pictures = computed.rejected, computed.pictures[v]
-        views = {name: values[v] for name, values in computed.arrays.items()}
+        start, stop, rejected, pictures = block.start, block.stop, block.rejected, block.pictures[v]
+        views = {name: values[v] for name, values in block.arrays.items()}
         texts = self._texts(start, stop) if v == 0 else {}
         with as_store_error(folder):
-            files = stage_shard(as_path(folder), self.spec, block, v, views | texts, pictures)
+            files = stage_shard(
+                as_path(folder), self.spec, block.number, v, views | texts, pictures
+            )
         sums = {name: _row_checksums(values, rejected, start) for name, values in views.items()}
         if texts:
             without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
             absent = set(map(str, without.tolist()))
             sums |= {n: _row_checksums(values, absent, start) for n, values in texts.items()}
-        record = {"block": block, "view": v, "rows": [start, stop], "files": files, "bad": rejected}
-        record |= computed.record
-        record |= {"pixels": computed.pixel_sums[v].tolist(), "crc32c": sums}
+        record = {"block": block.number, "view": v, "rows": [start, stop], "files": files}
+        record |= {"bad": rejected, **block.record}
+        record |= {"pixels": block.pixel_sums[v].tolist(), "crc32c": sums}
         if self.spec.stored_views != "none":
             record["ends"] = np.cumsum([len(data) for data in pictures]).tolist()
         return record
@@ -198,18 +225,6 @@ class Extractor:
             if not np.isfinite(texts[TEXT][rows]).all():
                 raise TeacherError("a text feature is not finite", fix="without --texts")
         return texts
-
-    def _images(self, rows: range) -> Iterator[_Rendered]:
-        """The images of `rows` in order, decoded by threads a few batches ahead of the teacher."""
-        ahead = 2 * max(1, self.batch_size // self.spec.views) + self.threads
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            pending: deque[Future[_Rendered]] = deque()
-            for row in rows:
-                pending.append(pool.submit(self._render, row))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
 
     def _check_same(self, row: int, digest: str) -> None:
         """Raises ImageFault unless the image is that of the row's first views."""
@@ -247,23 +262,13 @@ class Extractor:
             pixels = [unpack(data) for data in packed]
         return _Rendered(
             row,
-            np.stack(pixels),
+            pixels,
+            [checksum(p) for p in pixels],
             np.array([view.numbers() for view in views], np.int32),
             packed,
             digest,
             (height, width),
         )
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _row_checksums(values: np.ndarray, absent: Collection[str], start: int) -> list[int | None]:
@@ -272,22 +277,45 @@ def _row_checksums(values: np.ndarray, absent: Collection[str], start: int) -> l
     None for the rows `absent`, whose numbers begin at `start`.
     """
     return [
-        None if str(start + i) in absent else google_crc32c.value(row.tobytes())
-        for i, row in enumerate(values)
+        None if str(start + i) in absent else google_crc32c.value(row)
+        for i, row in enumerate(np.ascontiguousarray(values))
     ]
 
 
-def check_targets(features: torch.Tensor, attention: torch.Tensor, rows: np.ndarray) -> None:
-    """Raises TeacherError, with the row, for targets that a store must not contain.
+_TEACHERS, _CODECS = 1, 2  # whose fault it is that a target must not be stored; 0: it may
 
-    `features` [B, T, C] and `attention` [B, N] are finite, attention is above 0; `rows` [B].
+
+def target_faults(
+    features: torch.Tensor, attention: torch.Tensor, codes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B] uint8: what is wrong with each target, for `raise_faults`; on the device of `features`.
+
+    `features` [B, T, C] and `attention` [B, N] are finite, attention is above 0, `codes` are
+    finite.
     """
-    good = features.isfinite().flatten(1).all(1) & (attention > 0).all(1)
-    good &= attention.isfinite().all(1)
-    if not bool(good.all()):
-        first = int(rows[int((~good).int().argmax())])
-        raise TeacherError(
-            f"the teacher's output for row {first} is not finite or its attention not > 0",
-            expected="finite features",
-            fix="--precision fp32",
-        )
+    good = _finite(features) & _finite(attention) & (attention > 0).all(1)
+    faults = (~good).to(torch.uint8) * _TEACHERS
+    if codes is not None and codes.is_floating_point():
+        faults += (good & ~_finite(codes)).to(torch.uint8) * _CODECS
+    return faults
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """[B]: whether all of [B, ...] is finite; NaN is the maximum of what it is in."""
+    flat = values.flatten(1)
+    return flat.amax(1).isfinite() & flat.amin(1).isfinite()
+
+
+def raise_faults(faults: np.ndarray, rows: np.ndarray) -> None:
+    """Raises TeacherError for the first target that a store must not contain; `rows` [B]."""
+    for row, fault in zip(rows.tolist(), faults.tolist(), strict=True):
+        if fault == _TEACHERS:
+            raise TeacherError(
+                f"the teacher's output for row {row} is not finite or its attention not > 0",
+                expected="finite features",
+                fix="--precision fp32",
+            )
+        if fault == _CODECS:
+            raise TeacherError(
+                f"features of row {row} are beyond the range of float16", fix="--codec int8"
+            )

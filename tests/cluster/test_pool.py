@@ -121,7 +121,7 @@ def test_killed_workers_and_drivers_change_no_byte(
     assert "resuming: " in out
     log = [json.loads(line) for line in (folder / STORE / "extract.log.jsonl").open()]
     failures = [entry for entry in log if entry["event"] == "failure"]
-    assert [entry["attempt"] for entry in failures] == [0]
+    assert [entry["attempt"] for entry in failures] in ([0], [0, 0])  # of its one or two blocks
     (tmp_path / "other").mkdir()
     assert tree(folder / STORE) == extract_here(many, tmp_path / "other" / STORE, teacher_files)
     until(second.all_gone, seconds=20)
@@ -244,7 +244,7 @@ def test_no_worker_that_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
                 folder_of=lambda *_: tmp_path, on_done=lambda *_: None,
                 on_progress=lambda _: None, on_failure=lambda *_: None,
             ),
-            pool.Replicas(count=1, gpus=2, address=None), attempts=3, progress=notes,
+            pool.Replicas(count=1, gpus=2, blocks=2, address=None), attempts=3, progress=notes,
         )  # fmt: skip
     assert "each needs 1 core and 2 GPU" in notes.lines[0]
     assert "--executor local" in notes.lines[0]
@@ -419,7 +419,8 @@ def test_a_killed_worker_changes_no_byte(
     killer.join()
     assert len(killed) == 1
     log = [json.loads(line) for line in (store / "extract.log.jsonl").open()]
-    assert [entry["attempt"] for entry in log if entry["event"] == "failure"] == [0]
+    failed = [entry["attempt"] for entry in log if entry["event"] == "failure"]
+    assert failed in ([0], [0, 0])  # of its one or two blocks
     (tmp_path / "other").mkdir()
     assert files == extract_here(many, tmp_path / "other" / STORE, teacher_files)
 
@@ -455,7 +456,7 @@ def test_a_worker_that_refuses_to_start_ends_the_run(cluster: str, tmp_path: Pat
                 on_progress=lambda _: None,
                 on_failure=lambda block, attempt, why: pytest.fail(why),
             ),
-            Replicas(count=1, gpus=0, address=None),
+            Replicas(count=1, gpus=0, blocks=2, address=None),
             attempts=3,
         )
 
@@ -475,7 +476,7 @@ def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> 
             on_progress=lambda _: None,
             on_failure=lambda block, attempt, why: failures.append((block, attempt)),
         ),
-        Replicas(count=1, gpus=0, address=None),
+        Replicas(count=1, gpus=0, blocks=2, address=None),
         attempts=3,
     )
     assert failures == [(7, 0), (7, 1), (7, 2)]
@@ -503,7 +504,7 @@ def test_one_slow_worker_does_not_hold_the_tail(
             on_progress=lambda _: None,
             on_failure=lambda block, attempt, why: pytest.fail(why),
         ),
-        Replicas(count=2, gpus=0, address=None),
+        Replicas(count=2, gpus=0, blocks=2, address=None),
         attempts=3,
     )
     assert time.monotonic() - began < 120

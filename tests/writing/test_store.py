@@ -89,9 +89,9 @@ def values(spec: CacheSpec, block: int, view: int, bad: tuple[int, ...] = ()) ->
     features = generator.standard_normal((stop - start, TOKENS, CHANNELS)).astype(np.float32)
     codes, scale = fitted(spec).encode(torch.from_numpy(features))
     crop = generator.integers(0, 9, (stop - start, 5), np.int32)
-    arrays = {"features": codes, "attention": attention, "crop": crop}
+    arrays = {"features": codes.numpy(), "attention": attention, "crop": crop}
     if scale is not None:
-        arrays["scale"] = scale
+        arrays["scale"] = scale.numpy()
     for name, array in spec.arrays().items():
         arrays[name][[row - start for row in bad]] = array.fill
     return arrays

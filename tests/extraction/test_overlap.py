@@ -1,0 +1,131 @@
+"""A block's shards are staged while the next block is computed, in one process and under Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_ray import Died, fake_ray
+from helpers import EXTRACTION, tree
+
+from pipeline.cluster import pool
+from pipeline.cluster.connect import RemoteClass
+from pipeline.extract import extract_targets
+from pipeline.extraction import worker
+from pipeline.extraction.worker import BLOCKS_AT_ONCE, Extractor
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_block_is_staged_while_the_next_is_computed(
+    executor: str, photos: Path, store: Path, teacher_files: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three blocks; no shard is staged before the next block's teacher runs. The same bytes."""
+    computed = [Event() for _ in range(3)]
+    compute, stage, run = Extractor._compute, worker.stage_shard, Extractor.run
+    in_work, most, lock = 0, 0, Lock()
+
+    def computing(self: Extractor, block: Any, images: Any) -> None:
+        computed[block.number].set()
+        compute(self, block, images)
+
+    def staging(folder: Any, spec: Any, block: int, *more: Any) -> list[dict]:
+        assert block == spec.blocks - 1 or computed[block + 1].wait(20)
+        return stage(folder, spec, block, *more)
+
+    def running(self: Extractor, *more: Any) -> list[dict]:
+        nonlocal in_work, most
+        with lock:
+            in_work += 1
+            most = max(most, in_work)
+        records = run(self, *more)
+        with lock:
+            in_work -= 1
+        return records
+
+    monkeypatch.setattr(Extractor, "_compute", computing)
+    monkeypatch.setattr(worker, "stage_shard", staging)
+    monkeypatch.setattr(Extractor, "run", running)
+    out = tmp_path / "t.zarr"
+    with fake_ray():
+        settings = {**EXTRACTION, **teacher_files, "executor": executor}
+        extract_targets(str(photos), out=str(out), **settings)
+    assert most == BLOCKS_AT_ONCE
+    assert tree(out) == tree(store)
+
+
+class Toy:
+    """A worker that computes one block at a time, as an Extractor does; some end badly."""
+
+    def __init__(self, killers: Counter[int], hangs: Counter[int], end: Event) -> None:
+        """How often a block kills its worker, or hangs until `end`."""
+        self.killers, self.hangs, self.end = killers, hangs, end
+        self.images, self.feeding = 0, Lock()
+
+    def run(self, block: int, views: list[int], folder: str) -> list[dict]:
+        """A record, or an end."""
+        with self.feeding:
+            if self.killers[block]:
+                self.killers[block] -= 1
+                raise Died
+            if self.hangs[block]:
+                self.hangs[block] -= 1
+                self.end.wait(30)
+            self.end.wait(0.01)
+            self.images += 1
+        return [{"block": block}]
+
+
+@pytest.mark.parametrize(
+    ("workers", "killers", "hangs", "lost"),
+    [
+        (1, {}, {}, set()),
+        # The block with it, whichever it was, fails once, and both are tried again alone.
+        (1, {2: 3}, {}, {2}),
+        (2, {2: 1, 5: 1}, {}, set()),
+        (2, {2: 3, 3: 3, 4: 3}, {}, {2, 3, 4}),
+        # The worker that hangs is killed; the block that waited behind goes elsewhere.
+        (2, {}, {1: 1}, set()),
+    ],
+)
+def test_what_becomes_of_blocks_that_share_a_worker(
+    workers: int, killers: dict[int, int], hangs: dict[int, int], lost: set[int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each block is done once or lost for its own fault; none of them holds the others."""
+    monkeypatch.setattr(pool, "_BACKUP_SECONDS", 0.2)
+    done: Counter[int] = Counter()
+    failed: Counter[int] = Counter()
+    begun: list[int] = []
+    toy = {"killers": Counter(killers), "hangs": Counter(hangs), "end": Event()}
+
+    def folder_of(block: int, attempt: int) -> Path:
+        begun.append(block)
+        return tmp_path / f"{block}.{attempt}"
+
+    def on_done(block: int, folder: Path, records: list[dict]) -> None:
+        assert records == [{"block": block}]
+        done[block] += 1
+
+    try:
+        with fake_ray(Toy) as fake:
+            given_up = pool.map_blocks(
+                RemoteClass("", "", toy),
+                np.ones((9, 1), bool),
+                pool.BlockCallbacks(
+                    folder_of, on_done, lambda _: None, lambda block, *_: failed.update([block])
+                ),
+                pool.Replicas(count=workers, gpus=0, blocks=BLOCKS_AT_ONCE, address=None),
+                attempts=3,
+            )
+    finally:
+        toy["end"].set()
+    assert set(given_up) == lost
+    assert done == Counter(set(range(9)) - lost)
+    for block in range(9):  # once more than by its own fault at most
+        assert 0 <= failed[block] - killers.get(block, 0) <= 1 or block in lost
+    assert len(fake.actors) <= workers + sum(killers.values())
