@@ -43,10 +43,10 @@ class Weights:
         return self.model + "".join(sets)
 
 
-def find_weights(name: str, *, model: str, size: int | None = None) -> Weights:
+def find_weights(name: str, *, flag: str, model: str, size: int | None = None) -> Weights:
     """The weights that `name` names: a run's folder, timm:NAME, or published[:FILE].
 
-    `size`: of the images that they are to see, for timm, which resamples positions; default: that
+    `flag` takes the name on the command line. `size`: of the images that they are to see, for timm, which resamples positions; default: that
     of its own. `model`: whose published weights are looked for, if no file is given. Raises
     ConfigError for those that are not there, CacheError for a run without an encoder.
     """
@@ -59,7 +59,7 @@ def find_weights(name: str, *, model: str, size: int | None = None) -> Weights:
             raise ConfigError(
                 f"the published weights are not at {file}",
                 expected="a checkpoint that the authors of MILAN link (github.com/zejiangh/MILAN)",
-                fix="published:FILE, or place it there",
+                fix=f"{flag} published:FILE, or place it there",
             )
         whole = load_published(file)
         state, trained = whole.encoder.state_dict(), whole.encoder.patch_embed.img_size[0]
@@ -67,7 +67,7 @@ def find_weights(name: str, *, model: str, size: int | None = None) -> Weights:
     if not Path(name).exists():
         raise ConfigError(
             f"no run at {name}",
-            expected="the folder of a run, timm:NAME, or published[:FILE]",
+            expected=f"for {flag} the folder of a run, timm:NAME, or published[:FILE]",
             fix=nearest(name, ["published", f"timm:{model}"]),
         )
     about = read_about(name)

@@ -29,7 +29,7 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
     if config.init is None:
         return {}
     size = student.encoder.patch_embed.img_size[0]
-    found = find_weights(config.init, model=config.model, size=size)
+    found = find_weights(config.init, flag="--init", model=config.model, size=size)
     state = _fitting(found, student.encoder, config)
     note = _fold_normalisation(state, found)
     student.encoder.load_state_dict(state, strict=True)
