@@ -46,9 +46,10 @@ class Weights:
 def find_weights(name: str, *, flag: str, model: str, size: int | None = None) -> Weights:
     """The weights that `name` names: a run's folder, timm:NAME, or published[:FILE].
 
-    `flag` takes the name on the command line. `size`: of the images that they are to see, for timm, which resamples positions; default: that
-    of its own. `model`: whose published weights are looked for, if no file is given. Raises
-    ConfigError for those that are not there, CacheError for a run without an encoder.
+    `flag` takes the name on the command line. `size`: of the images that they are to see, for
+    timm, which resamples positions; default: that of its own. `model`: whose published weights are
+    looked for, if no file is given. Raises ConfigError for those that are not there, CacheError for
+    a run without an encoder.
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
