@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from milan.errors import DataError
+
+
+def class_name(text: str) -> str:
+    """A class's name in the composed form of Unicode (NFC): as another system writes the same
+    letters, `é` may be two characters, and would be a second class.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 class ClassTable:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milan.core.paths import (
@@ -31,7 +32,7 @@ from milan.core.paths import (
     open_below,
 )
 from milan.errors import DataError
-from milan.images.classes import ClassTable
+from milan.images.classes import ClassTable, class_name
 from milan.images.formats import extensions, is_lfs_pointer, lfs_pointer
 from milan.images.splits import Splits, WantedSplit, find_splits, of_split, take_split
 from milan.images.tars import PACKED, Tar, file_kind, packed, read_tar
@@ -270,7 +271,7 @@ def _list_folder(files: _Files) -> Listing:
     class_of: dict[str, str | None] = {}
     for folder in {path.rpartition("/")[0] for path in paths}:
         names = (place for place in _places(folder) if place not in files.no_classes)
-        class_of[folder] = next(names, "").rpartition("/")[2] or None
+        class_of[folder] = class_name(next(names, "").rpartition("/")[2]) or None
     classes = sorted({name for name in class_of.values() if name})
     number = {name: i for i, name in enumerate(classes)}
     labels = [number.get(class_of[path.rpartition("/")[0]] or "") for path in paths]
@@ -479,7 +480,7 @@ def _is_number(kind: pa.DataType) -> bool:
 _TYPES = {
     "image.bytes": ("binary: the file of each image", _is_bytes),
     "image.path": ("text", _is_text),
-    "label": ("class numbers", _is_number),
+    "label": ("class numbers, or class names as text", _is_number),
     "caption": ("text", _is_text),
 }
 _CAST = {
@@ -515,6 +516,9 @@ def _row_groups(
     image_path = image.field("path").type if has_path else None
     columns = ["image.path"] if has_path else []
     columns += [c for c in ("label", "caption") if c in schema.names]
+    classes = _class_names(schema.metadata, label)
+    named = _names_in_labels(reader, label, classes) if "label" in columns else None
+    classes = named or classes
     groups = []
     for group in range(reader.metadata.num_row_groups):
         meta = reader.metadata.row_group(group)
@@ -531,7 +535,11 @@ def _row_groups(
         labels = captions = nulls
         if "caption" in columns:
             captions = _as_text(part["caption"], f"caption {of_file}")
-        if "label" in columns:
+        if named:
+            number = {text: i for i, text in enumerate(named)}
+            texts = _as_text(part["label"], f"label {of_file}").to_pylist()
+            labels = [number.get(class_name(text or "")) for text in texts]
+        elif "label" in columns:
             try:
                 labels = part["label"].cast(pa.int32())
             except pa.ArrowException as error:
@@ -545,7 +553,27 @@ def _row_groups(
             schema=SCHEMA,
         )
         groups.append((meta.total_byte_size, table))
-    return groups, _class_names(schema.metadata, label)
+    return groups, classes
+
+
+def _names_in_labels(
+    reader: pq.ParquetFile, where: str, classes: list[str] | None
+) -> list[str] | None:
+    """The classes where labels are their names, as text: `classes` if all are among them, else
+    those in the file, in order; None where labels are numbers.
+    """
+    kind = reader.schema_arrow.field("label").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (_is_text(kind) and _is_number(kind)):
+        return None
+    column = reader.read(columns=["label"])["label"]
+    texts = pc.unique(_as_text(column, f"label of {where}")).drop_null()
+    try:
+        texts.cast(pa.int32())
+        return None
+    except pa.ArrowException:
+        own = sorted({class_name(text) for text in texts.to_pylist()} - {""})
+        return classes if {*own} <= {*(classes or ())} else own
 
 
 def _class_names(metadata: dict | None, where: str) -> list[str] | None:
@@ -565,4 +593,4 @@ def _class_names(metadata: dict | None, where: str) -> list[str] | None:
         return None
     for text in names if texts else []:
         check_unicode(text, f"class name in {where}:", fix="write the file again")
-    return names if texts and names else None
+    return [class_name(name) for name in names] if texts and names else None

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from milan.core import rng
 from milan.core.paths import AnyPath, as_data_error, as_path, check_unicode, is_local
 from milan.errors import DataError
-from milan.images.classes import ClassTable
+from milan.images.classes import ClassTable, class_name
 from milan.images.formats import extensions
 from milan.images.listing import SCHEMA, Listing, list_images
 from milan.images.splits import WantedSplit, show_counts
@@ -156,7 +156,7 @@ class Manifest:
         if not table.schema.equals(SCHEMA, check_metadata=False):
             raise DataError(f"{path} is not a manifest", expected=f"columns {SCHEMA.names}")
         meta = (table.schema.metadata or {}).get(b"milan_classes")
-        return cls(table, json.loads(meta) if meta else None)
+        return cls(table, [class_name(name) for name in json.loads(meta)] if meta else None)
 
 
 def resolve_data(name: str, root: str | None = None) -> AnyPath:
@@ -233,7 +233,7 @@ def describe_source(manifest: Manifest, flag: str = "--split") -> list[str]:
         + (f"; left out: {left_out}" if left_out else "")
     )
     unknown = np.flatnonzero(manifest.labels() < 0)
-    if manifest.classes and len(unknown):
+    if len(unknown) and (manifest.classes or len(unknown) < len(manifest)):
         lines.append(
             f"without a class: {len(unknown):,} images, such as {manifest.key(int(unknown[0]))!r}"
         )

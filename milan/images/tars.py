@@ -131,8 +131,11 @@ def _take(
         try:
             if member.size > _SMALL or len(data) < member.size:
                 raise ValueError("too long, or cut short")
-            facts.setdefault(sample, {}).update(_facts(kind, data))
-            annotated[sample] += 1
+            if told := _facts(kind, data):
+                facts.setdefault(sample, {}).update(told)
+                annotated[sample] += 1
+            else:
+                tar.ignored[f"{kind} without a class number or caption"] += 1
         except (ValueError, RecursionError):
             tar.ignored[f"unreadable {kind}"] += 1
     else:

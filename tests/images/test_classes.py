@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from milan.store.texts import Prototypes
 CASES = Path(__file__).parent.parent / "cases"
 
 
-def write(path: Path, labels: list[int | None], names: list[str] | None) -> Path:
+def write(path: Path, labels: list[Any], names: list[str] | None) -> Path:
     """A Parquet file of images without content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": b"x", "path": f"{i}.png"} for i in range(len(labels))]
-    table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
+    text = any(isinstance(label, str) for label in labels)
+    kind = pa.string() if text else pa.int64()
+    table = pa.table({"image": images, "label": pa.array(labels, kind)})
     if names is not None:
         info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
         table = table.replace_schema_metadata({b"huggingface": json.dumps(info).encode()})
@@ -62,6 +65,19 @@ FILES: dict[str, tuple[list[Any], list[str | None] | str]] = {
     "numbers beside names": ([([0], CAT_DOG), ([1], None)], "1.parquet has class numbers alone"),
     "names beside numbers": ([([0], None), ([1], CAT_DOG)], "0.parquet has class numbers alone"),
     "a number without a name": ([([2], CAT_DOG)], "class 2 and names of 2 classes"),
+    "names as text": (
+        [(["dog", None, "", "10"], None), ([0], ["10"])], ["dog", None, None, "10", "10"]
+    ),
+    "names as text, of the file's own": ([(["dog", "cat"], ["dog", "ant", "cat"])], ["dog", "cat"]),
+    "text beside ClassLabel": (
+        [([1, 0], CAT_DOG), (["ant", "cat"], None)], ["dog", "cat", "ant", "cat"]
+    ),
+    "numbers as text": ([(["0", "1"], CAT_DOG)], CAT_DOG),
+    "numbers as text beside names": ([([0], CAT_DOG), (["1"], None)], "class numbers alone"),
+    "one name in two forms of Unicode": (
+        [([0, 1], ["\xe9", "z"]), ([0, 1], ["z", "e\u0301"]), (["e\u0301"], None)],
+        ["\xe9", "z", "z", "\xe9", "\xe9"],
+    ),
 }  # fmt: skip
 
 
@@ -86,6 +102,18 @@ def test_numbers_alone_stay_as_they_are(tmp_path: Path) -> None:
     manifest = build_manifest(tmp_path, seed=0)
     assert manifest.classes is None
     assert sorted(manifest.labels().tolist()) == [-1, 0, 7, 7]
+
+
+def test_folders_with_one_name_in_two_forms_of_unicode(tmp_path: Path) -> None:
+    """Copied by two systems, they are one class, in stores from before too."""
+    for path in ("\xe9/a.png", "e\u0301/b.png", "x/c.png"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(b"x")
+    manifest = build_manifest(tmp_path, seed=0)
+    assert manifest.classes == ["x", "\xe9"]
+    assert set(named(manifest).values()) == {"x", "\xe9"}
+    older = replace(manifest, classes=["x", "e\u0301"]).to_parquet()
+    assert Manifest.read(pa.BufferReader(older)).classes == manifest.classes
 
 
 def test_parts_of_a_store_share_one_table(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from milan.errors import DataError, ImageFault
@@ -52,8 +53,11 @@ def test_rows_of_a_tar(tmp_path: Path) -> None:
     manifest = build_manifest(path, seed=0)
     assert manifest.table.schema.equals(SCHEMA)
     assert manifest.classes is None
+    unknown = manifest.key(int(np.flatnonzero(manifest.labels() < 0)[0]))
     assert describe_source(manifest)[1:] == [
-        "found: 15 files: 8 labels and captions, 6 images, 1 .tar"
+        "found: 15 files: 7 labels and captions, 6 images, 1 .tar; left out: 1 .json without a "
+        "class number or caption",
+        f"without a class: 2 images, such as {unknown!r}",
     ]
     told = {key: (row["label"], row["caption"]) for key, row in rows(manifest).items()}
     assert told == {
