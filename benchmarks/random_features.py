@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import parser, report
-from milan.core.config_resolver import read_section
+from milan.config import PretrainConfig
+from milan.core.config_resolver import read_section, resolve
 from milan.core.device import MEAN, STD
 from milan.evaluation.linear_probe import linear_probe
 from milan.models.export import ENCODER, save_encoder
@@ -22,8 +23,8 @@ def main() -> None:
     """Measure and print."""
     args = parser(__doc__.splitlines()[0]).parse_args()
     probe = read_section("params.yaml", "linear_probe")
-    recipe = read_section("params.yaml", "pretrain")
-    shape = {"model": recipe["model"], "model_args": recipe["model_args"], "input_size": 28}
+    settings = resolve(PretrainConfig, section="pretrain", params="params.yaml")
+    shape = {"model": settings.model, "model_args": settings.model_args, "input_size": 28}
     with tempfile.TemporaryDirectory() as folder:
         student = build_student(
             shape["model"], img_size=28, target_width=64, model_args=shape["model_args"]

@@ -1,6 +1,8 @@
 """Settings: default < recipe < parameter file < --set < flag; an unknown key stops the run.
 
-Each command has one frozen dataclass, beside its function. No file is read unless named.
+Each command has one frozen dataclass, beside its function. No file is read unless named. What a
+plain word of a file or of --set means is decided by the type of its field, as on the command line:
+`data: 07` is the folder 07, and `compile: off` the word off.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import difflib
 import math
 import types
 import typing
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ _CALL = "the call"  # the source of settings in Python
 
 # `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
 _NESTED = {"model": "model_args"}
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclasses.dataclass
@@ -43,7 +47,7 @@ class Given:
         hints = typing.get_type_hints(self.kind)
         head, dot, rest = key.partition(".")
         if dot and _is_dict(hints.get(head := _NESTED.get(head, head))):
-            self.values[head] = {**self.values.get(head, {}), rest: _number(value)}
+            self.values[head] = {**self.values.get(head, {}), rest: _untyped(value)}
             self.sources[head] = source
             return
         if key not in hints:
@@ -137,7 +141,10 @@ def load_recipe(kind: type, name: str, section: str) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """YAML without keys that stand twice: of those yaml itself takes the last in silence."""
+    """YAML whose words stay text, but null, without keys that stand twice.
+
+    yaml itself takes 07 for 7, 1:30 for 90 and off for False, and of two keys the last, in silence.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -150,6 +157,10 @@ def _load_yaml(text: str) -> Any:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     return yaml.load(text, Loader)
 
 
@@ -207,7 +218,7 @@ def _parse(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return _load_yaml(text)
     except yaml.YAMLError:
         return text
 
@@ -250,16 +261,22 @@ def _is_dict(hint: Any) -> bool:
     return hint is dict or typing.get_origin(hint) is dict
 
 
-def _number(value: Any) -> Any:
-    """A model's argument has no type to go by: text that is a number becomes one (1e-3)."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
+def _untyped(value: Any) -> Any:
+    """A model's argument has no type to go by: text that is a number, true or false becomes it."""
+    if isinstance(value, list):
+        return [_untyped(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _untyped(part) for name, part in value.items()}
+    if not isinstance(value, str):
         return value
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(value)
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as the field's type; YAML reads 1e-3 as text and 1 as an int."""
+    """`value` as the field's type, from text or as Python has it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -274,11 +291,9 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         if _is_dict(hint):
             if not isinstance(value, dict):
                 raise TypeError
-            return {name: _number(inner) for name, inner in value.items()}
+            return _untyped(value)
         if hint is bool:
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
+            return value if isinstance(value, bool) else _TRUTH[value.lower()]
         if hint is int:
             if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
                 return int(value)  # by way of a float it would lose its last digits
@@ -292,7 +307,7 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         if value is None or isinstance(value, bool | list | dict):
             raise TypeError
         return str(value)
-    except (OverflowError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         expected = f"of type {getattr(hint, '__name__', str(hint))}"
         if origin is tuple:
             expected = f"{len(inner)} numbers, such as {key}=0.5,1"

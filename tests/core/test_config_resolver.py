@@ -153,7 +153,7 @@ def test_tuples(params: Any) -> None:
         ("lr=[1]", "float"),
         ("model=[a]", "str"),
         ("model={a: 1}", "str"),
-        ("masking=off", "str"),  # YAML's false
+        ("masking=[off]", "str"),
         ("out=", "str"),
         ("model_args=3", "dict"),
     ],
@@ -163,6 +163,26 @@ def test_values_of_another_type(item: str, kind: str) -> None:
     key = item.partition("=")[0]
     with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: of type {kind}$"):
         pretraining([item])
+
+
+def test_words_mean_what_their_field_says(tmp_path: Path) -> None:
+    """Not what YAML takes them for: as on the command line, in the file and with --set."""
+    words: dict[str, Any] = {
+        "compile=off": "off", "out=07": "07", "out=1:30": "1:30", "layer=1.10": "1.10",
+        "cache=no": "no", "out=true": "true", "model=2024-01-01": "2024-01-01", "seed=010": 10,
+        "lr=1e-3": 1e-3, "checkpoint_activations=on": True, "checkpoint_activations=False": False,
+    }  # fmt: skip
+    for item, value in words.items():
+        name, _, text = item.partition("=")
+        (tmp_path / "p.yaml").write_text(f"pretrain:\n  {name}: {text}\n")
+        by_file = resolve(PretrainConfig, section="pretrain", params=str(tmp_path / "p.yaml"))
+        assert getattr(pretraining([item]), name) == getattr(by_file, name) == value
+    sets = ["model.depth=2", "model.a=1e-3", "model.b=true", "model.c=[28, x]", "model.d=relu"]
+    expected = {"depth": 2, "a": 1e-3, "b": True, "c": [28, "x"], "d": "relu"}
+    assert repr(pretraining(sets).model_args) == repr(expected)
+    for item in ("batch_size=1:30", "epochs=0x10"):  # YAML's sixties and sixteens
+        with pytest.raises(ConfigError, match="of type int"):
+            pretraining([item])
 
 
 @pytest.mark.parametrize(
