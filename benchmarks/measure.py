@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample"
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample" / "train"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

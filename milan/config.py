@@ -122,7 +122,7 @@ class PretrainConfig:
 
     # Reading and saving
     num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
-    """Loader workers of each rank; auto: its share of the cores but one, at most 8."""
+    """Loader workers of each rank; auto: its share of the cores but one, as memory allows."""
     local: str | None = setting(None, identity=False)
     """A folder on a fast disk: whole shards are copied there ahead of reading."""
     cache_limit: str | None = setting(None, identity=False, unit="bytes")

@@ -267,12 +267,15 @@ def _check_rows(generation: Generation, local: np.ndarray, view: int) -> list[st
         except CacheError as error:
             return [error.found]
         if spec.stored_views != "none":
-            for row in (part + spec.first_row).tolist():
+            rows = part + spec.first_row
+            try:
+                pictures = generation.packed(rows, views)
+            except CacheError as error:
+                return [error.found]
+            checksums = generation.pixel_checksums(rows, views).tolist()
+            for row, picture, expected in zip(rows.tolist(), pictures, checksums, strict=True):
                 try:
-                    pixels = unpack(generation.packed(row, views[0]))
-                    same = checksum(pixels) == generation.checksum(row, views[0])
-                except CacheError as error:
-                    return [error.found]
+                    same = checksum(unpack(picture)) == expected
                 except ValueError:
                     same = False
                 if not same:

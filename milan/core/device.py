@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -90,13 +89,6 @@ def kept_copy(
     if type(tensor) is torch.Tensor:
         copies[key] = tensor
     return tensor
-
-
-def cpu_count() -> int:
-    """CPU cores that this process may use: its affinity mask, where the system has one."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def has_float64(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager as ContextManager
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,6 +81,7 @@ class FileSystem(Protocol[P]):
     def read_below(self, root: P, below: str, *, offset: int | None, size: int | None) -> bytes: ...
     def open_below(self, root: P, below: str, *, skip: bool) -> ContextManager[BinaryIO]: ...
     def read_file(self, where: P, *, first: int, size: int | None) -> bytes: ...
+    def read_parts(self, where: P, parts: Sequence[tuple[int, int]]) -> list[bytes]: ...
     def size_of(self, where: P) -> int | None: ...
     def sizes_below(self, root: P) -> Callable[[str], int | None]: ...
     def names_in(self, folder: P) -> Iterator[str]: ...
@@ -159,6 +160,20 @@ def read_file(where: AnyPath, *, first: int = 0, size: int | None = None) -> byt
         if size is not None and len(data) != size:
             _check_length(files, where, len(data), first, size)
         return data
+
+    return answered(where, read)
+
+
+def read_parts(where: AnyPath, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Parts of a file, each (first byte, bytes); it is opened once. Raises as read_file does."""
+    files = _files(where)
+
+    def read() -> list[bytes]:
+        pieces = files.read_parts(where, parts)
+        for data, (first, size) in zip(pieces, parts, strict=True):
+            if len(data) != size:
+                _check_length(files, where, len(data), first, size)
+        return pieces
 
     return answered(where, read)
 
@@ -252,6 +267,11 @@ class LocalFiles:
     def read_file(self, where: Path, *, first: int, size: int | None) -> bytes:
         """One read."""
         return self.read_below(where, "", offset=None if size is None else first, size=size)
+
+    def read_parts(self, where: Path, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """A read each."""
+        with _open(where) as file:
+            return [os.pread(file.fileno(), size, first) for first, size in parts]
 
     def size_of(self, where: Path) -> int | None:
         """Raises FileNotFoundError if there is none."""

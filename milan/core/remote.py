@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,6 +144,10 @@ class RemoteFiles:
             if self.size_of(where) == 0:  # an empty file has no range
                 return b""
             raise
+
+    def read_parts(self, where: Url, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """A request each. Raises OSError."""
+        return [self.read_file(where, first=first, size=size) for first, size in parts]
 
     def size_of(self, where: Url) -> int | None:
         """Raises OSError; None for a folder."""

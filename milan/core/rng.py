@@ -7,6 +7,7 @@ built on them are not, so milan makes its own from the bits.
 
 from __future__ import annotations
 
+from threading import local
 from typing import Final
 
 import numpy as np
@@ -21,16 +22,22 @@ SAMPLE: Final = 6
 HELD_OUT: Final = 7
 DROPPED: Final = 8
 
+_thread = local()
+"""A generator and its state, with nothing drawn yet."""
+
 
 def bits(seed: int, purpose: int, address: tuple[int, ...], count: int) -> np.ndarray:
     """`count` raw 64-bit words at `address` (at most three non-negative integers); uint64."""
     # The lowest counter word is Philox's own position: 2^64 blocks to every address.
     a, b, c = (*address, 0, 0, 0)[:3]
-    generator = np.random.Philox(
-        key=np.array([seed % 2**64, purpose], np.uint64),
-        counter=np.array([0, a, b, c], np.uint64),
-    )
-    return generator.random_raw(count)
+    # A new generator would first ask the system for a random seed.
+    if not hasattr(_thread, "generator"):
+        _thread.generator = np.random.Philox(0)
+        _thread.state = _thread.generator.state
+    _thread.state["state"]["key"] = np.array([seed % 2**64, purpose], np.uint64)
+    _thread.state["state"]["counter"] = np.array([0, a, b, c], np.uint64)
+    _thread.generator.state = _thread.state
+    return _thread.generator.random_raw(count)
 
 
 def uniforms(seed: int, purpose: int, address: tuple[int, ...], count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from milan.core.paths import AnyPath
 from milan.errors import CacheError, DataError, ImageFault
-from milan.images.decode import content_digest, decode
+from milan.images.decode import content_digest, decode_pixels
 from milan.images.source import ImageSource, JoinedSource
 from milan.images.views import View, checksum, render, unpack
 from milan.store.cache import TargetCache
@@ -109,40 +109,45 @@ class CachedDataset(Dataset):
 
         Raises DataError if an image is gone, has changed, or renders to other pixels than it did.
         """
+        rows, views = np.asarray(rows), np.asarray(views)
         size = self.cache.view_spec.size
         out = np.empty((len(rows), size, size, 3), np.uint8)
+        checksums = self.cache.pixel_checksums(rows, views).tolist()
+        places = zip(rows.tolist(), views.tolist(), checksums, strict=True)
         if self.stored:
-            for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-                out[i] = self._stored(row, view)
+            pictures = self.cache.packed(rows, views)
+            for pixels, picture, place in zip(out, pictures, places, strict=True):
+                self._unpack(pixels, picture, *place)
             return out
         crops = self.cache.crops(rows, views)
-        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+        for pixels, crop, (row, view, expected) in zip(out, crops, places, strict=True):
             data = b""
             try:
                 data = self.source.read(row)
-                out[i] = render(decode(data), View.of(crops[i]), size=size)
+                pixels[:] = render(decode_pixels(data), View.of(crop), size=size)
             except ImageFault as fault:
                 raise self._changed(row, view, data, str(fault)) from None
-            if checksum(out[i]) != self.cache.checksum(row, view):
+            if checksum(pixels) != expected:
                 raise self._changed(row, view, data, "it renders to other pixels")
         return out
 
-    def _stored(self, row: int, view: int) -> np.ndarray:
+    def _unpack(self, out: np.ndarray, picture: bytes, row: int, view: int, expected: int) -> None:
         """A view as the store keeps it: the picture that the teacher was shown."""
         try:
-            pixels = unpack(self.cache.packed(row, view))
+            pixels = unpack(picture, out)
         except ValueError as error:
             raise CacheError(
                 f"{self.cache.path}: row {row}, view {view}: {error}",
                 fix=f"milan repair {self.cache.path}",
             ) from None
-        if checksum(pixels) != self.cache.checksum(row, view):
+        if pixels.shape != out.shape or checksum(pixels) != expected:
             raise CacheError(
                 f"{self.cache.path}: the stored view of row {row}, view {view} has other pixels",
                 expected="those that the teacher saw; or this machine decodes pictures differently",
                 fix=f"milan verify --deep {self.cache.path}",
             )
-        return pixels
+        if not np.may_share_memory(pixels, out):
+            out[:] = pixels
 
     def _changed(self, row: int, view: int, data: bytes, what: str) -> DataError:
         """What happened to an image since extraction, told apart by its content checksum."""

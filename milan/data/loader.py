@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -34,6 +35,7 @@ from milan.core.signals import (
 from milan.core.units import format_bytes
 from milan.core.waiting import Wait
 from milan.data.dataset import CachedDataset
+from milan.data.feeding import Loading, batches_ahead
 from milan.data.prefetch import Prefetcher, Shard
 from milan.data.sampler import Address, StepSampler
 from milan.errors import MilanError, TrainError
@@ -201,6 +203,17 @@ def _file_in_memory() -> int:
             return os.dup(file.fileno())
 
 
+class _Loaded(NamedTuple):
+    """What comes back for an address, and what it took."""
+
+    batch: Any
+    """The source's, a SharedBatch with it, or a MilanError."""
+    images: int = 0
+    """0: not counted."""
+    core_seconds: float = 0.0
+    seconds: float = 0.0
+
+
 class _Batches(Dataset):
     """Turns addresses into batches; runs in loader workers."""
 
@@ -208,15 +221,21 @@ class _Batches(Dataset):
         self.source = source
         self.channel: tuple[int, FileChannel] | None = None
         """Where loader workers hand over batches."""
+        self.opened = False
+        """Whether this process has loaded a batch, and so opened the store and the images."""
 
-    def __getitem__(self, address: Address) -> Any:
+    def __getitem__(self, address: Address) -> _Loaded:
+        worker = get_worker_info()
+        # Of a loader worker all threads count: tensorstore has its own.
+        clock = time.process_time if worker else time.thread_time
+        began, busy = time.perf_counter(), clock()
         try:
             batch = self.source.load(address)
-            if self.channel and get_worker_info():
-                return SharedBatch(batch, *self.channel)
-            return batch
+            shared = SharedBatch(batch, *self.channel) if self.channel and worker else batch
         except MilanError as error:
-            return error  # raised by _Loader: DataLoader would bury it in a traceback's text
+            return _Loaded(error)  # raised by _Loader: DataLoader would bury it in a traceback
+        images, self.opened = len(address.rows) if self.opened else 0, True
+        return _Loaded(shared, images, clock() - busy, time.perf_counter() - began)
 
 
 class CachedBatches:
@@ -256,6 +275,8 @@ class _Loader(DataLoader):
     wait: Wait
     windows: Callable[[], Iterator[tuple[int, list[Shard]]]] = staticmethod(lambda: iter(()))
     """What Prefetcher takes."""
+    loading: Loading
+    """What loading has taken so far."""
 
     def __iter__(self) -> Any:
         prefetcher = Prefetcher(self.windows())
@@ -268,9 +289,12 @@ class _Loader(DataLoader):
             batches: Any = super().__iter__()
         workers = [p for p in multiprocessing.active_children() if p not in others]
         try:
-            while (batch := self._next(batches)) is not None:
+            while (loaded := self._next(batches)) is not None:
+                batch = loaded.batch
                 if isinstance(batch, MilanError):
                     raise batch
+                if loaded.images:
+                    self.loading.add(loaded.images, loaded.core_seconds, loaded.seconds)
                 prefetcher.consumed += 1
                 yield batch.opened() if isinstance(batch, SharedBatch) else batch
         except (RuntimeError, OSError, EOFError):
@@ -337,7 +361,7 @@ def training_loader(
     pin_memory: bool = False,
     patches: int | None = None,
     wait: Wait | None = None,
-) -> DataLoader:
+) -> _Loader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
 
     `features`: whether the teacher's are read. `patches`: N of the student, which the noise is
@@ -374,7 +398,8 @@ def batch_loader(
         if method == "forkserver":
             context.set_forkserver_preload(["milan.data.loader"])
         options = {
-            "multiprocessing_context": context, "prefetch_factor": 4, "timeout": _POLL,
+            "multiprocessing_context": context, "timeout": _POLL,
+            "prefetch_factor": batches_ahead(num_workers),
         }  # fmt: skip
     loader = _Loader(
         _Batches(source),
@@ -385,7 +410,7 @@ def batch_loader(
         worker_init_fn=_start_worker if num_workers else None,
         **options,
     )
-    loader.wait = wait or batch_wait()
+    loader.wait, loader.loading = wait or batch_wait(), Loading()
     return loader
 
 

@@ -1,4 +1,4 @@
-"""Decode bytes to an upright RGB image, or raise ImageFault with a reason.
+"""Decode bytes to upright RGB pixels, or raise ImageFault with a reason.
 
 The rules, the same for teacher and student:
 - Formats are a list of those that are pictures (milan.images.formats), whatever a name says.
@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from milan.core.paths import answered
 from milan.errors import ImageFault
 from milan.images.formats import kind_of, open_picture
+from milan.images.jpeg import decode_jpeg
 from milan.images.metadata import PHOTOMETRIC, TiffPage, pixels_only
 
 MAX_PIXELS = 178_956_970
@@ -35,14 +36,15 @@ MAX_PIXELS = 178_956_970
 
 _DEPTHS = (8, 10, 12, 14, 16)
 _SUBFILE_TYPE, _SUB_PAGES, _SAMPLE_FORMAT, _DNG_VERSION = 254, 330, 339, 50706  # tags of TIFF
-_UPRIGHT = {  # EXIF orientation -> what turns the picture upright (EXIF 2.3, tag 0x0112)
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    # EXIF orientation -> what turns the picture upright (EXIF 2.3, tag 0x0112)
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
 
 # Pillow warns between half its limit and its limit; only the limit counts here. Its other warnings
@@ -52,7 +54,12 @@ warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture in `data`, oriented, mode RGB, fully loaded.
+    """The picture in `data` as an image of Pillow, mode RGB. Raises as decode_pixels does."""
+    return Image.fromarray(decode_pixels(data))
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """The pixels of the picture in `data`, oriented; RGB, uint8 [H, W, 3].
 
     Raises ImageFault with one of the reasons: empty, not-an-image, unsupported (of a format that is
     not read), truncated, too-large, multi-page, unreadable; MachineError if memory runs out, which
@@ -63,7 +70,7 @@ def decode(data: bytes) -> Image.Image:
     return answered(f"an image of {len(data):,} bytes", lambda: _decode_any(data))
 
 
-def _decode_any(data: bytes) -> Image.Image:
+def _decode_any(data: bytes) -> np.ndarray:
     try:
         return _decode(data)
     except ImageFault:
@@ -110,7 +117,7 @@ def _variants(data: bytes) -> Iterator[tuple[bytes, bool]]:
         yield page.alone(photometric=1), True
 
 
-def _decode(data: bytes, *, white_is_zero: bool = False) -> Image.Image:
+def _decode(data: bytes, *, white_is_zero: bool = False) -> np.ndarray:
     page = TiffPage.first(data)
     if page:
         _check_pages(page)
@@ -121,29 +128,35 @@ def _decode(data: bytes, *, white_is_zero: bool = False) -> Image.Image:
     pages = 1 if page else getattr(image, "n_frames", 1)
     if pages > 1 and image.format not in ("MPO", "HEIF"):
         raise ImageFault("multi-page", f"{pages} pages in a {image.format} file")
+    pixels = decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode == "RGB" else None
+    if pixels is None or pixels.shape[:2] != (height, width):
+        pixels = _pixels_of(image, data, page, white_is_zero)
+    upright = _UPRIGHT.get(_orientation(image))
+    return upright(pixels) if upright else pixels
+
+
+def _pixels_of(
+    image: Image.Image, data: bytes, page: TiffPage | None, white_is_zero: bool
+) -> np.ndarray:
+    """Pillow's pixels of an image, [H, W, 3] uint8; TIFFs are turned upright by Pillow."""
     high_bytes = _only_high_bytes(image)
-    # Loaded first: Pillow turns TIFFs upright by itself, and then takes the tag away.
     image.load()
-    orientation = _orientation(image)
     if _deep_png(data):
-        image = _eight_bits(_png_samples(data))
-    elif image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        return _eight_bits(_png_samples(data))
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         samples = np.asarray(image)
         if page and image.mode == "I" and page.value(_SAMPLE_FORMAT, 1) == 1:
             samples = samples.view(np.uint32)  # Pillow has no mode for them
         # Pillow inverts what has 8 bits or less.
         white_is_zero |= page is not None and page.value(PHOTOMETRIC, 0) == 0
-        image = _eight_bits(samples, white_is_zero=white_is_zero)
-    elif high_bytes and np.asarray(image)[..., :high_bytes].max() < 64:
+        return _eight_bits(samples, white_is_zero=white_is_zero)
+    if high_bytes and np.asarray(image)[..., :high_bytes].max() < 64:
         raise ImageFault("unreadable", f"16-bit colour in a {image.format} that uses at most 14")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA").convert("RGB")
-    else:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-        image = ImageOps.invert(image) if white_is_zero else image
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return image
+    if image.mode == "P" and "transparency" in image.info:
+        return np.asarray(image.convert("RGBA").convert("RGB"))
+    image = image.convert("LA") if image.mode == "La" else image
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return 255 - pixels if white_is_zero else pixels
 
 
 def _check_pages(page: TiffPage) -> None:
@@ -191,8 +204,8 @@ def _png_samples(data: bytes) -> np.ndarray:
     return samples[..., :3] if samples.shape[-1] >= 3 else samples[..., 0]
 
 
-def _eight_bits(samples: np.ndarray, *, white_is_zero: bool = False) -> Image.Image:
-    """Samples of more than 8 bits ([H, W] or [H, W, 3]) as an RGB image, by the stated rule."""
+def _eight_bits(samples: np.ndarray, *, white_is_zero: bool = False) -> np.ndarray:
+    """Samples of more than 8 bits ([H, W] or [H, W, 3]) as [H, W, 3] uint8, by the stated rule."""
     peak = samples.max(initial=0)
     if not np.isfinite(samples).all():
         raise ImageFault("unreadable", "samples that are not finite")
@@ -209,7 +222,7 @@ def _eight_bits(samples: np.ndarray, *, white_is_zero: bool = False) -> Image.Im
         else:
             eight = np.rint(piece * (255.0 / top))
         scaled.reshape(-1)[at : at + (1 << 22)] = eight
-    return Image.fromarray(scaled).convert("RGB")
+    return scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, axis=2)
 
 
 def content_digest(data: bytes) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 from milan.core import rng
 from milan.errors import ConfigError
 from milan.images.formats import open_picture
+from milan.images.jpeg import decode_jpeg
 
 _TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
 
@@ -110,13 +111,18 @@ def view_of(spec: ViewSpec, row: int, *, view: int, height: int, width: int) -> 
     )
 
 
-def render(image: Image.Image, view: View, *, size: int) -> np.ndarray:
+def render(image: Image.Image | np.ndarray, view: View, *, size: int) -> np.ndarray:
     """The pixels of a view: cropped, resized (bicubic, antialiased), mirrored; uint8 [S, S, 3].
+
+    `image` as milan.images.decode gives it: an RGB image, or its pixels [H, W, 3] uint8.
 
     Crop first, then resize, as RandomResizedCrop does: Pillow's `box` argument would let the
     filter look past the crop's edge, at pixels that the view does not contain.
     """
-    crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    whole = np.asarray(image)
+    crop = Image.fromarray(
+        whole[view.top : view.top + view.height, view.left : view.left + view.width]
+    )
     pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
     if view.flip:
         pixels = pixels[:, ::-1]
@@ -137,8 +143,14 @@ def pack(pixels: np.ndarray, how: str) -> bytes:
     return sink.getvalue()
 
 
-def unpack(data: bytes) -> np.ndarray:
-    """The pixels [S, S, 3] uint8 of a stored view. Raises ValueError if it is no picture."""
+def unpack(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
+    """The pixels [S, S, 3] uint8 of a stored view; in `out` if it has this shape and is contiguous.
+
+    Raises ValueError if it is no picture.
+    """
+    pixels = decode_jpeg(data, out)
+    if pixels is not None:
+        return pixels
     try:
         return np.asarray(open_picture(data).convert("RGB"))
     except (OSError, SyntaxError) as error:
@@ -147,7 +159,7 @@ def unpack(data: bytes) -> np.ndarray:
 
 def checksum(pixels: np.ndarray) -> int:
     """crc32c of rendered pixels: equal if a view renders to the pixels that the teacher saw."""
-    return google_crc32c.value(pixels.tobytes())
+    return google_crc32c.value(np.ascontiguousarray(pixels))
 
 
 def centre_view(height: int, width: int, *, crop_share: float = 0.875) -> View:

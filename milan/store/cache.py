@@ -7,6 +7,7 @@ verified by milan.store.generation.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -192,13 +193,27 @@ class TargetCache:
         """[B, 5] int32: top, left, height, width, flip of each stored view."""
         return self._read(["crop"], rows, views)["crop"]
 
-    def packed(self, row: int, view: int) -> bytes:
-        """The stored picture of a view (spec.stored_views), as images.views.unpack takes it."""
-        return self._holder(row, view).packed(row, view)
+    def packed(self, rows: np.ndarray, views: np.ndarray) -> list[bytes]:
+        """The stored pictures of (rows[i], views[i]) (spec.stored_views), for images.views.unpack.
+
+        Raises CacheError.
+        """
+        packed = [b""] * len(rows)
+        for generation, at in self._parts(rows, views):
+            for i, data in zip(at.tolist(), generation.packed(rows[at], views[at]), strict=True):
+                packed[i] = data
+        return packed
+
+    def pixel_checksums(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B] int64: crc32c of the pixels that the teacher saw of (rows[i], views[i])."""
+        sums = np.empty(len(rows), np.int64)
+        for generation, at in self._parts(rows, views):
+            sums[at] = generation.pixel_checksums(rows[at], views[at])
+        return sums
 
     def checksum(self, row: int, view: int) -> int:
-        """crc32c of the pixels that the teacher saw."""
-        return self._holder(row, view).checksum(row, view)
+        """crc32c of the pixels that the teacher saw of one view."""
+        return int(self.pixel_checksums(np.array([row]), np.array([view]))[0])
 
     def content_digest(self, row: int, view: int) -> str:
         """The checksum of the image's bytes (milan.images.decode.content_digest) at extraction."""
@@ -277,20 +292,25 @@ class TargetCache:
         if len(self.generations) == 1:
             return self.generations[0].read(names, rows, views)
         out: dict[str, np.ndarray] = {}
+        for generation, at in self._parts(rows, views):
+            for name, values in generation.read(names, rows[at], views[at]).items():
+                whole = out.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))
+                whole[at] = values
+        return out
+
+    def _parts(
+        self, rows: np.ndarray, views: np.ndarray
+    ) -> Iterator[tuple[Generation, np.ndarray]]:
+        """Each generation with some of (rows[i], views[i]), and which i. Raises IndexError."""
         missing = np.ones(len(rows), bool)
         for generation in self.generations:
             at = np.flatnonzero(missing & generation.holds(rows, views))
             if len(at):
                 missing[at] = False
-                for name, values in generation.read(names, rows[at], views[at]).items():
-                    whole = out.setdefault(
-                        name, np.empty((len(rows), *values.shape[1:]), values.dtype)
-                    )
-                    whole[at] = values
+                yield generation, at
         if missing.any():
             row, view = rows[missing][0], views[missing][0]
             raise IndexError(f"{self.path} has no row {row}, view {view}")
-        return out
 
     def _row_generations(self) -> list[Generation]:
         """Those in which rows begin: each has the manifest of its rows."""

@@ -169,8 +169,12 @@ class CacheSpec:
             if array.of_views or view == 0
         }
         if self.stored_views != "none":
-            names[PIXELS] = f"{PIXELS}/c/{block}/{view}"
+            names[PIXELS] = self.pictures_file(block, view)
         return dict(sorted(names.items()))
+
+    def pictures_file(self, block: int, view: int) -> str:
+        """The file of a shard's stored views, where there are any."""
+        return f"{PIXELS}/c/{block}/{view}"
 
     def arrays(self) -> dict[str, ArraySpec]:
         """The arrays of a generation by name."""

@@ -26,7 +26,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from milan.core.paths import AnyPath, Url, answered, as_path, is_local, probe, read_file, size_of
+from milan.core.paths import (
+    AnyPath,
+    Url,
+    answered,
+    as_path,
+    is_local,
+    map_files,
+    probe,
+    read_file,
+    read_parts,
+    size_of,
+)
 from milan.core.retry import described
 from milan.errors import CacheError, DataError
 from milan.images.manifest import Manifest
@@ -259,21 +270,30 @@ class Generation:
         self._checksums.move_to_end((block, view))
         return self._checksums[block, view]
 
-    def checksum(self, row: int, view: int) -> int:
-        """crc32c of the pixels that the teacher saw."""
-        checksums, at = self._checksums_of(row, view)
-        return int(checksums.pixels[at])
+    def pixel_checksums(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B] int64: crc32c of the pixels that the teacher saw of (rows[i], views[i])."""
+        sums = np.empty(len(rows), np.int64)
+        for shard, at, inside in self._by_shard(rows, views):
+            sums[at] = self.checksums(*shard).pixels[inside]
+        return sums
 
     def content_digest(self, row: int, view: int) -> str:
         """Digest of the image's bytes at extraction; empty if they could not be read."""
-        checksums, at = self._checksums_of(row, view)
-        return checksums.digests[at].decode()
-
-    def _checksums_of(self, row: int, view: int) -> tuple[ShardChecksums, int]:
-        """The checksums of the shard of a row, and the row's position in them."""
         local = row - self.spec.first_row
         checksums = self.checksums(local // self.spec.shard_size, view - self.spec.first_view)
-        return checksums, local - checksums.first
+        return checksums.digests[local - checksums.first].decode()
+
+    def _by_shard(
+        self, rows: np.ndarray, views: np.ndarray
+    ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+        """((block, view) inside the generation, which i, their places inside the shard) of each
+        shard with some of (rows[i], views[i])."""
+        blocks, inside = np.divmod(rows - self.spec.first_row, self.spec.shard_size)
+        shards = blocks * self.spec.views + views - self.spec.first_view
+        order = np.argsort(shards, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else ():
+            block, view = divmod(int(shards[at[0]]), self.spec.views)
+            yield (block, view), at, inside[at]
 
     def use_local(self, folder: Path, limit: int) -> None:
         """Read from a local cache of at most `limit` bytes below `folder`."""
@@ -292,43 +312,53 @@ class Generation:
 
     def shards_of(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int]]:
         """(block, view) inside the generation of each shard with some of (rows[i], views[i])."""
-        blocks = (rows - self.spec.first_row) // self.spec.shard_size
-        pairs = np.stack([blocks, views - self.spec.first_view], axis=1)
-        return [(block, view) for block, view in np.unique(pairs, axis=0).tolist()]
+        return [shard for shard, _, _ in self._by_shard(rows, views)]
 
-    def packed(self, row: int, view: int) -> bytes:
-        """The stored picture of a view, as images.views.unpack takes it. Raises CacheError."""
-        checksums, at = self._checksums_of(row, view)
-        local, v = row - self.spec.first_row, view - self.spec.first_view
-        block = local // self.spec.shard_size
-        path = self.spec.files(block, v)[PIXELS]
-        start, end = int(checksums.ends[at - 1]) if at else 0, int(checksums.ends[at])
-        why = ""
+    def packed(self, rows: np.ndarray, views: np.ndarray) -> list[bytes]:
+        """The stored pictures of (rows[i], views[i]), as images.views.unpack takes them.
+
+        Raises CacheError.
+        """
+        shards = list(self._by_shard(rows, views))
+        wanted = []
+        for shard, _, inside in shards:
+            ends = self.checksums(*shard).ends
+            starts = np.where(inside > 0, ends[inside - 1], 0)
+            wanted.append((shard, inside, np.stack([starts, ends[inside] - starts], axis=1)))
+        packed = [b""] * len(rows)
+        read = map_files((self.local or self).root, lambda parts: self._pictures(*parts), wanted)
+        for (_, at, _), pictures in zip(shards, read, strict=True):
+            for i, picture in zip(at.tolist(), pictures, strict=True):
+                packed[i] = picture
+        return packed
+
+    def _pictures(
+        self, shard: tuple[int, int], inside: np.ndarray, parts: np.ndarray
+    ) -> list[bytes]:
+        """`parts` [n, 2] of the file of a shard's pictures: (first byte, bytes)."""
+        path, why = self.spec.pictures_file(*shard), ""
         for _ in self._tries():
-            self.fetch(block, v)
+            self.fetch(*shard)
             try:
-                root = (self.local or self).root
-                return read_file(root / path, first=start, size=end - start)
+                return read_parts((self.local or self).root / path, parts.tolist())
             except OSError as error:
                 why = described(error)
-        raise self._damaged(PIXELS, local, v, why)
+        raise self._damaged(PIXELS, shard[0] * self.spec.shard_size + int(inside[0]), shard[1], why)
 
     def read(self, names: list[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """array name -> the values of (rows[i], views[i]), each row verified. Raises CacheError."""
         local, view = rows - self.spec.first_row, views - self.spec.first_view
-        shards = self.shards_of(rows, views)
-        checksums = {shard: self.checksums(*shard) for shard in shards}
-        values = self._values(names, local, view, shards)
-        blocks = local // self.spec.shard_size
-        for i, (row, v, block) in enumerate(
-            zip(local.tolist(), view.tolist(), blocks.tolist(), strict=True)
-        ):
-            sums = checksums[block, v]
-            for name in names:
-                if google_crc32c.value(values[name][i]) != sums.crc32c[name][row - sums.first]:
-                    raise self._damaged(
-                        name, row, v, "it is intact, but of another row, view or run"
-                    )
+        shards = list(self._by_shard(rows, views))
+        checksums = [self.checksums(*shard) for shard, _, _ in shards]
+        values = self._values(names, local, view, [shard for shard, _, _ in shards])
+        for name in names:
+            stored = np.empty(len(rows), np.int64)
+            for (_, at, inside), sums in zip(shards, checksums, strict=True):
+                stored[at] = sums.crc32c[name][inside]
+            wrong = np.flatnonzero([google_crc32c.value(value) for value in values[name]] != stored)
+            if len(wrong):
+                row, v = int(local[wrong[0]]), int(view[wrong[0]])
+                raise self._damaged(name, row, v, "it is intact, but of another row, view or run")
         return values
 
     def _tries(self) -> Iterator[None]:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from milan.config import PretrainConfig
-from milan.core.device import cpu_count
 from milan.core.distributed import SINGLE, Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.data.loader import Batch
@@ -42,7 +41,6 @@ class Settings:
     """Peak learning rate."""
     precision: str
     """fp32, bf16 or fp16."""
-    num_workers: int
 
     def values(self, **more: Any) -> dict[str, Any]:
         """All settings by name, as run.json keeps them."""
@@ -69,9 +67,6 @@ def resolve_defaults(
             fix=f"--batch-size {(share + 1) * ranks.size}"
             + ("" if share else f", or at most {config.batch_size} ranks (--devices)"),
         )
-    workers = config.num_workers
-    if workers is None:
-        workers = max(1, min(8, cpu_count() // ranks.on_node - 1))
     return Settings(
         config,
         decoder_kind=config.decoder_kind or objective.decoder,
@@ -79,7 +74,6 @@ def resolve_defaults(
         warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.lr or _BASE_LR * config.batch_size / 256,
         precision=_precision(config.precision, device),
-        num_workers=workers,
     )
 
 

@@ -15,6 +15,7 @@ from milan.core.distributed import Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
 from milan.data.dataset import CachedDataset
+from milan.data.feeding import Feeding, loader_workers
 from milan.data.loader import training_loader
 from milan.data.sampler import StepSampler
 from milan.models.kernels import choose_kernels
@@ -59,13 +60,17 @@ def estimate_run(
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     objective = settings.objective(cache)
 
-    (batch,) = training_loader(
-        CachedDataset(cache, data_root=config.data_root),
-        StepSampler(replace(order, batch_size=micro), start=0, stop=1, micro=micro),
+    dataset = CachedDataset(cache, data_root=config.data_root)
+    # The second batch is measured: the first opens the store and the images.
+    loader = training_loader(
+        dataset,
+        StepSampler(replace(order, batch_size=micro), start=0, stop=2, micro=micro),
         features=objective.needs_features,
         num_workers=0,
         patches=student.patches,
     )
+    *_, batch = loader
+    workers = loader_workers(config.num_workers, cache, micro, ranks.on_node)
 
     step_loss = compile_step(
         StepLoss(objective, student, objective.loss),
@@ -100,6 +105,8 @@ def estimate_run(
     image = statistics.median(gradient for gradient, _ in timings[1:]) / micro
     update = statistics.median(update for _, update in timings[1:])
     step = image * config.batch_size / ranks.size + update
+    rate = config.batch_size / ranks.size / step
+    feeding = Feeding(loader.loading, workers, ranks.on_node, dataset.stored, rate)
     saved = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in student.parameters())
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     train, validation = len(order.train_rows), len(order.validation_rows)
@@ -110,6 +117,7 @@ def estimate_run(
         ("ranks", f"{ranks.size}, {schedule.accumulate} x {micro} images of a step each"),
         ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
         ("images/s", f"{config.batch_size / step:,.1f}, without data loading"),
+        ("data loading", feeding.words()),
         ("time", format_duration(schedule.steps * step)),
         ("memory", f"{format_bytes(peak)} of tensors on each rank at the peak; leave a fifth more"),
         ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept"),

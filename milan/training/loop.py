@@ -32,6 +32,7 @@ _STOP, _SAVE, _NONFINITE = 1, 2, 4
 _YOUNG = 120.0  # seconds: an epoch that ends so soon after a checkpoint needs none
 _OLD = 900.0  # seconds after which there is a checkpoint in the middle of an epoch
 _COST = 100  # times what the last one took: no checkpoint earlier, or they take more than 1 %
+_SPEED = 1.0  # seconds of steps that show how fast the device is
 _MOST_SKIPPED = 10  # steps in a row without a finite loss: the run has diverged
 
 
@@ -71,6 +72,9 @@ class Context:
     open_log: Callable[[int], RunLog] | None = None
     """Opens the log at a step, and cuts what it says of later ones. Called on rank 0, once the
     checkpoint is loaded."""
+    on_speed: Callable[[float, float], dict[str, Any]] | None = None
+    """Called once, after the first steps: with the images/s that this rank's device takes where it
+    need not wait, and the share of time in which it waited. Returns more figures of the run."""
 
 
 def fit(
@@ -109,6 +113,7 @@ def fit(
             loop.done = done = step + 1
             epoch_over = schedule.data.position(done)[1] == 0
             requests = loop.requests(epoch_over)
+            loop.tell_speed(done, last)
             logging = epoch_over or done == last or done % schedule.log_every == 0
             by_step = schedule.save_every and done % schedule.save_every == 0
             saving = requests or done == last or by_step
@@ -138,7 +143,8 @@ def fit(
             "images_per_second": round(images / trained, 2),
             "wait_share": round(feed.waited / trained, 4),
             "checkpoint_share": round(loop.saving / max(seconds, 1e-9), 4),
-        },
+        }
+        | loop.speed_figures,
     )
 
 
@@ -245,6 +251,10 @@ class _Loop:
         self.pictures: dict[str, Any] = {}
         self.last_metrics = ""
         """The validation metrics of the last epoch, for the progress bar."""
+        self.on_speed, self.speed_figures = context.on_speed, dict[str, Any]()
+        self.warm: tuple[float, float, int] | None = None
+        """(seconds on the clock, data-loading seconds, steps done) once the first step was taken;
+        speed is measured from there."""
 
     def resume(self, step: int | None) -> int:
         """Load the checkpoint of a step; returns the step to begin with."""
@@ -392,6 +402,20 @@ class _Loop:
             return False
         return not self.resumable or age > max(_YOUNG, cost)
 
+    def tell_speed(self, done: int, last: int) -> None:
+        """After each step: once a second of them was measured, or the last is taken, tell it."""
+        if self.on_speed is None:
+            return
+        now = time.perf_counter(), self.feed.waited, done
+        if self.warm is None:
+            self.warm = now
+        seconds, waited, steps = (b - a for a, b in zip(self.warm, now, strict=True))
+        if steps and (seconds > _SPEED or done == last):
+            images = steps * self.schedule.data.batch_size / self.ranks.size
+            busy = max(seconds - waited, 1e-9)
+            self.speed_figures = self.on_speed(images / busy, waited / max(seconds, 1e-9))
+            self.on_speed = None
+
     def validate(self, epoch: int) -> None:
         """Measure the model after an epoch."""
         began, waited = time.perf_counter(), self.feed.waited
@@ -402,6 +426,8 @@ class _Loop:
         self.last_metrics = "".join(words) or self.last_metrics
         seconds, self.feed.waited = time.perf_counter() - began, waited
         self.validating += seconds
+        if self.warm:
+            self.warm = (self.warm[0] + seconds, *self.warm[1:])
         self.logged = (self.logged[0] + seconds, *self.logged[1:])
 
     def log(self, done: int) -> None:

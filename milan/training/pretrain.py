@@ -25,6 +25,7 @@ from milan.core.signals import Stop, on_stop_signals
 from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
 from milan.data.dataset import CachedDataset
+from milan.data.feeding import Feeding, Loading, loader_workers
 from milan.data.loader import batch_wait, training_loader
 from milan.data.order import GrownOrder, Order, Stream, shuffle_quality
 from milan.data.sampler import StepSampler
@@ -246,10 +247,21 @@ def _fit(
     choose_kernels(student, device, settings.precision)
     objective = settings.objective(dataset.cache)
     network = parallelise(student, ranks, config.parallel)
+    workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
+    context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
     trial = partial(trial_batch, micro_batch, student, dataset.cache, device)
     step = compile_step(step, trial, settings, context)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
+    loading = Loading()
+
+    def on_speed(device_rate: float, wait_share: float) -> dict[str, Any]:
+        if not loading.images:  # a call of very few steps
+            return {}
+        feeding = Feeding(loading, workers, ranks.on_node, dataset.stored, device_rate, wait_share)
+        context.progress.note(f"data loading: {feeding.words()}")
+        return feeding.figures()
+
     plan = ValidationPlan(config, order, ranks, micro_batch)
     validation = Validation(plan, student, objective, dataset, device, settings.precision)
 
@@ -263,21 +275,23 @@ def _fit(
             ranks=ranks.size,
             after_epoch=plan.addresses,
         )
-        return training_loader(
+        loader = training_loader(
             dataset,
             sampler,
             features=objective.needs_features,
-            num_workers=settings.num_workers,
+            num_workers=workers.count,
             pin_memory=device.type == "cuda",
             patches=student.patches,
             wait=batch_wait(context.progress, context.stop),
         )
+        loader.loading = loading
+        return loader
 
     return fit(
         PretrainTask(student, network, step, validation, device),
         optimiser,
         schedule,
-        context,
+        replace(context, on_speed=on_speed),
         batches_from=batches_from,
         resume_from=resume_from,
         stop_after=stop_after,
@@ -413,7 +427,7 @@ def _note_schedule(
     context.progress.note(
         f"steps: {schedule.steps:,} of {config.batch_size} images "
         f"({' x '.join(map(str, factors))}), {newest.steps} an epoch, {settings.precision} on "
-        f"{context.device.type}, {settings.num_workers} loader workers"
+        f"{context.device.type}"
     )
     context.progress.note(f"shuffle: {describe_shuffle(newest)}")
     context.progress.note(describe_validation(newest, config.held_out))

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration, parse_bytes
+from milan.data.feeding import cores_needed
 from milan.errors import ConfigError
 from milan.store.codecs import codec_of
 from pipeline.config import ExtractConfig
@@ -201,7 +202,7 @@ def _decoding(
     where = "on this machine" if train else "assumed"
 
     def needed(seconds: float, what: str) -> str:
-        busy = seconds * speed
+        busy = cores_needed(speed, seconds)
         enough = "enough" if busy <= cores else "NOT ENOUGH"
         return (
             f"{busy:,.3g} cores at {format_duration(seconds)} a view {what}, "
@@ -216,7 +217,8 @@ def _decoding(
         ("decoding", needed(decoding.original, "of the originals")),
         (
             f"with --store-views {STORED_VIEWS}",
-            f"{decoding.stored * speed:,.3g} cores at {format_duration(decoding.stored)} a view; "
+            f"{cores_needed(speed, decoding.stored):,.3g} cores at "
+            f"{format_duration(decoding.stored)} a view; "
             f"about {each} more each, {total} in all{advice}",
         ),
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from milan.core.device import cpu_count
+from milan.core.machine import cpu_count
+from milan.data.feeding import cores_needed
 from milan.errors import ImageFault
 from milan.images.decode import decode
 from milan.images.source import ImageSource
@@ -37,7 +38,7 @@ class Decoding:
 
         None: at TRAINING_SPEED.
         """
-        return self.original * (train or TRAINING_SPEED) > training_cores(train)
+        return cores_needed(train or TRAINING_SPEED, self.original) > training_cores(train)
 
 
 def training_cores(train: float | None) -> int:

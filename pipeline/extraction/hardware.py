@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from milan.core.device import cpu_count, pick_device
+from milan.core.device import pick_device
+from milan.core.machine import cpu_count
 from milan.errors import ConfigError
 from pipeline.config import ExtractConfig
 

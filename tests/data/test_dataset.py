@@ -132,7 +132,13 @@ def batches(dataset: CachedDataset, workers: int, *, features: bool = True) -> l
     cache = dataset.cache
     steps = order_of(cache, seed=3, batch_size=8)
     sampler = StepSampler(steps, start=1, stop=6, micro=4)
-    return list(training_loader(dataset, sampler, features=features, num_workers=workers))
+    loader = training_loader(dataset, sampler, features=features, num_workers=workers)
+    loaded = list(loader)
+    # What it took is counted, but for each process's first batch.
+    assert loader.loading.images == 4 * (len(loaded) - max(1, workers))
+    assert loader.loading.seconds > 0
+    assert 0 < loader.loading.core_seconds < 10
+    return loaded
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import pytest
 from helpers import forget
 
 from milan.core import retry
-from milan.core.paths import LocalFiles, as_path, read_file
+from milan.core.paths import LocalFiles, as_path, read_file, read_parts
 from milan.core.progress import NoProgress
 from milan.core.signals import Stop
 from milan.data.changed_images import changed_images
@@ -350,7 +350,7 @@ def test_a_server_without_ranges_is_named(http: Server, tmp_path: Path) -> None:
             build_manifest(where, seed=0)
 
 
-def test_too_few_bytes_are_asked_for_again(http: Server) -> None:
+def test_too_few_bytes_are_asked_for_again(http: Server, tmp_path: Path) -> None:
     """Until the server has sent them all; what stays short is no fault of the image."""
     where = url(http, "tars/a.tar")
     source = ImageSource(build_manifest(where, seed=0), where.parent)
@@ -363,6 +363,14 @@ def test_too_few_bytes_are_asked_for_again(http: Server) -> None:
     http.short = TRIES
     with pytest.raises(DataError, match="bytes arrived"):
         read_file(where, first=0, size=100)
+    parts = [(3, 10), (0, 4), (7, 0)]
+    pieces = [read_file(where, first=first, size=size) for first, size in parts]
+    http.short = TRIES - 1
+    assert read_parts(where, parts) == pieces
+    assert read_parts(tmp_path / "tars/a.tar", parts) == pieces
+    http.short = 2 * TRIES
+    with pytest.raises(DataError, match="bytes arrived"):
+        read_parts(where, parts)
 
 
 @pytest.mark.parametrize(("status", "name"), [(500, "EIO"), (503, "EIO"), (429, "EIO")])

@@ -76,6 +76,29 @@ def test_lossless_views_are_the_rendered_ones() -> None:
         unpack(b"no picture")
 
 
+def test_a_batch_is_read_in_any_order(kept: Path) -> None:
+    """Rows of all shards and both views, some twice; each has its own pixels."""
+    dataset = open_cache(kept)
+    rows = np.random.default_rng(1).permutation(np.repeat(dataset.good, 3))[:40]
+    views = np.arange(40) % 2
+    pixels = dataset.pixels(rows, views)
+    for i in range(40):
+        assert np.array_equal(pixels[i], dataset.pixels(rows[i : i + 1], views[i : i + 1])[0])
+    assert dataset.cache.packed(rows[:0], views[:0]) == []
+    with pytest.raises(IndexError, match="no row 99"):
+        dataset.pixels(np.array([1, 99]), np.array([0, 0]))
+
+
+def test_a_picture_of_another_size(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not what the teacher saw, whatever decodes it."""
+    dataset = open_cache(kept)
+    how = dataset.cache.spec.stored_views
+    other = pack(np.zeros((31, 32, 3), np.uint8), how)
+    monkeypatch.setattr(TargetCache, "packed", lambda *_: [other])
+    with pytest.raises(CacheError, match="other pixels"):
+        dataset.pixels(dataset.good[:1], np.zeros(1, int))
+
+
 @pytest.mark.parametrize("damage", ["bits", "cut", "gone"])
 def test_damaged_pictures_are_found_and_made_again(kept: Path, tmp_path: Path, damage: str) -> None:
     """As any other file of a shard."""

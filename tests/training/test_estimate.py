@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def test_steps_are_those_of_the_run(store: Path, tmp_path: Path) -> None:
     told = figures(store, held_out=0.34)
     assert told["images"] == "16 an epoch, 8 for validation"
     assert told["steps"] == "14: 7 epochs of 2"
+    assert re.search(r"a core loads [\d,]+ \(originals\): [\d,.]+ cores are", told["data loading"])
     run = milan.pretrain(str(store), out=str(tmp_path), **SMALL, held_out=0.34)
     assert run["steps"] == 14
     size = (tmp_path / "checkpoints/step-00000014").iterdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,41 @@ def test_it_trains_a_classifier(tmp_path: Path) -> None:
     assert [line["top1"] for line in lines if "top1" in line][-1] > 0.9
     assert lines[-1]["loss"] < lines[0]["loss"] / 3
     assert lines[-1]["epoch"] == 4
+
+
+@pytest.mark.parametrize(("measured", "calls"), [(0.0, [2]), (1e9, [20])])
+def test_its_speed_is_told_once(
+    tmp_path: Path, measured: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After enough steps, or the last; what the device takes does not count the waiting."""
+    monkeypatch.setattr(loop, "_SPEED", measured)
+    told: list[tuple[float, float]] = []
+    at: list[int] = []
+
+    def on_speed(rate: float, wait_share: float) -> dict[str, Any]:
+        told.append((rate, wait_share))
+        at.append(len(began))
+        return {"mine": 7}
+
+    began: list[float] = []
+
+    def slowly(step: int) -> Iterator[Any]:
+        for batch in batches_from(step):
+            began.append(time.perf_counter())
+            time.sleep(0.05)
+            yield batch
+
+    task = Classifier()
+    figures = fit(
+        task, adamw(task.model, CPU, weight_decay=0.0, beta2=0.95), schedule(4, None),
+        Context(tmp_path, CPU, on_speed=on_speed), batches_from=slowly,
+    )  # fmt: skip
+    assert figures["mine"] == 7
+    ((rate, wait_share),) = told
+    assert 0.2 < wait_share < 1
+    assert rate > BATCH / 0.05
+    assert at[0] >= calls[0]
+    assert (at[0] >= 20) == (calls[0] == 20)
 
 
 @pytest.mark.parametrize("stop", [3, 5, 7])

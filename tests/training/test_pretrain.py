@@ -300,6 +300,9 @@ def test_metrics(whole: Path) -> None:
     assert metrics["loss"] == log_of(whole)[-1]["loss"]
     assert metrics["images_per_second"] > 0
     assert 0 <= metrics["wait_share"] <= 1
+    assert metrics["loader_images_per_core_second"] > 10
+    assert metrics["loader_cores_needed"] > 0
+    assert metrics["loader_workers"] == 0
 
 
 def test_run_json_tells_how_the_run_was_made(whole: Path, store: Path) -> None:
