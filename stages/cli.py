@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from milan.core.watchdog import watched
 from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
 from stages import artifacts, extract_targets, plan, pretrain, settings
@@ -104,7 +105,8 @@ def main() -> None:
     previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
         prepare_process()
-        app(prog_name="milan")
+        with watched():
+            app(prog_name="milan")
     except (MilanError, RankError) as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from milan.core.watchdog import unwatched
 from pipeline.config import ExtractConfig
 from stages.options import CALL, settings_command
 
@@ -72,7 +73,8 @@ def _agree(costs: dict[str, list[tuple[str, str]]]) -> bool:
     from stages import console
 
     console.tables(costs)
-    return sys.stdin.isatty() and typer.confirm("extract?")
+    with unwatched():
+        return sys.stdin.isatty() and typer.confirm("extract?")
 
 
 def _fidelity(report: dict[str, Any]) -> str:

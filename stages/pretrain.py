@@ -98,9 +98,9 @@ def pretrain(
     if figures["step"]:
         console.table("Pretrained", ("what", ""), rows)
     if "stopped_by" in figures:
-        left = f"at step {figures['step']}, checkpoint written" if figures["step"] else "at once"
+        left = f" at step {figures['step']}, checkpoint written" if figures["step"] else ""
         console.err.print(
-            f"milan: stopped by {figures['stopped_by']} {left}; the same line goes on",
+            f"milan: stopped by {figures['stopped_by']}{left}; the same line goes on",
             markup=False,
         )
         raise typer.Exit(REQUEUE)

@@ -29,8 +29,10 @@ from milan.core.signals import (
     unblock_stop_signals,
     without_main_module,
 )
+from milan.core.waiting import Stopped
 from milan.errors import MilanError, RankError, TrainError
 
+_PERIOD = 30.0  # seconds between two looks at ranks that say nothing
 _GRACE = 5.0  # seconds in which the other ranks may report why one crashed
 
 
@@ -83,7 +85,8 @@ def run_with_restarts(
 
     After a crash all ranks are restarted with `restart_arguments()` added, at most `restarts`
     times, and not if they were asked to `stop`: they go on from the last checkpoint. Used for
-    processes on this machine and for actors on a cluster. Raises TrainError for one crash too many.
+    processes on this machine and for actors on a cluster. Raises TrainError for one crash too many,
+    and Stopped for one after a signal.
     """
     crash, result = attempt(arguments)
     for restart in range(1, restarts + 1):
@@ -95,8 +98,11 @@ def run_with_restarts(
         crash, result = attempt(arguments | restart_arguments())
     if crash is None:
         return result
+    if stop.by:  # one that stood still could not stop otherwise; the last checkpoint stays
+        progress.note(f"{crash}, asked to stop by {stop.by}")
+        raise Stopped(stop.by)
     raise TrainError(
-        f"{crash}, " + (f"asked to stop by {stop.by}" if stop.by else f"after {restarts} restarts"),
+        f"{crash}, after {restarts} restarts",
         expected=f"{ranks} ranks that run to the end",
         fix="the same line goes on from the last checkpoint",
     )
@@ -140,7 +146,7 @@ def _run_processes(
         crash, open_pipes = None, [receiver]
         try:
             while alive and crash is None:
-                for ready in multiprocessing.connection.wait([*alive, *open_pipes]):
+                for ready in multiprocessing.connection.wait([*alive, *open_pipes], _PERIOD):
                     if ready is not receiver:
                         rank = alive.pop(ready)
                         crash = crash or _crash_of(processes[rank], rank)

@@ -21,7 +21,8 @@ from multiprocessing import resource_tracker
 from types import ModuleType
 from typing import Any
 
-_ONE_PRESS = 0.5  # seconds within which two SIGINTs count as one
+ONE_PRESS = 0.5
+"""Seconds within which two SIGINTs count as one."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL): a scheduler requeues it."""
@@ -37,10 +38,12 @@ _CAUSES = {
 
 
 class Stop:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal; and what is kept if it does."""
 
     def __init__(self) -> None:
         self.by: str | None = None  # the signal's name
+        self.kept = "no checkpoint is written yet"
+        self.saving = False  # what a stop is waited for with patience
         self._at = 0.0
 
     def request(self, number: int) -> None:
@@ -50,7 +53,7 @@ class Stop:
         """
         if self.by is None:
             self.by, self._at = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() > self._at + _ONE_PRESS:
+        elif number == signal.SIGINT and time.monotonic() > self._at + ONE_PRESS:
             raise KeyboardInterrupt
 
 

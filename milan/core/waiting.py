@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
@@ -41,6 +42,9 @@ def stalled_connections_fail() -> Iterator[None]:
 class Wait:
     """One wait for `what`; whoever waits calls `check` about once a second."""
 
+    checks: ClassVar[int] = 0
+    """How often any of them was checked: this process does not stand still."""
+
     def __init__(
         self,
         what: str,
@@ -63,6 +67,7 @@ class Wait:
 
     def check(self) -> None:
         """Say after a while that it waits. Raises `error` at the limit, Stopped after a signal."""
+        Wait.checks += 1
         now = time.monotonic()
         if self.stop and self.stop.by:
             self._asked = self._asked or now

@@ -265,6 +265,7 @@ class _Loop:
         if self.scaler.is_enabled() and state["scaler"]:  # of a run that was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         self.done, self.saved, self.resumable = step, time.monotonic(), True
+        self.stop.kept = f"the checkpoint of step {step} stays"
         return step
 
     def heartbeat(self) -> None:
@@ -460,7 +461,7 @@ class _Loop:
 
     def save(self, done: int) -> None:
         """Write a checkpoint; the sums of an unfinished line are in it."""
-        began = time.monotonic()
+        began, self.stop.saving = time.monotonic(), True
         (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
         if self.run_log:  # a run that is resumed from here relies on it
             self.run_log.flush()
@@ -477,6 +478,7 @@ class _Loop:
             keep=self.schedule.keep,
             ranks=self.ranks,
         )
-        self.saved, self.resumable = time.monotonic(), True
+        self.saved, self.resumable, self.stop.saving = time.monotonic(), True, False
+        self.stop.kept = f"the checkpoint of step {done} stays"
         self.last_save = self.saved - began
         self.saving += self.last_save

@@ -24,6 +24,7 @@ from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop, on_stop_signals
 from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
+from milan.core.watchdog import watched
 from milan.data.dataset import CachedDataset
 from milan.data.feeding import Feeding, Loading, loader_workers
 from milan.data.loader import batch_wait, training_loader
@@ -122,6 +123,16 @@ def pretrain(
     config.check()
     call = Call(resume, overwrite, stop_after)
     call.check()
+    try:
+        return _pretrain(config, call, stop or Stop(), progress or NoProgress())
+    except Stopped as stopped:  # before there was anything to save, or by what stood still
+        figures = {"step": 0, "steps": 0, "finished": False, "stopped_by": stopped.by}
+        given = Ranks.from_environment()
+        return figures | {"run": config.out, "rank": given.rank if given else 0}
+
+
+def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress) -> dict[str, Any]:
+    """`pretrain`, as one rank or as what starts all of them. Raises Stopped."""
     if config.num_nodes > 1 or config.address:
         on_cluster = import_module(_CLUSTER).pretrain_on_cluster
         return on_cluster(config, **vars(call), progress=progress)
@@ -137,22 +148,18 @@ def pretrain(
             ranks=count,
             restarts=config.max_restarts,
             restart_arguments=restart_arguments(Path(config.out)),
-            progress=progress or NoProgress(),
+            progress=progress,
         )
-    stop = stop or Stop()
-    progress = progress if progress and not (given and given.rank) else NoProgress()
-    try:
-        with (
-            on_stop_signals(stop.request),
-            process_group(given, device, stop=stop, progress=progress) as (ranks, own),
-            ExitStack() as until_end,
-        ):
-            context = Context(Path(config.out), own, ranks, progress, stop)
-            with as_train_error(context.run, None):
-                return _train(resolve_defaults(config, own, ranks), call, context, until_end)
-    except Stopped as stopped:
-        figures = {"step": 0, "steps": 0, "finished": False, "stopped_by": stopped.by}
-        return figures | {"run": config.out, "rank": given.rank if given else 0}
+    progress = NoProgress() if given and given.rank else progress
+    with (
+        on_stop_signals(stop.request),
+        watched(stop, rank=given.rank if given else None),
+        process_group(given, device, stop=stop, progress=progress) as (ranks, own),
+        ExitStack() as until_end,
+    ):
+        context = Context(Path(config.out), own, ranks, progress, stop)
+        with as_train_error(context.run, None):
+            return _train(resolve_defaults(config, own, ranks), call, context, until_end)
 
 
 def devices_of(config: PretrainConfig, device: torch.device) -> int:

@@ -18,7 +18,9 @@ import numpy as np
 from milan.core.paths import AnyPath, folders_in
 from milan.core.progress import Progress
 from milan.core.units import format_bytes
-from milan.errors import CacheError, DataError
+from milan.core.waiting import Wait
+from milan.core.watchdog import HEARD, LIMIT
+from milan.errors import CacheError, DataError, MachineError
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
@@ -276,26 +278,43 @@ def write_shards(
 def _run_in_process(extractor: Extractor, todo: np.ndarray, commits: _Commits) -> None:
     """The same work in threads of this process."""
 
+    patience = Wait(
+        "the next image or batch of the teacher",
+        limit=LIMIT,
+        fix="look at the disk or server of the images; the same line goes on",
+        progress=commits.progress,
+        error=MachineError,
+    )
+
     def commit_first() -> None:
         block, folder, task = tasks.popleft()
+        images = -1
         while wait([task], timeout=0.2).not_done:
+            if images != extractor.images:
+                images = extractor.images
+                patience.restart()
+            patience.check()
             commits.report(extractor.images)
         commits.commit(block, folder, task.result())
         commits.report(extractor.images)
 
     tasks: deque[tuple[int, AnyPath, Future[list[dict]]]] = deque()
-    with ThreadPoolExecutor(BLOCKS_AT_ONCE, thread_name_prefix="extract") as pool:
-        try:
-            for block in np.flatnonzero(todo.any(axis=1)).tolist():
-                views = np.flatnonzero(todo[block]).tolist()
-                folder = commits.folder_of(block, 0)
-                tasks.append((block, folder, pool.submit(extractor.run, block, views, str(folder))))
-                if len(tasks) == BLOCKS_AT_ONCE:
-                    commit_first()
-            while tasks:
+    pool = ThreadPoolExecutor(BLOCKS_AT_ONCE, thread_name_prefix="extract")
+    running: deque[Future[list[dict]]] = deque(maxlen=BLOCKS_AT_ONCE)
+    try:
+        for block in np.flatnonzero(todo.any(axis=1)).tolist():
+            views = np.flatnonzero(todo[block]).tolist()
+            folder = commits.folder_of(block, 0)
+            running.append(pool.submit(extractor.run, block, views, str(folder)))
+            tasks.append((block, folder, running[-1]))
+            if len(tasks) == BLOCKS_AT_ONCE:
                 commit_first()
-        finally:
-            extractor.stopped.set()  # after an error or Ctrl-C nobody waits for the next block
+        while tasks:
+            commit_first()
+    finally:
+        extractor.stopped.set()  # after an error or Ctrl-C nobody waits for the next block,
+        wait(running, timeout=HEARD)  # nor for ever for the one in hand
+        pool.shutdown(wait=False)
 
 
 def _check_rejected(work: Plan, store: Store, rejected: dict[int, str], summary: dict) -> None:

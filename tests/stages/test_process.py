@@ -101,3 +101,19 @@ def test_errors_of_the_system_are_explained(error: OSError, line: str) -> None:
     """What it is about, what is wrong, and what to do; no bare number."""
     assert re.search(line, explain(error))
     assert "Errno" not in explain(error)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_thread_that_stands_still_does_not_keep_the_process(code: int) -> None:
+    """Python joins its threads before it ends: one in a read that never answers, for ever."""
+    script = (
+        "import os, sys, threading\n"
+        "import milan.__main__ as entry\n"
+        "def main():\n"
+        "    threading.Thread(target=os.read, args=(os.pipe()[0], 1)).start()\n"
+        f"    sys.exit({code})\n"
+        "entry.import_module = lambda name: sys.modules['__main__']\n"
+        "entry._LEAVE = 0.1\n"
+        "entry.main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == code

@@ -6,8 +6,11 @@ import csv
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from threading import Event, current_thread
 from typing import Any
 
 import numpy as np
@@ -19,18 +22,21 @@ from helpers import Notes, make_photos, tree
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from milan.core import waiting
 from milan.core.paths import LFS_POINTER
 from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
-from milan.errors import CacheError, ConfigError, DataError, TeacherError
+from milan.errors import CacheError, ConfigError, DataError, MachineError, TeacherError
 from milan.images.decode import content_digest
 from milan.images.manifest import build_manifest
+from milan.images.source import ImageSource
 from milan.images.views import View, checksum, render, view_of
 from milan.store.cache import TargetCache
 from milan.store.codecs import codec_of
 from milan.store.format import GENERATION, record_name
 from pipeline.config import ExtractConfig, allowed_bad
 from pipeline.extract import extract_targets
+from pipeline.extraction import run
 from pipeline.extraction.hardware import Workers
 from pipeline.extraction.plan import plan
 from pipeline.extraction.worker import Extractor
@@ -599,6 +605,35 @@ def test_features_that_cannot_be_stored_end_the_run(
     assert not (tmp_path / "t.zarr" / "index.json").exists()
     if factor < float("inf"):
         extract(photos, "int8.zarr", codec="int8", pretrained=loud)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_read_that_never_answers_ends(
+    interrupted: bool, extract: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word, a limit and one error, also at Ctrl-C; the same line goes on from what is there."""
+    answers, read, asked = Event(), ImageSource.read, count()
+
+    def stalls(self: ImageSource, row: int) -> bytes:
+        if current_thread().name.startswith("decode") and next(asked) == 14:  # of the second block
+            if interrupted:
+                os.kill(os.getpid(), signal.SIGINT)
+            answers.wait()
+        return read(self, row)
+
+    notes = Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.extraction.worker.ImageSource.read", stalls)
+        patch.setattr(run, "LIMIT", 100 if interrupted else 1.0)
+        patch.setattr(run, "HEARD", 0.1)
+        patch.setattr(waiting, "_FIRST_WORD", 0.3)
+        with pytest.raises(KeyboardInterrupt if interrupted else MachineError) as raised:
+            extract(photos, progress=notes)
+    answers.set()
+    wanted = "the same line goes on" if interrupted else "in vain for the next image"
+    assert wanted in str(raised.value)
+    assert interrupted or any("waiting for the next image" in line for line in notes.lines)
+    assert extract(photos)["images"] == 24
 
 
 def test_a_worker_with_another_teacher_is_refused(
