@@ -92,15 +92,15 @@ def test_a_process_that_stands_still_ends(
 
 def test_what_moves_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Python code, short calls, waits that check themselves, and a person who thinks."""
-    for name, value in {"_PERIOD": 0.01, "_FIRST_WORD": 0.15, "LIMIT": 0.5}.items():
+    for name, value in {"_PERIOD": 0.01, "_FIRST_WORD": 0.7, "LIMIT": 5.0}.items():
         monkeypatch.setattr(watchdog, name, value)
     wait = Wait("rain", limit=100, fix="dance")
     with watched():
-        for _ in range(20):
+        for _ in range(50):
             wait.check()
-            time.sleep(0.05)
-        for _ in range(20):
-            Event().wait(0.05)
+            time.sleep(0.02)
+        for _ in range(50):
+            Event().wait(0.02)
         with unwatched():
             time.sleep(1)
     assert not caplog.records
