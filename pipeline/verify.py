@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import google_crc32c
 import numpy as np
 import torch
 
+from milan.core.ahead import Ahead
 from milan.core.config_fields import check_seed
 from milan.core.paths import AnyPath, as_path, folders_in, pieces_of, read_file
 from milan.core.progress import NoProgress, Progress
+from milan.core.transfer import through_device
 from milan.data.dataset import CachedDataset
 from milan.errors import CacheError, DataError, MachineError, TeacherError
 from milan.images.views import checksum, unpack
@@ -322,22 +326,35 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     progress.begin("audit", len(rows), "views")
     computed_parts: list[torch.Tensor] = []
     stored_parts: list[torch.Tensor] = []
-    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
-        try:
-            pixels = dataset.pixels(rows[part], views[part])
-        except MachineError:
-            progress.end()
-            raise
-        except DataError as error:
-            verdict.foreign.append(str(error))
-            progress.end()
-            return
+
+    def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        pixels = dataset.pixels(rows[part], views[part])
         targets = cache.read(rows[part], views[part])
         scale = None if targets.scale is None else torch.from_numpy(targets.scale)
-        stored_parts.append(cache.codec.decode(torch.from_numpy(targets.codes), scale))
-        computed_parts.append(teacher.targets(pixels)[0].cpu())
-        progress.advance(int(part[-1]) + 1, "")
-    progress.end()
+        return part, pixels, cache.codec.decode(torch.from_numpy(targets.codes), scale)
+
+    def batches() -> Iterator[tuple[int, list[np.ndarray]]]:
+        for part, pixels, stored in ahead:
+            stored_parts.append(stored)
+            yield int(part[-1]) + 1, list(pixels)
+
+    def compute(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": teacher.targets(pixels)[0]}
+
+    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH))
+    try:
+        # One thread reads the next batches: what it reads is opened as it is needed.
+        with ThreadPoolExecutor(1) as pool, Ahead(read, parts, pool, 2) as ahead:
+            for done, result in through_device(batches(), compute, teacher.device, largest=_BATCH):
+                computed_parts.append(torch.from_numpy(result["features"].copy()))
+                progress.advance(done, "")
+    except MachineError:
+        raise
+    except DataError as error:
+        verdict.foreign.append(str(error))
+        return
+    finally:
+        progress.end()
     computed, stored = torch.cat(computed_parts), torch.cat(stored_parts)
     cosine = torch.nn.functional.cosine_similarity(computed, stored, dim=-1).mean(1)
     shuffled = torch.nn.functional.cosine_similarity(computed.roll(1, 0), stored, dim=-1).mean(1)

@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from milan.core.ahead import Ahead
+from milan.core.device import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.rng import mask_noise
 from milan.errors import CacheError, ImageFault, TeacherError
@@ -161,19 +164,26 @@ def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.n
     view_spec = ViewSpec.from_law(spec.view_law)
     rows: list[int] = []
     views: list[np.ndarray] = []
-    for row in range(min(spec.rows, 2 * count)):
-        if len(views) == count:
-            break
+
+    def first_view(row: int) -> np.ndarray | None:
         try:
             image = decode(source.read(row))
         except ImageFault:
-            continue
+            return None
         address = {"view": spec.first_view, "height": image.height, "width": image.width}
         view = view_of(view_spec, spec.first_row + row, **address)
-        rows.append(spec.first_row + row)
         pixels = render(image, view, size=view_spec.size)
         stored = spec.stored_views
-        views.append(pixels if stored == "none" else unpack(pack(pixels, stored)))
+        return pixels if stored == "none" else unpack(pack(pixels, stored))
+
+    threads, tried = min(16, cpu_count()), range(min(spec.rows, 2 * count))
+    with ThreadPoolExecutor(threads) as pool, Ahead(first_view, tried, pool, 2 * threads) as ahead:
+        for row, pixels in enumerate(ahead):
+            if pixels is not None:
+                rows.append(spec.first_row + row)
+                views.append(pixels)
+            if len(views) == count:
+                break
     empty = np.empty((0, view_spec.size, view_spec.size, 3), np.uint8)
     return np.array(rows, np.int64), np.stack(views) if views else empty
 

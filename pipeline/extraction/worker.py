@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from threading import Event, Lock
 from typing import Any, Final
@@ -136,24 +137,15 @@ class Extractor:
 
     def _compute(self, block: _Block, images: Iterable[_Rendered]) -> None:
         """Run the teacher on the views of a block's images."""
-        batches = self._batches(block, images)
-        device, largest = self.teacher.device, self.batch_size
         for (rows, views), results in through_device(
-            batches, self._targets, device, largest=largest
+            self._batches(block, images),
+            partial(targets_of, self.teacher, self.codec),
+            self.teacher.device,
+            largest=self.batch_size,
         ):
             raise_faults(results.pop("faults"), self.spec.first_row + block.start + rows)
             for name, values in results.items():
                 block.arrays[name][views, rows] = values
-
-    @torch.inference_mode()
-    def _targets(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the teacher says of views [B, S, S, 3], as it is stored, and `faults` [B]."""
-        features, attention = self.teacher.targets(pixels)
-        codes, scale = self.codec.encode(features)
-        targets = {"features": codes, "attention": attention}
-        if scale is not None:
-            targets["scale"] = scale
-        return targets | {"faults": target_faults(features, attention, codes)}
 
     def _batches(
         self, block: _Block, images: Iterable[_Rendered]
@@ -280,6 +272,20 @@ def _row_checksums(values: np.ndarray, absent: Collection[str], start: int) -> l
         None if str(start + i) in absent else google_crc32c.value(row)
         for i, row in enumerate(np.ascontiguousarray(values))
     ]
+
+
+@torch.inference_mode()
+def targets_of(teacher: Teacher, codec: Codec, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is stored of views [B, S, S, 3] uint8, by array, and `faults` [B] (`target_faults`).
+
+    All of it on the teacher's device, which nobody waits for.
+    """
+    features, attention = teacher.targets(pixels)
+    codes, scale = codec.encode(features)
+    targets = {"features": codes, "attention": attention}
+    if scale is not None:
+        targets["scale"] = scale
+    return targets | {"faults": target_faults(features, attention, codes)}
 
 
 _TEACHERS, _CODECS = 1, 2  # whose fault it is that a target must not be stored; 0: it may

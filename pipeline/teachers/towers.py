@@ -12,9 +12,10 @@ B views, N patches, T = 1 + N tokens, W the tower's width, C the features' width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Final, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from milan.core.device import kept_copy
 from milan.errors import TeacherError
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TextTower
@@ -198,6 +200,8 @@ class TimmTower(Tower):
             why = "its blocks have no attention of their own"
         if why:
             refuse(name, why)
+        if hasattr(rope := getattr(trunk, "rope", None), "get_embed"):
+            _keep_positions(rope)
         attn.fused_attn = True  # else it would attend without scaled_dot_product_attention
         self._attn = attn
         count = self.patches + (self.prefix if pooling != "map" else 0)
@@ -246,6 +250,24 @@ def patch_of(trunk: Any) -> int:
     """Pixels along the edge of a patch; of a hybrid, those that its stem reduces to one token."""
     embed = trunk.patch_embed
     return int(embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size[0])
+
+
+def _keep_positions(rope: Any) -> None:
+    """Have timm's rotary positions computed once on each device.
+
+    Towers of any input size compute them on the CPU for every batch, and the copy waits for the
+    device.
+    """
+    kept: dict[Any, torch.Tensor] = {}
+    compute = rope.get_embed
+
+    def get_embed(shape: Sequence[int] | None = None, **more: Any) -> torch.Tensor:
+        device = next(chain(rope.buffers(), rope.parameters())).device
+        key = (device, shape and tuple(shape), *sorted(more.items()))
+        return kept_copy(kept, key, lambda: compute(shape, **more), device)
+
+    if not any(weight.requires_grad for weight in rope.parameters()):  # a buffer alone is constant
+        rope.get_embed = get_embed
 
 
 class _CaptureAttention(TorchFunctionMode):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
+from counting import GPU as COUNTED
+from counting import fake_gpu
 from helpers import ROOT
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device
 from milan.core.distributed import process_group
@@ -116,6 +125,29 @@ def test_nothing_else_copies_without_waiting() -> None:
         if re.search(r"non_blocking=(?!False)", path.read_text())
     }
     assert users == {"milan/core/device.py", "milan/core/transfer.py", "milan/training/loop.py"}
+
+
+@pytest.mark.parametrize(
+    "offence",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x.new_tensor([1.0, 2.0]),
+    ],
+)
+def test_what_waits_for_a_gpu_is_seen(
+    offence: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the counter that other tests rely on: it counts, or the tensor without memory refuses."""
+    with fake_gpu(monkeypatch) as (_, waits):
+        x = torch.zeros(2, device=COUNTED)
+        waits.found.clear()
+        with suppress(DataDependentOutputException, DynamicOutputShapeException):
+            offence(x)
+            assert waits.found
 
 
 def test_figures_are_awaited_on_the_stream_of_their_device(

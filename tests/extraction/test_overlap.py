@@ -12,11 +12,14 @@ import pytest
 from fake_ray import Died, fake_ray
 from helpers import EXTRACTION, tree
 
+from milan.data.dataset import CachedDataset
+from pipeline import verify
 from pipeline.cluster import pool
 from pipeline.cluster.connect import RemoteClass
 from pipeline.extract import extract_targets
 from pipeline.extraction import worker
 from pipeline.extraction.worker import BLOCKS_AT_ONCE, Extractor
+from pipeline.teachers.load import Teacher
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
@@ -56,6 +59,31 @@ def test_a_block_is_staged_while_the_next_is_computed(
         extract_targets(str(photos), out=str(out), **settings)
     assert most == BLOCKS_AT_ONCE
     assert tree(out) == tree(store)
+
+
+def test_an_audit_reads_while_the_teacher_computes(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's batch is not over before the next one is read."""
+    begun, batches, (read, targets) = [], 3, (CachedDataset.pixels, Teacher.targets)
+    next_read = [Event() for _ in range(batches + 1)]
+
+    def reading(self: CachedDataset, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        begun.append(len(rows))
+        next_read[len(begun) - 1].set()
+        return read(self, rows, views)
+
+    def computing(self: Teacher, pixels: Any) -> Any:
+        at = sum(event.is_set() for event in next_read)
+        assert at == batches or next_read[at].wait(20)
+        return targets(self, pixels)
+
+    monkeypatch.setattr(verify, "_BATCH", 4)
+    monkeypatch.setattr(CachedDataset, "pixels", reading)
+    monkeypatch.setattr(Teacher, "targets", computing)
+    verdict = verify.verify(store, audit=verify.Audit(4 * batches))
+    assert (verdict.code, begun) == (verify.GOOD, [4] * batches)
+    assert verdict.checked["audited views"] == 4 * batches
 
 
 class Toy:

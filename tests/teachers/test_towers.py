@@ -18,6 +18,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from counting import GPU, fake_gpu, to_gpu
 from helpers import TEACHER
 from safetensors.torch import save_file
 from timm.models import DefaultCfg, model_entrypoint, register_model
@@ -27,7 +28,9 @@ import pipeline.teachers.timm_vit
 from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import TeacherError
+from milan.store.codecs import codec_of
 from pipeline.extract import extract_targets
+from pipeline.extraction.worker import targets_of
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.towers import TimmTower
@@ -657,3 +660,28 @@ def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None
     assert cache.spec.teacher["pooling"] == {"siglip": "map", "gap": "avg"}.get(name, "token")
     assert any(f"row 0 is {about['class_token']}" in note for note in progress.notes)
     assert (cache.spec.tokens, cache.spec.channels) == (17, teacher.channels)
+
+
+# One of each kind of attention, positions and pooling; the others differ in weights.
+_KINDS = ("small_vit", "small_dinov3", "small_mixed", "small_beit", "eva_clip", "siglip", "avg")
+
+
+@pytest.mark.parametrize("name", ["native", *(n for n in _KINDS if n in CLASS_TOKENS + POOLED)])
+def test_nothing_waits_for_a_gpu(
+    files: Any, teacher_files: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch on its way to what is stored: no value is read, nothing is copied, on any tower."""
+    native = TeacherSpec(teacher_files["teacher"], teacher_files["pretrained"])
+    spec = replace(native if name == "native" else files(name), precision="fp16")
+    teacher = load_teacher(spec, device="cpu")
+    codecs = [codec_of("int8").fitted(torch.randn(64, teacher.channels))]
+    codecs += [codec_of("float16")] * (name == "native")
+    with fake_gpu(monkeypatch) as (fake, waits):
+        to_gpu(teacher.visual, fake)
+        teacher.device = GPU
+        pixels = torch.zeros(2, teacher.size, teacher.size, 3, dtype=torch.uint8, device=GPU)
+        waits.found.clear()
+        for codec in codecs:
+            targets = targets_of(teacher, codec, pixels)
+            assert {t.device for t in targets.values()} == {GPU}
+        assert waits.found == {}
