@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from milan.core.ahead import Ahead
-from milan.core.device import cpu_count
+from milan.core.machine import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.rng import mask_noise
 from milan.errors import CacheError, ImageFault, TeacherError
