@@ -70,9 +70,11 @@ def pretrain(
     config = resolve(PretrainConfig, section="pretrain", params=params, sets=sets, flags=flags)
     if dry_run:
         from milan.training.estimate import estimate_run
+        from milan.training.pretrain import Call
 
         with console.ConsoleProgress() as progress:
-            rows = estimate_run(config, progress=progress)
+            call = Call(resume, overwrite, max_steps)
+            rows = estimate_run(config, call=call, progress=progress)
         console.table("A run would take", ("what", ""), rows)
         return
     from milan.training.pretrain import pretrain as run

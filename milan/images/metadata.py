@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_XMP = b"XML:com.adobe.xmp\0"  # the keyword of a text that may hold an orientation
 # What an image needs; without EXIF, GPS, XMP, ICC, IPTC, dates, names and private tags.
 _TIFF_TAGS = {
     254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322,
@@ -44,7 +45,8 @@ def _png(data: bytes) -> bytes | None:
             return None
         critical = kind[:1].isupper() or kind == b"tRNS"
         intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if critical or (kind == b"eXIf" and intact):
+        turns = kind == b"eXIf" or (kind == b"iTXt" and chunk[8:].startswith(_XMP))
+        if critical or (turns and intact):
             kept.append(chunk)
     return b"".join(kept)
 

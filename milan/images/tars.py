@@ -36,6 +36,8 @@ class Tar:
     captions: list[str | None] = field(default_factory=list)
     annotations: int = 0
     """How many members are labels and captions of these images."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Name -> number of the images so far, kept up where there are hard links."""
     ignored: Counter[str] = field(default_factory=Counter)
     """All other members but folders, by extension, or why they are left out."""
 
@@ -108,8 +110,7 @@ def _take(
     member: tarfile.TarInfo,
     file: BinaryIO,
 ) -> None:
-    # `.` changes no path; `..` does, but a name is only a name here: nothing is unpacked.
-    name = "/".join(part for part in member.name.split("/") if part != ".")
+    name = _without_dots(member.name)
     if member.isdir():
         return
     if any(part.startswith(".") and part != ".." for part in name.split("/")):
@@ -117,7 +118,9 @@ def _take(
         return
     sample, extension = _split(name)
     kind = extension.lower()
-    if not member.isreg() or member.issparse():
+    if member.islnk() and name.lower().endswith(extensions()):
+        _take_link(tar, name, _without_dots(member.linkname))
+    elif not member.isreg() or member.issparse():
         tar.ignored["links and special files"] += 1
     elif name.lower().endswith(extensions()):
         tar.names.append(name)
@@ -140,6 +143,25 @@ def _take(
             tar.ignored[f"unreadable {kind}"] += 1
     else:
         tar.ignored[file_kind(name)] += 1
+
+
+def _without_dots(name: str) -> str:
+    """A member's name. `.` changes no path; `..` does, but nothing is unpacked here."""
+    return "/".join(part for part in name.split("/") if part != ".")
+
+
+def _take_link(tar: Tar, name: str, target: str) -> None:
+    """An image under a second name: tar writes the later names of a file as hard links."""
+    if len(tar.places) < len(tar.names):
+        first = len(tar.places)
+        tar.places.update({n: i for i, n in enumerate(tar.names[first:], first)})
+    place = tar.places.get(target)
+    if place is None:
+        tar.ignored["links and special files"] += 1
+        return
+    tar.names.append(name)
+    tar.offsets.append(tar.offsets[place])
+    tar.sizes.append(tar.sizes[place])
 
 
 def _facts(kind: str, data: bytes) -> dict[str, Any]:

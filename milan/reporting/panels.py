@@ -228,18 +228,33 @@ def zoom_of(size: int) -> int:
     return max(1, round(PANEL / size))
 
 
-@lru_cache
-def _font() -> Any:
+def _font_file() -> Path:
     """Of matplotlib, because it has more letters than Pillow's."""
     import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+
+
+@lru_cache
+def _font() -> Any:
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 12)
+    return ImageFont.truetype(_font_file(), 12)
+
+
+@lru_cache
+def _letters() -> frozenset[int]:
+    """The characters that the font can draw."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
 
 
 def _printable(text: str) -> str:
-    """Text as it can be drawn: what is no character, or would break the line, as its escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Text as it can be drawn: what is no character, would break the line, or is not in the font
+    (Chinese, Japanese, Korean), as its escape: a name can still be told and found by it.
+    """
+    return "".join(c if c.isprintable() and ord(c) in _letters() else ascii(c)[1:-1] for c in text)
 
 
 def _cut(text: str, width: int) -> str:

@@ -28,19 +28,25 @@ from milan.training.build import (
     student_of,
 )
 from milan.training.compilation import StepLoss, compile_step
+from milan.training.initial import initialise_from
 from milan.training.loop import Context
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import peak_bytes
 from milan.training.optim import adamw
-from milan.training.pretrain import devices_of
+from milan.training.pretrain import Call, devices_of
+from milan.training.run import decide
+from milan.training.run_store import decoder_of, differing
 
 _STEPS = 3  # that are timed, after one that is not
 
 
 def estimate_run(
-    config: PretrainConfig, *, progress: Progress | None = None
+    config: PretrainConfig, *, call: Call | None = None, progress: Progress | None = None
 ) -> list[tuple[str, str]]:
     """What `milan pretrain` with these settings would take, as (what, figure); writes nothing.
+
+    Of a run that is in its folder: what is left of it, with the decoder that it has; else the
+    weights that it would start from are looked at. `call` says how it meets such a run.
 
     A few steps of one micro-batch are taken on this machine with the store's own images; hours
     follow from their median. Of several ranks each is assumed to be as fast. Raises MilanError.
@@ -53,7 +59,18 @@ def estimate_run(
     settings = resolve_defaults(config, device, ranks)
     cache = TargetCache(config.cache, layer=config.layer)
     order = run_order(config, cache).without(cache.dropped, cache.dropped[:0])
-    student = student_of(settings, cache).to(device)
+    run, call = Path(config.out), call or Call()
+    start = decide(
+        run,
+        lambda: differing(run, config, settings.values()),
+        resume=call.resume,
+        overwrite=call.overwrite,
+        progress=progress,
+    )
+    student = student_of(settings, cache, decoder=decoder_of(run) if start.step else None)
+    if start.step is None:
+        initialise_from(config, student, progress)
+    student = student.to(device)
     micro = micro_batch_of(config, student, device, ranks, progress)
     schedule = schedule_of(settings, order, micro, ranks.size)
     choose_kernels(student, device, settings.precision)
@@ -109,16 +126,18 @@ def estimate_run(
     feeding = Feeding(loader.loading, workers, ranks.on_node, dataset.stored, rate)
     saved = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in student.parameters())
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    left = schedule.steps - (start.step or 0)
     train, validation = len(order.train_rows), len(order.validation_rows)
     return [
         ("model", f"{config.model}, {weights / 1e6:,.1f} M weights with its decoder"),
         ("images", f"{train:,} an epoch, {validation:,} for validation"),
         ("steps", f"{schedule.steps:,}: {config.epochs} epochs of {order.steps:,}"),
+        *([("steps that are left", f"{left:,}")] if start.step else []),
         ("ranks", f"{ranks.size}, {schedule.accumulate} x {micro} images of a step each"),
         ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
         ("images/s", f"{config.batch_size / step:,.1f}, without data loading"),
         ("data loading", feeding.words()),
-        ("time", format_duration(schedule.steps * step)),
+        ("time", format_duration(left * step)),
         ("memory", f"{format_bytes(peak)} of tensors on each rank at the peak; leave a fifth more"),
         ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept; as much memory of the host"),
     ]

@@ -141,20 +141,26 @@ def test_what_gives_no_row_is_counted(tmp_path: Path) -> None:
     members += [("5.jpg", b"5"), ("5.cls", b"9" * 12), ("5.txt", b"x" * (1 << 20) + b"x")]
     path = write(tmp_path / "x.tar", members)
     with tarfile.open(path, "a") as tar:
-        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
+        for name, kind, target in (
+            ("link.jpg", tarfile.SYMTYPE, "1.jpg"),
+            ("hard.jpg", tarfile.LNKTYPE, "./5.jpg"),
+            ("none.jpg", tarfile.LNKTYPE, "0.jpg"),
+        ):
             member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "1.jpg"
+            member.type, member.linkname = kind, target
             tar.addfile(member)
         folder = tarfile.TarInfo("folder.jpg")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     (tmp_path / "README.md").write_text("")
     manifest = build_manifest(tmp_path, seed=0)
-    assert rows(manifest).keys() == {"x.tar/1.jpg", "x.tar/5.jpg"}
+    assert rows(manifest).keys() == {"x.tar/1.jpg", "x.tar/5.jpg", "x.tar/hard.jpg"}
+    found = bytes_of(manifest, tmp_path)
+    assert found["x.tar/hard.jpg"] == found["x.tar/5.jpg"]  # a second name of the same file
     assert {row["label"] for row in rows(manifest).values()} == {None}
     assert {row["caption"] for row in rows(manifest).values()} == {None}
     assert describe_source(manifest)[1:] == [
-        "found: 21 files: 2 images, 1 .tar; left out: 3 .npy, 3 unreadable .cls, "
+        "found: 22 files: 3 images, 1 .tar; left out: 3 .npy, 3 unreadable .cls, "
         "3 unreadable .json, 2 hidden, 2 links and special files, 2 unreadable .txt, 1 .md, "
         "1 labels and captions without an image, 1 without extension"
     ]

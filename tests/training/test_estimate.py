@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 from helpers import SMALL, STUDENT, run_here, tree
 
 import milan
+from milan.config import PretrainConfig
 from milan.core.units import parse_bytes
-from milan.errors import ConfigError
+from milan.errors import ConfigError, TrainError
+from milan.reporting.run_files import read_run, update_run
 from milan.training.estimate import estimate_run
+from milan.training.pretrain import Call
 
 
 def figures(store: Path, **changes: Any) -> dict[str, str]:
@@ -46,6 +51,29 @@ def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
     told = dict(estimate_run(milan.PretrainConfig(str(store), **grid)))
     assert told["time"]
     assert milan.pretrain(str(store), out=str(tmp_path), stop_after=1, **grid)["step"] == 1
+
+
+def test_a_run_that_is_there(
+    store: Path, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its own decoder and the steps that are left; without one, the weights to start from."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run(), run)
+    update_run(run, decoder=read_run(run)["decoder"] | {"depth": 1})
+    before = tree(run)
+    told = figures(store, out=str(run))
+    assert (told["steps"], told["steps that are left"]) == ("21: 7 epochs of 3", "0")
+    with pytest.raises(TrainError, match=r"holds a run of other settings \(lr"):
+        figures(store, out=str(run), lr=0.5)
+    anew = PretrainConfig(str(store), **{**SMALL, "lr": 0.5, "out": str(run)})
+    fresh = dict(estimate_run(anew, call=Call(overwrite=True)))
+    assert "steps that are left" not in fresh
+    assert parse_bytes(fresh["checkpoint"].split(",")[0]) > parse_bytes(
+        told["checkpoint"].split(",")[0]
+    )
+    assert tree(run) == before
+    with pytest.raises(ConfigError, match="nowhere"):
+        figures(store, out=str(tmp_path / "new"), init=str(tmp_path / "nowhere"))
 
 
 def test_the_command_writes_nothing(store: Path, tmp_path: Path) -> None:
