@@ -8,9 +8,13 @@ _ENOUGH = 400  # validation images: two standard errors are then 5 points at mos
 
 
 def chance(train: np.ndarray, val: np.ndarray) -> float:
-    """Top-1 in percent of naming the most frequent class of `train` always; labels [n], [m]."""
+    """Top-1 in percent of naming the most frequent class of `train` always; labels [n], [m].
+
+    Of several that are as frequent any may be named: the mean over them, for `val` may lack some.
+    """
     classes, counts = np.unique(train, return_counts=True)
-    return 100 * float((val == classes[counts.argmax()]).mean())
+    frequent = classes[counts == counts.max()]
+    return 100 * float(np.isin(val, frequent).mean()) / len(frequent)
 
 
 def doubts(train: np.ndarray, val: np.ndarray, *, neighbours: int = 0) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -532,7 +532,8 @@ def _row_groups(
             paths = _as_text(column, f"image.path {of_file}").to_pylist()
         # After the file's name even where it is the only one: another may come beside it.
         keys = [f"{name}/{p if p else f'{group}.{i}'}" for i, p in enumerate(paths)]
-        labels = captions = nulls
+        labels: Any = nulls
+        captions: Any = nulls
         if "caption" in columns:
             captions = _as_text(part["caption"], f"caption {of_file}")
         if named:

@@ -120,7 +120,11 @@ def _save(page: np.ndarray, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(page).save(path)
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path} cannot be written: {error}", expected="a path.png") from None
+        path.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or error
+        raise CacheError(
+            f"{path} cannot be written: {why}", expected="a path.png, on a disk with room"
+        ) from None
     return path
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from milan.core.paths import AnyPath, as_path, sizes_below
+from milan.core.paths import AnyPath, as_path, map_files, sizes_below
 from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
@@ -218,6 +218,19 @@ class TargetCache:
     def content_digest(self, row: int, view: int) -> str:
         """The checksum of the image's bytes (milan.images.decode.content_digest) at extraction."""
         return self._holder(row, view).content_digest(row, view)
+
+    def content_digests(self, rows: np.ndarray) -> list[str]:
+        """The same of many rows, each record read once. Raises CacheError."""
+        found: dict[int, str] = {}
+        for g in self._row_generations():
+            mine, size = rows[g.holds_rows(rows)] - g.spec.first_row, g.spec.shard_size
+            blocks = np.unique(mine // size).tolist()
+            records = map_files(g.root, partial(g.intact_record, view=0), blocks)
+            for block, record in zip(blocks, records, strict=True):
+                for row in mine[mine // size == block].tolist():
+                    digest = record["digests"][row - record["rows"][0]]
+                    found[row + g.spec.first_row] = digest or ""
+        return [found[row] for row in rows.tolist()]
 
     @property
     def captioned(self) -> np.ndarray:

@@ -213,7 +213,7 @@ def _not_written(run: Path, step: int, error: OSError | SafetensorError) -> Trai
     saved = steps(run)
     return TrainError(
         f"the checkpoint of step {step} cannot be written: {why or _words(error)}",
-        expected="a folder that takes it; " + (f"that of step {saved[-1]} stays" if saved else ""),
+        expected="a folder that takes it" + (f"; that of step {saved[-1]} stays" if saved else ""),
         fix=fix,
     )
 

@@ -195,8 +195,16 @@ def check_labels(dataset: CachedDataset, order: Order, config: PretrainConfig) -
             expected="a store whose images have labels, and held_out above 0",
             fix="--set probe_every=null",
         )
-    known, asked = (dataset.labels[r] for r in (_bank(order, config), order.validation_rows))
+    bank, validation = _bank(order, config), order.validation_rows
+    known, asked = dataset.labels[bank], dataset.labels[validation]
     found = doubts(known, asked, neighbours=NEIGHBOURS)
+    digests = {*dataset.cache.content_digests(bank)}
+    repeated = sum(digest in digests for digest in dataset.cache.content_digests(validation))
+    if repeated:
+        found.append(
+            f"{repeated} of {len(asked)} validation images are training images too (the same "
+            "bytes): k-NN is better than on new images"
+        )
     if unknown := int((~np.isin(asked, known)).sum()):
         found.append(f"{unknown} of {len(asked)} validation images are of classes without others")
     return [f"k-NN probe: {doubt}" for doubt in found]

@@ -23,7 +23,7 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.linear_probe import fit_logistic, linear_probe
-from milan.evaluation.meaning import doubts
+from milan.evaluation.meaning import chance, doubts
 from milan.evaluation.protocols import EvaluationConfig
 
 # --- the classifier -------------------------------------------------------------------------------
@@ -257,6 +257,7 @@ def test_figures_that_mean_nothing(tmp_path: Path) -> None:
     assert "chance is 50 %" in said
     assert "less than 20 points mean the same" in said
     assert notes.line("top-5 is left out: with 2 classes it means nothing")
+    assert chance(np.arange(70) % 7, np.array([1, 3, 6])) == pytest.approx(100 / 7)  # not 0
     many, few = np.arange(500) % 7, np.arange(40) % 2
     assert doubts(many, many, neighbours=20) == []
     assert len(doubts(few, many[:399], neighbours=20)) == 2

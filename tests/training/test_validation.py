@@ -37,6 +37,7 @@ from milan.evaluation.knn import nearest_neighbours
 from milan.models.masking import importance_mask
 from milan.store.cache import TargetCache
 from milan.training.build import resolve_defaults, student_of
+from milan.training.validation import check_labels
 from pipeline.extract import extract_targets
 
 
@@ -270,6 +271,28 @@ def test_the_probe_is_what_it_says(
     votes = np.stack([np.exp(cosines / 0.07)[:, labels[:16] == c].sum(1) for c in range(3)], 1)
     right = (votes.argmax(1) == labels[16:]).mean()
     assert probed[0]["knn_top1"] == pytest.approx(100 * right)
+
+
+def test_copies_among_the_images_of_a_probe(
+    cache: TargetCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation images that the bank holds too, by their bytes, are counted."""
+    rows = np.array([20, 3, 9])
+    digests = cache.content_digests(rows)
+    assert digests == [cache.content_digest(row, 0) for row in rows.tolist()]
+    order = order_of(cache, seed=0, batch_size=8, held_out=0.34)
+    config = PretrainConfig(probe_every=1)
+    assert not any(
+        "same bytes" in doubt for doubt in check_labels(CachedDataset(cache), order, config)
+    )
+    copies = {int(row): "copy" for row in (*order.validation_rows[:2], order.train_rows[0])}
+    monkeypatch.setattr(
+        TargetCache,
+        "content_digests",
+        lambda _, rows: [copies.get(r, str(r)) for r in rows.tolist()],
+    )
+    found = check_labels(CachedDataset(cache), order, config)
+    assert any(doubt.startswith("k-NN probe: 2 of 8 validation images are tr") for doubt in found)
 
 
 def test_a_probe_wants_labels(
