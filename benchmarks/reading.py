@@ -6,8 +6,11 @@ Targets are artificial, [197, 512] int8 in shards of 1,024 rows, in a warm page 
 batches of 64 rows by TargetCache.read (features, scale, attention, all verified), against
 tensorstore itself and zarr-python's `oindex`, which read the same rows of the same three arrays and
 verify less. Window: all rows of a store in training order, against read() of the shard files into
-fresh memory. Loader: photographs with targets, against the same without targets. Memory: peak of a
-process that opens a store, loads its manifest and order and reads 100 batches.
+fresh memory. Loader: photographs with targets, against the same without targets. A core: micro-
+batches of 64 with targets and noise, of originals against ImageFolder's normalised floats, and of
+stored views against the same views opened, decoded and compared by Pillow one by one, as milan did
+before; in processor time, one process, files in the page cache. Memory: peak of a process that
+opens a store, loads its manifest and order and reads 100 batches.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
+import torch
 import zarr
+from torchvision.datasets import ImageFolder
 
+from benchmarks.images import theirs
 from benchmarks.measure import interleaved, parser, photos, ratio, report
 from benchmarks.synthetic import make_store
-from milan.data.dataset import open_cache
-from milan.data.loader import training_loader
+from milan.data.dataset import CachedDataset, open_cache
+from milan.data.loader import CachedBatches, training_loader
 from milan.data.order import order_of
-from milan.data.sampler import StepSampler
+from milan.data.sampler import Address, Kind, StepSampler
+from milan.images.formats import open_picture
 from milan.images.manifest import SCHEMA, Manifest, build_manifest
 from milan.store.cache import TargetCache, Targets
 from milan.store.generation import open_array
@@ -118,6 +126,45 @@ def loader_rate(store: Path, targets: bool, epochs: int) -> float:
     return count / (time.perf_counter() - start)
 
 
+class _RowByRow(CachedDataset):
+    """Reads stored views as milan did before: each by itself, decoded by Pillow."""
+
+    def pixels(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), 224, 224, 3), np.uint8)
+        for i in range(len(rows)):
+            row, view = rows[i : i + 1], views[i : i + 1]
+            out[i] = np.asarray(open_picture(self.cache.packed(row, view)[0]).convert("RGB"))
+            checksum = google_crc32c.value(out[i].tobytes())
+            assert checksum == self.cache.checksum(int(row[0]), int(view[0]))
+        return out
+
+
+def a_core(originals: Path, stored: Path, folder: ImageFolder) -> dict[str, Callable[[], None]]:
+    """Functions that load every view once: ours, and what it is compared with."""
+
+    def batches(dataset: CachedDataset) -> Callable[[], None]:
+        source = CachedBatches(dataset, 0, True, None)
+        rows = np.random.default_rng(0).permutation(dataset.good)
+
+        def load() -> None:
+            for at in range(0, len(rows), _BATCH):
+                batch = rows[at : at + _BATCH]
+                source.load(Address(Kind.TRAIN, 0, batch, np.zeros_like(batch)))
+
+        return load
+
+    def image_folder() -> None:
+        for i in range(len(folder)):
+            _ = folder[i]
+
+    return {
+        "ImageFolder": image_folder,
+        "originals": batches(open_cache(originals)),
+        "row by row": batches(_RowByRow(TargetCache(stored))),
+        "stored views": batches(open_cache(stored)),
+    }
+
+
 def peak(store: Path, reading: bool) -> float:
     """Peak resident MB of a process that opens a store, and with `reading` reads from it."""
     code = (
@@ -167,6 +214,21 @@ def main() -> None:
                 rates[targets].append(loader_rate(photo_store, targets, 12))
         rate = ratio(rates[True], rates[False])
         lines.append(f"| loader: with / without targets, images/s | {rate} | >= 0.95 |")
+        kept = make_store(
+            folder / "kept.zarr", manifest, shard_size=len(manifest), root=source,
+            stored_views="jpeg:95",
+        )  # fmt: skip
+        torch.set_num_threads(1)
+        theirs_folder = theirs(source, floats=True)
+        seconds = interleaved(a_core(photo_store, kept, theirs_folder), args.rounds, clock="cpu")
+        for other, ours, goal in (
+            ("ImageFolder", "originals", "1.5"), ("row by row", "stored views", "1.84"),
+        ):  # fmt: skip
+            rate = ratio(seconds[other], seconds[ours])
+            lines.append(f"| a core: {other} / {ours}, seconds | {rate} | >= {goal} |")
+        core = {
+            name: len(theirs_folder) / statistics.median(times) for name, times in seconds.items()
+        }
         small = make_store(folder / "s.zarr", numbered(1024), shard_size=1024)
         large = make_store(folder / "l.zarr", numbered(1_024_000), shard_size=1024)
         manifests = peak(large, False) - peak(small, False)
@@ -175,7 +237,8 @@ def main() -> None:
             f"| memory: 1,024,000 rows ({many:.0f} MB, {manifests:.0f} of them opening and "
             f"manifest) / 1,024 rows ({few:.0f} MB) | {(many - manifests) / few:.2f} | <= 1.3 |"
         )
-    lines += ["", f"A batch of 64 rows takes {each:.1f} ms."]
+    lines += ["", f"A batch of 64 rows takes {each:.1f} ms. A core loads, in images/s:", ""]
+    lines += [f"- {name}: {rate:,.0f}" for name, rate in core.items()]
     command = f"python -m benchmarks.reading --rounds {args.rounds}"
     report("reading", command, lines, keep=args.keep)
 

@@ -20,6 +20,7 @@ from milan.core import rng
 from milan.errors import ConfigError
 from milan.images.formats import open_picture
 from milan.images.jpeg import decode_jpeg
+from milan.images.resize import resize
 
 _TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
 
@@ -120,10 +121,12 @@ def render(image: Image.Image | np.ndarray, view: View, *, size: int) -> np.ndar
     filter look past the crop's edge, at pixels that the view does not contain.
     """
     whole = np.asarray(image)
-    crop = Image.fromarray(
-        whole[view.top : view.top + view.height, view.left : view.left + view.width]
-    )
-    pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    crop = whole[view.top : view.top + view.height, view.left : view.left + view.width]
+    resized = resize(crop, size, flip=view.flip)
+    if resized is not None:
+        return resized
+    image = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
     if view.flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)

@@ -42,11 +42,6 @@ class Settings:
     precision: str
     """fp32, bf16 or fp16."""
 
-    @property
-    def tf32(self) -> bool:
-        """Whether float32 is multiplied in TF32, on CUDA: where it was asked for as a whole."""
-        return self.precision == "fp32" and self.config.tf32
-
     def values(self, **more: Any) -> dict[str, Any]:
         """All settings by name, as run.json keeps them."""
         filled = {name: value for name, value in vars(self).items() if name != "config"}
@@ -233,13 +228,9 @@ class PretrainTask:
         self.model, self.network, self.step_loss = student, network, step_loss
         self.validate, self.device = validation, device
 
-    def to_device(self, batch: Batch) -> Batch:
-        """The micro-batch on the device; from pinned memory to CUDA the copy does not wait."""
-        return batch.to(self.device)
-
     def loss(self, batch: Batch) -> torch.Tensor:
         """The objective on a micro-batch, a scalar."""
-        return self.step_loss(batch)
+        return self.step_loss(batch.to(self.device))
 
     def describe(self, batch: Batch) -> list[str]:
         """'row.view' of each image of a micro-batch."""

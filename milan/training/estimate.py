@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from milan.config import PretrainConfig
-from milan.core.device import autocast, pick_device, tf32
+from milan.core.device import autocast, pick_device
 from milan.core.distributed import Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
@@ -113,7 +113,7 @@ def estimate_run(
     progress.note(f"memory: {format_bytes(peak)} of tensors on each rank at the peak")
     progress.begin("time a step", _STEPS + 1, "steps")
     timings = []
-    with as_train_error(Path(config.out), micro), tf32(device, settings.tf32):
+    with as_train_error(Path(config.out), micro):
         for done in range(_STEPS + 1):
             timings.append((seconds("gradient"), seconds("update")))
             optimiser.zero_grad(set_to_none=True)
@@ -139,5 +139,5 @@ def estimate_run(
         ("data loading", feeding.words()),
         ("time", format_duration(left * step)),
         ("memory", f"{format_bytes(peak)} of tensors on each rank at the peak; leave a fifth more"),
-        ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept; as much memory of the host"),
+        ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept"),
     ]

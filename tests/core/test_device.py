@@ -6,14 +6,12 @@ import gc
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from counting import GPU as COUNTED
 from counting import fake_gpu
-from helpers import ROOT, Notes
+from helpers import ROOT
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,15 +19,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device, tf32
-from milan.core.distributed import SINGLE, process_group
-from milan.data.order import Order
+from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device
+from milan.core.distributed import process_group
 from milan.errors import ConfigError
 from milan.objectives.resample import resampled_attention, resampled_features
 from milan.store.codecs import codec_of
-from milan.training.build import resolve_defaults, schedule_of
-from milan.training.loop import Context, _StepResult
-from milan.training.pretrain import PretrainConfig, _note_schedule, devices_of
+from milan.training.build import resolve_defaults
+from milan.training.loop import _StepResult
+from milan.training.pretrain import PretrainConfig, devices_of
 
 GPU = torch.device("cuda", 1)
 
@@ -120,14 +117,14 @@ def test_only_cuda_copies_without_waiting(name: str, waits: bool) -> None:
 
 
 def test_nothing_else_copies_without_waiting() -> None:
-    """But what events guard: what is trained and its figures, and batches in pinned buffers."""
+    """But what events guard: a step's figures, and batches in pinned buffers."""
     users = {
         path.relative_to(ROOT).as_posix()
         for folder in ("milan", "pipeline", "stages")
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"non_blocking=(?!False)", path.read_text())
     }
-    assert users == {"milan/core/device.py", "milan/core/transfer.py"}
+    assert users == {"milan/core/device.py", "milan/core/transfer.py", "milan/training/loop.py"}
 
 
 @pytest.mark.parametrize(
@@ -160,9 +157,6 @@ def test_figures_are_awaited_on_the_stream_of_their_device(
     recorded: list[torch.device] = []
 
     class Event:
-        def __init__(self, *, enable_timing: bool) -> None:
-            pass
-
         def record(self, stream: torch.device) -> None:
             recorded.append(stream)
 
@@ -180,33 +174,3 @@ def test_a_single_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     with process_group(None, GPU) as (_, device):
         assert (device, current) == (GPU, [GPU])
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_tf32_is_for_a_run_alone(on: bool) -> None:
-    """A teacher in float32 in the same process computes as it did; CPUs never notice."""
-    products = torch.backends.cuda.matmul
-    before = products.allow_tf32, torch.get_float32_matmul_precision()
-    with suppress(KeyError), tf32(GPU, on):
-        assert products.allow_tf32 == torch.backends.cudnn.allow_tf32 == on
-        assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"
-        raise KeyError
-    assert (products.allow_tf32, torch.get_float32_matmul_precision()) == before
-    with tf32(torch.device("cpu"), on):
-        assert (products.allow_tf32, torch.get_float32_matmul_precision()) == before
-
-
-def test_tf32_is_said_where_float32_is_asked_for(two_gpus: None) -> None:
-    """In a line that tells how to switch it off; bf16 has its own products, a CPU has none."""
-    for device, precision, setting, expected in (
-        (GPU, "fp32", True, True), (GPU, "fp32", False, False), (GPU, "bf16", True, False),
-        (torch.device("cpu"), "fp32", True, False),
-    ):  # fmt: skip
-        notes = Notes()
-        config = PretrainConfig(precision=precision, tf32=setting, batch_size=4)
-        settings, context = resolve_defaults(config, device), Context(Path(), device, SINGLE, notes)
-        order = Order(np.arange(40), np.zeros(40, np.int64), 40, 1, 0, 4, 40)
-        _note_schedule(settings, schedule_of(settings, order, 4, 1), order, 4, context)
-        said = [line for line in notes.lines if "TF32" in line]
-        assert bool(said) == expected
-        assert all("--set tf32=false" in line for line in said)
