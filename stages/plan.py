@@ -38,6 +38,14 @@ def plan(
             rich_help_panel=CALL,
         ),
     ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            help="Assume its published rate for the teacher (a100, rtx4090, ...); all else is "
+            "measured.",
+            rich_help_panel=CALL,
+        ),
+    ] = None,
     write_mb_per_second: Annotated[
         float | None,
         typer.Option(help="Of the store's disk; default: measured.", rich_help_panel=CALL),
@@ -61,6 +69,7 @@ def plan(
         config,
         budget=budget,
         images_per_second=images_per_second,
+        accelerator=accelerator,
         write_mb_per_second=write_mb_per_second,
         train_images_per_second=train_images_per_second,
         progress=console.ConsoleProgress(),

@@ -17,8 +17,10 @@ from milan.data.feeding import cores_needed
 from milan.errors import ConfigError
 from milan.store.codecs import codec_of
 from pipeline.config import ExtractConfig
+from pipeline.estimate.accelerators import accelerator_of, teacher_seconds_on
 from pipeline.estimate.decoding import (
     STORED_VIEWS,
+    TRAINING_SOURCE,
     TRAINING_SPEED,
     Decoding,
     measure_decoding,
@@ -43,60 +45,89 @@ def estimate_cost(
     images_per_second: float | None = None,
     write_mb_per_second: float | None = None,
     train_images_per_second: float | None = None,
+    accelerator: str | None = None,
     progress: Progress | None = None,
 ) -> Tables:
     """What `milan extract-targets` with these settings would take, as tables; leaves no file.
 
     `images_per_second` (of one replica, all views of each image) and `write_mb_per_second` replace
-    the measurement; `train_images_per_second` replaces the assumed speed of training. With a
+    the measurement; `accelerator` names one whose rate is assumed for the teacher;
+    `train_images_per_second` replaces the assumed speed of training. With a
     `budget` such as 2TB, the tables propose views, codec and whether to store views, and are those
     of the proposal. Raises MilanError.
     """
-    work = plan(config, progress or NoProgress())
+    progress = progress or NoProgress()
+    for flag, rate in (
+        ("images", images_per_second),
+        ("write-mb", write_mb_per_second),
+        ("train-images", train_images_per_second),
+    ):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"--{flag}-per-second {rate:g}", expected="a rate above 0")
+    work = plan(config, progress)
     tables: Tables = {}
-    decoding = measure_decoding(work) if images_per_second is None else None
+    decoding = measure_decoding(work)
     if budget is not None:
         slow = decoding is not None and decoding.is_bottleneck(train_images_per_second)
         work, tables = fit_budget(work, budget, store_views=slow)
-    throughput = None
-    if images_per_second is not None:
-        if images_per_second <= 0 or (write_mb_per_second or 1) <= 0:
-            raise ConfigError(
-                f"--images-per-second {images_per_second}"
-                + (f" --write-mb-per-second {write_mb_per_second}" if write_mb_per_second else ""),
-                expected="throughputs above 0",
-            )
-        write = write_mb_per_second * 1e6 if write_mb_per_second else math.inf
-        # All of an image's time is counted as the teacher's, as if decoding took none.
-        seconds = 1 / images_per_second
-        throughput = Throughput(seconds, seconds / config.views, write, "given")
     workers = plan_workers(work.config, work.hardware)
-    if throughput is None:
-        throughput = measure_throughput(work, workers, progress or NoProgress())
-        if write_mb_per_second:
-            throughput = replace(
-                throughput,
-                write_rate=write_mb_per_second * 1e6,
-                source=throughput.source + ", disk given",
-            )
+    if images_per_second is None:
+        throughput = _measured(work, workers, progress, accelerator)
+    else:
+        throughput = _given(work, images_per_second, accelerator)
+    if throughput and write_mb_per_second:
+        source = throughput.source
+        throughput = replace(
+            throughput,
+            write_rate=write_mb_per_second * 1e6,
+            source=source if source == "given" else f"{source}, disk given",
+        )
     return tables | cost_of(work, workers, throughput, decoding, train=train_images_per_second)
+
+
+def _measured(
+    work: Plan, workers: Workers, progress: Progress, accelerator: str | None = None
+) -> Throughput | None:
+    """Of this machine; None where the teacher would run on GPUs that are not here to be measured.
+
+    With `accelerator` all but the teacher is measured.
+    """
+    elsewhere = work.hardware.on_gpu and work.teacher.device.type != "cuda"
+    if elsewhere and accelerator is None:
+        return None
+    return measure_throughput(work, workers, progress, accelerator=accelerator)
+
+
+def _given(work: Plan, images_per_second: float, accelerator: str | None) -> Throughput:
+    seconds = 1 / images_per_second
+    if accelerator is None:
+        assumed = "all of an image's time is the teacher's, as if decoding took none"
+        each = seconds / work.config.views
+    else:
+        each = teacher_seconds_on(accelerator_of(accelerator), work.teacher)
+        assumed = f"the teacher at {1 / each:,.0f} views/s: {accelerator_of(accelerator).source}"
+    return Throughput(seconds, each, math.inf, "given", (assumed,))
 
 
 def measure_cost(work: Plan, workers: Workers, progress: Progress) -> Tables:
     """The tables of a plan, at the throughput of this machine. Raises MilanError."""
-    throughput = measure_throughput(work, workers, progress)
+    throughput = _measured(work, workers, progress)
     return cost_of(work, workers, throughput, measure_decoding(work))
 
 
 def cost_of(
     work: Plan,
     workers: Workers,
-    throughput: Throughput,
+    throughput: Throughput | None,
     decoding: Decoding | None = None,
     *,
     train: float | None = None,
 ) -> Tables:
-    """The tables of a plan at this throughput; `train` is the speed of training, images/s."""
+    """The tables of a plan at this throughput; `train` is the speed of training, images/s.
+
+    The last table tells what was measured, given or assumed. Without a throughput there are no
+    times.
+    """
     out, specs = work.location.path, [part.spec for part in work.parts]
     spec, sizes = specs[0], size_of_store(work)
     images = max(s.first_row + s.rows for s in specs)
@@ -126,7 +157,25 @@ def cost_of(
         "Extraction": _extraction(work, workers, throughput, missing, to_write),
         "Training from it": _training(work, throughput, sizes, images, views, train)
         + _decoding(work, decoding, images * views, train),
+        "Where the figures come from": _sources(workers, throughput, decoding, train),
     }
+
+
+def _sources(
+    workers: Workers, throughput: Throughput | None, decoding: Decoding | None, train: float | None
+) -> list[tuple[str, str]]:
+    rows = [("teacher, images, disk", throughput.source if throughput else _UNKNOWN)]
+    rows += [("assumed", line) for line in (throughput.assumed if throughput else ())]
+    if throughput and workers.replicas > 1:
+        rows.append(("assumed", f"{workers.replicas} replicas, each as fast as this one"))
+    if throughput and throughput.write_rate == math.inf:
+        rows.append(("assumed", "the store takes what is written; else --write-mb-per-second"))
+    if decoding:
+        rows.append(("decoding", "measured here, in processor time"))
+    assumed = f"assumed, {TRAINING_SPEED:,.0f} images/s: {TRAINING_SOURCE}"
+    rows.append(("training", "given, with the cores of this machine" if train else assumed))
+    rows.append(("page cache", "the memory of this machine"))
+    return rows
 
 
 def seconds_of(work: Plan, workers: Workers, throughput: Throughput, missing: list[int]) -> float:
@@ -141,9 +190,21 @@ def seconds_of(work: Plan, workers: Workers, throughput: Throughput, missing: li
     return max(teacher, disk)
 
 
+_UNKNOWN = (
+    "unknown: its GPUs are not here to be measured. --images-per-second of one replica, or "
+    "--accelerator NAME of `milan plan`, assumes a rate"
+)
+
+
 def _extraction(
-    work: Plan, workers: Workers, throughput: Throughput, missing: list[int], to_write: float
+    work: Plan,
+    workers: Workers,
+    throughput: Throughput | None,
+    missing: list[int],
+    to_write: float,
 ) -> list[tuple[str, str]]:
+    if throughput is None:
+        return [("throughput", _UNKNOWN), ("replicas of the teacher", f"{workers.replicas}")]
     seconds = seconds_of(work, workers, throughput, missing)
     needed = to_write / seconds if seconds else 0.0
     replicas = f"{workers.replicas}, each {1 / throughput.image_seconds:,.4g} images/s"
@@ -159,7 +220,12 @@ def _extraction(
 
 
 def _training(
-    work: Plan, throughput: Throughput, sizes: Sizes, images: int, views: int, train: float | None
+    work: Plan,
+    throughput: Throughput | None,
+    sizes: Sizes,
+    images: int,
+    views: int,
+    train: float | None,
 ) -> list[tuple[str, str]]:
     speed = train or TRAINING_SPEED
     view_bytes = work.parts[0].spec.view_bytes()
@@ -171,14 +237,18 @@ def _training(
         "all of it stays there" if all_views < 0.8 * memory
         else "every epoch reads from disk, as each reads another view"
     )  # fmt: skip
-    assumed = "" if train else " (assumed: ViT-B/16 on eight A100)"
+    assumed = "" if train else " (assumed)"
     photos = f" and {format_bytes(speed * photo_bytes)}/s of images" if photo_bytes else ""
-    once, every_epoch = throughput.image_seconds, throughput.teacher_seconds
     rows = [
         ("training, images/s", f"{speed:,.0f}{assumed}"),
         ("reads", f"{format_bytes(speed * view_bytes)}/s of targets{photos}"),
         ("page cache", f"an epoch reads {format_bytes(epoch)}, all views are "
                        f"{format_bytes(all_views)}, memory is {format_bytes(memory)}: {cached}"),
+    ]  # fmt: skip
+    if throughput is None:
+        return rows
+    once, every_epoch = throughput.image_seconds, throughput.teacher_seconds
+    rows += [
         ("break-even", f"{once / every_epoch:,.1f} epochs: an image costs {format_duration(once)} "
                        f"once, the teacher online {format_duration(every_epoch)} in every epoch; "
                        f"the student's step is the same"),

@@ -15,6 +15,7 @@ from milan.core.units import format_bytes, parse_bytes
 from milan.errors import ConfigError
 from milan.store.format import GENERATION, Index
 from pipeline.config import ExtractConfig
+from pipeline.estimate.accelerators import view_flop
 from pipeline.estimate.cost import cost_of, estimate_cost, fit_budget, seconds_of
 from pipeline.estimate.decoding import Decoding, measure_decoding
 from pipeline.estimate.size import size_of_store
@@ -22,6 +23,7 @@ from pipeline.estimate.throughput import Throughput
 from pipeline.extract import extract_targets
 from pipeline.extraction.hardware import Workers
 from pipeline.extraction.plan import Plan, plan
+from pipeline.teachers.load import Teacher
 
 SPEED = Throughput(image_seconds=0.5, teacher_seconds=0.1, write_rate=50e6, source="made up")
 
@@ -192,7 +194,7 @@ def test_the_plan_and_the_budget_act_on_it(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured decides what `milan plan --budget` proposes."""
-    monkeypatch.setattr("pipeline.estimate.cost.measure_throughput", lambda *_: SPEED)
+    monkeypatch.setattr("pipeline.estimate.cost.measure_throughput", lambda *_, **__: SPEED)
     for found, kept in ((SLOW, " --store-views jpeg:95"), (FAST, "")):
         monkeypatch.setattr("pipeline.estimate.cost.measure_decoding", lambda _, found=found: found)
         tables = estimate_cost(config, budget="2MB")
@@ -213,13 +215,71 @@ def test_given_rates_measure_nothing(
 ) -> None:
     """--images-per-second replaces the measurement."""
     monkeypatch.setattr(
-        "pipeline.estimate.cost.measure_throughput", lambda *_: pytest.fail("measured")
+        "pipeline.estimate.cost.measure_throughput", lambda *_, **__: pytest.fail("measured")
     )
     tables = estimate_cost(config, images_per_second=2.0, write_mb_per_second=10)
     rows = dict(tables["Extraction"])
     assert (rows["throughput"], rows["time"]) == ("given", "12.0 s")
-    with pytest.raises(ConfigError, match="--images-per-second 0"):
-        estimate_cost(config, images_per_second=0)
+    for name in ("images_per_second", "write_mb_per_second", "train_images_per_second"):
+        for rate in (0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {rate:g};"):
+                estimate_cost(config, **{name: rate})
+
+
+SOURCES = "Where the figures come from"
+
+
+def test_what_was_measured_and_what_was_assumed(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each assumption is named with its source; what is here is measured all the same."""
+    given = estimate_cost(config, images_per_second=2.0)[SOURCES]
+    assert [what for what, _ in given] == [
+        "teacher, images, disk", "assumed", "assumed", "decoding", "training", "page cache",
+    ]  # fmt: skip
+    assert "all of an image's time is the teacher's" in given[1][1]
+    assert "the store takes what is written" in given[2][1]
+    assert dict(given)["training"].startswith("assumed, 6,000 images/s: the published 400 epochs")
+    rates = {"write_mb_per_second": 10.0, "train_images_per_second": 9.0}
+    told = estimate_cost(config, images_per_second=2.0, **rates)[SOURCES]
+    assert [what for what, _ in told].count("assumed") == 1
+    assert dict(told)["training"] == "given, with the cores of this machine"
+    monkeypatch.setattr(Teacher, "targets", lambda *_: pytest.fail("the teacher ran"))
+    tables = estimate_cost(config, accelerator="A100")
+    rows = dict(tables[SOURCES])
+    assert rows["teacher, images, disk"].endswith(", but the teacher")
+    assert rows["assumed"].endswith("35% of the 312 TFLOP/s of NVIDIA's data sheet")
+    assert "time" in dict(tables["Extraction"])
+    both = estimate_cost(config, images_per_second=2.0, accelerator="rtx4090")
+    assert "measured by timm" in both[SOURCES][1][1]
+    with pytest.raises(ConfigError, match=r"--accelerator rtx409: .* -> rtx4090|rtx409.*rtx4090"):
+        estimate_cost(config, accelerator="rtx409")
+
+
+def test_gpus_that_are_not_here_are_not_guessed(
+    planned: Plan, config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver without a GPU does not time its own CPU for the cluster's: bytes, and no hours."""
+    away = replace(planned, hardware=replace(planned.hardware, on_gpu=True))
+    monkeypatch.setattr("pipeline.estimate.cost.plan", lambda *_: away)
+    measure = "pipeline.estimate.cost.measure_throughput"
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, lambda *_, **__: pytest.fail("measured"))
+        tables = estimate_cost(config)
+    assert "bytes" in dict(tables["Planned"])
+    assert dict(tables["Extraction"])["throughput"].startswith("unknown: its GPUs are not here")
+    assert "time" not in dict(tables["Extraction"])
+    assert not {"break-even", "400 epochs online"} & set(dict(tables["Training from it"]))
+    monkeypatch.setattr(measure, lambda *_, accelerator: replace(SPEED, source=accelerator))
+    assert (
+        dict(estimate_cost(config, accelerator="h100")[SOURCES])["teacher, images, disk"] == "h100"
+    )
+
+
+def test_operations_of_a_teacher(planned: Plan) -> None:
+    """The products of 2 blocks of width 32 for 17 tokens, of 16 patches and of 24 channels."""
+    products = 2 * 17 * 12 * 32 * 32 + 16 * 192 * 32 + 17 * 32 * 24
+    assert 2 * products <= view_flop(planned.teacher) < 2.2 * products
 
 
 # --- a budget -------------------------------------------------------------------------------------
