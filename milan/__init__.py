@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from milan.core.progress import NoProgress
     from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
+    from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
     from milan.evaluation.protocols import EvaluationConfig
     from milan.models.export import load_encoder
@@ -38,6 +39,7 @@ _HOME = {
     "PretrainConfig": "milan.config",
     "TargetCache": "milan.store.cache",
     "contact_sheet": "milan.reporting.contact_sheet",
+    "evaluate": "milan.evaluation.evaluate",
     "extract_targets": "pipeline.extract",
     "linear_probe": "milan.evaluation.linear_probe",
     "load_encoder": "milan.models.export",
@@ -47,7 +49,7 @@ _HOME = {
     "repair": "pipeline.repair",
     "verify": "pipeline.verify",
 }
-_SHOW_PROGRESS = ("extract_targets", "pretrain", "linear_probe", "verify", "repair")
+_SHOW_PROGRESS = ("extract_targets", "pretrain", "linear_probe", "evaluate", "verify", "repair")
 
 __all__ = [
     "extract_targets",
@@ -63,6 +65,7 @@ __all__ = [
     "load_encoder",
     "load_published",
     "linear_probe",
+    "evaluate",
     "EvaluationConfig",
     "NoProgress",
     "MilanError",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import typer
+
+from milan.core.signals import REQUEUE
 from milan.evaluation.protocols import Protocol
 from stages.options import settings_command
 
 _SHARED = {
-    "Encoder": ("checkpoint", "like", "model", "teacher", "pretrained", "teacher_norm"),
+    "Encoder": ("checkpoint", "baseline", "like", "model", "teacher", "pretrained", "teacher_norm"),
     "Data": ("data", "split", "val_data", "val_split", "data_root", "crop_share", "limit"),
-    "Machine": ("batch_size", "num_workers", "device"),
+    "Machine": ("features", "batch_size", "num_workers", "device", "devices", "memory"),
 }
 
 
@@ -36,6 +40,7 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
         from milan.core.atomic import ensure_writable, write_json
         from milan.core.config_resolver import resolve
         from milan.errors import ConfigError
+        from milan.evaluation.evaluate import evaluate as run
         from stages import console
 
         config = resolve(
@@ -48,20 +53,42 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
                 ensure_writable(path.parent)
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-        frozen = None
+        load: dict[str, Any] = {}
         if config.checkpoint == "teacher":
             from pipeline.teachers.frozen import frozen_teacher
 
-            frozen = frozen_teacher(config)
-        with console.ConsoleProgress() as progress:
-            metrics = protocol.load()(config, frozen=frozen, progress=progress)
+            load["load"] = frozen_teacher
+        try:
+            with console.ConsoleProgress() as progress:
+                metrics = run(protocol, config, progress=progress, **load)
+        except KeyboardInterrupt:  # the second: the first one ends an evaluation
+            raise KeyboardInterrupt(
+                "features that were computed stay; the same line goes on"
+            ) from None
+        if "stopped_by" in metrics:
+            console.err.print(
+                f"milan: stopped by {metrics['stopped_by']}; features that were computed stay, and "
+                "the same line goes on",
+                markup=False,
+            )
+            raise typer.Exit(REQUEUE)
+        if not metrics:
+            return  # another process says it
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, metrics)
-        rows = [
-            (key.replace("_", " "), "-" if value is None else value)
-            for key, value in metrics.items()
-        ]
-        console.table(protocol.title, ("what", ""), [*rows, ("metrics", path)])
+        console.table(protocol.title, *_table(metrics, path))
 
     evaluate.__doc__ = protocol.help
     return evaluate
+
+
+def _table(metrics: dict[str, Any], path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """(headings, rows): figures, and those of the baseline beside them."""
+    shown = {key: value for key, value in metrics.items() if key != "baseline"}
+    columns = [shown, *filter(None, [metrics.get("baseline")])]
+    rows = [
+        (key.replace("_", " "), *("-" if c.get(key) is None else c[key] for c in columns))
+        for key in shown
+    ]
+    blank = ("",) * (len(columns) - 1)
+    return ("what", "", *blank), [*rows, ("metrics", path, *blank)]

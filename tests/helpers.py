@@ -269,6 +269,16 @@ def forking_context(method: str | None = None, get: Any = multiprocessing.get_co
     return get("forkserver" if method == "spawn" else method)
 
 
+def evaluate_in_small_files(protocol: str, rows: int, **arguments: Any) -> dict[str, Any]:
+    """milan.evaluation.evaluate.evaluate with files of few rows; in a rank's process too."""
+    from milan.evaluation import features
+    from milan.evaluation.evaluate import evaluate
+    from milan.evaluation.protocols import PROTOCOLS
+
+    features.FILE_ROWS = rows
+    return evaluate(PROTOCOLS[protocol], **arguments)
+
+
 class Forked:
     """`milan` with this command line in a forked process, whose ranks are forks as well.
 

@@ -48,6 +48,21 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+def ranks_here(name: str, device: torch.device, count: int | None) -> int:
+    """How many ranks this machine gets: one a GPU, or `count` if that many were asked for.
+
+    `name` is the setting that `device` was picked by: one with a number is one GPU. Raises
+    ConfigError for more than there are.
+    """
+    every = device.type == "cuda" and ":" not in name
+    visible = torch.cuda.device_count() if every else 1
+    if count is None:
+        return visible
+    if device.type == "cuda" and count > visible:
+        raise ConfigError(f"devices {count}", expected=f"at most the {visible} GPUs here")
+    return count
+
+
 def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` on `device`; from pinned memory to CUDA the copy does not wait.
 

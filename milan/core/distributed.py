@@ -97,6 +97,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """`tensor`, on its rank's device, becomes its sum over the ranks: the same bits on all.
+
+        Its shape and dtype must be the same on all ranks.
+        """
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows [n, ...] of all ranks in their order, [size * n, ...] on the CPU.
 

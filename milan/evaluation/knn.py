@@ -1,13 +1,123 @@
-"""k nearest neighbours: how well features tell classes apart, with nothing to fit."""
+"""k nearest neighbours: how well features tell classes apart, with nothing to fit.
+
+Weighted votes as Wu et al. 2018 (arXiv 1805.01978) have them and DINO (arXiv 2104.14294) uses them:
+each of the k most similar images counts exp(cosine / 0.07) for its class.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from milan.core.distributed import SINGLE, Ranks
+from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.features import Share
+from milan.evaluation.meaning import few_neighbours
+
 NEIGHBOURS = 20
+_COUNTS = (10, 20, 100, 200)  # of neighbours, as DINO reports them
 _TEMPERATURE = 0.07
-_CHUNK = 1024  # queries at once: their votes for 22 k classes take 90 MB
+_VOTES = 1024  # queries that vote at once: for 22 k classes that takes 90 MB
+_QUERIES = 8192  # compared with the whole bank at once: 200 neighbours of each take 20 MB
+
+
+def measure(evaluation: Evaluation) -> dict[str, Any]:
+    """The protocol: top-1 in percent with k neighbours, k10 to k200; all ranks call it together.
+
+    Each rank compares the images to measure on with its share of the others. None for a k that is
+    more than there are images.
+    """
+    context, classes = evaluation.context, evaluation.classes
+    counts = [k for k in _COUNTS if k <= len(evaluation.train)]
+    left_out = [k for k in _COUNTS if k not in counts]
+    if left_out:
+        context.progress.note(
+            f"k {', '.join(map(str, left_out))} left out: there are {len(evaluation.train)} images"
+        )
+    for doubt in few_neighbours(len(evaluation.train), max(counts, default=0)):
+        context.progress.note(doubt)
+    bank = Share(evaluation.train, context, change=_unit, memory=evaluation.memory)
+    queries = iter(Share(evaluation.val, context, change=_unit, of=SINGLE))
+    right, total = dict.fromkeys(counts, 0), 0
+    context.progress.begin("nearest neighbours", len(evaluation.val), "images")
+    while counts and (together := _take(queries, _QUERIES)):
+        x, y = (torch.cat(parts) for parts in zip(*together, strict=True))
+        nearest = Nearest(x, max(counts))
+        for features, labels, _ in bank:
+            nearest.see(features, labels)
+        context.check_stop()
+        similarity, labels = nearest.of_all(context.ranks)
+        for k in counts:
+            votes = vote(similarity[:, :k], labels[:, :k], classes)
+            right[k] += int((votes.to(y.device) == y).sum())
+        total += len(y)
+        context.progress.advance(total)
+    context.progress.end()
+    return {f"k{k}": round(100 * right[k] / total, 2) if k in right else None for k in _COUNTS}
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x, dim=1)
+
+
+def _take(pieces: Any, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The next pieces, about `count` images together; none at the end."""
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for x, y, _ in pieces:
+        taken.append((x, y))
+        if sum(len(labels) for _, labels in taken) >= count:
+            break
+    return taken
+
+
+class Nearest:
+    """The k images of a bank most similar to each of q queries, as the bank comes in pieces."""
+
+    def __init__(self, queries: torch.Tensor, k: int) -> None:
+        """`queries` [q, F], of length 1."""
+        self.queries, self.k = queries, k
+        self.similarity = queries.new_empty(len(queries), 0)
+        """[q, up to k] cosines, falling."""
+        self.labels = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        """[q, up to k]"""
+
+    def see(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Compare with a piece: features [b, F] of length 1, labels [b]."""
+        similarity, index = (self.queries @ features.T).topk(min(self.k, len(features)), dim=1)
+        self._keep(similarity, labels[index])
+
+    def _keep(self, similarity: torch.Tensor, labels: torch.Tensor) -> None:
+        similarity = torch.cat([self.similarity, similarity], dim=1)
+        labels = torch.cat([self.labels, labels], dim=1)
+        self.similarity, index = similarity.topk(min(self.k, similarity.shape[1]), dim=1)
+        self.labels = labels.gather(1, index)
+
+    def of_all(self, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+        """(similarity, labels), each [q, k], over the pieces of all ranks; all must call it."""
+        missing = self.k - self.similarity.shape[1]
+        if ranks.size > 1:
+            own = F.pad(self.similarity, (0, missing), value=-torch.inf)
+            everyone = ranks.gather(own).view(ranks.size, -1, self.k)
+            named = ranks.gather(F.pad(self.labels, (0, missing))).view(ranks.size, -1, self.k)
+            merged = Nearest(self.queries, self.k)
+            for similarity, labels in zip(everyone, named, strict=True):
+                device = self.queries.device
+                merged._keep(similarity.to(device), labels.to(device))
+            return merged.similarity, merged.labels
+        return self.similarity, self.labels
+
+
+def vote(similarity: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """The class [q] that neighbours [q, k] name; `labels` are 0 to classes - 1."""
+    named = []
+    for weights, numbers in zip(
+        (similarity / _TEMPERATURE).exp().split(_VOTES), labels.split(_VOTES), strict=True
+    ):
+        votes = weights.new_zeros(len(weights), classes)
+        named.append(votes.scatter_add_(1, numbers, weights).argmax(dim=1))
+    return torch.cat(named)
 
 
 def nearest_neighbours(
@@ -16,18 +126,16 @@ def nearest_neighbours(
     queries: torch.Tensor,
     query_labels: torch.Tensor,
 ) -> float:
-    """Top-1 accuracy in percent of a weighted k-NN classifier.
+    """Top-1 accuracy in percent of 20 neighbours.
 
     `features` [n, F] with `labels` [n] classify `queries` [m, F], whose classes are `query_labels`
-    [m]. The 20 nearest by cosine similarity vote with weights exp(cosine / 0.07) (Wu et al. 2018,
-    arXiv 1805.01978, as used by DINO, arXiv 2104.14294).
+    [m]; all on one device.
     """
-    features, correct = F.normalize(features, dim=1), 0
     numbers, labels = torch.unique(labels, return_inverse=True)
-    neighbours = min(NEIGHBOURS, len(features))
-    for chunk, chunk_labels in zip(queries.split(_CHUNK), query_labels.split(_CHUNK), strict=True):
-        similarity, index = (F.normalize(chunk, dim=1) @ features.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(chunk), len(numbers))
-        votes.scatter_add_(1, labels[index], (similarity / _TEMPERATURE).exp())
-        correct += int((numbers[votes.argmax(dim=1)] == chunk_labels).sum())
+    features, correct = _unit(features), 0
+    for piece, chunk_labels in zip(queries.split(_VOTES), query_labels.split(_VOTES), strict=True):
+        nearest = Nearest(_unit(piece), min(NEIGHBOURS, len(features)))
+        nearest.see(features, labels)
+        named = vote(nearest.similarity, nearest.labels, len(numbers))
+        correct += int((numbers[named] == chunk_labels).sum())
     return 100 * correct / len(queries)

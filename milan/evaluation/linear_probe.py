@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from milan.core.config_resolver import from_call
-from milan.core.device import pick_device
-from milan.core.progress import NoProgress, Progress
-from milan.errors import DataError
-from milan.evaluation.frozen import Frozen, frozen_encoder, split_features
-from milan.evaluation.meaning import chance, doubts
-from milan.evaluation.protocols import EvaluationConfig
-from milan.evaluation.splits import open_splits
+from milan.core.device import has_float64
+from milan.core.progress import Progress
+from milan.core.waiting import Stopped
+from milan.evaluation.evaluate import Evaluation, evaluate
+from milan.evaluation.features import Context, Labelled, Piece, Share
+from milan.evaluation.frozen import Frozen
+from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images
 _TENTH = 10
@@ -37,86 +36,141 @@ def linear_probe(
     standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on a tenth of
     the training images. Returns top1, top5 and chance (percent; top5 is None with 5 classes and
     less), counts (repeated_images: of the validation images, those that are training images too),
-    and the strength. Raises MilanError.
+    the strength, and the same figures of a baseline. Raises MilanError.
     """
-    config = from_call(EvaluationConfig, "checkpoint", checkpoint, settings, "linear_probe")
-    progress = progress or NoProgress()
-    config.check()
-    device = pick_device(config.device)
-    frozen = frozen or frozen_encoder(config, device)
-    began = time.perf_counter()
-    train, val = open_splits(config, progress)
-    x, y = split_features(frozen, train, config, device, progress)
-    if len(y) < 2:
-        raise DataError(f"{len(y)} images to fit on", expected="2 and more, and some to measure on")
-    val_x, val_y = split_features(frozen, val, config, device, progress)
-    numbers, y = torch.unique(y, return_inverse=True)  # of the classes that can be told apart
-    classes = len(numbers)
-    if classes < 2:
-        raise DataError(
-            f"all {len(y)} images to fit on are of one class", expected="at least two classes"
-        )
-    for doubt in doubts(y.numpy(), val_y.numpy()):
-        progress.note(doubt)
-    found = torch.searchsorted(numbers, val_y).clamp(max=classes - 1)
-    val_y = torch.where(numbers[found] == val_y, found, -1)
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
-    x, val_x = ((x - mean) / std).to(device), ((val_x - mean) / std).to(device)
-    y, val_y = y.to(device), val_y.to(device)
-    strength = _choose_strength(x, y, classes)
-    weight, bias = fit_logistic(x, y, classes, l2=strength)
-    correct = (val_x @ weight + bias).topk(min(_TOP, classes), dim=1).indices == val_y[:, None]
+    return evaluate(
+        PROTOCOLS["linear_probe"], checkpoint, frozen=frozen, progress=progress, **settings
+    )
+
+
+def measure(evaluation: Evaluation) -> dict[str, Any]:
+    """The protocol: top1, top5 (percent) and the L2 strength; all ranks call it together."""
+    context, train, classes = evaluation.context, evaluation.train, evaluation.classes
+    mean, std = _mean_and_std(train, context)
+
+    def standardise(x: torch.Tensor) -> torch.Tensor:
+        return (x - mean) / std
+
+    pieces = Share(train, context, change=standardise, memory=evaluation.memory)
+    context.progress.begin("linear classifiers", len(_L2) + 1, "fits")
+    regression = LogisticRegression(pieces, (train.features.width, classes), context)
+    strength = _choose_strength(regression, len(train))
+    weight, bias = regression.fit(strength)
+    context.progress.advance(len(_L2) + 1)
+    context.progress.end()
+    hits = torch.zeros(2, dtype=torch.int64, device=context.device)
+    for x, y, _ in Share(evaluation.val, context, change=standardise):
+        right = (x @ weight + bias).topk(min(_TOP, classes), dim=1).indices == y[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+    totals = context.ranks.all_reduce_sum(hits.tolist())
+    top1, top5 = (round(100 * total / len(evaluation.val), 2) for total in totals)
     if classes <= _TOP:
-        progress.note(f"top-5 is left out: with {classes} classes it means nothing")
-    return {
-        "checkpoint": frozen.name,
-        "top1": round(100 * correct[:, 0].float().mean().item(), 2),
-        "top5": round(100 * correct.any(dim=1).float().mean().item(), 2)
-        if classes > _TOP
-        else None,
-        "chance": round(chance(y.cpu().numpy(), val_y.cpu().numpy()), 2),
-        "classes": classes,
-        "features": x.shape[1],
-        "train_images": len(y),
-        "val_images": len(val_y),
-        "repeated_images": val.repeated,
-        "l2": strength,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+        context.progress.note(f"top-5 is left out: with {classes} classes it means nothing")
+    return {"top1": top1, "top5": top5 if classes > _TOP else None, "l2": strength}
 
 
-def fit_logistic(
-    x: torch.Tensor, y: torch.Tensor, classes: int, *, l2: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multinomial logistic regression: x [n, F], y [n] to weight [F, classes], bias [classes].
+def _mean_and_std(train: Labelled, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each feature, [F] float32 on the device, over all ranks; added up in float64."""
+    pieces = Share(train, replace(context, device=torch.device("cpu")))
 
-    Minimises mean cross-entropy + l2/2 |weight|², from zero, by L-BFGS: no learning rate to tune.
+    def total(centre: torch.Tensor, power: int) -> torch.Tensor:
+        own = torch.zeros_like(centre)
+        for x, _, _ in pieces:
+            own += ((x.double() - centre) ** power).sum(dim=0)
+        context.ranks.add_up(own)
+        return own
+
+    mean = total(torch.zeros(train.features.width, dtype=torch.float64), 1) / len(train)
+    std = (total(mean, 2) / (len(train) - 1)).sqrt()
+    return mean.float().to(context.device), std.float().clamp_min(1e-6).to(context.device)
+
+
+class LogisticRegression:
+    """Multinomial logistic regression on pieces of features, which all ranks fit together.
+
+    Each pass adds up the gradient piece by piece. So memory holds one piece with its scores, the 45
+    copies of the weights that L-BFGS needs, and three matrices [F, F], whatever the number of
+    images.
     """
-    weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, history_size=20, line_search_fn="strong_wolfe",
-        tolerance_grad=1e-5, tolerance_change=1e-7,
-    )  # fmt: skip
 
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, y) + 0.5 * l2 * weight.square().sum()
-        loss.backward()
-        return loss
+    def __init__(self, pieces: Iterable[Piece], shape: tuple[int, int], context: Context) -> None:
+        """`pieces` are this rank's share of standardised features; `shape` is (F, classes)."""
+        self.pieces, self.shape, self.context = pieces, shape, context
+        self.exact = torch.float64 if has_float64(context.device) else torch.float32
+        covariance = torch.zeros(shape[0], shape[0], dtype=self.exact, device=context.device)
+        count = 0
+        for x, y, _ in pieces:
+            covariance += x.T @ x
+            count += len(y)
+        context.ranks.add_up(covariance)
+        (self.images,) = context.ranks.all_reduce_sum([float(count)])
+        mean = (covariance / self.images).cpu().double()
+        self.spread, self.axes = context.ranks.on_rank0(lambda: torch.linalg.eigh(mean))
 
-    optimiser.step(closure)  # type: ignore[arg-type]
-    return weight.detach(), bias.detach()
+    def fit(self, l2: float, *, without_tenth: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [F, classes] and bias [classes] that minimise mean cross-entropy + l2/2 |weight|².
+
+        From zero, by L-BFGS: no learning rate to tune. It moves along the principal axes of the
+        features, each scaled so that the loss is about as curved along all of them; else features
+        that are nearly multiples of each other would take tens of thousands of passes. With
+        `without_tenth` every tenth image counts for nothing. Raises Stopped.
+        """
+        device, ranks, stop = self.context.device, self.context.ranks, self.context.stop
+        scale = (self.spread.clamp_min(0) / self.shape[1] + l2).rsqrt()
+        basis = (self.axes * scale).float().to(device)
+        free = torch.zeros(self.shape, device=device, requires_grad=True)
+        bias = torch.zeros(self.shape[1], device=device, requires_grad=True)
+        optimiser = torch.optim.LBFGS(
+            [free, bias], max_iter=200, history_size=20, line_search_fn="strong_wolfe",
+            tolerance_grad=1e-5, tolerance_change=1e-9,
+        )  # fmt: skip
+        left_out = sum(int(_tenth(piece).sum()) for piece in self.pieces) if without_tenth else 0
+        images = self.images - ranks.all_reduce_sum([float(left_out)])[0]
+
+        def closure() -> float:
+            weight = (basis @ free.detach()).requires_grad_()
+            weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+            own = torch.zeros((), dtype=self.exact, device=device)
+            for piece in self.pieces:
+                losses = F.cross_entropy(piece.x @ weight + bias, piece.y, reduction="none")
+                if without_tenth:
+                    losses = losses.masked_fill(_tenth(piece), 0)
+                (losses.sum() / images).backward()
+                own += losses.detach().sum(dtype=self.exact)
+            told = own.new_tensor([float(bool(stop.by))])
+            parts = weight.grad.flatten(), bias.grad, own[None] / images, told
+            total = torch.cat([part.to(self.exact) for part in parts])
+            ranks.add_up(total)
+            loss, stops = total[-2:].tolist()
+            if stops:
+                raise Stopped(stop.by or "a signal to another rank")
+            with torch.no_grad():
+                gradient = total[: weight.numel()].view_as(weight).to(weight) + l2 * weight
+                free.grad = basis.T @ gradient
+                bias.grad = total[weight.numel() : -2].to(bias)
+                return loss + 0.5 * l2 * weight.square().sum(dtype=self.exact).item()
+
+        optimiser.step(closure)  # type: ignore[arg-type]
+        return basis @ free.detach(), bias.detach()
 
 
-def _choose_strength(x: torch.Tensor, y: torch.Tensor, classes: int) -> float:
-    # Rows are in the manifest's permuted order, so every tenth is a fair sample.
-    tenth = torch.arange(len(y), device=y.device) % _TENTH == 0
-    if tenth.sum() < 2 or (~tenth).sum() < 2:
+def _tenth(piece: Piece) -> torch.Tensor:
+    """Which images choose the strength, [b] bool: rows are permuted, so these are a fair sample."""
+    first, device = piece.first, piece.y.device
+    return torch.arange(first, first + len(piece.y), device=device) % _TENTH == 0
+
+
+def _choose_strength(regression: LogisticRegression, images: int) -> float:
+    """The strength whose classifier is right most often on a tenth that it was not fitted on."""
+    context = regression.context
+    if -(-images // _TENTH) < 2 or images - -(-images // _TENTH) < 2:
         return _L2[1]
-    scores = []
+    scores = list[float]()
     for l2 in _L2:
-        weight, bias = fit_logistic(x[~tenth], y[~tenth], classes, l2=l2)
-        correct = (x[tenth] @ weight + bias).argmax(dim=1) == y[tenth]
-        scores.append(correct.float().mean().item())
-    return _L2[int(np.argmax(scores))]
+        context.progress.advance(len(scores))
+        weight, bias = regression.fit(l2, without_tenth=True)
+        right = torch.zeros((), dtype=torch.int64, device=context.device)
+        for piece in regression.pieces:
+            right += ((piece.x @ weight + bias).argmax(dim=1) == piece.y)[_tenth(piece)].sum()
+        scores += context.ranks.all_reduce_sum([right.item()])
+    return _L2[max(range(len(_L2)), key=scores.__getitem__)]

@@ -30,9 +30,14 @@ def doubts(train: np.ndarray, val: np.ndarray, *, neighbours: int = 0) -> list[s
             f"{chance(train, val):.0f} %, and figures that differ by less than "
             f"{100 / np.sqrt(len(val)):.0f} points mean the same"
         )
-    if neighbours and len(train) < 10 * neighbours:
-        found.append(
-            f"{neighbours} neighbours vote of {len(train)} images in all: k-NN says little, "
-            f"with less than {10 * neighbours} images it is mostly how frequent classes are"
-        )
-    return found
+    return found + (few_neighbours(len(train), neighbours) if neighbours else [])
+
+
+def few_neighbours(images: int, neighbours: int) -> list[str]:
+    """Why a k-NN probe on so many images says little: a sentence, or none if it does not."""
+    if images >= 10 * neighbours:
+        return []
+    return [
+        f"{neighbours} neighbours vote of {images} images in all: k-NN says little, "
+        f"with less than {10 * neighbours} images it is mostly how frequent classes are"
+    ]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from milan.core.config_fields import check_fields, seed_setting, setting
+from milan.core.units import parse_bytes
 from milan.errors import ConfigError, nearest
 
 ENTRY_POINTS = "milan.protocols"
@@ -49,8 +50,13 @@ class EvaluationConfig:
     """Which split of --val-data; default: validation, else test, if any."""
     out: str | None = None
     """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
+    features: str | None = None
+    """Where features are kept for the next evaluation, float32, or none; default:
+    frozen_features/ in the run's folder."""
+    baseline: str = setting("random", choices=("random", "none"))
+    """What is measured beside the checkpoint: random, the same network as timm initialises it."""
     like: str | None = None
-    """With random: a run whose encoder's shape is taken."""
+    """With random: a run, or timm:NAME, whose encoder's shape is taken."""
     model: str = "vit_base_patch16_224"
     """With random and no --like: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +71,11 @@ class EvaluationConfig:
     """Only so many images of each set."""
     device: str = "auto"
     """auto, cuda, cpu, ..."""
+    devices: int | None = setting(None, unit="ranks", auto=True, least=1)
+    """Ranks on this machine; auto: one a GPU."""
+    memory: str | None = setting(None, auto=True)
+    """Features that each rank keeps in memory between two passes, such as 8GB; auto: half of a
+    GPU's free memory, 1GB on a CPU. Others are read from disk again."""
     seed: int = seed_setting()
     """Of random weights and of the splits."""
     teacher: str | None = None
@@ -77,6 +88,16 @@ class EvaluationConfig:
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         check_fields(self)
+        if self.memory is not None:
+            parse_bytes(self.memory)
+
+    @property
+    def folder(self) -> Path:
+        """Of what evaluations of the checkpoint leave: the run's, else runs/<checkpoint>."""
+        name, folder = self.checkpoint, Path(self.checkpoint)
+        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
+            return Path("runs") / name.replace(":", "-")
+        return folder.parent if folder.is_file() else folder
 
 
 @dataclass(frozen=True)
@@ -101,8 +122,8 @@ class Protocol:
     help: str
     """Of its command, one sentence."""
     run: str
-    """module:function. Called as function(config, frozen=Frozen or None, progress=Progress) with a
-    checked `settings`; returns the metrics as JSON values. Imported when it runs."""
+    """module:function. Called with an Evaluation (milan.evaluation.evaluate), on all ranks; returns
+    its figures as JSON values. Imported when it runs."""
     columns: tuple[Column, ...]
     """Of the report; the first is drawn as a chart."""
     settings: type[EvaluationConfig] = EvaluationConfig
@@ -118,13 +139,8 @@ class Protocol:
         return Path(folder) / f"{self.name}.json"
 
     def metrics_path(self, config: EvaluationConfig) -> Path:
-        """Where the metrics go: `config.out`, else the run's folder, else runs/<checkpoint>."""
-        name, folder = config.checkpoint, Path(config.checkpoint)
-        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
-            folder = Path("runs") / name.replace(":", "-")
-        elif folder.is_file():
-            folder = folder.parent
-        return Path(config.out) if config.out else self.metrics_file(folder)
+        """Where the metrics go: `config.out`, else the folder of the checkpoint."""
+        return Path(config.out) if config.out else self.metrics_file(config.folder)
 
     def load(self) -> Callable[..., dict[str, Any]]:
         """The function that measures."""
@@ -139,8 +155,15 @@ PROTOCOLS = {
             name="linear_probe",
             title="Linear probe",
             help="Fit a linear classifier on frozen features and measure it.",
-            run="milan.evaluation.linear_probe:linear_probe",
+            run="milan.evaluation.linear_probe:measure",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+        ),
+        Protocol(
+            name="knn",
+            title="k nearest neighbours",
+            help="Classify by the nearest images in feature space; nothing is fitted.",
+            run="milan.evaluation.knn:measure",
+            columns=tuple(Column(f"k{k}", f"k {k}, top-1 %") for k in (20, 10, 100, 200)),
         ),
     )
 }

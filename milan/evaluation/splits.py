@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import os
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 
 from milan.core import rng
-from milan.core.paths import AnyPath
+from milan.core.paths import AnyPath, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError, nearest
 from milan.evaluation.protocols import EvaluationConfig
@@ -16,23 +19,34 @@ from milan.images.manifest import Manifest, build_manifest, describe_source, res
 from milan.images.source import ImageSource
 from milan.images.splits import TEST, VALIDATION, WantedSplit
 
+_PLACES = ["key", "path", "group", "index", "offset"]
+_PIECE = 1 << 18  # rows looked at at once
 
-@dataclass
-class Split:
-    """Labelled images: some rows of a manifest."""
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """The labelled images of one place: a manifest's rows."""
 
     source: AnyPath
     images: ImageSource
+    labels: np.ndarray
+    """int64 [rows], as the training images number their classes."""
+    identity: str
+    """Changes with the images, their order, and the size or time of any file."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some rows of a labelled set: images to fit on, or to measure on."""
+
+    of: LabelledSet
     rows: np.ndarray
     """int64 [n], ascending; the manifest's order is a permuted one, so any part is a sample."""
-    labels: np.ndarray
-    """int64 [n], classes as the training images number them."""
-    training: Split | None = None
-    """Of images to measure on: those to fit on."""
-    digests: set[str] = field(default_factory=set)
-    """Content digests of its images, as far as split_features has read them."""
-    repeated: int = 0
-    """How many of its images are training images too, as far as split_features has read them."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [n]."""
+        return self.of.labels[self.rows]
 
 
 def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> tuple[Split, Split]:
@@ -45,17 +59,17 @@ def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> t
     """
     progress = progress or NoProgress()
     wanted = WantedSplit(config.split)
-    source, manifest, labels = _labelled(config.data, wanted, config, progress)
-    images, names = ImageSource(manifest, source), manifest.classes
+    manifest = _labelled(config.data, wanted, config, progress)
+    names = manifest.classes
     if config.val_data is None:
         count = len(manifest)
         shuffled = rng.permutation(config.seed, rng.SAMPLE, (0,), count)
         val_rows, rows = map(np.sort, np.split(shuffled, [max(1, count // 5)]))
-        train = Split(source, images, rows, labels[rows])
-        val = Split(source, images, val_rows, labels[val_rows], training=train)
+        labelled = _labelled_set(manifest, manifest.labels())
+        train, val = Split(labelled, rows), Split(labelled, val_rows)
     else:
         wanted = WantedSplit(config.val_split, (VALIDATION, TEST), "--val-split")
-        val_source, val_manifest, _ = _labelled(config.val_data, wanted, config, progress)
+        val_manifest = _labelled(config.val_data, wanted, config, progress)
         if _all_among(val_manifest, manifest):
             raise DataError(
                 f"all {len(val_manifest):,} images of --val-data are training images",
@@ -63,20 +77,48 @@ def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> t
                 fix="without --val-data: a fifth of --data is then left for measuring",
             )
         labels, val_labels, names = _matched(manifest, val_manifest)
-        val_images = ImageSource(val_manifest, val_source)
-        train = Split(source, images, np.arange(len(manifest)), labels)
-        rows = np.arange(len(val_manifest))
-        val = Split(val_source, val_images, rows, val_labels, training=train)
+        train = Split(_labelled_set(manifest, labels), np.arange(len(manifest)))
+        val = Split(_labelled_set(val_manifest, val_labels), np.arange(len(val_manifest)))
     _check_classes(train, val, names, config, progress)
     return train, val
 
 
+def _labelled_set(manifest: Manifest, labels: np.ndarray) -> LabelledSet:
+    root = manifest.root
+    return LabelledSet(root, ImageSource(manifest, root), labels, _identity(manifest))
+
+
+def _identity(manifest: Manifest) -> str:
+    """SHA-256 of where the images lie, in order, and of size and time of each file.
+
+    Of a file at a URL the size alone is known.
+    """
+    root, sha, places = manifest.root, hashlib.sha256(), manifest.table.select(_PLACES)
+    for first in range(0, len(manifest), _PIECE):
+        for column in places.slice(first, _PIECE).columns:
+            sha.update(repr(column.to_pylist()).encode(errors="surrogatepass"))
+    remote = None if is_local(root) else sizes_below(root)
+    for path in pc.unique(places["path"]).to_pylist():
+        sha.update(repr(remote(path) if remote else _size_and_time(root / path)).encode())
+    return sha.hexdigest()
+
+
+def _size_and_time(file: AnyPath) -> tuple[int, int] | None:
+    try:
+        state = os.stat(file)  # type: ignore[arg-type]
+    except OSError:
+        return None  # it is listed, and will be counted as rejected
+    return state.st_size, state.st_mtime_ns
+
+
 def _labelled(
     name: str, wanted: WantedSplit, config: EvaluationConfig, progress: Progress
-) -> tuple[AnyPath, Manifest, np.ndarray]:
-    """(root, images, labels) of a data set."""
+) -> Manifest:
+    """The images of a data set, each with a label. Raises DataError."""
     source = resolve_data(name, config.data_root)
-    manifest = build_manifest(source, seed=config.seed, limit=config.limit, split=wanted)
+    # The seed draws a sample, else the fifth; the order stays, and with it the features.
+    seed = config.seed if config.limit else 0
+    manifest = build_manifest(source, seed=seed, limit=config.limit, split=wanted)
     for line in describe_source(manifest, wanted.flag):
         progress.note(line)
     labels = manifest.labels()
@@ -87,7 +129,7 @@ def _labelled(
             expected="class folders, a `label` column, or .cls members of tars",
             fix="move them elsewhere" if manifest.classes else "",
         )
-    return manifest.root, manifest, labels
+    return manifest
 
 
 def _all_among(val: Manifest, train: Manifest) -> bool:

@@ -114,8 +114,7 @@ def pretrained_vit(name: str, **args: Any) -> Any:
 
     Raises ConfigError: unknown name, or weights that cannot be fetched.
     """
-    if not timm.is_model(name.split(".")[0]):
-        raise unknown_vit(f"unknown timm model {name!r}", name, "timm:")
+    _check_known(name)
     try:
         with stalled_connections_fail():
             return timm.create_model(name, pretrained=True, num_classes=0, **args)
@@ -124,6 +123,17 @@ def pretrained_vit(name: str, **args: Any) -> Any:
             f"the weights of {name} cannot be fetched: {type(error).__name__}",
             expected="a network, or the weights in the hub's local cache",
         ) from None
+
+
+def unpretrained_vit(name: str) -> Any:
+    """The model that `pretrained_vit` gives, initialised as timm does. Raises ConfigError."""
+    _check_known(name)
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def _check_known(name: str) -> None:
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown_vit(f"unknown timm model {name!r}", name, "timm:")
 
 
 def unknown_vit(found: str, name: str, before: str = "--model ") -> ConfigError:

@@ -1,10 +1,13 @@
-"""Names in a state dict without what other tools put before or into them."""
+"""State dicts: names without what other tools put before or into them; digests of weights."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import nn
 
 from milan.core.paths import LFS_POINTER
 from milan.errors import MilanError
@@ -44,3 +47,17 @@ def check_fetched(file: Path, kind: type[MilanError]) -> None:
     with open(file, "rb") as handle:
         if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise kind(f"{file} is a Git LFS pointer", expected="the weights", fix="git lfs pull")
+
+
+def weights_digest(network: nn.Module, *, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a network's tensors as float32, by name; file formats do not matter.
+
+    Names that begin with one of `without` are left out.
+    """
+    sha = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        if key.startswith(without):
+            continue
+        sha.update(f"{key}{list(tensor.shape)}".encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return sha.hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from milan.config import PretrainConfig
-from milan.core.device import autocast, pick_device
+from milan.core.device import autocast, pick_device, ranks_here
 from milan.core.distributed import Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
@@ -33,7 +33,7 @@ from milan.training.loop import Context
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import peak_bytes
 from milan.training.optim import adamw
-from milan.training.pretrain import Call, devices_of
+from milan.training.pretrain import Call
 from milan.training.run import decide
 from milan.training.run_store import decoder_of, differing
 
@@ -54,7 +54,7 @@ def estimate_run(
     config.check()
     progress = progress or NoProgress()
     device = pick_device(config.device)
-    here = devices_of(config, device)
+    here = ranks_here(config.device, device, config.devices)
     ranks = Ranks.from_environment() or Ranks(size=here * config.num_nodes, on_node=here)
     settings = resolve_defaults(config, device, ranks)
     cache = TargetCache(config.cache, layer=config.layer)

@@ -17,7 +17,7 @@ from milan.config import PretrainConfig
 from milan.core.atomic import write_json
 from milan.core.config_fields import check_choice
 from milan.core.config_resolver import deviations, from_call, load_recipe
-from milan.core.device import MEAN, STD, pick_device
+from milan.core.device import MEAN, STD, pick_device, ranks_here
 from milan.core.distributed import Ranks, parallelise, process_group
 from milan.core.launch import launch
 from milan.core.progress import NoProgress, Progress
@@ -138,7 +138,7 @@ def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress
         return on_cluster(config, **vars(call), progress=progress)
     device = pick_device(config.device)
     given = Ranks.from_environment()
-    count = 1 if given else devices_of(config, device)
+    count = 1 if given else ranks_here(config.device, device, config.devices)
     if count > 1:
         # What does not fit is refused before anything starts.
         run_order(resolve_defaults(config, device, Ranks(size=count)).config, _open(config))
@@ -160,17 +160,6 @@ def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress
         context = Context(Path(config.out), own, ranks, progress, stop)
         with as_train_error(context.run, None):
             return _train(resolve_defaults(config, own, ranks), call, context, until_end)
-
-
-def devices_of(config: PretrainConfig, device: torch.device) -> int:
-    """How many ranks this machine gets: one a GPU, or as many as asked for. Raises ConfigError."""
-    every = device.type == "cuda" and ":" not in config.device
-    visible = torch.cuda.device_count() if every else 1
-    if config.devices is None:
-        return visible
-    if device.type == "cuda" and config.devices > visible:
-        raise ConfigError(f"devices {config.devices}", expected=f"at most the {visible} GPUs here")
-    return config.devices
 
 
 def _train(

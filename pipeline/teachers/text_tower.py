@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from milan.errors import TeacherError
+from milan.models.state_dict import weights_digest
 from milan.store.format import PROTOTYPES
-from pipeline.teachers.weights import weights_digest
 
 TEMPLATES: Final = (
     "{}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +9,6 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from milan.errors import TeacherError, nearest
 from milan.models.state_dict import check_fetched, inner_state, unwrapped
@@ -99,20 +97,6 @@ def do_not_fit(
     return TeacherError(
         f"the weights {pretrained} do not fit the {tower} tower of {name}: {reason}"
     )
-
-
-def weights_digest(tower: nn.Module, *, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a tower's tensors as float32, by name; file formats do not matter.
-
-    Names that begin with one of `without` are not of the tower.
-    """
-    sha = hashlib.sha256()
-    for key, tensor in sorted(tower.state_dict().items()):
-        if key.startswith(without):
-            continue
-        sha.update(f"{key}{list(tensor.shape)}".encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return sha.hexdigest()
 
 
 def go_offline() -> None:

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device
+from milan.config import PretrainConfig
+from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device, ranks_here
 from milan.core.distributed import process_group
 from milan.errors import ConfigError
 from milan.objectives.resample import resampled_attention, resampled_features
 from milan.store.codecs import codec_of
 from milan.training.build import resolve_defaults
 from milan.training.loop import _StepResult
-from milan.training.pretrain import PretrainConfig, devices_of
 
 GPU = torch.device("cuda", 1)
 
@@ -48,7 +48,7 @@ def test_a_gpu_has_its_index_from_the_start(
     """What is kept by device is found again by a tensor's; a named GPU is the only one used."""
     device = pick_device(name)
     assert device == torch.device("cuda", index)
-    assert devices_of(PretrainConfig("t.zarr", device=name), device) == ranks
+    assert ranks_here(name, device, None) == ranks
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:

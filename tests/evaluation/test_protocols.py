@@ -37,20 +37,15 @@ PROTOCOL = Protocol(
 )
 
 
-def run(config, *, frozen=None, progress):
+def run(evaluation):
     import torch
-    from milan.core.device import pick_device
-    from milan.evaluation.frozen import frozen_encoder, split_features
-    from milan.evaluation.splits import open_splits
 
-    device = pick_device(config.device)
-    frozen = frozen or frozen_encoder(config, device)
-    train, val = open_splits(config)
-    x, y = split_features(frozen, train, config, device, progress)
-    val_x, val_y = split_features(frozen, val, config, device, progress)
-    means = torch.stack([x[y == c].mean(dim=0) for c in range(int(y.max()) + 1)])
-    right = torch.cdist(val_x, config.shrink * means).argmin(dim=1) == val_y
-    return {"accuracy": 100 * right.float().mean().item(), "shrink": config.shrink}
+    x, y = evaluation.table(evaluation.train)
+    val_x, val_y = evaluation.table(evaluation.val)
+    shrink = evaluation.config.shrink
+    means = torch.stack([x[y == c].mean(dim=0) for c in range(evaluation.classes)])
+    right = torch.cdist(val_x, shrink * means).argmin(dim=1) == val_y
+    return {"accuracy": 100 * right.float().mean().item(), "shrink": shrink}
 '''
 
 

@@ -28,7 +28,7 @@ from milan.core.signals import Stop
 from milan.data.changed_images import changed_images
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, DataError, ImageFault, MachineError
-from milan.evaluation.frozen import _central_square
+from milan.evaluation.features import _central_square
 from milan.images import decode as decoding
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
@@ -182,9 +182,10 @@ def test_whoever_reads_images_ends(
         "changed images": lambda: changed_images(
             dataset, at[0], stop=Stop(), progress=NoProgress()
         ),
-        "probe": lambda: _central_square(dataset.source, 32, 0.875, 0),
+        "probe": lambda: _central_square(dataset.source, 32, 0.875, 0, square),
         "audit": lambda: verify(store, audit=Audit(4)),
     }
+    square = np.empty((32, 32, 3), np.uint8)
     failing = Failing(LocalFiles.read_below, system("EIO"), 10**6)
     real = LocalFiles.read_below
 

@@ -221,7 +221,7 @@ def test_probes_take_a_split(tmp_path: Path) -> None:
         config = EvaluationConfig(data=str(tmp_path), **settings)
         told = []
         for split in open_splits(config, notes):
-            files = [split.images.read(int(row)).decode() for row in split.rows]
+            files = [split.of.images.read(int(row)).decode() for row in split.rows]
             told.append("".join(sorted(files)))
         assert sum(line.startswith("split: ") for line in notes.lines) == 2
         return told[0], told[1]

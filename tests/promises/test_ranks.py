@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 import milan
-from milan.config import PretrainConfig
+from milan.core.device import ranks_here
 from milan.core.distributed import Ranks, first_host, parallelise, sync_gradients
 from milan.core.progress import NoProgress
 from milan.core.signals import Stop
@@ -40,7 +40,6 @@ from milan.errors import ConfigError, MilanError, TrainError
 from milan.models.masking import importance_mask
 from milan.reporting.run_files import write_run
 from milan.training import run as run_module
-from milan.training.pretrain import devices_of
 
 TWO: dict[str, Any] = {**SMALL, "devices": 2, "num_workers": 0, "log_every": 1}
 JOIN = """
@@ -286,12 +285,12 @@ def test_every_visible_gpu_has_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """--devices restricts it; one that is named is one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     gpu = torch.device("cuda")
-    assert devices_of(PretrainConfig(), gpu) == 4
-    assert devices_of(PretrainConfig(devices=2), gpu) == 2
-    assert devices_of(PretrainConfig(device="cuda:1"), torch.device("cuda", 1)) == 1
-    assert devices_of(PretrainConfig(), torch.device("cpu")) == 1
+    assert ranks_here("auto", gpu, None) == 4
+    assert ranks_here("auto", gpu, 2) == 2
+    assert ranks_here("cuda:1", torch.device("cuda", 1), None) == 1
+    assert ranks_here("auto", torch.device("cpu"), None) == 1
     with pytest.raises(ConfigError, match="devices 8") as error:
-        devices_of(PretrainConfig(devices=8), gpu)
+        ranks_here("auto", gpu, 8)
     assert "at most the 4 GPUs" in error.value.expected
 
 

@@ -129,7 +129,7 @@ def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
     assert rows["lr"] == ("auto", "a step", "p.yaml")
     assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
     assert rows["mask_ratio"] == ("0.75", "share", "default")
-    assert run_here("config").out.count("parameter file") == 3
+    assert run_here("config").out.count("parameter file") == 4
     wrong = run_here("config", "pretrian")
     assert (wrong.code, wrong.err.split("try: ")[1]) == (1, "milan config pretrain\n")
 
@@ -405,12 +405,13 @@ def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
         "index.json", "zarr.json", "generations", "extract.log.jsonl"
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "runs/pretrain").iterdir()) == [
-        ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "linear_probe.json",
-        "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
+        ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "frozen_features",
+        "linear_probe.json", "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
     ]  # fmt: skip
     steps = sorted(p.name for p in (folder / "runs/pretrain/checkpoints").iterdir())
     assert steps == ["step-00000003", "step-00000006"]
-    assert [p.name for p in (folder / "runs/random").iterdir()] == ["linear_probe.json"]
+    left = sorted(p.name for p in (folder / "runs/random").iterdir())
+    assert left == ["frozen_features", "linear_probe.json"]
 
 
 def test_what_a_probe_leaves(project: tuple[Path, dict[str, Ran]]) -> None:
@@ -476,7 +477,7 @@ def test_ctrl_c_says_what_is_kept(
     ("line", "left"),
     [
         (("verify", "x.zarr"), "nothing was written; the same line starts again"),
-        (("linear-probe", "--data", "x"), "nothing was written; the same line starts again"),
+        (("linear-probe", "--data", "x"), "features that were computed stay; the same line"),
         (("repair", "x.zarr"), "shards that were written again stay; the same line repairs"),
         (("pretrain", "--cache", "x.zarr"), "the checkpoints in runs/pretrain stay; the same line"),
     ],
@@ -484,14 +485,14 @@ def test_ctrl_c_says_what_is_kept(
 def test_ctrl_c_in_other_commands(
     line: tuple[str, ...], left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is said is true of the command: a probe does not resume."""
+    """What is said is true of the command."""
 
     def press(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     for place in (
         "pipeline.verify.verify", "pipeline.repair.repair", "milan.training.pretrain.pretrain",
-        "milan.evaluation.linear_probe.linear_probe",
+        "milan.evaluation.evaluate.evaluate",
     ):  # fmt: skip
         monkeypatch.setattr(place, press)
     done = run_here(*line, cwd=tmp_path)

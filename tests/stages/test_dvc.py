@@ -94,6 +94,7 @@ def project(
             **STUDENT, "epochs": 1, "warmup_epochs": 0, "batch_size": 8,
             "num_workers": 0,
         },
+        "evaluation": {"protocols": ["linear_probe"]},
         "linear_probe": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
         "watched": {"data": "data", "teacher": "teacher"},
     })  # fmt: skip

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TeacherError
+from milan.models.state_dict import weights_digest
 from pipeline.teachers.clip import load_clip
 from pipeline.teachers.load import FAMILIES, Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.towers import Family, Loaded, class_attention
-from pipeline.teachers.weights import weights_digest
 
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 

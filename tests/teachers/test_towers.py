@@ -28,13 +28,14 @@ import pipeline.teachers.timm_vit
 from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import TeacherError
+from milan.models.state_dict import weights_digest
 from milan.store.codecs import codec_of
 from pipeline.extract import extract_targets
 from pipeline.extraction.worker import targets_of
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.towers import TimmTower
-from pipeline.teachers.weights import read_weights, weights_digest
+from pipeline.teachers.weights import read_weights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
