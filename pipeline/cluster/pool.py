@@ -181,15 +181,14 @@ class _Pool:
     def _next(self) -> tuple[Any, int] | None:
         """(actor, block) to begin now; None while all actors have enough.
 
-        A new block goes to the actor with the fewest. Only an idle one gets a failed block, or a
-        backup of a slow one.
+        A new block goes to the actor with the fewest. When there is none left, an idle actor gets
+        a failed block, or a backup of a slow one: for itself, as no new block can follow.
         """
         blocks: defaultdict[Any, list[int]] = defaultdict(list)
         for attempt in self.running.values():
             blocks[attempt.actor].append(attempt.block)
         for actor in sorted(self.actors, key=lambda actor: len(blocks[actor])):
-            has_room = len(blocks[actor]) < self.replicas.blocks
-            if self.fresh and has_room and not any(b in self.failures for b in blocks[actor]):
+            if self.fresh and len(blocks[actor]) < self.replicas.blocks:
                 return actor, self.fresh.popleft()
             if not blocks[actor] and (block := self._retry_or_backup()) is not None:
                 return actor, block
