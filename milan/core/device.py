@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,6 +72,103 @@ def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     it has arrived.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def copy_to_host(tensor: torch.Tensor, copy: torch.Tensor | None = None) -> torch.Tensor:
+    """`tensor` in `copy`, or in new memory of the host; from CUDA in pinned pages.
+
+    From CUDA it does not wait: the copy may be read once `reached(device)` has happened.
+    """
+    cuda = tensor.device.type == "cuda"
+    if copy is None:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+    return copy.copy_(tensor, non_blocking=cuda)
+
+
+def reached(device: torch.device, *, timed: bool = False) -> torch.cuda.Event | None:
+    """An event that happens when `device` has done what is queued on its current stream.
+
+    None on all devices but CUDA: there copies to the host have arrived when they return.
+    """
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=timed)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class Idle:
+    """For how long a device had nothing to do in certain stretches of the host's work.
+
+    On CUDA by the device's own clock: from the end of what is queued before a stretch to the start
+    of what is queued after it. Work of the host that the device does not wait for counts nothing.
+    Elsewhere the host is what computes, or waits for it: its clock tells.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._seconds = device, 0.0
+        self._stretches: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Counts what is done inside."""
+        began, before = time.perf_counter(), reached(self.device, timed=True)
+        yield
+        after = reached(self.device, timed=True)
+        if before and after:
+            self._stretches.append((before, after))
+        else:
+            self._seconds += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        """Of the stretches that are over on the device too; does not wait for it."""
+        while self._stretches and self._stretches[0][1].query():
+            before, after = self._stretches.popleft()
+            self._seconds += before.elapsed_time(after) / 1000
+        return self._seconds
+
+
+class Sent(NamedTuple):
+    """A batch on its way to a device."""
+
+    batch: Any
+    """As it was on the host, in pinned memory: it is kept until it has arrived."""
+    moved: Any
+    """Its copy, of which nothing may be read yet."""
+    arrived: torch.cuda.Event | None
+
+
+class Sender:
+    """Copies batches to a device; on CUDA beside its work, on a stream of their own.
+
+    A batch is a tuple of tensors, and more. Those in pinned memory are copied while the kernels of
+    the batch before run. No memory is used again too early: torch's allocators wait for the streams
+    that they are told of, here for that of the kernels, and when pinned pages are freed for that of
+    the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, batch: Any, move: Callable[[Any], Any]) -> Sent:
+        """Begin to copy a batch, by `move`."""
+        if self.stream is None:
+            return Sent(batch, move(batch), None)
+        with torch.cuda.stream(self.stream):
+            moved = move(batch)
+            return Sent(batch, moved, reached(self.device))
+
+    def receive(self, sent: Sent) -> Any:
+        """The copy, for what is queued on the current stream from now on."""
+        if sent.arrived:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(sent.arrived)
+            for part in sent.moved:
+                if isinstance(part, torch.Tensor):
+                    part.record_stream(current)
+        return sent.moved
 
 
 def device_constant(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -228,9 +228,13 @@ class PretrainTask:
         self.model, self.network, self.step_loss = student, network, step_loss
         self.validate, self.device = validation, device
 
+    def to_device(self, batch: Batch) -> Batch:
+        """The micro-batch on the device; from pinned memory to CUDA the copy does not wait."""
+        return batch.to(self.device)
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """The objective on a micro-batch, a scalar."""
-        return self.step_loss(batch.to(self.device))
+        return self.step_loss(batch)
 
     def describe(self, batch: Batch) -> list[str]:
         """'row.view' of each image of a micro-batch."""

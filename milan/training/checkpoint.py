@@ -6,7 +6,8 @@
         state.json             step, gradient scaler, sums of the log, digests of all three
 
 No pickles: nothing here can run code when it is loaded. A torn one that newer steps have not
-replaced yet lies beside the others as step-00000120.torn.
+replaced yet lies beside the others as step-00000120.torn. A run goes on while its checkpoint is
+written: only the copy that is written from takes its time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milan.core.atomic import cannot_write, read_with_digest, sync_folder, write_with_digest
+from milan.core.device import copy_to_host, reached
 from milan.core.distributed import SINGLE, Ranks, full_tensor, shard_like
 from milan.errors import TrainError
 
@@ -37,41 +40,99 @@ _STATE: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def save(
-    run: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-    ranks: Ranks,
-) -> Path:
-    """Write the checkpoint of `step`, then drop all but the newest `keep`. Returns its folder.
+class Writer:
+    """Writes the checkpoints of a run in a thread, one at a time.
 
-    `state` has `scaler` (the gradient scaler's), `losses` (sum and count since the last line of
-    the log) and what else the loop goes on from. Every rank calls it; rank 0 writes. Raises
-    TrainError if it cannot be written: those before stay as they are.
+    For it rank 0 keeps one copy of weights and moments in the memory of its machine, made at the
+    first `save`: three times the weights' bytes; from a GPU in pinned pages, of which torch's
+    allocator takes up to twice as many.
     """
-    weights = whole_weights(model, ranks)
-    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
-    moments = {
-        f"{names[parameter]}|{key}": torch.as_tensor(value)
-        for parameter, kept in optimiser.state.items()
-        for key, value in kept.items()
-    }
-    moments = _gathered(moments, ranks)
-    return ranks.on_rank0(lambda: _write(run, step, weights, moments, state, keep))
+
+    def __init__(
+        self, run: Path, model: nn.Module, optimiser: torch.optim.Optimizer, *, keep: int,
+        ranks: Ranks = SINGLE,
+    ) -> None:  # fmt: skip
+        self.run, self.model, self.optimiser = run, model, optimiser
+        self.keep, self.ranks = keep, ranks
+        self._copies: dict[str, torch.Tensor] = {}
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy what is trained as it is now, and begin to write it as the checkpoint of `step`.
+
+        Then all but the newest `keep` are dropped. `state` has `scaler` (the gradient scaler's),
+        `losses` (sum and count since the last line of the log) and what else the loop goes on from.
+        Every rank calls it; rank 0 writes. Waits for the checkpoint before, and raises as `wait`.
+        """
+        self.wait()
+        names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
+        moments = {
+            f"{names[parameter]}|{key}": torch.as_tensor(value)
+            for parameter, kept in self.optimiser.state.items()
+            for key, value in kept.items()
+        }
+        parts = self._copied(self.model.state_dict()), self._copied(moments)
+        if self.ranks.is_rank0:
+            copied = reached(next(self.model.parameters()).device)
+            self._thread = Thread(
+                target=self._write, args=(copied, step, *parts, state), daemon=True,
+                name="checkpoint",
+            )  # fmt: skip
+            self._thread.start()
+
+    def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies on the host of rank 0; from a GPU they are on their way."""
+        copies = {}
+        for name, tensor in tensors.items():
+            whole = full_tensor(tensor.detach())
+            if self.ranks.is_rank0:
+                copies[name] = copy_to_host(whole, self._copies.get(name))
+        self._copies |= copies
+        return copies
+
+    def _write(self, copied: torch.cuda.Event | None, *arguments: Any) -> None:
+        try:
+            if copied:
+                copied.synchronize()
+            _write(self.run, *arguments, keep=self.keep)
+        except BaseException as error:  # raised by `wait`, in the thread that trains
+            self._error = error
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written by this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` is going to raise an error of this rank."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written; every rank calls it.
+
+        Raises TrainError if it cannot be: those before stay as they are.
+        """
+        self.ranks.on_rank0(self._joined)
+
+    def _joined(self) -> None:
+        self.close()
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def close(self) -> None:
+        """Until this rank writes nothing any more, whatever comes of it."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
 
 
 def whole_weights(model: nn.Module, ranks: Ranks = SINGLE) -> dict[str, torch.Tensor]:
     """The state of a model on the CPU of rank 0; all must ask, others get nothing."""
-    return _gathered(model.state_dict(), ranks)
-
-
-def _gathered(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
     whole = {}
-    for name, tensor in tensors.items():
+    for name, tensor in model.state_dict().items():
         full = full_tensor(tensor.detach())
         if ranks.is_rank0:
             whole[name] = full.cpu().contiguous()
@@ -84,8 +145,9 @@ def _write(
     weights: dict[str, torch.Tensor],
     moments: dict[str, torch.Tensor],
     state: dict[str, Any],
+    *,
     keep: int,
-) -> Path:
+) -> None:
     folder = _folder(run, step)
     fresh = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -114,7 +176,6 @@ def _write(
     for torn in (run / FOLDER).glob("step-*.torn"):
         if torn.name[5:-5].isdecimal() and int(torn.name[5:-5]) <= step:
             shutil.rmtree(torn, ignore_errors=True)
-    return folder
 
 
 def _set_aside(run: Path, step: int) -> None:
@@ -208,7 +269,7 @@ def _why_torn(run: Path, step: int) -> str:
 
 
 def read_state(run: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, sha256, and the `state` that `save` was given.
+    """What a checkpoint says of itself: step, sha256, and the `state` that it was saved with.
 
     Raises ValueError if it is damaged, OSError if it cannot be read.
     """

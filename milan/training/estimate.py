@@ -139,5 +139,5 @@ def estimate_run(
         ("data loading", feeding.words()),
         ("time", format_duration(left * step)),
         ("memory", f"{format_bytes(peak)} of tensors on each rank at the peak; leave a fifth more"),
-        ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept"),
+        ("checkpoint", f"{format_bytes(saved)}, {config.keep} kept; as much memory of the host"),
     ]

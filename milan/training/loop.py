@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from milan.core import rng
-from milan.core.device import autocast
+from milan.core.device import Idle, Sender, Sent, autocast, copy_to_host, reached
 from milan.core.distributed import SINGLE, Ranks, sync_gradients
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
@@ -28,7 +28,7 @@ from milan.reporting.log import RunLog
 from milan.training import checkpoint
 from milan.training.optim import Schedule, gradient_norm
 
-_STOP, _SAVE, _NONFINITE = 1, 2, 4
+_STOP, _SAVE, _NONFINITE, _UNSAVED = 1, 2, 4, 8
 _YOUNG = 120.0  # seconds: an epoch that ends so soon after a checkpoint needs none
 _OLD = 900.0  # seconds after which there is a checkpoint in the middle of an epoch
 _COST = 100  # times what the last one took: no checkpoint earlier, or they take more than 1 %
@@ -47,16 +47,22 @@ class Task(Protocol):
     def network(self) -> nn.Module:
         """What `loss` calls: the model, or its wrapper for several ranks."""
 
+    def to_device(self, batch: Any) -> Any:
+        """A micro-batch, a tuple of tensors, where `loss` wants it; a GPU's copy may not wait."""
+
     def loss(self, batch: Any) -> torch.Tensor:
         """The loss of a micro-batch, a mean over its images; called under autocast."""
 
     def describe(self, batch: Any) -> list[str]:
-        """A name for each image of a micro-batch, to tell which ones broke a step."""
+        """A name for each image of a micro-batch on the host, to tell which ones broke a step."""
 
     def validate(
         self, epoch: int, batches: Iterator[Any]
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Metrics, and pictures by name, after an epoch; takes its own of the `batches`."""
+        """Metrics, and pictures by name, after an epoch; takes its own of the `batches`.
+
+        They are where `loss` wants them.
+        """
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,10 @@ def fit(
     if context.open_log and context.ranks.is_rank0:
         loop.run_log = context.open_log(start)
     context.progress.begin("train", schedule.steps, "steps", done=start)
-    loop.feed = feed = _Feed(batches_from(start), loop.heartbeat)
+    loop.feed = feed = _Feed(batches_from(start), task, context.device, loop.heartbeat)
     loop.logged = (time.perf_counter(), 0.0, start)
     task.network.train()
-    with closing(feed):
+    with closing(loop.writer), closing(feed):
         for step in range(start, last):
             loop.step(step)
             loop.done = done = step + 1
@@ -129,6 +135,7 @@ def fit(
                 loop.save(done)
             if requests & _STOP:
                 break
+        loop.written()
         context.progress.end()
         seconds = time.perf_counter() - feed.began
     if loop.run_log:
@@ -141,7 +148,7 @@ def fit(
             "seconds": round(seconds, 2),
             "startup_seconds": round(feed.startup, 2),
             "images_per_second": round(images / trained, 2),
-            "wait_share": round(feed.waited / trained, 4),
+            "wait_share": round(feed.idle.seconds / trained, 4),
             "checkpoint_share": round(loop.saving / max(seconds, 1e-9), 4),
         }
         | loop.speed_figures,
@@ -149,27 +156,55 @@ def fit(
 
 
 class _Feed:
-    """Batches as they come, and how long loading them took; `heartbeat` is called at each."""
+    """Batches as they come, on their device, and for how long it waited for them.
 
-    def __init__(self, batches: Iterable[Any], heartbeat: Callable[[], None]) -> None:
+    `heartbeat` is called at each.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        task: Task,
+        device: torch.device,
+        heartbeat: Callable[[], None],
+    ) -> None:
         self.began, self.heartbeat = time.perf_counter(), heartbeat
-        self.waited = 0.0
+        self.idle = Idle(device)
         self._batches = iter(batches)
+        self._move, self._sender = task.to_device, Sender(device)
         # The first batch waits for the loader's processes to start: no data-loading time.
-        self._first: list[Any] = [next(self._batches)]
+        self._next: Sent | Exception | None = self._sent()
         self.startup = time.perf_counter() - self.began
+
+    def _sent(self) -> Sent:
+        return self._sender.send(next(self._batches), self._move)
+
+    def prefetch(self) -> None:
+        """Begin to copy the next batch, where that does not wait: once a step's work is queued.
+
+        What goes wrong with it is raised when its turn comes.
+        """
+        if self._next is None and self._sender.stream:
+            try:
+                with self.idle.measured():
+                    self._next = self._sent()
+            except Exception as error:  # the end of all batches too
+                self._next = error
+
+    def take(self) -> tuple[Any, Any]:
+        """The next batch: as it came, and on the device."""
+        self.heartbeat()
+        sent, self._next = self._next or self._sent(), None
+        if isinstance(sent, Exception):
+            raise sent
+        return sent.batch, self._sender.receive(sent)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        self.heartbeat()
-        if self._first:
-            return self._first.pop()
-        asked = time.perf_counter()
-        batch = next(self._batches)
-        self.waited += time.perf_counter() - asked
-        return batch
+        """The next batch on the device: one of a validation."""
+        return self.take()[1]
 
     def close(self) -> None:
         """Let the loader end its processes."""
@@ -182,6 +217,7 @@ class _StepResult(NamedTuple):
 
     step: int
     batches: list[Any]
+    """As they were on the host."""
     values: torch.Tensor
     """[micro-batches + 1] on the CPU: parts of the step's loss, and the gradient norm."""
     ready: torch.cuda.Event | None
@@ -192,12 +228,8 @@ class _StepResult(NamedTuple):
         cls, step: int, batches: list[Any], losses: list[torch.Tensor], norm: torch.Tensor
     ) -> _StepResult:
         """Copy the values of a step without waiting for its device."""
-        cuda = norm.device.type == "cuda"
-        values = torch.stack([*losses, norm]).to("cpu", non_blocking=cuda)
-        ready = torch.cuda.Event() if cuda else None
-        if ready:
-            ready.record(torch.cuda.current_stream(norm.device))
-        return cls(step, batches, values, ready)
+        values = copy_to_host(torch.stack([*losses, norm]))
+        return cls(step, batches, values, reached(norm.device))
 
     @property
     def loss(self) -> torch.Tensor:
@@ -237,9 +269,12 @@ class _Loop:
         self.saved, self.resumable = time.monotonic(), False
         """When this call could be resumed from last, or began; whether there is a checkpoint."""
         self.saving, self.last_save = 0.0, 0.0
-        """Seconds spent on checkpoints in this call; on the last one."""
+        """Seconds that checkpoints kept training waiting in this call; that the last one did."""
         self.validating = 0.0
         """Seconds spent on validation in this call."""
+        self.writer = checkpoint.Writer(
+            context.run, task.model, optimiser, keep=schedule.keep, ranks=context.ranks
+        )
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
         self.norm = torch.zeros(())
         """Of the last step's gradients, before clipping."""
@@ -283,18 +318,21 @@ class _Loop:
         self.optimiser.zero_grad(set_to_none=True)
         losses, batches = [], []
         for micro in range(schedule.accumulate):
-            batch = next(self.feed)
+            with self.feed.idle.measured():
+                batch, there = self.feed.take()
             # Drop path draws here: by address too, or a resumed run would differ.
             address = (step, micro, self.ranks.rank)
             torch.manual_seed(int(rng.bits(schedule.data.seed, rng.DROPPED, address, 1)[0] >> 1))
             with sync_gradients(self.task.network, micro + 1 == schedule.accumulate):
                 with autocast(self.device, schedule.precision):
-                    part = self.task.loss(batch) / schedule.accumulate
+                    part = self.task.loss(there) / schedule.accumulate
                 self.scaler.scale(part).backward()
             losses.append(part.detach())
             batches.append(batch)
         self.scaler.unscale_(self.optimiser)
         self.norm = gradient_norm(model)
+        if schedule.on_nonfinite == "skip":  # waits for the device
+            self.feed.prefetch()
         result = _StepResult.from_device(step, batches, losses, self.norm)
         if schedule.on_nonfinite == "skip" and self._skips(result):
             self.scaler.update()
@@ -303,6 +341,7 @@ class _Loop:
             clip_grads_with_norm_(model.parameters(), schedule.clip_grad, self.norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.feed.prefetch()
         # On a GPU this step is queued already when the loss of the one before is looked at.
         self._check_last()
         self.unchecked = result
@@ -379,13 +418,17 @@ class _Loop:
     def requests(self, epoch_over: bool = False) -> int:
         """What any rank requests after this step: _STOP, _SAVE; 0 is nothing.
 
-        Raises TrainError on all ranks if a step before was not finite on one.
+        Raises TrainError on all ranks if a step before was not finite on one, or a checkpoint could
+        not be written.
         """
         saves = self.ranks.is_rank0 and self._checkpoint_is_due(epoch_over)
         flags = (_STOP if self.stop.by else 0) | (_SAVE if saves else 0)
+        flags |= _UNSAVED if self.writer.failed else 0
         requests = self.ranks.any_flags(flags | (_NONFINITE if self.nonfinite else 0))
         if requests & _NONFINITE:
             raise self._error(self.nonfinite)
+        if requests & _UNSAVED:
+            self.writer.wait()
         if requests & _STOP:
             self.stopped_by = self.stop.by or "another rank"
         return requests
@@ -393,8 +436,11 @@ class _Loop:
     def _checkpoint_is_due(self, epoch_over: bool) -> bool:
         """By the clock: after 15 minutes, and at an epoch's end unless one is two minutes young.
 
-        Both are longer where the last one took more than a hundredth of that.
+        Both are longer where the last one kept training waiting for more than a hundredth of that,
+        or is still being written.
         """
+        if self.writer.busy:
+            return False
         age, cost = time.monotonic() - self.saved, _COST * self.last_save
         minutes = self.schedule.save_minutes
         if age > (60 * minutes if minutes else max(_OLD, cost)):
@@ -407,7 +453,7 @@ class _Loop:
         """After each step: once a second of them was measured, or the last is taken, tell it."""
         if self.on_speed is None:
             return
-        now = time.perf_counter(), self.feed.waited, done
+        now = time.perf_counter(), self.feed.idle.seconds, done
         if self.warm is None:
             self.warm = now
         seconds, waited, steps = (b - a for a, b in zip(self.warm, now, strict=True))
@@ -419,13 +465,13 @@ class _Loop:
 
     def validate(self, epoch: int) -> None:
         """Measure the model after an epoch."""
-        began, waited = time.perf_counter(), self.feed.waited
+        began = time.perf_counter()
         self.task.network.eval()
         self.metrics, self.pictures = self.task.validate(epoch, self.feed)
         self.task.network.train()
         words = [f", {name} {value:.3f}" for name, value in self.metrics.items()]
         self.last_metrics = "".join(words) or self.last_metrics
-        seconds, self.feed.waited = time.perf_counter() - began, waited
+        seconds = time.perf_counter() - began
         self.validating += seconds
         if self.warm:
             self.warm = (self.warm[0] + seconds, *self.warm[1:])
@@ -434,7 +480,7 @@ class _Loop:
     def log(self, done: int) -> None:
         """A line of the log: of the steps since the last one, with this epoch's metrics."""
         clock, waited, before = self.logged
-        self.logged = (time.perf_counter(), self.feed.waited, done)
+        self.logged = (time.perf_counter(), self.feed.idle.seconds, done)
         span = max(self.logged[0] - clock, 1e-9)
         (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
         images = (done - before) * self.schedule.data.batch_size
@@ -445,7 +491,7 @@ class _Loop:
             "lr": self.schedule.learning_rate(done - 1),
             "grad_norm": float(self.norm),
             "images_per_second": round(images / span, 2),
-            "wait_share": round((self.feed.waited - waited) / span, 4),
+            "wait_share": round((self.logged[1] - waited) / span, 4),
         } | self.metrics
         if self.run_log:
             # JSON has no NaN: what a skipped step does not have is left out.
@@ -460,25 +506,19 @@ class _Loop:
         self.loss_sum, self.counted, self.metrics, self.pictures = 0.0, 0, {}, {}
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; the sums of an unfinished line are in it."""
-        began, self.stop.saving = time.monotonic(), True
+        """Begin to write a checkpoint; the sums of an unfinished line are in it."""
+        began = time.monotonic()
         (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
         if self.run_log:  # a run that is resumed from here relies on it
             self.run_log.flush()
-        checkpoint.save(
-            self.run,
-            step=done,
-            model=self.task.model,
-            optimiser=self.optimiser,
-            state={
-                "scaler": self.scaler.state_dict(),
-                "losses": [total, self.counted],
-                "steps": self.schedule.steps,
-            },
-            keep=self.schedule.keep,
-            ranks=self.ranks,
-        )
-        self.saved, self.resumable, self.stop.saving = time.monotonic(), True, False
-        self.stop.kept = f"the checkpoint of step {done} stays"
+        state = {"losses": [total, self.counted], "steps": self.schedule.steps}
+        self.writer.save(done, state | {"scaler": self.scaler.state_dict()})
+        self.saved, self.resumable = time.monotonic(), True
         self.last_save = self.saved - began
         self.saving += self.last_save
+
+    def written(self) -> None:
+        """Wait for the last checkpoint. Raises TrainError on all ranks if it cannot be written."""
+        began = time.monotonic()
+        self.writer.wait()
+        self.saving += time.monotonic() - began

@@ -31,9 +31,9 @@ def peak_bytes(
 ) -> int:
     """Bytes of tensors that a step of pretraining holds at its peak on `device`.
 
-    Weights, gradients, AdamW's two moments, a micro-batch and the activations of its forward and
-    backward pass: the step itself is run on tensors that have shapes and no memory, so its cost
-    does not depend on the batch. Of `ranks` under fsdp each keeps its share of weights and moments;
+    Weights, gradients, AdamW's two moments, a micro-batch (on CUDA the next one too) and the
+    activations of its forward and backward pass: the step itself is run on tensors that have shapes
+    and no memory, so its cost does not depend on the batch. Of `ranks` under fsdp each keeps its share of weights and moments;
     gradients are whole, as they are while they accumulate. Not counted: what the process, the
     device's context and kernels take, and what an allocator leaves unused.
     """
@@ -58,7 +58,9 @@ def peak_bytes(
             loss = settings.objective(cache)(network, batch)
         loss.backward()
     sharded = ranks if settings.config.parallel == "fsdp" else 1
-    return (total + 2 * trained) // sharded + live.peak
+    # A GPU has the next micro-batch already.
+    ahead = sum(_size(t) for t in batch if t is not None) if device.type == "cuda" else 0
+    return (total + 2 * trained) // sharded + live.peak + ahead
 
 
 def _call(student: Student, weights: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:

@@ -91,7 +91,8 @@ class Validation:
     def __call__(
         self, epoch: int, batches: Iterator[Batch]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics, and pictures by name; takes the batches of the plan's addresses, in order.
+        """Metrics, and pictures by name; takes the batches of the plan's addresses, in order, from
+        the device.
 
         Metrics of the objective are named val_…; all ranks call it together and get the same.
         """
@@ -101,7 +102,7 @@ class Validation:
         sheet: list[SheetInputs] = []
         with torch.no_grad(), autocast(self.device, self.precision):
             for address in self.plan.addresses(epoch):
-                batch = next(batches).to(self.device)
+                batch = next(batches)
                 if address.kind is Kind.VALIDATION:
                     counted = 0 if address.padding else len(address.rows)
                     prediction = self.objective.predict(self.student, batch)

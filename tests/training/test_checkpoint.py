@@ -18,7 +18,6 @@ from timm.optim import param_groups_weight_decay
 
 from milan.core.atomic import write_json
 from milan.core.device import MEAN, STD
-from milan.core.distributed import Ranks
 from milan.errors import CacheError, ConfigError, TrainError
 from milan.models.export import load_encoder, read_about, save_encoder
 from milan.models.masking import random_mask
@@ -78,10 +77,10 @@ def trained() -> Trained:
 def save(run: Path, step: int, trained: Trained, *, keep: int = 9) -> Path:
     run.mkdir(exist_ok=True)
     model, optimiser = trained
-    state = {"scaler": {"scale": 65536.0}, "losses": [1.5, 2]}
-    return checkpoint.save(
-        run, step=step, model=model, optimiser=optimiser, state=state, keep=keep, ranks=Ranks()
-    )
+    writer = checkpoint.Writer(run, model, optimiser, keep=keep)
+    writer.save(step, {"scaler": {"scale": 65536.0}, "losses": [1.5, 2]})
+    writer.wait()
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def load(run: Path) -> tuple[dict | None, Student, torch.optim.AdamW]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from milan.core.device import reached
+from milan.errors import TrainError
 from milan.reporting.log import RunLog, read_log
 from milan.training import checkpoint, loop
 from milan.training.loop import Context, fit
@@ -35,6 +40,10 @@ class Classifier:
         torch.manual_seed(0)
         self.model = self.network = nn.Linear(8, 3)
         self.validated: list[int] = []
+
+    def to_device(self, batch: Any) -> Any:
+        """It is there."""
+        return batch
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Cross-entropy."""
@@ -170,12 +179,13 @@ def test_when_checkpoints_are_written(
     step: float, save: float, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At an epoch's end unless one is young; else after 15 minutes; at most 1 % of the time."""
-    clock, steps, write = Clock(step, save), list[int](), checkpoint.save
+    clock, steps, begin = Clock(step, save), list[int](), checkpoint.Writer.save
 
-    def noted(*arguments: Any, **more: Any) -> Any:
-        steps.append(more["step"])
+    def noted(self: Any, at: int, state: Any) -> None:
+        steps.append(at)
         clock.now += clock.save
-        return write(*arguments, **more)
+        begin(self, at, state)
+        self.wait()
 
     taken = loop._Loop.step
 
@@ -184,10 +194,259 @@ def test_when_checkpoints_are_written(
         taken(self, number)
 
     monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(checkpoint, "save", noted)
+    monkeypatch.setattr(checkpoint.Writer, "save", noted)
     monkeypatch.setattr(loop._Loop, "step", slow)
     _, figures = train(tmp_path, save_every=None)
     assert steps == expected
     assert figures["checkpoint_share"] == pytest.approx(
         len(steps) * save / (20 * step + len(steps) * save), abs=1e-4
     )
+
+
+# --- while a checkpoint is written ----------------------------------------------------------------
+
+
+class Disk:
+    """Writes files in its own time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[], object]) -> None:
+        write = checkpoint.save_file
+
+        def slow(tensors: Any, *arguments: Any) -> None:
+            before()
+            write(tensors, *arguments)
+
+        monkeypatch.setattr(checkpoint, "save_file", slow)
+
+
+def writers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+def test_steps_are_taken_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that takes half of the time training waits for no more than a copy; one checkpoint
+    is written at a time; what is written is what was trained when it began."""
+    train(tmp_path / "stopped", stop_after=12)
+    steps: list[int] = []
+    during: list[int] = []
+    loss = Classifier.loss
+
+    def slow(self: Any, batch: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        steps.append(len(writers()))
+        return loss(self, batch)
+
+    def busy() -> None:
+        if len(steps) < 18:  # the last one is waited for
+            before = len(steps)
+            time.sleep(0.1)
+            during.append(len(steps) - before)
+
+    monkeypatch.setattr(Classifier, "loss", slow)
+    Disk(monkeypatch, busy)
+    _, figures = train(tmp_path / "run", save_every=12)
+    assert sum(during) >= 4
+    assert max(steps) == 1
+    assert figures["checkpoint_share"] < 0.2
+    for name in ("model", "optimiser"):
+        ours, theirs = (
+            tmp_path / run / f"checkpoints/step-00000012/{name}.safetensors"
+            for run in ("run", "stopped")
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_disk_that_fills_while_steps_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step ends the run with one line; the checkpoint before is whole."""
+    taken: list[Any] = []
+
+    def full() -> None:
+        if len(taken) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def joined(self: Any, batch: Any) -> list[str]:
+        for thread in writers():
+            thread.join()
+        taken.append(batch)
+        return batch
+
+    monkeypatch.setattr(Classifier, "to_device", joined)
+    Disk(monkeypatch, full)
+    with pytest.raises(TrainError, match="the checkpoint of step 6 cannot be written: No space"):
+        train(tmp_path)
+    assert len(taken) == 8  # seven steps and a validation
+    assert not writers()
+    assert checkpoint.newest(tmp_path, note=print) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_ends_leaves_no_half_checkpoint(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ends: the folder is another call's from then on."""
+
+    def fails(self: Any, batch: Any) -> Any:
+        if writers():
+            raise error
+        return batch
+
+    monkeypatch.setattr(Classifier, "to_device", fails)
+    Disk(monkeypatch, lambda: time.sleep(0.05))
+    with pytest.raises(error):
+        train(tmp_path)
+    assert not writers()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoint.newest(tmp_path, note=print) == 3
+
+
+# --- a GPU's clock and streams, without one -------------------------------------------------------
+
+
+class Gpu:
+    """A host and a device with clocks of their own, in place of CUDA.
+
+    What the host queues starts when it is queued and what was queued before is done. Seconds of the
+    clock are made up; streams are names.
+    """
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, loading: float, step: float) -> None:
+        gpu, self.host, self.free, self.current = self, 100.0, 0.0, "kernels"
+        self.seen: list[str] = []
+        taken = loop._Loop._check_last
+
+        class Event:
+            def __init__(self, **_: Any) -> None:
+                self.at, self.stream = 0.0, ""
+
+            def record(self, stream: Any) -> None:
+                self.at, self.stream = max(gpu.host, gpu.free), str(stream)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, other: Any) -> float:
+                assert self.query()
+                assert other.query()
+                return 1000 * (other.at - self.at)
+
+        class Stream(str):
+            def wait_event(self, event: Event) -> None:
+                gpu.seen.append(f"{self} wait for {event.stream}")
+
+        class On:
+            def __init__(self, stream: Stream) -> None:
+                self.streams = stream, gpu.current
+
+            def __enter__(self) -> None:
+                gpu.current = self.streams[0]
+
+            def __exit__(self, *_: object) -> None:
+                gpu.current = self.streams[1]
+
+        class Task(Classifier):
+            def to_device(self, batch: Any) -> Any:
+                gpu.seen.append(f"copied on {gpu.current}")
+                return batch
+
+            def loss(self, batch: Any) -> torch.Tensor:
+                gpu.seen.append("step")
+                gpu.free = max(gpu.host, gpu.free) + step
+                return super().loss(batch)
+
+        def read_last(self: Any) -> None:
+            if self.unchecked:
+                gpu.seen.append("loss read")
+                self.unchecked.ready.synchronize()
+            taken(self)
+
+        def loaded(start: int) -> Iterator[Any]:
+            for batch in batches_from(start):
+                gpu.host += loading
+                yield batch
+
+        self.task, self.batches = Task(), loaded
+        for name, value in {
+            "Event": Event, "Stream": lambda _: Stream("copies"), "stream": On,
+            "current_stream": lambda _: Stream(gpu.current),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda _, stream: gpu.seen.append(f"used on {stream}")
+        )
+        monkeypatch.setattr(loop, "reached", lambda _: reached(gpu.device))
+        monkeypatch.setattr(loop._Loop, "_check_last", read_last)
+        monkeypatch.setattr(loop, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.host
+
+    monotonic = perf_counter
+
+    def train(self, run: Path) -> dict[str, Any]:
+        context = Context(run, self.device, open_log=lambda step: RunLog(run, step, []))
+        optimiser = adamw(self.task.model, CPU, weight_decay=0.0, beta2=0.95)
+        return fit(
+            self.task, optimiser, schedule(4), context, batches_from=self.batches, stop_after=19
+        )
+
+
+@pytest.mark.parametrize(
+    ("loading", "share"),
+    [
+        (4.0, 0.0),  # hidden behind the step before, though the host waits for it
+        (15.0, 0.33),  # 5 of 15 seconds
+    ],
+)
+def test_waiting_is_what_the_device_waits(
+    loading: float, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own clock: the gap between the kernels of a step and those of the next."""
+    figures = Gpu(monkeypatch, loading=loading, step=10.0).train(tmp_path)
+    logged = {line["step"]: line for line in read_log(tmp_path, 20)}
+    # Lines of steps that follow no validation, which leaves nothing to hide behind.
+    for step in (4, 8, 14, 18):
+        assert logged[step]["wait_share"] == pytest.approx(share, abs=0.01)
+    assert figures["wait_share"] == pytest.approx(share, abs=0.1)
+
+
+def test_a_batch_is_copied_while_the_step_before_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stream of its own, once that step is queued and before anything waits for it; kernels
+    wait for the copy, and its memory for them."""
+    gpu = Gpu(monkeypatch, loading=1.0, step=10.0)
+    gpu.train(tmp_path)
+    arrived = ["kernels wait for copies", "used on kernels", "used on kernels"]
+    first = ["copied on copies", *arrived, "step", "copied on copies"]
+    assert gpu.seen[: len(first)] == first
+    copied = [i for i, what in enumerate(gpu.seen) if what.startswith("copied")]
+    assert all(gpu.seen[i] == "copied on copies" for i in copied)
+    for i, what in enumerate(gpu.seen):
+        if what == "step":
+            assert gpu.seen[i - 3 : i] == arrived
+            assert gpu.seen[i + 1] == "copied on copies"
+
+
+def test_a_batch_that_cannot_be_read_is_raised_in_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for ahead; the step before is still finished, and saved."""
+    gpu = Gpu(monkeypatch, loading=1.0, step=10.0)
+
+    def torn(start: int) -> Iterator[Any]:
+        yield from (batch_of(step) for step in range(3))
+        raise TrainError("row 7 is torn")
+
+    gpu.batches = torn
+    with pytest.raises(TrainError, match="row 7"):
+        gpu.train(tmp_path)
+    assert checkpoint.newest(tmp_path, note=print) == 3

@@ -20,7 +20,7 @@ from milan.core import atomic
 from milan.errors import ConfigError, TrainError
 from milan.reporting.log import read_log
 from milan.reporting.run_files import read_metrics, read_run
-from milan.training import checkpoint, loop
+from milan.training import checkpoint
 from milan.training import run as run_folder
 from milan.training.optim import learning_rate
 
@@ -121,10 +121,9 @@ class Saved:
         self.optimiser = torch.optim.AdamW(self.model.parameters())
 
     def save(self, step: int, keep: int = 2) -> None:
-        checkpoint.save(
-            self.run, step=step, model=self.model, optimiser=self.optimiser,
-            state={"scaler": {}, "losses": [0.0, 0]}, keep=keep, ranks=loop.SINGLE,
-        )  # fmt: skip
+        writer = checkpoint.Writer(self.run, self.model, self.optimiser, keep=keep)
+        writer.save(step, {"scaler": {}, "losses": [0.0, 0]})
+        writer.wait()
 
 
 def test_nothing_newer_is_deleted(tmp_path: Path) -> None:
