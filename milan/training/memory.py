@@ -33,9 +33,10 @@ def peak_bytes(
 
     Weights, gradients, AdamW's two moments, a micro-batch (on CUDA the next one too) and the
     activations of its forward and backward pass: the step itself is run on tensors that have shapes
-    and no memory, so its cost does not depend on the batch. Of `ranks` under fsdp each keeps its share of weights and moments;
-    gradients are whole, as they are while they accumulate. Not counted: what the process, the
-    device's context and kernels take, and what an allocator leaves unused.
+    and no memory, so its cost does not depend on the batch. Of `ranks` under fsdp each keeps its
+    share of weights and moments; gradients are whole, as they are while they accumulate. Not
+    counted: what the process, the device's context and kernels take, and what an allocator leaves
+    unused.
     """
     weights = list(student.parameters())
     total = sum(_size(p) for p in weights)
