@@ -99,6 +99,8 @@ class PretrainConfig:
     # Numbers and devices
     precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    tf32: bool = setting(True, identity=False)
+    """Multiply float32 in TF32, where precision is fp32 on CUDA; sums stay float32."""
     compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
     """torch.compile of student and loss; auto: on CUDA, and without it where it fails."""
     checkpoint_activations: bool = setting(False, identity=False)

@@ -218,6 +218,24 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
+@contextmanager
+def tf32(device: torch.device, on: bool) -> Iterator[None]:
+    """Inside, CUDA multiplies float32 in TF32 if `on` (10 bits of mantissa, float32's range).
+
+    Sums stay float32. Products on other devices are not touched; how it was comes back.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = on
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 [B, S, S, 3] to float32 [B, 3, S, S], (x / 255 - mean) / std, on the same device."""
     scale, shift = _scale_and_shift(pixels.device, tuple(mean), tuple(std))

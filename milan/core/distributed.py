@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from milan.core.device import PRECISIONS
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.core.waiting import Wait
@@ -301,11 +302,14 @@ def process_group(
     dist.destroy_process_group()
 
 
-def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
+def parallelise(student: nn.Module, ranks: Ranks, kind: str, precision: str = "fp32") -> nn.Module:
     """The module to call for a prediction, so that gradients are those of the whole batch.
 
     `kind` is `ddp`, which returns a wrapper around `student`, or `fsdp`, which shards the student
     itself, block by block, and returns it. Build the optimiser afterwards.
+
+    Shards are float32. In `precision` bf16 or fp16 the weights of products travel in it, and the
+    gradients in float32: what autocast computes with, at half of the bytes.
     """
     if ranks.size == 1:
         return student
@@ -313,16 +317,30 @@ def parallelise(student: nn.Module, ranks: Ranks, kind: str) -> nn.Module:
         # Gradients are views of the buffers they are summed in: one copy of them, not two.
         return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     device_type = next(student.parameters()).device.type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    half = PRECISIONS[precision]
+    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for stack in (student.encoder.blocks, student.decoder.blocks):  # type: ignore[union-attr]
         for block in stack:  # type: ignore[union-attr]
-            fully_shard(block, mesh=mesh)
+            if half:  # autocast computes norms in float32
+                fully_shard(_without_products(block), mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh)
     register_fsdp_forward_method(student, "pooled_features")
     return student
+
+
+def _without_products(block: nn.Module) -> list[nn.Module]:
+    """Modules that have weights of their own and are no linear layers."""
+    owners = [m for m in block.modules() if any(True for _ in m.parameters(recurse=False))]
+    return [module for module in owners if not isinstance(module, nn.Linear)]
 
 
 def sync_gradients(network: nn.Module, now: bool) -> AbstractContextManager:

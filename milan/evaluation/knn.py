@@ -125,8 +125,8 @@ def nearest_neighbours(
     labels: torch.Tensor,
     queries: torch.Tensor,
     query_labels: torch.Tensor,
-) -> float:
-    """Top-1 accuracy in percent of 20 neighbours.
+) -> int:
+    """How many queries 20 neighbours name rightly.
 
     `features` [n, F] with `labels` [n] classify `queries` [m, F], whose classes are `query_labels`
     [m]; all on one device.
@@ -138,4 +138,4 @@ def nearest_neighbours(
         nearest.see(features, labels)
         named = vote(nearest.similarity, nearest.labels, len(numbers))
         correct += int((numbers[named] == chunk_labels).sum())
-    return 100 * correct / len(queries)
+    return correct

@@ -42,6 +42,11 @@ class Settings:
     precision: str
     """fp32, bf16 or fp16."""
 
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 is multiplied in TF32, on CUDA: where it was asked for as a whole."""
+        return self.precision == "fp32" and self.config.tf32
+
     def values(self, **more: Any) -> dict[str, Any]:
         """All settings by name, as run.json keeps them."""
         filled = {name: value for name, value in vars(self).items() if name != "config"}

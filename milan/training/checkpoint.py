@@ -50,10 +50,11 @@ class Writer:
 
     def __init__(
         self, run: Path, model: nn.Module, optimiser: torch.optim.Optimizer, *, keep: int,
-        ranks: Ranks = SINGLE,
+        ranks: Ranks = SINGLE, written: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
+        """`written` is called in the thread with the step of each checkpoint that is whole."""
         self.run, self.model, self.optimiser = run, model, optimiser
-        self.keep, self.ranks = keep, ranks
+        self.keep, self.ranks, self.written = keep, ranks, written
         self._copies: dict[str, torch.Tensor] = {}
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -66,17 +67,18 @@ class Writer:
         Every rank calls it; rank 0 writes. Waits for the checkpoint before, and raises as `wait`.
         """
         self.wait()
+        weights = self._copied(self.model.state_dict())  # first: it shards what a probe gathered
         names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
         moments = {
             f"{names[parameter]}|{key}": torch.as_tensor(value)
             for parameter, kept in self.optimiser.state.items()
             for key, value in kept.items()
         }
-        parts = self._copied(self.model.state_dict()), self._copied(moments)
+        moments = self._copied(moments)
         if self.ranks.is_rank0:
             copied = reached(next(self.model.parameters()).device)
             self._thread = Thread(
-                target=self._write, args=(copied, step, *parts, state), daemon=True,
+                target=self._write, args=(copied, step, weights, moments, state), daemon=True,
                 name="checkpoint",
             )  # fmt: skip
             self._thread.start()
@@ -91,11 +93,12 @@ class Writer:
         self._copies |= copies
         return copies
 
-    def _write(self, copied: torch.cuda.Event | None, *arguments: Any) -> None:
+    def _write(self, copied: torch.cuda.Event | None, step: int, *arguments: Any) -> None:
         try:
             if copied:
                 copied.synchronize()
-            _write(self.run, *arguments, keep=self.keep)
+            _write(self.run, step, *arguments, keep=self.keep)
+            self.written(step)
         except BaseException as error:  # raised by `wait`, in the thread that trains
             self._error = error
 

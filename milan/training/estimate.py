@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from milan.config import PretrainConfig
-from milan.core.device import autocast, pick_device, ranks_here
+from milan.core.device import autocast, pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
@@ -113,7 +113,7 @@ def estimate_run(
     progress.note(f"memory: {format_bytes(peak)} of tensors on each rank at the peak")
     progress.begin("time a step", _STEPS + 1, "steps")
     timings = []
-    with as_train_error(Path(config.out), micro):
+    with as_train_error(Path(config.out), micro), tf32(device, settings.tf32):
         for done in range(_STEPS + 1):
             timings.append((seconds("gradient"), seconds("update")))
             optimiser.zero_grad(set_to_none=True)

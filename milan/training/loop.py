@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -113,7 +113,7 @@ def fit(
     loop.feed = feed = _Feed(batches_from(start), task, context.device, loop.heartbeat)
     loop.logged = (time.perf_counter(), 0.0, start)
     task.network.train()
-    with closing(loop.writer), closing(feed):
+    with closing(loop), closing(feed):
         for step in range(start, last):
             loop.step(step)
             loop.done = done = step + 1
@@ -273,8 +273,9 @@ class _Loop:
         self.validating = 0.0
         """Seconds spent on validation in this call."""
         self.writer = checkpoint.Writer(
-            context.run, task.model, optimiser, keep=schedule.keep, ranks=context.ranks
-        )
+            context.run, task.model, optimiser, keep=schedule.keep, ranks=context.ranks,
+            written=self._keeps,
+        )  # fmt: skip
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
         self.norm = torch.zeros(())
         """Of the last step's gradients, before clipping."""
@@ -300,7 +301,7 @@ class _Loop:
         if self.scaler.is_enabled() and state["scaler"]:  # of a run that was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         self.done, self.saved, self.resumable = step, time.monotonic(), True
-        self.stop.kept = f"the checkpoint of step {step} stays"
+        self._keeps(step)
         return step
 
     def heartbeat(self) -> None:
@@ -399,7 +400,7 @@ class _Loop:
         reports = self.ranks.gather_objects(mine)
         # One rank's loss is every rank's gradient: name the images of that one.
         rank, (what, names) = min(reports, key=lambda r: not r[1][0].startswith("loss"))
-        saved = checkpoint.steps(self.run)
+        saved = self.ranks.on_rank0(self._saved_steps)
         where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint yet"
         shown = ", ".join(names[:32]) + (", …" if len(names) > 32 else "")
         whose = "the batch" if self.ranks.size == 1 else f"rank {rank}'s share"
@@ -408,6 +409,11 @@ class _Loop:
             expected="a finite loss and gradient",
             fix="a smaller --lr, --precision bf16 or fp32, or --on-nonfinite skip",
         )
+
+    def _saved_steps(self) -> list[int]:
+        """Of the checkpoints, with the one that is being written."""
+        self.writer.close()
+        return checkpoint.steps(self.run)
 
     def summary(self, done: int, figures: dict[str, Any]) -> dict[str, Any]:
         """What a call did, and where the run stands."""
@@ -439,11 +445,13 @@ class _Loop:
         Both are longer where the last one kept training waiting for more than a hundredth of that,
         or is still being written.
         """
-        if self.writer.busy:
-            return False
         age, cost = time.monotonic() - self.saved, _COST * self.last_save
         minutes = self.schedule.save_minutes
-        if age > (60 * minutes if minutes else max(_OLD, cost)):
+        if minutes and age > 60 * minutes:
+            return True
+        if self.writer.busy:
+            return False
+        if not minutes and age > max(_OLD, cost):
             return True
         if not epoch_over or self.schedule.save_every:
             return False
@@ -507,18 +515,35 @@ class _Loop:
 
     def save(self, done: int) -> None:
         """Begin to write a checkpoint; the sums of an unfinished line are in it."""
-        began = time.monotonic()
-        (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
-        if self.run_log:  # a run that is resumed from here relies on it
-            self.run_log.flush()
-        state = {"losses": [total, self.counted], "steps": self.schedule.steps}
-        self.writer.save(done, state | {"scaler": self.scaler.state_dict()})
+        before = self.saving
+        with self._patient():
+            (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
+            if self.run_log:  # a run that is resumed from here relies on it
+                self.run_log.flush()
+            state = {"losses": [total, self.counted], "steps": self.schedule.steps}
+            self.writer.save(done, state | {"scaler": self.scaler.state_dict()})
         self.saved, self.resumable = time.monotonic(), True
-        self.last_save = self.saved - began
-        self.saving += self.last_save
+        self.last_save = self.saving - before
 
     def written(self) -> None:
         """Wait for the last checkpoint. Raises TrainError on all ranks if it cannot be written."""
-        began = time.monotonic()
-        self.writer.wait()
-        self.saving += time.monotonic() - began
+        with self._patient():
+            self.writer.wait()
+
+    def close(self) -> None:
+        """Whatever ended the run: a checkpoint that is being written is finished first."""
+        with self._patient():
+            self.writer.close()
+
+    @contextmanager
+    def _patient(self) -> Iterator[None]:
+        """Inside, training waits for a checkpoint, and a stop waits with patience."""
+        began, self.stop.saving = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self.stop.saving = False
+            self.saving += time.monotonic() - began
+
+    def _keeps(self, step: int) -> None:
+        self.stop.kept = f"the checkpoint of step {step} stays"

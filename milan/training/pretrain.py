@@ -17,7 +17,7 @@ from milan.config import PretrainConfig
 from milan.core.atomic import write_json
 from milan.core.config_fields import check_choice
 from milan.core.config_resolver import deviations, from_call, load_recipe
-from milan.core.device import MEAN, STD, pick_device, ranks_here
+from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks, parallelise, process_group
 from milan.core.launch import launch
 from milan.core.progress import NoProgress, Progress
@@ -210,7 +210,7 @@ def _train(
     context = replace(
         context, open_log=lambda at: RunLog(run, at, open_trackers(config.report_to, run, at))
     )
-    with as_train_error(run, micro_batch):
+    with as_train_error(run, micro_batch), tf32(context.device, settings.tf32):
         figures = _fit(
             settings, schedule, context, student, dataset, resume_from=start.step,
             stop_after=call.stop_after,
@@ -242,7 +242,7 @@ def _fit(
     micro_batch = config.batch_size // ranks.size // schedule.accumulate
     choose_kernels(student, device, settings.precision)
     objective = settings.objective(dataset.cache)
-    network = parallelise(student, ranks, config.parallel)
+    network = parallelise(student, ranks, config.parallel, settings.precision)
     workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
     context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
@@ -425,6 +425,10 @@ def _note_schedule(
         f"({' x '.join(map(str, factors))}), {newest.steps} an epoch, {settings.precision} on "
         f"{context.device.type}"
     )
+    if settings.tf32 and context.device.type == "cuda":
+        context.progress.note(
+            "fp32: products in TF32, of 10 bits; --set tf32=false multiplies in float32, slower"
+        )
     context.progress.note(f"shuffle: {describe_shuffle(newest)}")
     context.progress.note(describe_validation(newest, config.held_out))
 

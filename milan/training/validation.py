@@ -96,7 +96,7 @@ class Validation:
 
         Metrics of the objective are named val_…; all ranks call it together and get the same.
         """
-        sums: dict[str, float] = {}
+        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
         count = 0
         knn = _KNN(self.dataset.labels) if self.plan.config.probe_every else None
         sheet: list[SheetInputs] = []
@@ -107,7 +107,7 @@ class Validation:
                     counted = 0 if address.padding else len(address.rows)
                     prediction = self.objective.predict(self.student, batch)
                     for name, value in self.objective.metrics(prediction).items():
-                        sums[name] = sums.get(name, 0.0) + counted * float(value)
+                        found.setdefault(name, []).append((counted, value))
                     count += counted
                 elif address.kind is Kind.PICTURE:
                     sheet.append(self._sheet_inputs(batch))
@@ -115,8 +115,10 @@ class Validation:
                     images = normalise(batch.pixels, MEAN, STD)
                     knn.add(address, self.student.pooled_features(images).float())
         ranks = self.plan.ranks
-        *totals, total = ranks.all_reduce_sum([*sums.values(), float(count)])
-        metrics = {f"val_{name}": value / total for name, value in zip(sums, totals, strict=True)}
+        # Read at the end: reading a value waits for the device.
+        sums = [sum(n * float(value) for n, value in parts) for parts in found.values()]
+        *totals, total = ranks.all_reduce_sum([*sums, float(count)])
+        metrics = {f"val_{name}": value / total for name, value in zip(found, totals, strict=True)}
         if knn and knn.complete:
             metrics["knn_top1"] = knn.accuracy(ranks)
         draws = bool(sheet) and ranks.is_rank0
@@ -174,13 +176,19 @@ class _KNN:
         return all(self.features.values())
 
     def accuracy(self, ranks: Ranks) -> float:
-        """Percent of the queries whose label their neighbours name, over all ranks."""
+        """Percent of the queries whose label their neighbours name, over all ranks.
+
+        Every rank has the whole bank on its device, and asks for its own queries.
+        """
         pairs = []
         for kind, parts in self.features.items():
-            labels = ranks.gather(torch.cat(self.labels[kind]))
-            features = ranks.gather(torch.cat(parts))
-            pairs += [features[labels != _PADDING], labels[labels != _PADDING]]
-        return nearest_neighbours(*pairs)
+            features, labels = torch.cat(parts), torch.cat(self.labels[kind])
+            if kind is Kind.KNN_BANK:
+                features, labels = ranks.gather(features).to(features.device), ranks.gather(labels)
+            known = labels != _PADDING
+            pairs += [features[known.to(features.device)], labels[known].to(features.device)]
+        right, asked = ranks.all_reduce_sum([nearest_neighbours(*pairs), len(pairs[3])])
+        return 100 * right / asked
 
 
 def check_labels(dataset: CachedDataset, order: Order, config: PretrainConfig) -> list[str]:

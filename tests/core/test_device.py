@@ -6,12 +6,14 @@ import gc
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from counting import GPU as COUNTED
 from counting import fake_gpu
-from helpers import ROOT
+from helpers import ROOT, Notes
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -20,13 +22,24 @@ from torch._subclasses.fake_tensor import (
 )
 
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, copy_to, denormalise, normalise, pick_device, ranks_here
-from milan.core.distributed import process_group
+from milan.core.device import (
+    MEAN,
+    STD,
+    copy_to,
+    denormalise,
+    normalise,
+    pick_device,
+    ranks_here,
+    tf32,
+)
+from milan.core.distributed import SINGLE, process_group
+from milan.data.order import Order
 from milan.errors import ConfigError
 from milan.objectives.resample import resampled_attention, resampled_features
 from milan.store.codecs import codec_of
-from milan.training.build import resolve_defaults
-from milan.training.loop import _StepResult
+from milan.training.build import resolve_defaults, schedule_of
+from milan.training.loop import Context, _StepResult
+from milan.training.pretrain import _note_schedule
 
 GPU = torch.device("cuda", 1)
 
@@ -177,3 +190,33 @@ def test_a_single_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     with process_group(None, GPU) as (_, device):
         assert (device, current) == (GPU, [GPU])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_for_a_run_alone(on: bool) -> None:
+    """A teacher in float32 in the same process computes as it did; CPUs never notice."""
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32, torch.get_float32_matmul_precision()
+    with suppress(KeyError), tf32(GPU, on):
+        assert products.allow_tf32 == torch.backends.cudnn.allow_tf32 == on
+        assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"
+        raise KeyError
+    assert (products.allow_tf32, torch.get_float32_matmul_precision()) == before
+    with tf32(torch.device("cpu"), on):
+        assert (products.allow_tf32, torch.get_float32_matmul_precision()) == before
+
+
+def test_tf32_is_said_where_float32_is_asked_for(two_gpus: None) -> None:
+    """In a line that tells how to switch it off; bf16 has its own products, a CPU has none."""
+    for device, precision, setting, expected in (
+        (GPU, "fp32", True, True), (GPU, "fp32", False, False), (GPU, "bf16", True, False),
+        (torch.device("cpu"), "fp32", True, False),
+    ):  # fmt: skip
+        notes = Notes()
+        config = PretrainConfig(precision=precision, tf32=setting, batch_size=4)
+        settings, context = resolve_defaults(config, device), Context(Path(), device, SINGLE, notes)
+        order = Order(np.arange(40), np.zeros(40, np.int64), 40, 1, 0, 4, 40)
+        _note_schedule(settings, schedule_of(settings, order, 4, 1), order, 4, context)
+        said = [line for line in notes.lines if "TF32" in line]
+        assert bool(said) == expected
+        assert all("--set tf32=false" in line for line in said)

@@ -218,3 +218,19 @@ def test_unknown_codecs_are_refused() -> None:
             codec_of(wrong)
         assert near in error.value.fix
         assert error.value.expected == " or ".join(CODECS)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_pq_is_decoded_in_float32_under_autocast(half: torch.dtype) -> None:
+    """The student trains in half precision; its targets are those of float32, to the bit."""
+    draw = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(32, 32, generator=draw))
+    book = torch.randn(16, 256, 2, generator=draw)
+    codec = codec_of("pq:16").restored({"rotation": rotation.numpy(), "codebook": book.numpy()})
+    codes = torch.randint(0, 256, (2, 5, 16), dtype=torch.uint8, generator=draw)
+    expected = codec.decode(codes, None)
+    with torch.autocast("cpu", half):
+        decoded = codec.decode(codes, None)
+        assert (decoded @ decoded.mT).dtype == half  # the product is one that autocast casts
+    assert decoded.dtype == torch.float32
+    assert torch.equal(decoded, expected)
