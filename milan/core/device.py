@@ -218,6 +218,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a product casts `x` to: autocast's dtype inside autocast, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @contextmanager
 def tf32(device: torch.device, on: bool) -> Iterator[None]:
     """Inside, CUDA multiplies float32 in TF32 if `on` (10 bits of mantissa, float32's range).
