@@ -142,7 +142,7 @@ def lowered(compiled: Callable[..., object], *inputs: object) -> Counter[tuple[s
 
     torch._dynamo.reset()
     with (
-        mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_: None),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=None),
         mock.patch.object(GraphLowering, "codegen", counted),
         torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
