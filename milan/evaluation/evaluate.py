@@ -19,6 +19,7 @@ from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop, on_stop_signals
 from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
+from milan.core.watchdog import watched
 from milan.errors import ConfigError, DataError
 from milan.evaluation.features import (
     Context,
@@ -110,6 +111,7 @@ def evaluate(
     try:
         with (
             on_stop_signals(stop.request),
+            watched(stop, rank=given.rank if given else None),
             process_group(given, device, stop=stop, progress=progress) as (ranks, own),
         ):
             context = Context(own, ranks, progress, stop)

@@ -392,6 +392,7 @@ SECTIONS = {
     "extract": (ExtractConfig, {"data": "photos", "out": "p.zarr"}),
     "pretrain": (PretrainConfig, {}),
     "linear_probe": (EvaluationConfig, {"data": "photos", "val_data": "others"}),
+    "knn": (EvaluationConfig, {"data": "photos", "val_data": "others"}),
 }
 
 
