@@ -101,9 +101,10 @@ def extract_targets(
             ) from None
         finally:
             store.close()
-    if current:
+    if current and not work.begun:
         return summary
-    progress.note(f"planned anew: {out} has changed since the plan was made")
+    if not current:
+        progress.note(f"planned anew: {out} has changed since the plan was made")
     return extract_targets(config, progress=progress, agree=agree)
 
 

@@ -92,6 +92,8 @@ class Growth:
     """Rejected rows of the layer whose images have a later row."""
     notes: list[str] = field(default_factory=list)
     """What a person should know."""
+    begun: bool = False
+    """Whether it only goes on with what an earlier call began with fewer images."""
 
 
 def parts_of(
@@ -104,9 +106,12 @@ def parts_of(
     these become another layer; and for images that are not those of the store.
     """
     if not (out / INDEX).exists():
-        manifest = _as_begun(out, GENERATION, found.manifest.head(wanted.rows))
-        spec = replace(wanted, manifest=manifest.digest())
-        return Growth(layer, [Part(GENERATION, spec, manifest)])
+        images = found.manifest.head(wanted.rows)
+        manifest = _as_begun(out, GENERATION, images, wanted.layer())
+        spec = replace(wanted, manifest=manifest.digest(), rows=len(manifest))
+        begun = len(manifest) < len(images)
+        notes = [_goes_on(manifest, images)] if begun else []
+        return Growth(layer, [Part(GENERATION, spec, manifest)], notes=notes, begun=begun)
     index = Index.read(out)
     existing = [Generation(out, entry) for entry in index.generations]
     same = [g for g in existing if g.spec.layer() == wanted.layer()]
@@ -156,16 +161,18 @@ def parts_of(
             first_view=has,
         )
         parts.append(Part(more_name, more, manifest, g, stored.superseded_in(g)))
-    added = stored.added(wanted.rows, existing)
+    added, begun = stored.added(wanted.rows, existing), False
     if len(added):
         if same and not same[0].fidelity:
             raise codec_fits_none(out)
         first_row = sum(len(manifest) for manifest in manifests)
-        added = _as_begun(out, name, added)
+        images, added = added, _as_begun(out, name, added, wanted.layer())
+        if begun := len(added) < len(images):
+            stored.notes.append(_goes_on(added, images))
         spec = replace(wanted, manifest=added.digest(), rows=len(added), first_row=first_row)
         parts.append(Part(name, spec, added))
     dropped = stored.dropped(layer, existing, index.dropped)
-    return Growth(layer, parts, dropped, frozenset(stored.superseded), stored.notes)
+    return Growth(layer, parts, dropped, frozenset(stored.superseded), stored.notes, begun)
 
 
 def _views_of(rows: Generation, layer: list[Generation]) -> int:
@@ -456,13 +463,34 @@ def codec_fits_none(out: AnyPath) -> CacheError:
     )
 
 
-def _as_begun(out: AnyPath, name: str, manifest: Manifest) -> Manifest:
-    """`manifest`, or with the keys of an older generation of this name that has only begun."""
-    if (out / name / "zarr.json").exists():
-        older = manifest.without_file_name()
-        if read_group(out / name)[0].manifest == older.digest():
-            return older
-    return manifest
+def _as_begun(out: AnyPath, name: str, images: Manifest, layer: bytes) -> Manifest:
+    """`images`, or those with which an earlier call has begun the generation of this name.
+
+    They are the same in older keys; or some of them, in the places where they were.
+    """
+    if not (out / name / "zarr.json").exists():
+        return images
+    spec, older = read_group(out / name)[0], images.without_file_name()
+    if spec.manifest == older.digest():
+        return older
+    if spec.layer() != layer or not spec.rows < len(images):
+        return images
+    begun = Manifest.read(pa.BufferReader(read_file(out / name / MANIFEST)))
+    place = {key: i for i, key in enumerate(images.table["key"].to_pylist())}
+    rows = [place.get(key, -1) for key in begun.table["key"].to_pylist()]
+    if min(rows) < 0 or begun.digest() != spec.manifest:
+        return images
+    now = images.table.take(pa.array(rows))
+    places = (("path", ""), ("group", -1), ("index", -1), ("offset", -1))
+    same = all(not len(_differ(begun.table[column], now[column], no)) for column, no in places)
+    return begun if same else images
+
+
+def _goes_on(begun: Manifest, images: Manifest) -> str:
+    return (
+        f"goes on with the {len(begun):,} images that an earlier call began with; the "
+        f"{len(images) - len(begun):,} that came since follow"
+    )
 
 
 def _differ(stored: pa.ChunkedArray, listed: pa.ChunkedArray, empty: str | int) -> np.ndarray:

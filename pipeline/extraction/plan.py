@@ -41,6 +41,8 @@ class Plan:
     """Of each layer: the rows whose images are gone (Index.dropped)."""
     superseded: frozenset[int] = frozenset()
     """Rejected rows of the layer whose images have a later row."""
+    begun: bool = False
+    """Whether it only finishes what an earlier call began, and more images are there."""
 
     @property
     def location(self) -> Location:
@@ -145,5 +147,5 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         progress.note(note)
     return Plan(
         config, manifest.root, teacher, growth.layer, hardware, growth.parts, growth.dropped,
-        growth.superseded,
+        growth.superseded, growth.begun,
     )  # fmt: skip

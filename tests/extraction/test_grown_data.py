@@ -338,27 +338,43 @@ def test_views_of_an_image_that_changed(tmp_path: Path, grow: Callable[..., dict
     assert len(open_cache(store)[9]["image"]) == 3
 
 
+@pytest.mark.parametrize("whole", [False, True])
 def test_data_that_changed_before_the_end(
-    tmp_path: Path, grow: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+    whole: bool, tmp_path: Path, grow: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was begun with other images is not mixed with these, nor is a whole store given up."""
+    """What was begun is finished with its images, and those that came since follow in the same
+    call; with some of them gone it is refused, and a whole store is not given up.
+    """
     data, store = make_photos(tmp_path / "data", count=6), tmp_path / "t.zarr"
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for whole in (False, True):
-        with monkeypatch.context() as patched:
-            patched.setattr("pipeline.extraction.run.write_shards", killed)
-            with pytest.raises(KeyboardInterrupt):
-                grow(data)
-        (data / "class 0/more.jpg").write_bytes(next(data.rglob("*.jpg")).read_bytes())
-        with pytest.raises(CacheError, match=r"was begun with other images .*is not fin") as error:
-            grow(data)
-        assert error.value.fix.endswith("stays") == whole
-        (data / "class 0/more.jpg").unlink()
+    if whole:
         grow(data)
-        shutil.copy(data / keys(store)[0], data / "class 1/new.jpg")
+        make_photos(tmp_path / "more", count=2, classes=1, seed=3)
+        shutil.move(tmp_path / "more/class 0", data / "first")
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.extraction.run.write_shards", killed)
+        with pytest.raises(KeyboardInterrupt):
+            grow(data)
+    begun = 8 if whole else 6
+    gone = sorted((data / ("first" if whole else "class 0")).iterdir())[0]
+    shutil.move(gone, tmp_path / "gone.jpg")
+    with pytest.raises(CacheError, match=r"was begun with other images .*is not fin") as error:
+        grow(data)
+    assert error.value.fix.endswith("stays") == whole
+    shutil.move(tmp_path / "gone.jpg", gone)
+    (data / "class 0/more.jpg").write_bytes(gone.read_bytes())
+    notes = Notes()
+    summary = grow(data, progress=notes)
+    said = notes.line("goes on with")
+    assert said.startswith(
+        f"goes on with the {2 if whole else 6} images that an earlier call began"
+    )
+    assert summary["images"] == len(TargetCache(store).good_rows()) == begun + 1
+    assert keys(store)[-1] == "class 0/more.jpg"
+    assert grow(data)["images_per_second"] is None
 
 
 # --- deleted photographs --------------------------------------------------------------------------
