@@ -138,7 +138,7 @@ def parts_of(
             expected=f"--views {views} or more: a store only grows",
             fix=f"--views {views}, or --out another.zarr",
         )
-    stored = _Stored(out, rows, manifests, found, rejected_by=[*same, *rows])
+    stored = _Stored(out, rows, manifests, found, rejected_by=same or rows)
     stored.check_missing(index.dropped.get(rows[0].entry.layer, []))
     stored.check_images(more_views=min(stored_views) < wanted.views)
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]

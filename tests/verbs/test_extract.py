@@ -613,6 +613,7 @@ def test_a_read_that_never_answers_ends(
 ) -> None:
     """A word, a limit and one error, also at Ctrl-C; the same line goes on from what is there."""
     answers, read, asked = Event(), ImageSource.read, count()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 
     def stalls(self: ImageSource, row: int) -> bytes:
         if current_thread().name.startswith("decode") and next(asked) == 14:  # of the second block
@@ -627,9 +628,12 @@ def test_a_read_that_never_answers_ends(
         patch.setattr(run, "LIMIT", 100 if interrupted else 1.0)
         patch.setattr(run, "HEARD", 0.1)
         patch.setattr(waiting, "_FIRST_WORD", 0.3)
-        with pytest.raises(KeyboardInterrupt if interrupted else MachineError) as raised:
-            extract(photos, progress=notes)
-    answers.set()
+        try:
+            with pytest.raises(KeyboardInterrupt if interrupted else MachineError) as raised:
+                extract(photos, progress=notes)
+        finally:
+            answers.set()  # or the tests would not end
+            signal.signal(signal.SIGINT, before)
     wanted = "the same line goes on" if interrupted else "in vain for the next image"
     assert wanted in str(raised.value)
     assert interrupted or any("waiting for the next image" in line for line in notes.lines)
