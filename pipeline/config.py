@@ -28,7 +28,7 @@ class ExtractConfig:
     """imagenet or own; auto: own, but imagenet for the default teacher, as published."""
     img_size: int | None = setting(None, unit="pixels", auto=True, least=1)
     """Edge of a view; auto: the teacher's."""
-    views: int = setting(4, unit="views", least=1)
+    views: int = setting(4, unit="views", least=1, most=10_000)
     """K, views of each image."""
     scale: tuple[float, float] = setting((0.2, 1.0), unit="share", above=0, most=1)
     """Least and greatest share of the area in a crop."""
