@@ -145,8 +145,12 @@ class PretrainConfig:
                 expected="one of " + ", ".join(OBJECTIVES) + ", or package.module:Class",
                 fix=nearest(self.objective, OBJECTIVES),
             )
-        if "://" in self.out:
-            raise ConfigError(f"out {self.out}", expected="a folder: runs are kept on a disk")
+        if not self.out or "://" in self.out:
+            raise ConfigError(
+                f"out {self.out!r}",
+                expected="a folder: runs are kept on a disk",
+                fix="--out runs/pretrain",
+            )
         if (self.local is None) != (self.cache_limit is None):
             raise ConfigError(
                 "one of local and cache_limit",

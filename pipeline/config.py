@@ -26,7 +26,7 @@ class ExtractConfig:
     """A tag, a file, or none (random, flagged); auto: its own, of the default teacher and timm:."""
     teacher_norm: str | None = setting(None, auto=True)
     """imagenet or own; auto: own, but imagenet for the default teacher, as published."""
-    img_size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    img_size: int | None = setting(None, unit="pixels", auto=True, least=1, most=4096)
     """Edge of a view; auto: the teacher's."""
     views: int = setting(4, unit="views", least=1, most=10_000)
     """K, views of each image."""

@@ -26,6 +26,7 @@ from stages.process import explain, prepare_process
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # ten lines where there is no network
 os.environ.setdefault("DO_NOT_TRACK", "1")
 # Loader workers and decoding threads share the cores with the network's threads. Long spinning at
 # an OpenMP barrier slows them down; no spinning makes a small model train half as fast.

@@ -180,7 +180,9 @@ def read_section(params: str, section: str, kind: type | None = None) -> dict[st
     except yaml.YAMLError as error:
         raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{params} is no YAML: it is not UTF-8 text") from None
+        raise ConfigError(
+            f"{params} is no YAML: it is not UTF-8 text", expected="a file like params.yaml"
+        ) from None
     if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
         raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
     similar = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
@@ -309,6 +311,8 @@ def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
         return str(value)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         expected = f"of type {getattr(hint, '__name__', str(hint))}"
+        if hint is float:
+            expected = "a number"
         if origin is tuple:
             expected = f"{len(inner)} numbers, such as {key}=0.5,1"
         raise ConfigError(f"{key} = {value!r} in {where}", expected=expected) from None

@@ -97,7 +97,11 @@ class Order:
         gone = np.isin(rows, self.replaced)
         if gone.any():
             if gone.all():
-                raise ConfigError("every image has changed since extraction")
+                raise ConfigError(
+                    "every image has changed since extraction",
+                    expected="the images that the teacher saw",
+                    fix="restore them, or extract to another --out",
+                )
             used = self.steps * self.batch_size
             unused_first = np.roll(np.arange(len(rows)), -used)
             places = np.flatnonzero(gone)

@@ -45,7 +45,11 @@ def decoder_arguments(encoder_width: int, given: dict[str, Any] | None = None) -
             )
         kind = (int, float) if key == "mlp_ratio" else int
         if not isinstance(value, kind) or value <= 0:
-            raise ConfigError(f"decoder argument {key} = {value!r}", expected="a number above 0")
+            raise ConfigError(
+                f"decoder argument {key} = {value!r}",
+                expected="a number above 0",
+                fix=f"--set decoder.{key}={PUBLISHED[key]:g}, as published, or without it",
+            )
     fitting = _HEAD * max(1, round(encoder_width * 2 / 3 / _HEAD))
     width = given.get("embed_dim", min(fitting, PUBLISHED["embed_dim"]))
     heads = next(n for n in range(max(1, width // _HEAD), 0, -1) if width % n == 0)

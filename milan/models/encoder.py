@@ -33,7 +33,11 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
     half sines then cosines (MAE, util/pos_embed.py). Raises ConfigError unless 4 divides width.
     """
     if width < 4 or width % 4:
-        raise ConfigError(f"width {width}", expected="a multiple of 4, for sine-cosine positions")
+        raise ConfigError(
+            f"embed_dim {width}",
+            expected="a multiple of 4, for sine-cosine positions",
+            fix=f"embed_dim={max(4, width + -width % 4)}",
+        )
     omega = 10000 ** -(np.arange(width // 4) / (width / 4))
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     halves = []

@@ -60,7 +60,10 @@ def read_about(run: str | Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
-        raise CacheError(f"{path} is damaged: {error}") from None
+        raise CacheError(
+            f"{path} is damaged: {error}",
+            fix="the run's milan pretrain line: it writes it anew",
+        ) from None
     if not about.keys() >= {"model", "model_args", "mean", "std", "input_size"}:
         raise CacheError(
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
@@ -73,7 +76,11 @@ def encoder_file(run: str | Path) -> Path:
     path = Path(run)
     path = path / ENCODER if path.is_dir() else path
     if not path.is_file():
-        raise CacheError(f"no {ENCODER} at {run}", expected="the folder of a finished pretraining")
+        raise CacheError(
+            f"no {ENCODER} at {run}",
+            expected="the folder of a finished pretraining, or timm:NAME",
+            fix="milan pretrain, which leaves one in its --out",
+        )
     return path
 
 
@@ -83,7 +90,10 @@ def encoder_weights(run: str | Path) -> dict[str, torch.Tensor]:
     try:
         return unwrapped(load_file(path))
     except (SafetensorError, ValueError) as error:
-        raise CacheError(f"{path} is damaged: {error}") from None
+        raise CacheError(
+            f"{path} is damaged: {error}",
+            fix="the run's milan pretrain line: it writes it anew",
+        ) from None
 
 
 def load_encoder(run: str | Path) -> Any:

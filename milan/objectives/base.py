@@ -95,10 +95,6 @@ class Objective(ABC):
         images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
         return Prediction(network(images, mask), images, mask, batch)
 
-    def __call__(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss of `network` on a micro-batch, a scalar."""
-        return self.loss(self.predict(network, batch))
-
 
 def attention_of(batch: Batch) -> torch.Tensor:
     """The teacher's attention on the student's grid of patches, [B, N], > 0."""
@@ -122,5 +118,8 @@ def objective_class(name: str) -> type[Objective]:
             expected="package.module:Class, importable in every process of the run",
         ) from None
     if not (isinstance(chosen, type) and issubclass(chosen, Objective)):
-        raise ConfigError(f"objective {name} is no subclass of milan.objectives.base.Objective")
+        raise ConfigError(
+            f"objective {name} is no subclass of milan.objectives.base.Objective",
+            fix=" or ".join(f"--objective {known}" for known in OBJECTIVES),
+        )
     return chosen

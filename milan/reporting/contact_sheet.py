@@ -123,7 +123,9 @@ def _save(page: np.ndarray, path: Path) -> Path:
         path.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or error
         raise CacheError(
-            f"{path} cannot be written: {why}", expected="a path.png, on a disk with room"
+            f"{path} cannot be written: {why}",
+            expected="a picture's name, on a disk with room",
+            fix=f"--out {path.stem or 'sheet'}.png",
         ) from None
     return path
 

@@ -7,6 +7,7 @@ features before the first is stored; their tables are kept in the store as array
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ _TOKENS_AT_ONCE = 4096  # whose distances to all centroids are in memory togethe
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """Encodes features into what a store keeps and decodes them; `fitted` before it encodes."""
 
     name: str
@@ -51,16 +52,16 @@ class Codec:
         """The codec with the tables that a store keeps."""
         return replace(self, tables=tables)
 
+    @abstractmethod
     def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [B, T, C], finite, to codes [B, T, width] and scales [B, T] (or None).
 
         On the device of the features, which nobody waits for.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """Codes [B, T, width] to features [B, T, C], float32, on the device of the codes."""
-        raise NotImplementedError
 
     def to(self, device: torch.device) -> None:
         """Have the tables on `device`, as `decode` would at its first call there."""

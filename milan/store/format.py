@@ -308,10 +308,6 @@ class Index:
     @classmethod
     def read(cls, store: AnyPath) -> Index:
         """The index of a finished store. Raises CacheError if it is absent, foreign or damaged."""
-        if not store.exists():
-            raise CacheError(
-                f"no store at {store}", fix=f"milan extract-targets --data … --out {store}"
-            )
         if not (store / INDEX).exists():
             raise _unfinished(store)
         index = read_json(store / INDEX)
@@ -353,7 +349,12 @@ def _check_version(where: Any, version: Any) -> None:
 def _unfinished(store: AnyPath) -> CacheError:
     first = store / GENERATION
     if not (first / "zarr.json").exists():
-        return CacheError(f"{store} is not a target cache: it has no {INDEX}")
+        if not store.exists():
+            fix = f"milan extract-targets --data … --out {store}"
+            return CacheError(f"no store at {store}", fix=fix)
+        return CacheError(
+            f"{store} is not a target cache: it has no {INDEX}", fix="the --out of an extraction"
+        )
     spec, _ = read_group(first)
     done = sum(name.endswith(".json") for name in names_in(first / "records"))
     return CacheError(

@@ -18,6 +18,7 @@ from milan.data.loader import Batch
 from milan.models.student import Student
 from milan.store.cache import TargetCache
 from milan.training.build import Settings
+from milan.training.compilation import StepLoss
 
 
 def peak_bytes(
@@ -56,7 +57,8 @@ def peak_bytes(
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
         network: Any = partial(_call, student, fakes)
         with autocast(device, settings.precision):
-            loss = settings.objective(cache)(network, batch)
+            objective = settings.objective(cache)
+            loss = StepLoss(objective, network, objective.loss)(batch)
         loss.backward()
     sharded = ranks if settings.config.parallel == "fsdp" else 1
     # A GPU has the next micro-batch already.

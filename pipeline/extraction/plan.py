@@ -114,6 +114,8 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         progress.note(f"texts: {captions:,} captions, {len(manifest.classes or []):,} classes")
     hardware = hardware_of(config)
     device = hardware.driver_device(config.device)
+    fetched = "" if config.offline else "; weights that are not on this machine are fetched"
+    progress.note(f"loading: teacher {config.teacher}{fetched}")
     teacher = load_teacher(teacher_spec(config, hardware), device=device)
     views = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed)
     codec.width(teacher.channels)  # raises if it cannot encode so many

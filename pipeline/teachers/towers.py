@@ -12,6 +12,7 @@ B views, N patches, T = 1 + N tokens, W the tower's width, C the features' width
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class Family:
     """Builds the teacher; raises TeacherError, with the nearest names for an unknown one."""
 
 
-class Tower:
+class Tower(ABC):
     """An image tower as targets need it. `module` holds all its weights."""
 
     module: Any
@@ -109,13 +110,13 @@ class Tower:
             note += " (registers, an unused class token)"
         return [note]
 
+    @abstractmethod
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B, 3, S, S] to features [B, T, C]; under the caller's autocast."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention(self) -> torch.Tensor:
         """[B, N] float32 of the last images, > 0, not renormalised; computed without autocast."""
-        raise NotImplementedError
 
 
 class NativeTower(Tower):

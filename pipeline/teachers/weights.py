@@ -37,7 +37,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     except TeacherError:
         raise
     except Exception as error:  # safetensors, pickle, zip and torch each have their own
-        reason = " ".join(str(error).split())[:160] or "an empty file"
+        reason = " ".join(str(error).split()).partition(". ")[0][:160] or "an empty file"
         raise TeacherError(
             f"{file} cannot be loaded safely: {type(error).__name__}: {reason}",
             expected="a state dict: .safetensors, or .pt without code in it (no TorchScript)",

@@ -64,7 +64,9 @@ class Disk:
         """Take the lock. Raises CacheError: other content, locked, or not writable."""
         self.path = store
         if os.path.exists(store) and not store.is_dir():
-            raise CacheError(f"{store} is a file", expected="a folder for the store", fix="--out …")
+            raise CacheError(
+                f"{store} is a file", expected="a folder for the store", fix="--out another.zarr"
+            )
         if os.path.isdir(store) and any(store.iterdir()) and not _is_store(store):
             raise CacheError(
                 f"{store} is a folder with other content", expected="a new or empty folder",

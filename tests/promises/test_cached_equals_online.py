@@ -20,6 +20,7 @@ from milan.data.order import order_of
 from milan.data.sampler import StepSampler
 from milan.objectives.features import feature_regression
 from milan.training.build import resolve_defaults, student_of
+from milan.training.compilation import StepLoss
 from pipeline.extract import extract_targets
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -96,6 +97,7 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     order = order_of(cache, seed=settings.config.seed, batch_size=BATCH)
     student = student_of(settings, cache)
     objective = settings.objective(cache)
+    loss_of = StepLoss(objective, student, objective.loss)
     optimiser = torch.optim.AdamW(
         param_groups_weight_decay(student, settings.config.weight_decay), lr=1e-3, betas=(0.9, 0.95)
     )
@@ -121,9 +123,9 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
             codes=torch.from_numpy(elsewhere.codes),
             scale=None if elsewhere.scale is None else torch.from_numpy(elsewhere.scale),
         )
-        other = gradient(student, objective(student, wrong))
+        other = gradient(student, loss_of(wrong))
 
-        loss = objective(student, batch)
+        loss = loss_of(batch)
         cached = gradient(student, loss)
         optimiser.step()
         found.append(

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,6 +200,30 @@ def test_errors_are_one_line_and_exit_with_1(
     (line,) = done.stderr.splitlines()
     assert line.startswith("milan: no store at ")
     assert "try: milan extract-targets" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("extract-targets --data x --views 99999999999", "expected: at least 1, at most 10000"),
+        ("extract-targets --data x --img-size 100000", "expected: at least 1, at most 4096"),
+        (
+            "extract-targets --data x --scale nan 1",
+            "scale = nan in the command line; expected: a n",
+        ),
+        ("pretrain --out ''", "out ''; expected: a folder: runs are kept on a disk; try: --out"),
+        ("pretrain --lr nan", "lr = 'nan' in the command line; expected: a number"),
+        ("pretrain --cache x", "no store at x; try: milan extract-targets --data … --out x"),
+        ("pretrain --cache .", "it has no index.json; try: the --out of an extraction"),
+        ("linear-probe --checkpoint x --data y", "no encoder.safetensors at x; expected: the fold"),
+    ],
+)
+def test_values_that_cannot_be(line: str, said: str, tmp_path: Path) -> None:
+    """So many views were planned for minutes; an empty --out made the working folder the run's."""
+    done = run_here(*shlex.split(line), cwd=tmp_path)
+    assert done.code == 1
+    assert said in done.err
     assert not list(tmp_path.iterdir())
 
 

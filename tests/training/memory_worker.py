@@ -60,7 +60,7 @@ def take(settings: Settings, count: int) -> None:
         optimiser.zero_grad(set_to_none=True)
         for _ in range(config.batch_size // count):
             with autocast(CPU, settings.precision):
-                loss = objective(student, batch)
+                loss = objective.loss(objective.predict(student, batch))
             loss.backward()
         optimiser.step()
 
