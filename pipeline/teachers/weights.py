@@ -80,6 +80,8 @@ def not_here(
     why = "they are not published in a format that can be read safely, and"
     if offline:
         why = "--offline, and"
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        why = f"{error.filename}: {error.strerror} (HF_HOME names another folder), and"
     elif error is not None:
         why = f"no network ({type(error).__name__}), and"
     return TeacherError(

@@ -285,7 +285,7 @@ TRAIN_CASES = {
     "published batch": (("--batch-size", "4096"), ("--batch-size 24",)),
     "batch 0": (("--batch-size", "0"), ("batch_size 0", "at least 1")),
     "micro-batch": (("--set", "micro_batch=0"), ("micro_batch 0", "at least 1")),
-    "a run in a bucket": (("--out", "s3://b/run"), ("out s3://b/run", "a folder")),
+    "a run in a bucket": (("--out", "s3://b/run"), ("out 's3://b/run'", "a folder")),
     "epochs": (("--epochs", "0"), ("epochs 0", "at least 1")),
     "warm-up": (("--warmup-epochs", "1"), ("warmup_epochs 1", "less than the epochs")),
     "rate": (("--lr", "-1"), ("lr -1", "greater than 0")),
