@@ -282,6 +282,7 @@ class _Loader(DataLoader):
         prefetcher = Prefetcher(self.windows())
         prefetcher.start()
         others = multiprocessing.active_children()
+        _check_locks(self.multiprocessing_context, self.num_workers)
         number = next(_numbers)
         channel = SharedBatch.channels[number] = FileChannel()
         self.dataset.channel = number, channel
@@ -318,6 +319,21 @@ class _Loader(DataLoader):
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 self.wait.check()
+
+
+def _check_locks(context: Any, workers: int) -> None:
+    """Raises TrainError if there is no room for the locks of a DataLoader's queues.
+
+    It would fail half made, with a traceback of its own. Each lock is a file in shared memory.
+    """
+    try:
+        [context.Lock() for _ in range((8 + 3 * workers) if workers else 0)]
+    except OSError as error:
+        raise TrainError(
+            f"no room for the locks of {workers} loader workers: {error.strerror}",
+            expected=f"some pages of shared memory ({_SHARED_MEMORY})",
+            fix="docker run --shm-size 1g, a smaller --num-workers, or --num-workers 0",
+        ) from None
 
 
 def _raise_if_crashed(workers: list[Any]) -> None:

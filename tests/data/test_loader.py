@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from milan.core.signals import how_it_ended
 from milan.data import loader
 from milan.data.loader import Batch, FileChannel, SharedBatch
 from milan.errors import TrainError
+from milan.training.pretrain import pretrain
 
 BATCH = Batch(
     torch.arange(2 * 5 * 5 * 3, dtype=torch.uint8).view(2, 5, 5, 3),
@@ -108,6 +110,17 @@ def test_how_a_loader_worker_ended(
     assert ("less memory" in error.value.fix) == less_memory
     assert "goes on from the last checkpoint" in error.value.fix
     assert how_it_ended(process.exitcode)[0] == said
+
+
+def test_no_room_for_locks(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory is named, not the run's folder; no half-made loader complains."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(TrainError, match=r"locks of 1 loader workers.*/dev/shm.*--num-workers 0"):
+        pretrain(str(store), out=str(tmp_path / "run"), **SMALL | {"num_workers": 1})
 
 
 def end(code: int) -> None:
