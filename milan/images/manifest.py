@@ -209,8 +209,6 @@ def build_manifest(
             f"{len(twice)} keys stand for several images, the first is {twice[0]!r}",
             expected="a name of its own for every image: unique paths, or null, in Parquet",
         )
-    if limit is not None and limit < 1:
-        raise DataError(f"--limit {limit}", expected="at least 1 image")
     manifest = Manifest(rows, listing.classes, replace(listing, tables=[]))
     return manifest if limit is None else manifest.head(limit)
 

@@ -54,15 +54,16 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
-    for key in ("out", "runs", "encoders"):
-        if key not in section:
-            raise ConfigError(f"section report of {params} has no {key!r}")
     names = read_section(params, "evaluation").get("protocols")
-    if not names:
-        raise ConfigError(f"section evaluation of {params} has no 'protocols'")
     store = section.get("cache") or read_section(params, "extract").get("out")
-    if not store:
-        raise ConfigError(f"section extract of {params} has no 'out'", expected="the store")
+    needed = {f"report.{key}": section.get(key) for key in ("out", "runs", "encoders")}
+    for key, value in (needed | {"evaluation.protocols": names, "extract.out": store}).items():
+        if value is None:
+            raise ConfigError(
+                f"{params} has no {key}",
+                expected="the sections report, evaluation and extract of a whole pipeline",
+                fix="copy them from the params.yaml of a checkout",
+            )
     out = Path(section["out"])
     results = {
         protocol: {
@@ -224,5 +225,7 @@ def _save(figure: Any, path: Path) -> Path:
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise CacheError(f"{path} cannot be written: {error}") from None
+        raise CacheError(
+            f"{path} cannot be written: {error}", fix="another report.out in the parameter file"
+        ) from None
     return path

@@ -261,7 +261,7 @@ def test_the_report(store: Path, photos: Path, tmp_path: Path) -> None:
         assert metrics["linear_probe"]["top5"][name] == probe["top5"]
     section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, encoders: {{}}}}"
     (tmp_path / "p.yaml").write_text(section)
-    with pytest.raises(milan.MilanError, match=r"section evaluation of .* has no 'protocols'"):
+    with pytest.raises(milan.MilanError, match=r"has no evaluation.protocols"):
         build_report(str(tmp_path / "p.yaml"))
     (tmp_path / "p.yaml").write_text(protocols + section)
     with pytest.raises(milan.MilanError, match="no metrics at none"):
