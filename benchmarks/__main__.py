@@ -8,7 +8,7 @@ import sys
 
 NAMES = (
     "step", "changes", "roofline", "extraction", "waiting", "reading", "images", "random_features",
-    "codecs", "planning", "bookkeeping", "large_photos", "staging",
+    "codecs", "planning", "bookkeeping", "large_photos", "staging", "traffic",
 )  # fmt: skip
 
 if __name__ == "__main__":

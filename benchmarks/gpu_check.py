@@ -4,8 +4,9 @@
 
 One GPU, at most ten minutes, no network. Prints a table and writes benchmarks/results/gpu.json.
 Each part stands alone: one that fails is a row of the table, and the others go on. Data and teacher
-are the demo's; for speed a ViT-B/16 with random weights. Beside torch, timm and tensorstore it
-needs open_clip_torch, zarr, pyarrow, safetensors, google-crc32c, pillow and rich; Ray is not used.
+are the demo's; for speed a ViT-B/16 with random weights. Beside torch, torchvision, timm, numpy and
+tensorstore it needs open_clip_torch, zarr, pyarrow, safetensors, google-crc32c, pillow, simplejpeg,
+matplotlib and rich; not Ray, typer, faiss or tensorboard.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import milan
 from benchmarks.measure import RESULTS, noise_photos
 from benchmarks.step import Case, case
 from milan.config import PretrainConfig
-from milan.core.device import PRECISIONS, autocast, pick_device
+from milan.core.device import PRECISIONS, Idle, Sender, autocast, copy_to, pick_device, tf32
 from milan.core.distributed import Ranks, parallelise
 from milan.core.progress import NoProgress
 from milan.errors import MilanError, TrainError
 from milan.objectives.base import Prediction
 from milan.objectives.features import FeatureRegression
 from milan.store.codecs import codec_of
+from milan.training.checkpoint import Writer
 from milan.training.estimate import estimate_run
 from milan.training.loop import _StepResult
 from milan.training.memory import peak_bytes
@@ -141,8 +144,27 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def parity(check: Check) -> None:
-    """The CPU's masks, pixels, codes, losses and gradients."""
-    torch.set_float32_matmul_precision("highest")
+    """The CPU's masks, pixels, codes, losses and gradients; float32 without TF32, and with it."""
+    with tf32(check.device, False):
+        _parity(check)
+    _, _, loss, grads = _gradients(check, CPU, "fp32")
+    with tf32(check.device, True):
+        _, _, far_loss, far_grads = _gradients(check, check.device, "fp32")
+    error = max(relative(far, near) for far, near in zip(far_grads, grads, strict=True))
+    check.at_most("parity", "loss, fp32 in TF32", relative(far_loss, loss), 1e-3)
+    check.at_most("parity", "gradients, fp32 in TF32", error, 2e-2)
+
+
+def _parity(check: Check) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(64, 64, generator=draw))
+    book = torch.randn(16, 256, 4, generator=draw)
+    quantised = codec_of("pq:16").restored({"rotation": rotation.numpy(), "codebook": book.numpy()})
+    indexes = torch.randint(0, 256, (8, 50, 16), dtype=torch.uint8, generator=draw)
+    with autocast(check.device, "fp16"):  # its tables stay float32
+        far_features = quantised.decode(indexes.to(check.device), None)
+    error = relative(far_features, quantised.decode(indexes, None))
+    check.at_most("parity", "pq decoded, under autocast", error, 1e-6)
     for name in ("int8", "float16"):
         features = torch.randn(8, 50, 64)
         codec = codec_of(name).fitted(features.flatten(0, 1))
@@ -260,6 +282,44 @@ class Spoilt(FeatureRegression):
         return super().loss(prediction) * (float("nan") if self.calls == 8 else 1.0)
 
 
+def copies(check: Check) -> None:
+    """What is copied beside the device's work arrives whole: batches, and checkpoints from it."""
+    cuda, device = check.device.type == "cuda", check.device
+    equal = []
+    square = torch.randn(4096 if not check.small else 64, device=device).diag()
+    sender, idle = Sender(device), Idle(device)
+    for step in range(50):
+        for _ in range(5):
+            square = square @ square.clamp(-1, 1)  # the kernels that a copy runs beside
+        batch = torch.full((64, 224, 224, 3), step, dtype=torch.uint8)
+        batch = batch.pin_memory() if cuda else batch
+        with idle.measured():
+            sent = sender.send((batch,), lambda parts: tuple(copy_to(p, device) for p in parts))
+            (there,) = sender.receive(sent)
+        equal.append((there == step).all())
+        del batch, sent, there  # their memory may be given out again, to the next one
+    check.true("copies", "fifty batches on a stream of their own", bool(torch.stack(equal).all()))
+    check.true("copies", "the device's clock tells how long it waited", idle.seconds >= 0)
+    student = _case(check, device, "fp32", micro=4).student
+    before = {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
+    optimiser = torch.optim.SGD(student.parameters())
+    run = check.folder / "copied"
+    run.mkdir()
+    writer = Writer(run, student, optimiser, keep=1)
+    began = time.perf_counter()
+    writer.save(1, {"scaler": {}, "losses": [0.0, 0]})
+    waited = time.perf_counter() - began
+    with torch.no_grad():
+        for parameter in student.parameters():  # the next step, while it is written
+            parameter.zero_()
+    writer.wait()
+    took = time.perf_counter() - began
+    saved = load_file(run / "checkpoints/step-00000001/model.safetensors")
+    same = all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+    check.true("copies", "a checkpoint is what was trained when it began", same)
+    check.figure("copies", "share of a checkpoint that training waits", waited / took)
+
+
 def resume(check: Check) -> None:
     """Killed and resumed, in half precisions, and on another device."""
     for precision in ("bf16", "fp16"):
@@ -301,24 +361,27 @@ def groups(check: Check) -> None:
     address = f"file://{check.folder}/rendezvous"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=0, world_size=1)
     try:
-        bare = _losses(check, None)
-        for kind in ("ddp", "fsdp"):
-            error = max(abs(a - b) / b for a, b in zip(_losses(check, kind), bare, strict=True))
-            check.at_most("groups", f"{kind}, five steps", error, 1e-4)
+        for precision, bound in (("fp32", 1e-4), ("bf16", 1e-2)):
+            bare = _losses(check, None, precision)
+            for kind in ("ddp", "fsdp"):
+                losses = _losses(check, kind, precision)
+                error = max(abs(a - b) / b for a, b in zip(losses, bare, strict=True))
+                check.at_most("groups", f"{kind}, five steps in {precision}", error, bound)
     finally:
         dist.destroy_process_group()
 
 
-def _losses(check: Check, kind: str | None) -> list[float]:
+def _losses(check: Check, kind: str | None, precision: str) -> list[float]:
     torch.manual_seed(0)
-    built = _case(check, check.device, "fp32", micro=8)
+    built = _case(check, check.device, precision, micro=8)
     student, network = built.student, built.student
     if kind:  # as one of several: a single rank has no wrapper
-        network = parallelise(student, Ranks(size=2), kind)  # type: ignore[assignment]
+        network = parallelise(student, Ranks(size=2), kind, precision)  # type: ignore[assignment]
     optimiser = torch.optim.SGD(student.parameters(), lr=0.01)
     objective, losses = built.settings.objective(built.targets), []
     for _ in range(5):
-        loss = objective(network, built.batch.to(check.device))
+        with autocast(check.device, precision):
+            loss = objective(network, built.batch.to(check.device))
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -463,7 +526,8 @@ def extraction(check: Check) -> None:
 
 
 PARTS: dict[str, Callable[[Check], None]] = {
-    "parity": parity, "waits": waits, "late": late, "resume": resume, "groups": groups,
+    "parity": parity, "waits": waits, "late": late, "copies": copies, "resume": resume,
+    "groups": groups,
     "speed": speed, "dry-run": dry_run, "memory": memory, "extraction": extraction,
 }  # fmt: skip
 
