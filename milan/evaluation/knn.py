@@ -133,9 +133,9 @@ def nearest_neighbours(
     """
     numbers, labels = torch.unique(labels, return_inverse=True)
     features, correct = _unit(features), 0
-    for piece, chunk_labels in zip(queries.split(_VOTES), query_labels.split(_VOTES), strict=True):
+    for piece, piece_labels in zip(queries.split(_VOTES), query_labels.split(_VOTES), strict=True):
         nearest = Nearest(_unit(piece), min(NEIGHBOURS, len(features)))
         nearest.see(features, labels)
         named = vote(nearest.similarity, nearest.labels, len(numbers))
-        correct += int((numbers[named] == chunk_labels).sum())
+        correct += int((numbers[named] == piece_labels).sum())
     return correct
