@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from milan.errors import MilanError
     from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
-    from milan.evaluation.protocols import EvaluationConfig
+    from milan.evaluation.protocols import EvaluationConfig, FinetuneConfig
+    from milan.models.classifier import load_classifier
     from milan.models.export import load_encoder
     from milan.models.published import load_published
     from milan.reporting.contact_sheet import contact_sheet
     from milan.store.cache import TargetCache
+    from milan.training.finetune import finetune
     from milan.training.pretrain import pretrain
 
     # Of the pipeline, which milan never imports: loaded by name when it is asked for.
@@ -34,6 +36,7 @@ _HOME = {
     "CachedDataset": "milan.data.dataset",
     "EvaluationConfig": "milan.evaluation.protocols",
     "ExtractConfig": "pipeline.config",
+    "FinetuneConfig": "milan.evaluation.protocols",
     "MilanError": "milan.errors",
     "NoProgress": "milan.core.progress",
     "PretrainConfig": "milan.config",
@@ -41,7 +44,9 @@ _HOME = {
     "contact_sheet": "milan.reporting.contact_sheet",
     "evaluate": "milan.evaluation.evaluate",
     "extract_targets": "pipeline.extract",
+    "finetune": "milan.training.finetune",
     "linear_probe": "milan.evaluation.linear_probe",
+    "load_classifier": "milan.models.classifier",
     "load_encoder": "milan.models.export",
     "load_published": "milan.models.published",
     "open_cache": "milan.data.dataset",
@@ -49,7 +54,15 @@ _HOME = {
     "repair": "pipeline.repair",
     "verify": "pipeline.verify",
 }
-_SHOW_PROGRESS = ("extract_targets", "pretrain", "linear_probe", "evaluate", "verify", "repair")
+_SHOW_PROGRESS = (
+    "extract_targets",
+    "pretrain",
+    "linear_probe",
+    "evaluate",
+    "finetune",
+    "verify",
+    "repair",
+)
 
 __all__ = [
     "extract_targets",
@@ -67,6 +80,9 @@ __all__ = [
     "linear_probe",
     "evaluate",
     "EvaluationConfig",
+    "finetune",
+    "FinetuneConfig",
+    "load_classifier",
     "NoProgress",
     "MilanError",
     "__version__",

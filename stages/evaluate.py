@@ -29,7 +29,8 @@ def _panels(settings: type) -> dict[str, tuple[str, ...]]:
     )
     own = (f.name for f in dataclasses.fields(settings) if f.name not in shared)
     flags = tuple(name for name in own if typing.get_origin(hints[name]) is not dict)
-    return {**_SHARED, "Evaluation": flags}
+    there = {panel: tuple(n for n in names if n in hints) for panel, names in _SHARED.items()}
+    return {**there, "Evaluation": flags}
 
 
 def evaluation_command(protocol: Protocol) -> Callable[..., None]:

@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
 
+from milan.core.distributed import Ranks, process_group
 from milan.core.progress import ForwardedProgress, NoProgress, Progress, replay
 from milan.core.signals import (
     Stop,
@@ -30,10 +32,28 @@ from milan.core.signals import (
     without_main_module,
 )
 from milan.core.waiting import Stopped
+from milan.core.watchdog import watched
 from milan.errors import MilanError, RankError, TrainError
 
 _PERIOD = 30.0  # seconds between two looks at ranks that say nothing
 _GRACE = 5.0  # seconds in which the other ranks may report why one crashed
+
+
+@contextmanager
+def as_rank(
+    ranks: Ranks | None, device: torch.device, *, stop: Stop, progress: Progress
+) -> Iterator[tuple[Ranks, torch.device]]:
+    """Inside, this process is one of `ranks`, or alone: yields its ranks and its own device.
+
+    A signal requests `stop`, and a watchdog ends the process where it stands still. Raises as
+    process_group does.
+    """
+    with (
+        on_stop_signals(stop.request),
+        watched(stop, rank=ranks.rank if ranks else None),
+        process_group(ranks, device, stop=stop, progress=progress) as rank_and_device,
+    ):
+        yield rank_and_device
 
 
 def launch(

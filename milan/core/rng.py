@@ -21,6 +21,8 @@ VIEW_TURN: Final = 5
 SAMPLE: Final = 6
 HELD_OUT: Final = 7
 DROPPED: Final = 8
+AUGMENTED: Final = 9
+MIXED: Final = 10
 
 _thread = local()
 """A generator and its state, with nothing drawn yet."""

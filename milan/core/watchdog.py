@@ -27,9 +27,7 @@ LIMIT = 30 * 60.0
 """Seconds in one call; then the process ends with exit code 1."""
 HEARD = 60.0
 """Seconds in one call after a signal, or twice the longest call before, where that took longer."""
-_FIRST_WORD = (
-    60.0  # seconds in one call until it is said; after a signal _SOON, and then it doubles
-)
+_FIRST_WORD = 60.0  # seconds in one call until it is said; then again after twice as long
 _SOON = 15.0  # the same, after a signal
 _AGAIN = 2.0  # seconds in which a second Ctrl-C ends the process by itself
 _PERIOD = 1.0  # seconds between two looks

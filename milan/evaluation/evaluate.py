@@ -13,13 +13,12 @@ import torch
 
 from milan.core.config_resolver import from_call
 from milan.core.device import pick_device, ranks_here
-from milan.core.distributed import Ranks, process_group
-from milan.core.launch import launch
+from milan.core.distributed import Ranks
+from milan.core.launch import as_rank, launch
 from milan.core.progress import NoProgress, Progress
-from milan.core.signals import Stop, on_stop_signals
+from milan.core.signals import Stop
 from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
-from milan.core.watchdog import watched
 from milan.errors import ConfigError, DataError
 from milan.evaluation.features import (
     Context,
@@ -30,7 +29,7 @@ from milan.evaluation.features import (
 )
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.meaning import chance, doubts
-from milan.evaluation.protocols import EvaluationConfig, Protocol, get_protocol
+from milan.evaluation.protocols import EvaluationConfig, LabelledConfig, Protocol, get_protocol
 from milan.evaluation.splits import Split, open_splits
 
 _MEMORY = 1_000_000_000  # bytes of features kept by a rank on a CPU
@@ -71,7 +70,7 @@ class Evaluation:
 
 def evaluate(
     protocol: Protocol | str,
-    checkpoint: str | EvaluationConfig = "runs/pretrain",
+    checkpoint: str | LabelledConfig = "runs/pretrain",
     *,
     load: Callable[[EvaluationConfig, torch.device], Frozen] = frozen_encoder,
     frozen: Frozen | None = None,
@@ -90,6 +89,8 @@ def evaluate(
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = from_call(protocol.settings, "checkpoint", checkpoint, settings, protocol.name)
     config.check()
+    if not isinstance(config, EvaluationConfig):
+        return protocol.load()(config, stop=stop, progress=progress)
     device = pick_device(config.device)
     given = Ranks.from_environment()
     if frozen and (config.devices or 1) > 1:
@@ -109,11 +110,7 @@ def evaluate(
     stop = stop or Stop()
     progress = progress if progress and not (given and given.rank) else NoProgress()
     try:
-        with (
-            on_stop_signals(stop.request),
-            watched(stop, rank=given.rank if given else None),
-            process_group(given, device, stop=stop, progress=progress) as (ranks, own),
-        ):
+        with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
             context = Context(own, ranks, progress, stop)
             make = (lambda *_: frozen) if frozen else load
             metrics = _measure(protocol, config, make, context)

@@ -17,6 +17,18 @@ def chance(train: np.ndarray, val: np.ndarray) -> float:
     return 100 * float(np.isin(val, frequent).mean()) / len(frequent)
 
 
+def accuracy_interval(correct: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, in percent: bootstrap over images; `correct` [m] bool.
+
+    A resampled accuracy is a binomial draw, for images are right or wrong.
+    """
+    draws = np.random.Generator(np.random.Philox(seed)).binomial(
+        len(correct), correct.mean(), size=10_000
+    )
+    low, high = np.percentile(100 * draws / len(correct), [2.5, 97.5])
+    return round(float(low), 2), round(float(high), 2)
+
+
 def doubts(train: np.ndarray, val: np.ndarray, *, neighbours: int = 0) -> list[str]:
     """Why top-1 of classes says little: a sentence each, none if it does not.
 

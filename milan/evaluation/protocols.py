@@ -33,31 +33,27 @@ ENTRY_POINTS = "milan.protocols"
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Settings of every evaluation: which encoder, which labelled images, where the metrics go."""
+class LabelledConfig:
+    """Settings of all that learns from labelled images: which encoder and images, results where."""
 
-    checkpoint: str = "runs/pretrain"
-    """A run's folder, random (as timm initialises it), timm:NAME, or teacher."""
-    data: str = "imagenet"
+    checkpoint: str = setting("runs/pretrain", identity=False)
+    """A run's folder, random (as timm initialises it), timm:NAME; teacher, of which only features
+    are measured; published:FILE, which is only fine-tuned."""
+    data: str = setting("imagenet", identity=False)
     """Labelled images to fit on."""
-    val_data: str | None = None
+    val_data: str | None = setting(None, identity=False)
     """Labelled images to measure on; default: a fifth of --data, by seed."""
-    data_root: str | None = None
+    data_root: str | None = setting(None, identity=False)
     """Where data names are looked up."""
-    split: str | None = None
+    split: str | None = setting(None, identity=False)
     """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
-    val_split: str | None = None
+    val_split: str | None = setting(None, identity=False)
     """Which split of --val-data; default: validation, else test, if any."""
-    out: str | None = None
+    out: str | None = setting(None, identity=False)
     """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
-    features: str | None = None
-    """Where features are kept for the next evaluation, float32, or none; default:
-    frozen_features/ in the run's folder."""
-    baseline: str = setting("random", choices=("random", "none"))
-    """What is measured beside the checkpoint: random, the same network as timm initialises it."""
-    like: str | None = None
+    like: str | None = setting(None, identity=False)
     """With random: a run, or timm:NAME, whose encoder's shape is taken."""
-    model: str = "vit_base_patch16_224"
+    model: str = setting("vit_base_patch16_224", identity=False)
     """With random and no --like: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
@@ -65,19 +61,44 @@ class EvaluationConfig:
     """Central square shown, as a share of the shorter edge (224 of 256)."""
     batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
-    num_workers: int | None = setting(None, unit="threads", auto=True, least=1)
+    num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
     """Decoding threads; auto: the cores, at most 16."""
-    limit: int | None = setting(None, unit="images", least=1)
+    limit: int | None = setting(None, identity=False, unit="images", least=1)
     """Only so many images of each set."""
-    device: str = "auto"
+    device: str = setting("auto", identity=False)
     """auto, cuda, cpu, ..."""
-    devices: int | None = setting(None, unit="ranks", auto=True, least=1)
+    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
     """Ranks on this machine; auto: one a GPU."""
+    seed: int = seed_setting()
+    """Of random weights and of the splits."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        check_fields(self)
+
+    @property
+    def folder(self) -> Path:
+        """Of what evaluations of the checkpoint leave: the run's, else runs/<checkpoint>."""
+        name, folder = self.checkpoint, Path(self.checkpoint)
+        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
+            return Path("runs") / name.replace(":", "-")
+        if name.partition(":")[0] == "published":
+            return Path("runs/published")
+        return folder.parent if folder.is_file() else folder
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(LabelledConfig):
+    """Settings of the protocols that look at features of a frozen network."""
+
+    features: str | None = None
+    """Where features are kept for the next evaluation, float32, or none; default:
+    frozen_features/ in the run's folder."""
+    baseline: str = setting("random", choices=("random", "none"))
+    """What is measured beside the checkpoint: random, the same network as timm initialises it."""
     memory: str | None = setting(None, auto=True)
     """Features that each rank keeps in memory between two passes, such as 8GB; auto: half of a
     GPU's free memory, 1GB on a CPU. Others are read from disk again."""
-    seed: int = seed_setting()
-    """Of random weights and of the splits."""
     teacher: str | None = None
     """With checkpoint teacher: its name or config, as in extract-targets."""
     pretrained: str | None = setting(None, auto=True)
@@ -87,17 +108,87 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
-        check_fields(self)
+        super().check()
         if self.memory is not None:
             parse_bytes(self.memory)
 
+
+@dataclass(frozen=True)
+class FinetuneConfig(LabelledConfig):
+    """What `milan finetune` does; defaults are the published ViT-B/16 recipe (MILAN)."""
+
+    recipe: str = setting("vit_base", identity=False)
+    """A published recipe, from which all else deviates: vit_base, vit_large."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Edge of the images; auto: the encoder's. Positions are resampled."""
+    pooling: str = setting("mean", choices=("mean", "token"))
+    """What the head sees: the mean of patches, or the class token."""
+    epochs: int = setting(100, unit="epochs", least=1)
+    """Passes over the images."""
+    warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: a twentieth of the epochs (5 of 100)."""
+    batch_size: int = setting(1024, unit="images", least=1)
+    """Images of a step, over all devices."""
+    micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
+    """Images at once on a device, at most; auto: 128, on a CPU 32."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: 1e-4 for every 256 images of a step (4e-4 at 1024)."""
+    min_lr: float = setting(1e-6, unit="a step", least=0)
+    """Learning rate at the end."""
+    layer_decay: float = setting(0.65, unit="times", above=0, most=1)
+    """Learning rate of a block, as a share of the next one's."""
+    weight_decay: float = setting(0.05, unit="times lr", least=0)
+    """AdamW's; none for biases, norms, positions and tokens."""
+    drop_path: float = setting(0.1, unit="share", least=0, below=1)
+    """Probability that the last block is skipped; earlier ones less."""
+    scale: tuple[float, float] = setting((0.08, 1.0), unit="share", above=0, most=1)
+    """Area of a training crop, as a share of the image."""
+    hflip: float = setting(0.5, unit="share", least=0, most=1)
+    """Probability that a training image is mirrored."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment, AugMix or AutoAugment as timm names policies; none."""
+    erasing: float = setting(0.25, unit="share", least=0, most=1)
+    """Probability that a rectangle of a training image is replaced by noise."""
+    mixup: float = setting(0.8, unit="alpha", least=0)
+    """Mixup of pairs of training images; 0: none. With cutmix each half of the time."""
+    cutmix: float = setting(1.0, unit="alpha", least=0)
+    """CutMix; 0: none."""
+    smoothing: float = setting(0.1, unit="share", least=0, below=1)
+    """Label smoothing."""
+    ema: float | None = setting(None, unit="share", least=0, below=1)
+    """Decay of a moving average of the weights, such as 0.9999, which is then measured and kept."""
+    clip_grad: float | None = setting(None, unit="norm", above=0)
+    """Largest norm of a step's gradients; default: no clipping, as published."""
+    precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
+    """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
+    """Loader workers of each rank; auto: its share of the cores but one."""
+    report_to: str = setting("tensorboard", identity=False)
+    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
+    log_every: int = setting(10, identity=False, unit="steps", least=1)
+    """Steps between lines of the log."""
+    max_restarts: int = setting(3, identity=False, unit="times", least=0)
+    """How often all ranks restart from the last checkpoint after one crashed."""
+    overwrite: bool = setting(False, identity=False)
+    """Replace a fine-tuning of other settings."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller share first"
+            )
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
+                expected="less than the epochs",
+            )
+
     @property
-    def folder(self) -> Path:
-        """Of what evaluations of the checkpoint leave: the run's, else runs/<checkpoint>."""
-        name, folder = self.checkpoint, Path(self.checkpoint)
-        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
-            return Path("runs") / name.replace(":", "-")
-        return folder.parent if folder.is_file() else folder
+    def run(self) -> Path:
+        """The folder of the fine-tuning: beside its metrics, without .json."""
+        return Path(self.out).with_suffix("") if self.out else self.folder / "finetune"
 
 
 @dataclass(frozen=True)
@@ -122,12 +213,14 @@ class Protocol:
     help: str
     """Of its command, one sentence."""
     run: str
-    """module:function. Called with an Evaluation (milan.evaluation.evaluate), on all ranks; returns
-    its figures as JSON values. Imported when it runs."""
+    """module:function; returns figures as JSON values. Imported when it runs. Called with an
+    Evaluation (milan.evaluation.evaluate) on all ranks if `settings` is an EvaluationConfig, else
+    as function(config, stop=Stop or None, progress=Progress or None)."""
     columns: tuple[Column, ...]
     """Of the report; the first is drawn as a chart."""
-    settings: type[EvaluationConfig] = EvaluationConfig
-    """A dataclass that adds settings of its own to EvaluationConfig: they become flags too."""
+    settings: type[LabelledConfig] = EvaluationConfig
+    """A dataclass that adds settings of its own to EvaluationConfig, or to LabelledConfig if it
+    needs no features: they become flags too."""
 
     @property
     def command(self) -> str:
@@ -138,7 +231,7 @@ class Protocol:
         """Where the metrics of the encoder in `folder` are, unless another place was asked for."""
         return Path(folder) / f"{self.name}.json"
 
-    def metrics_path(self, config: EvaluationConfig) -> Path:
+    def metrics_path(self, config: LabelledConfig) -> Path:
         """Where the metrics go: `config.out`, else the folder of the checkpoint."""
         return Path(config.out) if config.out else self.metrics_file(config.folder)
 
@@ -164,6 +257,14 @@ PROTOCOLS = {
             help="Classify by the nearest images in feature space; nothing is fitted.",
             run="milan.evaluation.knn:measure",
             columns=tuple(Column(f"k{k}", f"k {k}, top-1 %") for k in (20, 10, 100, 200)),
+        ),
+        Protocol(
+            name="finetune",
+            title="Fine-tuning",
+            help="Train an encoder and a new head on labelled images, and measure them.",
+            run="milan.training.finetune:finetune",
+            columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            settings=FinetuneConfig,
         ),
     )
 }

@@ -7,13 +7,14 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from milan.core import rng
 from milan.core.paths import AnyPath, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError, nearest
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.protocols import LabelledConfig
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
@@ -33,6 +34,10 @@ class LabelledSet:
     """int64 [rows], as the training images number their classes."""
     identity: str
     """Changes with the images, their order, and the size or time of any file."""
+    keys: pa.ChunkedArray
+    """Name of each image."""
+    names: list[str] | None = None
+    """Of the classes, where they have names."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,12 @@ class Split:
         """int64 [n]."""
         return self.of.labels[self.rows]
 
+    def key(self, position: int) -> str:
+        """Name of one of its images."""
+        return self.of.keys[int(self.rows[position])].as_py()
 
-def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> tuple[Split, Split]:
+
+def open_splits(config: LabelledConfig, progress: Progress | None = None) -> tuple[Split, Split]:
     """The images to fit on and those to measure on: `val_data`, or a fifth of `data`, by seed.
 
     Classes are matched by name; by number where neither has names, or the names are numbers.
@@ -65,7 +74,7 @@ def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> t
         count = len(manifest)
         shuffled = rng.permutation(config.seed, rng.SAMPLE, (0,), count)
         val_rows, rows = map(np.sort, np.split(shuffled, [max(1, count // 5)]))
-        labelled = _labelled_set(manifest, manifest.labels())
+        labelled = _labelled_set(manifest, manifest.labels(), names)
         train, val = Split(labelled, rows), Split(labelled, val_rows)
     else:
         wanted = WantedSplit(config.val_split, (VALIDATION, TEST), "--val-split")
@@ -77,15 +86,16 @@ def open_splits(config: EvaluationConfig, progress: Progress | None = None) -> t
                 fix="without --val-data: a fifth of --data is then left for measuring",
             )
         labels, val_labels, names = _matched(manifest, val_manifest)
-        train = Split(_labelled_set(manifest, labels), np.arange(len(manifest)))
-        val = Split(_labelled_set(val_manifest, val_labels), np.arange(len(val_manifest)))
+        train = Split(_labelled_set(manifest, labels, names), np.arange(len(manifest)))
+        val = Split(_labelled_set(val_manifest, val_labels, names), np.arange(len(val_manifest)))
     _check_classes(train, val, names, config, progress)
     return train, val
 
 
-def _labelled_set(manifest: Manifest, labels: np.ndarray) -> LabelledSet:
-    root = manifest.root
-    return LabelledSet(root, ImageSource(manifest, root), labels, _identity(manifest))
+def _labelled_set(manifest: Manifest, labels: np.ndarray, names: list[str] | None) -> LabelledSet:
+    root, keys = manifest.root, manifest.table["key"]
+    images = ImageSource(manifest, root)
+    return LabelledSet(root, images, labels, _identity(manifest), keys, names)
 
 
 def _identity(manifest: Manifest) -> str:
@@ -112,7 +122,7 @@ def _size_and_time(file: AnyPath) -> tuple[int, int] | None:
 
 
 def _labelled(
-    name: str, wanted: WantedSplit, config: EvaluationConfig, progress: Progress
+    name: str, wanted: WantedSplit, config: LabelledConfig, progress: Progress
 ) -> Manifest:
     """The images of a data set, each with a label. Raises DataError."""
     source = resolve_data(name, config.data_root)
@@ -182,7 +192,7 @@ def _check_classes(
     train: Split,
     val: Split,
     names: list[str] | None,
-    config: EvaluationConfig,
+    config: LabelledConfig,
     progress: Progress,
 ) -> None:
     """Raises DataError if classes to measure on have no image to fit on.

@@ -106,10 +106,10 @@ def misfit(state: State, vit: Any, *, leave: Sequence[str] = ()) -> str:
         if name not in state:
             return f"{name} is not in it"
         if name not in there:
-            return f"{name} is in it, and not in the student's encoder"
+            return f"{name} is in it, and not in the model"
         if state[name].shape != there[name].shape:
             theirs, ours = (" x ".join(map(str, t[name].shape)) for t in (state, there))
-            return f"{name} is {theirs} in it, and {ours} in the student's encoder"
+            return f"{name} is {theirs} in it, and {ours} in the model"
     return ""
 
 

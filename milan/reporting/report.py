@@ -48,13 +48,14 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
 
     Section `report` has `out` (a folder), `runs` and `encoders` (name -> folder); the store is
-    `out` of section `extract`; `protocols` of section `evaluation` says which metrics files the
-    encoders have. Raises
-    ConfigError if one of these, or a metrics file, is missing.
+    `out` of section `extract`; `protocols` and `finetuned` of section `evaluation` say which
+    metrics files the encoders have. Raises ConfigError if one of these, or a metrics file, is
+    missing; of `finetuned` only encoders that have one are shown.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
-    names = read_section(params, "evaluation").get("protocols")
+    measured = read_section(params, "evaluation")
+    names, finetuned = measured.get("protocols"), measured.get("finetuned") or []
     store = section.get("cache") or read_section(params, "extract").get("out")
     needed = {f"report.{key}": section.get(key) for key in ("out", "runs", "encoders")}
     for key, value in (needed | {"evaluation.protocols": names, "extract.out": store}).items():
@@ -69,8 +70,10 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         protocol: {
             encoder: _read(protocol.metrics_file(folder), *(c.key for c in protocol.columns))
             for encoder, folder in section["encoders"].items()
+            # The teacher is not fine-tuned.
+            if protocol.name not in finetuned or protocol.metrics_file(folder).exists()
         }
-        for protocol in map(get_protocol, names)
+        for protocol in map(get_protocol, [*names, *finetuned])
     }
     runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
     cache = TargetCache(store)

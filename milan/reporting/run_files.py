@@ -24,9 +24,8 @@ SHEET = "sheet"
 TENSORBOARD = "tensorboard"
 
 
-_PARTS: dict[str, type | tuple[type, ...]] = {
-    "id": str, "identity": dict, "config": dict, "targets": dict, "stretches": list
-}  # fmt: skip
+_PARTS: dict[str, type | tuple[type, ...]] = {"id": str, "identity": dict, "config": dict}
+_STORE_PARTS = {"targets": dict, "stretches": list}
 
 
 def write_run(run: Path, content: dict[str, Any]) -> None:
@@ -50,6 +49,13 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def _check_parts(content: dict[str, Any]) -> None:
     """Raises ValueError for what is not as a run writes it: one from before it had a digest."""
+    if not isinstance(content.get("reported", {}), dict):
+        raise ValueError("it has no usable 'reported'")
+    if content["identity"].keys() & {"data", "cache"} == {"data"}:
+        return  # a fine-tuning knows no store
+    for name, kind in _STORE_PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"it has no usable {name!r}")
     parts, dropped = content["stretches"], content.get("dropped", {})
     kinds = {"epoch": int, "generations": int, "cache": str}
     if not parts or not all(
@@ -59,8 +65,6 @@ def _check_parts(content: dict[str, Any]) -> None:
         raise ValueError("it has no usable 'stretches'")
     if "cache" not in content["identity"]:
         raise ValueError("it has no usable 'identity'")
-    if not isinstance(content.get("reported", {}), dict):
-        raise ValueError("it has no usable 'reported'")
     pairs = dropped.items() if isinstance(dropped, dict) else [("", dropped)]
     if not all(k.isdecimal() and isinstance(v, list) and len(v) == 2 for k, v in pairs):
         raise ValueError("it has no usable 'dropped'")

@@ -78,11 +78,12 @@ def resolve_defaults(
         masking=config.masking or objective.masking,
         warmup_epochs=config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs,
         lr=config.lr or _BASE_LR * config.batch_size / 256,
-        precision=_precision(config.precision, device),
+        precision=precision_of(config.precision, device),
     )
 
 
-def _precision(precision: str, device: torch.device) -> str:
+def precision_of(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16: `precision`, or for auto what the device is fast in."""
     if precision != "auto":
         return precision
     if device.type != "cuda":

@@ -315,7 +315,8 @@ class _Loop:
         """One update of the weights."""
         schedule, model = self.schedule, self.task.model
         for group in self.optimiser.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+            # Fine-tuning has a scale for each layer.
+            group["lr"] = schedule.learning_rate(step) * group.get("lr_scale", 1.0)
         self.optimiser.zero_grad(set_to_none=True)
         losses, batches = [], []
         for micro in range(schedule.accumulate):

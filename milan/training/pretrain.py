@@ -18,13 +18,12 @@ from milan.core.atomic import write_json
 from milan.core.config_fields import check_choice
 from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32
-from milan.core.distributed import Ranks, parallelise, process_group
-from milan.core.launch import launch
+from milan.core.distributed import Ranks, parallelise
+from milan.core.launch import as_rank, launch
 from milan.core.progress import NoProgress, Progress
-from milan.core.signals import Stop, on_stop_signals
+from milan.core.signals import Stop
 from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
-from milan.core.watchdog import watched
 from milan.data.dataset import CachedDataset
 from milan.data.feeding import Feeding, Loading, loader_workers
 from milan.data.loader import batch_wait, training_loader
@@ -152,9 +151,7 @@ def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress
         )
     progress = NoProgress() if given and given.rank else progress
     with (
-        on_stop_signals(stop.request),
-        watched(stop, rank=given.rank if given else None),
-        process_group(given, device, stop=stop, progress=progress) as (ranks, own),
+        as_rank(given, device, stop=stop, progress=progress) as (ranks, own),
         ExitStack() as until_end,
     ):
         context = Context(Path(config.out), own, ranks, progress, stop)

@@ -279,8 +279,17 @@ def test_a_protocol_is_one_word_of_the_parameters(project: Path, tmp_path: Path)
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(project / name, tmp_path)
     assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
-    set_params(tmp_path, {"evaluation": {"protocols": ["linear_probe", "knn"]}})
+    set_params(tmp_path, {
+        "evaluation": {"protocols": ["linear_probe", "knn"], "finetuned": ["finetune"]}
+    })  # fmt: skip
     stages = list_stages(tmp_path)
+    for name, folder in {
+        "finetune@finetune-milan": "milan", "finetune@finetune-pixels": "pixels",
+        "finetune-random@finetune": "random",
+    }.items():  # fmt: skip
+        command, outs = stages.pop(name)
+        assert command.startswith("milan finetune --params params.yaml --checkpoint ")
+        assert outs == [f"runs/{folder}/finetune.json"]
     expected = [name.replace("linear_probe", "knn") for name in STAGES if "linear_probe" in name]
     assert sorted(stages.keys() - set(STAGES)) == sorted(expected)
     for name, folder in zip(expected, ("milan", "pixels", "random", "teacher"), strict=True):

@@ -1,0 +1,86 @@
+"""A classifier: an encoder with a head, as fine-tuning trains it and timm loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from milan.errors import CacheError
+from milan.models.encoder import create_vit
+from milan.models.export import read_about
+
+CLASSIFIER = "classifier.safetensors"
+"""The file in the folder of a fine-tuning."""
+POOLING = {"mean": "avg", "token": "token"}
+"""Our words for timm's: the mean of patches with a norm behind it, or the class token."""
+_HEAD_STD = 0.02
+
+
+def create_classifier(
+    model: str, args: dict[str, Any], *, size: int, classes: int, pooling: str, drop_path: float = 0
+) -> Any:
+    """A timm ViT with a head for `classes`, drawn by torch's generator; positions are trained.
+
+    Pooling `mean`: the mean of patches, a norm of its own, the head (MAE, models_vit.py); `token`:
+    the class token after the encoder's norm. Raises ConfigError as create_vit does.
+    """
+    args = {k: v for k, v in args.items() if k != "img_size"}
+    args |= {"drop_path_rate": drop_path, "global_pool": POOLING[pooling]}
+    vit = create_vit(model, img_size=size, args=args)
+    vit.reset_classifier(classes)
+    nn.init.trunc_normal_(vit.head.weight, std=_HEAD_STD)
+    nn.init.zeros_(vit.head.bias)
+    return vit
+
+
+def new_weights(pooling: str) -> tuple[str, ...]:
+    """What the names of a classifier's weights that no encoder has begin with."""
+    return ("head.", "norm.", "fc_norm.") if pooling == "mean" else ("head.",)
+
+
+def load_classifier(folder: str | Path) -> Any:
+    """The classifier of a fine-tuning (its folder, or a classifier.safetensors), in eval mode.
+
+    A timm VisionTransformer: images [B, 3, S, S] to logits [B, classes];
+    `timm.data.resolve_model_data_config` gives its mean, std and size, and `class_names` the names
+    of its classes. Raises CacheError.
+    """
+    path = Path(folder)
+    path = path / CLASSIFIER if path.is_dir() else path
+    if not path.is_file():
+        raise CacheError(f"no {CLASSIFIER} at {folder}", expected="the folder of a fine-tuning")
+    about = read_about(path)
+    if "classes" not in about:
+        raise CacheError(f"{path} is an encoder, without a head", fix="milan finetune")
+    size, names = about["input_size"], about["classes"]
+    vit = create_classifier(
+        about["model"], about["model_args"], size=size, classes=len(names), pooling=about["pooling"]
+    )
+    try:
+        vit.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CacheError(f"{path} does not fit {about['model']}: {first}") from None
+    describe_input(vit, about["mean"], about["std"], size=size, crop_share=about["crop_share"])
+    vit.class_names = names
+    return vit.eval()
+
+
+def describe_input(vit: Any, mean: Any, std: Any, *, size: int, crop_share: float) -> None:
+    """Let timm know what images a ViT takes."""
+    vit.pretrained_cfg = {
+        **vit.pretrained_cfg, "mean": tuple(mean), "std": tuple(std),
+        "input_size": (3, size, size), "crop_pct": crop_share, "interpolation": "bicubic",
+    }  # fmt: skip
+
+
+def seeded_classifier(seed: int, *args: Any, **kwargs: Any) -> Any:
+    """create_classifier(*args, **kwargs) with all that is drawn drawn by `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_classifier(*args, **kwargs)

@@ -1,0 +1,188 @@
+"""Images of fine-tuning: augmented by address for training, their central square for validation."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import Compose, RandomHorizontalFlip
+
+from milan.core import rng
+from milan.core.device import copy_to
+from milan.data.loader import each
+from milan.data.order import Order
+from milan.data.sampler import Address, Kind
+from milan.errors import ConfigError, DataError, ImageFault
+from milan.evaluation.splits import Split
+from milan.images.decode import decode
+from milan.images.views import centre_view, render
+
+_PART = re.compile(r"(m|n|w|d|t|p|a|b|inc|mmax)[0-9.]+|mstd([0-9.]+|inf)|3a|weights")
+"""Of a policy of timm: what its functions take apart."""
+
+
+class LabelledBatch(NamedTuple):
+    """B labelled images."""
+
+    pixels: torch.Tensor
+    """[B, S, S, 3] uint8"""
+    labels: torch.Tensor
+    """[B] int64"""
+    positions: torch.Tensor
+    """[B] int64, places in the training split, or in the validation split behind it"""
+    readable: torch.Tensor
+    """[B] bool; another image of the batch stands in for one that cannot be read"""
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The same on `device`; from pinned memory to CUDA the copy does not wait."""
+        return each(self, lambda t: copy_to(t, device))
+
+    def pin_memory(self) -> LabelledBatch:
+        """In pages that a GPU copies from by itself."""
+        return each(self, torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What an image becomes before training sees it: timm's parts, with their names."""
+
+    size: int
+    """Edge of the pictures in pixels."""
+    scale: tuple[float, float]
+    """Area of the random crop, as a share of the image."""
+    hflip: float
+    """Probability that it is mirrored."""
+    auto_augment: str
+    """A policy of timm, such as rand-m9-mstd0.5-inc1; none for no other change."""
+    mean: tuple[float, ...]
+    """Colour that fills what a rotation leaves empty."""
+
+    def build(self) -> Any:
+        """The transform: a PIL image to a PIL image [S, S]. The device erases and mixes.
+
+        As timm.data.create_transform composes it. Raises ConfigError for a policy unknown to timm.
+        """
+        parts: list[Any] = [
+            RandomResizedCropAndInterpolation(self.size, self.scale, interpolation="bicubic"),
+            RandomHorizontalFlip(self.hflip),
+        ]
+        if self.auto_augment != "none":
+            parts.append(self._policy())
+        return Compose(parts)
+
+    def _policy(self) -> Any:
+        hparams = {
+            "translate_const": int(0.45 * self.size),
+            "img_mean": tuple(min(255, round(255 * value)) for value in self.mean),
+            "interpolation": Image.Resampling.BICUBIC,
+            # At 10 posterize keeps no bit, which Pillow refuses.
+            "magnitude_max": 9.999,
+        }
+        make = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}
+        kind, *parts = self.auto_augment.split("-")
+        try:
+            for part in parts if kind in ("rand", "augmix") else ():
+                if not _PART.fullmatch(part):  # timm passes over what it does not know
+                    raise ValueError(f"no part {part!r}")
+            return make.get(self.auto_augment[:4], auto_augment_transform)(
+                self.auto_augment, hparams
+            )
+        except (AssertionError, LookupError, ValueError) as error:
+            raise ConfigError(
+                f"auto_augment {self.auto_augment}: {error}",
+                expected="a policy of timm, or none",
+                fix="--auto-augment rand-m9-mstd0.5-inc1",
+            ) from None
+
+
+class LabelledImages:
+    """Batches of two splits; a loader's source (milan.data.loader.BatchSource)."""
+
+    def __init__(
+        self, train: Split, val: Split, augmentation: Augmentation, *, crop_share: float, seed: int
+    ) -> None:
+        self.train, self.val, self.augmentation = train, val, augmentation
+        self.crop_share, self.seed = crop_share, seed
+        self._transform: Any = None
+
+    def load(self, address: Address) -> LabelledBatch:
+        """The images at `address`. Raises DataError if none of them can be read."""
+        training = address.kind is Kind.TRAIN
+        split = self.train if training else self.val
+        pixels: list[np.ndarray | None] = []
+        why = ""
+        for position in address.rows.tolist():
+            try:
+                image = decode(split.of.images.read(int(split.rows[position])))
+            except ImageFault as fault:
+                pixels.append(None)
+                why = why or f"{split.key(position)}: {fault}"
+                continue
+            pixels.append(
+                self._augmented(image, address.epoch, position)
+                if training
+                else self._central_square(image)
+            )
+        readable = np.array([picture is not None for picture in pixels])
+        if not readable.any():
+            raise DataError(f"no image of a batch of {len(pixels)} can be read: {why}")
+        chosen = np.where(readable, np.arange(len(pixels)), readable.argmax())
+        positions = address.rows + (0 if training else len(self.train.rows))
+        return LabelledBatch(
+            torch.from_numpy(np.stack([pixels[i] for i in chosen])),
+            torch.from_numpy(split.labels[address.rows[chosen]]),
+            torch.from_numpy(positions),
+            torch.from_numpy(readable),
+        )
+
+    def _augmented(self, image: Image.Image, epoch: int, position: int) -> np.ndarray:
+        """uint8 [S, S, 3], as drawn for this image in this epoch."""
+        self._transform = self._transform or self.augmentation.build()
+        with seeded(self.seed, rng.AUGMENTED, (epoch, position)):
+            return np.asarray(self._transform(image))
+
+    def _central_square(self, image: Image.Image) -> np.ndarray:
+        width, height = image.size
+        view = centre_view(height, width, crop_share=self.crop_share)
+        return render(image, view, size=self.augmentation.size)
+
+
+@contextmanager
+def seeded(seed: int, purpose: int, address: tuple[int, ...]) -> Iterator[None]:
+    """Inside, the global generators of Python, numpy and torch's CPU start at an address.
+
+    timm's augmentation draws from all three. Afterwards they are as before.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    draw = int(rng.bits(seed, purpose, address, 1)[0])
+    random.seed(draw)
+    np.random.seed(draw % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(draw >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def shuffled(train: Split, *, batch_size: int, seed: int) -> Order:
+    """The order of an epoch's images: all of them, shuffled anew in each."""
+    count = len(train.rows)
+    return Order(
+        train_rows=np.arange(count), shards=np.zeros(count, np.int64), shard_size=count, views=1,
+        seed=seed, batch_size=batch_size, window_rows=count,
+    )  # fmt: skip
