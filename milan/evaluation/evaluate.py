@@ -98,18 +98,19 @@ def evaluate(
             f"devices {config.devices} with a network of this process", expected="devices=1"
         )
     count = 1 if given or frozen else ranks_here(config.device, device, config.devices)
-    if count > 1:
-        return launch(
-            evaluate,
-            {"protocol": protocol, "checkpoint": config, "load": load},
-            ranks=count,
-            restarts=0,
-            restart_arguments=dict,
-            progress=progress or NoProgress(),
-        )
     stop = stop or Stop()
+    stop.kept = "features that were computed stay"
     progress = progress if progress and not (given and given.rank) else NoProgress()
     try:
+        if count > 1:
+            return launch(
+                evaluate,
+                {"protocol": protocol, "checkpoint": config, "load": load},
+                ranks=count,
+                restarts=0,
+                restart_arguments=dict,
+                progress=progress,
+            )
         with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
             context = Context(own, ranks, progress, stop)
             make = (lambda *_: frozen) if frozen else load

@@ -16,6 +16,7 @@ from safetensors.torch import load, load_file
 from milan.core.atomic import lock_folder
 from milan.core.launch import launch
 from milan.core.signals import Stop
+from milan.core.waiting import Stopped
 from milan.errors import DataError
 from milan.evaluation import features
 from milan.evaluation.evaluate import evaluate
@@ -91,6 +92,16 @@ def test_features_are_computed_once(tmp_path: Path, measure: Measure) -> None:
     name = next(data.glob("*/*.jpg"))
     name.write_bytes(next(make_photos(tmp_path / "else", seed=5).glob("*/*.jpg")).read_bytes())
     assert newly()[0] == 24
+
+
+def test_ranks_that_stood_still_are_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watchdog ended them after a signal: that is told as every stop is."""
+
+    def stood(*_: Any, **__: Any) -> None:
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr("milan.evaluation.evaluate.launch", stood)
+    assert evaluate("linear_probe", "x", devices=2, device="cpu") == {"stopped_by": "SIGTERM"}
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
