@@ -55,8 +55,9 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     progress = progress or NoProgress()
     section = read_section(params, "report")
     measured = read_section(params, "evaluation")
-    names, finetuned = measured.get("protocols"), measured.get("finetuned") or []
-    store = section.get("cache") or read_section(params, "extract").get("out")
+    names: Any = measured.get("protocols")
+    finetuned = measured.get("finetuned") or []
+    store: Any = section.get("cache") or read_section(params, "extract").get("out")
     needed = {f"report.{key}": section.get(key) for key in ("out", "runs", "encoders")}
     for key, value in (needed | {"evaluation.protocols": names, "extract.out": store}).items():
         if value is None:
