@@ -108,19 +108,19 @@ def finetune(
     device = pick_device(config.device)
     given = Ranks.from_environment()
     count = 1 if given else ranks_here(config.device, device, config.devices)
-    if count > 1:
-        begun, goes_on = restart_arguments(config.run), replace(config, overwrite=False)
-        return launch(
-            finetune,
-            {"checkpoint": config},
-            ranks=count,
-            restarts=config.max_restarts,
-            restart_arguments=lambda: {"checkpoint": goes_on} if begun() else {},
-            progress=progress or NoProgress(),
-        )
     stop = stop or Stop()
     progress = progress if progress and not (given and given.rank) else NoProgress()
     try:
+        if count > 1:
+            begun, goes_on = restart_arguments(config.run), replace(config, overwrite=False)
+            return launch(
+                finetune,
+                {"checkpoint": config},
+                ranks=count,
+                restarts=config.max_restarts,
+                restart_arguments=lambda: {"checkpoint": goes_on} if begun() else {},
+                progress=progress,
+            )
         with (
             as_rank(given, device, stop=stop, progress=progress) as (ranks, own),
             ExitStack() as until_end,

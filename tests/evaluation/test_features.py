@@ -23,6 +23,7 @@ from milan.evaluation.evaluate import evaluate
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import PROTOCOLS
 from milan.images.source import ImageSource
+from milan.training.finetune import finetune
 
 CPU = torch.device("cpu")
 Measure = Callable[..., dict[str, Any]]
@@ -94,14 +95,17 @@ def test_features_are_computed_once(tmp_path: Path, measure: Measure) -> None:
     assert newly()[0] == 24
 
 
-def test_ranks_that_stood_still_are_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["evaluation.evaluate", "training.finetune"])
+def test_ranks_that_stood_still_are_a_stop(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watchdog ended them after a signal: that is told as every stop is."""
 
     def stood(*_: Any, **__: Any) -> None:
         raise Stopped("SIGTERM")
 
-    monkeypatch.setattr("milan.evaluation.evaluate.launch", stood)
-    assert evaluate("linear_probe", "x", devices=2, device="cpu") == {"stopped_by": "SIGTERM"}
+    monkeypatch.setattr(f"milan.{which}.launch", stood)
+    run = evaluate if which == "evaluation.evaluate" else finetune
+    first = ("linear_probe", "x") if run is evaluate else ("x",)
+    assert run(*first, devices=2, device="cpu") == {"stopped_by": "SIGTERM"}
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
