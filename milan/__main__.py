@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from threading import Timer
+from threading import Timer, main_thread
 
 from milan.core.beside import ours
 
@@ -23,9 +23,15 @@ def main() -> None:
         raise
     finally:
         status = code if isinstance(code, int) else int(code is not None)
-        end = Timer(_LEAVE, os._exit, (status,))
+        end = Timer(_LEAVE, _leave, (status,))
         end.daemon = True
         end.start()
+
+
+def _leave(status: int) -> None:
+    """End this process, if it is about to: Python's main thread is over then."""
+    if not main_thread().is_alive():
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib.util
 import pickle
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -198,8 +199,10 @@ def test_packages_called_as_ours_are(
     with pytest.raises(milan.MilanError, match="no data found"):
         milan.extract_targets("nowhere")
     monkeypatch.setattr(sys, "argv", ["milan", "inspect", "t.zarr"])
+    monkeypatch.setattr("milan.__main__._LEAVE", 0.05)
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module("milan.__main__").main()
+    time.sleep(0.2)  # a process that goes on is not ended
     assert "teacher0/int8" in capsys.readouterr().out
     assert own_names() == theirs
 

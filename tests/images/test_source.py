@@ -298,7 +298,7 @@ def test_what_changes_is_seen(server: Server) -> None:
     assert sorted(source.read(row) for row in range(3)) == [b"", b"1", b"2"]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.soak)])
 def test_readers_may_be_sent(sets: Path, method: str) -> None:
     """To workers however they are started, also after the sender has read."""
     if method not in multiprocessing.get_all_start_methods():

@@ -200,6 +200,7 @@ def test_asked_to_stop_before_the_first_step(store: Path, tmp_path: Path) -> Non
     assert done.code == 0, done.err
 
 
+@pytest.mark.soak
 def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches loader workers too: they go on until the step in hand has its batches."""
     out = tmp_path / "run"

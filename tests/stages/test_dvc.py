@@ -176,6 +176,7 @@ def test_a_second_repro_does_nothing(
     assert times(project / "targets.zarr") | times(project / "runs") == before
 
 
+@pytest.mark.soak
 def test_a_training_parameter_does_not_extract_again(
     project: Path, reproduced: subprocess.CompletedProcess
 ) -> None:

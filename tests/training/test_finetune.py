@@ -186,6 +186,7 @@ def test_a_run_killed_before_its_metrics(data: dict[str, str], tmp_path: Path) -
     assert (tmp_path / "a" / CLASSIFIER).read_bytes() == weights
 
 
+@pytest.mark.soak
 def test_two_ranks_are_one(data: dict[str, str], tmp_path: Path, forked_ranks: None) -> None:
     """Without what is drawn for a micro-batch, losses and metrics are those of one rank."""
     same: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_path": 0.0}
