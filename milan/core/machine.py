@@ -31,7 +31,7 @@ def free_memory() -> int:
     """Bytes that processes may still take: what the system has, within the container's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError, IndexError):  # macOS has no such file
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        free = 1024 * int(_text(Path("/proc/meminfo")).split("MemAvailable:")[1].split()[0])
     for name in ("memory.max", "memory.limit_in_bytes"):  # of versions 2 and 1
         for text in _limits("memory", name):
             free = min(free, int(text)) if text.strip() != "max" else free
@@ -47,7 +47,7 @@ def open_files() -> int:
 def _limits(controller: str, name: str) -> Iterator[str]:
     """The files `name` of this process's control group and of those above it."""
     with suppress(OSError):
-        for line in _OWN.read_text().splitlines():
+        for line in _text(_OWN).splitlines():
             _, controllers, group = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
@@ -55,6 +55,10 @@ def _limits(controller: str, name: str) -> Iterator[str]:
             folder = root / group.strip("/")
             for above in (folder, *folder.parents):
                 with suppress(OSError):
-                    yield (above / name).read_text()
+                    yield _text(above / name)
                 if above == root:
                     break
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
