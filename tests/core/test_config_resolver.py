@@ -140,28 +140,28 @@ def test_tuples(params: Any) -> None:
 @pytest.mark.parametrize(
     ("item", "kind"),
     [
-        ("epochs=ten", "int"),
-        ("epochs=1.5", "int"),
-        ("epochs=.inf", "int"),
-        ("epochs=.nan", "int"),
-        ("epochs=yes", "int"),
-        ("epochs=", "int"),
-        ("epochs=[1]", "int"),
-        ("lr=fast", "float"),
-        ("lr=true", "float"),
-        ("lr=.nan", "float"),
-        ("lr=[1]", "float"),
-        ("model=[a]", "str"),
-        ("model={a: 1}", "str"),
-        ("masking=[off]", "str"),
-        ("out=", "str"),
-        ("model_args=3", "dict"),
+        ("epochs=ten", "of type int"),
+        ("epochs=1.5", "of type int"),
+        ("epochs=.inf", "of type int"),
+        ("epochs=.nan", "of type int"),
+        ("epochs=yes", "of type int"),
+        ("epochs=", "of type int"),
+        ("epochs=[1]", "of type int"),
+        ("lr=fast", "a number"),
+        ("lr=true", "a number"),
+        ("lr=.nan", "a number"),
+        ("lr=[1]", "a number"),
+        ("model=[a]", "of type str"),
+        ("model={a: 1}", "of type str"),
+        ("masking=[off]", "of type str"),
+        ("out=", "of type str"),
+        ("model_args=3", "of type dict"),
     ],
 )
 def test_values_of_another_type(item: str, kind: str) -> None:
     """Named with where it stands; never "None" as a folder or "False" as a masking."""
     key = item.partition("=")[0]
-    with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: of type {kind}$"):
+    with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: {kind}$"):
         pretraining([item])
 
 

@@ -20,7 +20,7 @@ from milan.core import watchdog
 from milan.core.distributed import Ranks, process_group
 from milan.core.launch import launch
 from milan.core.progress import Progress
-from milan.core.signals import ONE_PRESS, Stop, on_stop_signals
+from milan.core.signals import ONE_PRESS, STOPPING, Stop, on_stop_signals
 from milan.core.waiting import Stopped, Wait
 from milan.core.watchdog import unwatched, watched
 
@@ -46,6 +46,9 @@ def short(**seconds: float) -> None:
 def stand(act: Callable[[], None], stops: bool, said: str, seconds: dict[str, float]) -> None:
     """A process that stands still in `act`; what it says is in the file `said`."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    # A loader that started the fork server blocked them, and a shell in the background ignores one.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     short(**seconds)
     stop = Stop()
     stop.kept = "the checkpoint of step 7 stays"

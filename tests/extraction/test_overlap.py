@@ -37,7 +37,7 @@ def test_a_block_is_staged_while_the_next_is_computed(
         compute(self, block, images)
 
     def staging(folder: Any, spec: Any, block: int, *more: Any) -> list[dict]:
-        assert block == spec.blocks - 1 or computed[block + 1].wait(5)
+        assert block == spec.blocks - 1 or computed[block + 1].wait(60)
         return stage(folder, spec, block, *more)
 
     def running(self: Extractor, *more: Any) -> list[dict]:
@@ -53,6 +53,7 @@ def test_a_block_is_staged_while_the_next_is_computed(
     monkeypatch.setattr(Extractor, "_compute", computing)
     monkeypatch.setattr(worker, "stage_shard", staging)
     monkeypatch.setattr(Extractor, "run", running)
+    monkeypatch.setattr(pool, "_BACKUP_SECONDS", 1000.0)  # nor is a slow block tried a second time
     out = tmp_path / "t.zarr"
     with fake_ray():
         settings = {**EXTRACTION, **teacher_files, "executor": executor}
@@ -75,7 +76,7 @@ def test_an_audit_reads_while_the_teacher_computes(
 
     def computing(self: Teacher, pixels: Any) -> Any:
         at = sum(event.is_set() for event in next_read)
-        assert at == batches or next_read[at].wait(5)
+        assert at == batches or next_read[at].wait(60)
         return targets(self, pixels)
 
     monkeypatch.setattr(verify, "_BATCH", 4)

@@ -21,7 +21,7 @@ from helpers import Ran, run_here, tree
 
 from milan.config import PretrainConfig
 from milan.errors import MilanError
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
 from pipeline.config import ExtractConfig
 
 COMMANDS = (
@@ -130,7 +130,7 @@ def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
     assert rows["lr"] == ("auto", "a step", "p.yaml")
     assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
     assert rows["mask_ratio"] == ("0.75", "share", "default")
-    assert run_here("config").out.count("parameter file") == 4
+    assert run_here("config").out.count("parameter file") == 2 + len(PROTOCOLS)
     wrong = run_here("config", "pretrian")
     assert (wrong.code, wrong.err.split("try: ")[1]) == (1, "milan config pretrain\n")
 
