@@ -253,10 +253,10 @@ PROTOCOLS = {
         ),
         Protocol(
             name="knn",
-            title="k nearest neighbours",
+            title="k nearest neighbours, top-1",
             help="Classify by the nearest images in feature space; nothing is fitted.",
             run="milan.evaluation.knn:measure",
-            columns=tuple(Column(f"k{k}", f"k {k}, top-1 %") for k in (20, 10, 100, 200)),
+            columns=tuple(Column(f"k{k}", f"k {k} %") for k in (20, 10, 100, 200)),
         ),
         Protocol(
             name="finetune",
