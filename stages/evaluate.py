@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from milan.core.signals import REQUEUE
-from milan.evaluation.protocols import Protocol
+from milan.evaluation.protocols import EvaluationConfig, Protocol
 from stages.options import settings_command
 
 _SHARED = {
@@ -54,6 +54,8 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
                 ensure_writable(path.parent)
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+        frozen = issubclass(protocol.settings, EvaluationConfig)
+        kept = "features that were computed" if frozen else f"checkpoints in {path.with_suffix('')}"
         load: dict[str, Any] = {}
         if config.checkpoint == "teacher":
             from pipeline.teachers.frozen import frozen_teacher
@@ -63,13 +65,11 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
             with console.ConsoleProgress() as progress:
                 metrics = run(protocol, config, progress=progress, **load)
         except KeyboardInterrupt:  # the second: the first one ends an evaluation
-            raise KeyboardInterrupt(
-                "features that were computed stay; the same line goes on"
-            ) from None
+            raise KeyboardInterrupt(f"{kept} stay; the same line goes on") from None
         if "stopped_by" in metrics:
             console.err.print(
-                f"milan: stopped by {metrics['stopped_by']}; features that were computed stay, and "
-                "the same line goes on",
+                f"milan: stopped by {metrics['stopped_by']}; {kept} stay, and the same line "
+                "goes on",
                 markup=False,
             )
             raise typer.Exit(REQUEUE)

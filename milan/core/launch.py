@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -166,7 +167,11 @@ def _run_processes(
         crash, open_pipes = None, [receiver]
         try:
             while alive and crash is None:
-                for ready in multiprocessing.connection.wait([*alive, *open_pipes], _PERIOD):
+                news = multiprocessing.connection.wait([*alive, *open_pipes], _PERIOD)
+                if stop.by and not news:  # a rank that was starting may not have heard it
+                    for rank in alive.values():
+                        os.kill(processes[rank].pid or 0, signal.SIGTERM)
+                for ready in news:
                     if ready is not receiver:
                         rank = alive.pop(ready)
                         crash = crash or _crash_of(processes[rank], rank)
