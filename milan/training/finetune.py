@@ -225,7 +225,7 @@ def _finetune(config: FinetuneConfig, context: Context, until_end: ExitStack) ->
         figures = trainer.fit(start.step)
         if not figures["finished"]:
             return {"stopped_by": figures.get("stopped_by", "the end of this call")}
-        if trainer.task.outcome is None and not read_metrics(run).get("finished"):
+        if trainer.task.outcome is None and read_metrics(run).get("step") != figures["step"]:
             trainer.measure()  # it was killed between its last step and its metrics
         if trainer.task.outcome is not None:
             state = checkpoint.whole_weights(trainer.task.judged, ranks)

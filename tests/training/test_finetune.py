@@ -219,10 +219,12 @@ def test_ranks_that_crashed_go_on(
 def test_more_epochs(data: dict[str, str], tmp_path: Path) -> None:
     """A finished fine-tuning goes on by the longer schedule, and says so."""
     run(data, tmp_path, epochs=1, warmup_epochs=0)
-    notes = Notes()
+    before, notes = (tmp_path / "a/metrics.json").read_bytes(), Notes()
     figures = run(data, tmp_path, epochs=2, warmup_epochs=0, progress=notes)
     assert figures["epochs"] == 2
     assert notes.line("resuming: ").endswith("a new schedule from there: epochs 1 -> 2")
+    (tmp_path / "a/metrics.json").write_bytes(before)  # killed before it wrote its own
+    assert run(data, tmp_path, epochs=2, warmup_epochs=0)["epochs"] == 2
 
 
 def test_augmentation_is_addressed(data: dict[str, str]) -> None:
