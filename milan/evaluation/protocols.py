@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.core.units import parse_bytes
@@ -114,15 +114,16 @@ class EvaluationConfig(LabelledConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(LabelledConfig):
-    """What `milan finetune` does; defaults are the published ViT-B/16 recipe (MILAN)."""
+class SupervisedConfig(LabelledConfig):
+    """Settings of the protocols that train the encoder together with a new head."""
+
+    section: ClassVar[str]
+    """Of the parameter file and of recipes: the protocol's name."""
 
     recipe: str = setting("vit_base", identity=False)
     """A published recipe, from which all else deviates: vit_base, vit_large."""
     size: int | None = setting(None, unit="pixels", auto=True, least=1)
     """Edge of the images; auto: the encoder's. Positions are resampled."""
-    pooling: str = setting("mean", choices=("mean", "token"))
-    """What the head sees: the mean of patches, or the class token."""
     epochs: int = setting(100, unit="epochs", least=1)
     """Passes over the images."""
     warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
@@ -130,9 +131,9 @@ class FinetuneConfig(LabelledConfig):
     batch_size: int = setting(1024, unit="images", least=1)
     """Images of a step, over all devices."""
     micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
-    """Images at once on a device, at most; auto: 128, on a CPU 32."""
+    """Images at once on a device, at most; auto: by the device."""
     lr: float | None = setting(None, unit="a step", auto=True, above=0)
-    """Peak learning rate; auto: 1e-4 for every 256 images of a step (4e-4 at 1024)."""
+    """Peak learning rate; auto: by the batch size, 4e-4 for 1024 images (MILAN)."""
     min_lr: float = setting(1e-6, unit="a step", least=0)
     """Learning rate at the end."""
     layer_decay: float = setting(0.65, unit="times", above=0, most=1)
@@ -141,20 +142,8 @@ class FinetuneConfig(LabelledConfig):
     """AdamW's; none for biases, norms, positions and tokens."""
     drop_path: float = setting(0.1, unit="share", least=0, below=1)
     """Probability that the last block is skipped; earlier ones less."""
-    scale: tuple[float, float] = setting((0.08, 1.0), unit="share", above=0, most=1)
-    """Area of a training crop, as a share of the image."""
     hflip: float = setting(0.5, unit="share", least=0, most=1)
     """Probability that a training image is mirrored."""
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment, AugMix or AutoAugment as timm names policies; none."""
-    erasing: float = setting(0.25, unit="share", least=0, most=1)
-    """Probability that a rectangle of a training image is replaced by noise."""
-    mixup: float = setting(0.8, unit="alpha", least=0)
-    """Mixup of pairs of training images; 0: none. With cutmix each half of the time."""
-    cutmix: float = setting(1.0, unit="alpha", least=0)
-    """CutMix; 0: none."""
-    smoothing: float = setting(0.1, unit="share", least=0, below=1)
-    """Label smoothing."""
     ema: float | None = setting(None, unit="share", least=0, below=1)
     """Decay of a moving average of the weights, such as 0.9999, which is then measured and kept."""
     clip_grad: float | None = setting(None, unit="norm", above=0)
@@ -170,15 +159,11 @@ class FinetuneConfig(LabelledConfig):
     max_restarts: int = setting(3, identity=False, unit="times", least=0)
     """How often all ranks restart from the last checkpoint after one crashed."""
     overwrite: bool = setting(False, identity=False)
-    """Replace a fine-tuning of other settings."""
+    """Replace a run of other settings."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         super().check()
-        if self.scale[0] > self.scale[1]:
-            raise ConfigError(
-                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller share first"
-            )
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
@@ -187,8 +172,38 @@ class FinetuneConfig(LabelledConfig):
 
     @property
     def run(self) -> Path:
-        """The folder of the fine-tuning: beside its metrics, without .json."""
-        return Path(self.out).with_suffix("") if self.out else self.folder / "finetune"
+        """The folder of the run: beside its metrics, without .json."""
+        return Path(self.out).with_suffix("") if self.out else self.folder / self.section
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig):
+    """What `milan finetune` does; defaults are the published ViT-B/16 recipe (MILAN)."""
+
+    section = "finetune"
+
+    pooling: str = setting("mean", choices=("mean", "token"))
+    """What the head sees: the mean of patches, or the class token."""
+    scale: tuple[float, float] = setting((0.08, 1.0), unit="share", above=0, most=1)
+    """Area of a training crop, as a share of the image."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment, AugMix or AutoAugment as timm names policies; none."""
+    erasing: float = setting(0.25, unit="share", least=0, most=1)
+    """Probability that a rectangle of a training image is replaced by noise."""
+    mixup: float = setting(0.8, unit="alpha", least=0)
+    """Mixup of pairs of training images; 0: none. With cutmix each half of the time."""
+    cutmix: float = setting(1.0, unit="alpha", least=0)
+    """CutMix; 0: none."""
+    smoothing: float = setting(0.1, unit="share", least=0, below=1)
+    """Label smoothing."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller share first"
+            )
 
 
 @dataclass(frozen=True)

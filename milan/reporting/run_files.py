@@ -22,6 +22,11 @@ CURVES = "curves.csv"
 SHEET = "sheet"
 """A picture's name: the newest is sheet.png in the run's folder."""
 TENSORBOARD = "tensorboard"
+SUPERVISED = (
+    "classifier.safetensors", "segmenter.safetensors", "detector.safetensors",
+    "classes.csv", "confusion.csv", "predictions.png",
+)  # fmt: skip
+"""What milan.training.supervised_run leaves, as far as the protocol has it."""
 
 
 _PARTS: dict[str, type | tuple[type, ...]] = {"id": str, "identity": dict, "config": dict}

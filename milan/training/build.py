@@ -148,7 +148,7 @@ def micro_batch_of(
     if device.type == "cpu" and not config.micro_batch:
         most = max(1, min(most, _CPU_CACHE // _widest_activation(student, config.mask_ratio)))
     most = min(most, share)
-    size = next(m for m in range(most, 0, -1) if share % m == 0)
+    size = divisor(share, most) or 1
     if 2 * size <= most:
         better = max(1, round(share / most)) * most * ranks.size
         (progress or NoProgress()).note(
@@ -156,6 +156,12 @@ def micro_batch_of(
             f"to {most}; --batch-size {better} is faster"
         )
     return size
+
+
+def divisor(share: int, most: int, *, multiple: int = 1) -> int | None:
+    """The largest number up to `most` that divides `share` and is a multiple of `multiple`."""
+    sizes = range(min(most, share), 0, -1)
+    return next((m for m in sizes if share % m == 0 and m % multiple == 0), None)
 
 
 def _widest_activation(student: Student, mask_ratio: float) -> int:

@@ -23,7 +23,6 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 from milan.core import rng
 from milan.core.device import copy_to
 from milan.data.loader import each
-from milan.data.order import Order
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError, DataError, ImageFault
 from milan.evaluation.splits import Split
@@ -177,12 +176,3 @@ def seeded(seed: int, purpose: int, address: tuple[int, ...]) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
-
-
-def shuffled(train: Split, *, batch_size: int, seed: int) -> Order:
-    """The order of an epoch's images: all of them, shuffled anew in each."""
-    count = len(train.rows)
-    return Order(
-        train_rows=np.arange(count), shards=np.zeros(count, np.int64), shard_size=count, views=1,
-        seed=seed, batch_size=batch_size, window_rows=count,
-    )  # fmt: skip

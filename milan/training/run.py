@@ -24,7 +24,6 @@ from milan.core.config_fields import identity_names
 from milan.core.progress import Progress
 from milan.data.changed_images import CSV
 from milan.errors import TrainError
-from milan.models.classifier import CLASSIFIER
 from milan.models.export import ENCODER
 from milan.reporting.log import last_step
 from milan.reporting.run_files import (
@@ -33,6 +32,7 @@ from milan.reporting.run_files import (
     METRICS,
     RUN,
     SHEET,
+    SUPERVISED,
     TENSORBOARD,
     read_metrics,
     read_run,
@@ -139,7 +139,7 @@ def start_run(
     """
     for folder in (checkpoint.FOLDER, TENSORBOARD):
         shutil.rmtree(run / folder, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, CLASSIFIER, CSV):
+    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, CSV, *SUPERVISED):
         (run / name).unlink(missing_ok=True)
     content = {
         "id": uuid.uuid4().hex[:12],

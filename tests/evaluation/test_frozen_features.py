@@ -95,7 +95,7 @@ def test_features_are_computed_once(tmp_path: Path, measure: Measure) -> None:
     assert newly()[0] == 24
 
 
-@pytest.mark.parametrize("which", ["evaluation.evaluate", "training.finetune"])
+@pytest.mark.parametrize("which", ["evaluation.evaluate", "training.supervised_run"])
 def test_ranks_that_stood_still_are_a_stop(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watchdog ended them after a signal: that is told as every stop is."""
 

@@ -25,8 +25,9 @@ from milan.evaluation.protocols import FinetuneConfig
 from milan.evaluation.splits import open_splits
 from milan.models.classifier import CLASSIFIER, load_classifier
 from milan.models.weights import Weights, find_weights
-from milan.training.finetune import classifier_of, finetune, parameter_groups
+from milan.training.finetune import classifier_of, finetune
 from milan.training.finetune_data import Augmentation, LabelledImages
+from milan.training.supervised import parameter_groups
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 SMALL: dict[str, Any] = {
@@ -206,14 +207,14 @@ def test_ranks_that_crashed_go_on(
 
     def crash(work: Any, arguments: dict[str, Any], **how: Any) -> dict[str, Any]:
         asked.append(how["restart_arguments"]())  # it crashed before it had begun
-        work(**arguments | {"checkpoint": replace(arguments["checkpoint"], devices=1)})
+        work(**arguments | {"config": replace(arguments["config"], devices=1)})
         asked.append(how["restart_arguments"]())
         return {}
 
-    monkeypatch.setattr("milan.training.finetune.launch", crash)
+    monkeypatch.setattr("milan.training.supervised_run.launch", crash)
     run(data, tmp_path, epochs=1, lr=1e-3, overwrite=True, devices=2, device="cpu")
     assert asked[0] == {}
-    assert asked[1]["checkpoint"].overwrite is False
+    assert asked[1]["config"].overwrite is False
 
 
 def test_more_epochs(data: dict[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,325 @@
+"""The run of a protocol that trains an encoder with a new head (milan.training.supervised).
+
+Folder, log, checkpoints, exact resume, ranks and restarts are those of pretraining.
+
+    runs/pretrain/finetune/       run.json, log.jsonl, curves.csv, checkpoints/ as of a pretraining
+      classifier.safetensors      encoder and head (Supervised.file)
+    runs/pretrain/finetune.json   the metrics
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from milan.core.atomic import write_json
+from milan.core.config_resolver import deviations, load_recipe
+from milan.core.device import pick_device, ranks_here
+from milan.core.distributed import Ranks
+from milan.core.launch import as_rank, launch
+from milan.core.machine import cpu_count
+from milan.core.progress import NoProgress, Progress
+from milan.core.signals import Stop
+from milan.core.waiting import Stopped
+from milan.data.loader import batch_loader, batch_wait
+from milan.data.order import Order
+from milan.data.sampler import StepSampler
+from milan.errors import ConfigError
+from milan.evaluation.protocols import SupervisedConfig
+from milan.models.export import save_encoder
+from milan.models.weights import Weights
+from milan.reporting.log import RunLog, read_log, write_curves
+from milan.reporting.run_files import METRICS, read_metrics, read_run
+from milan.reporting.trackers import check_trackers, open_trackers
+from milan.training import checkpoint
+from milan.training.build import divisor, precision_of
+from milan.training.loop import Context, fit
+from milan.training.machine_errors import as_train_error
+from milan.training.optim import Schedule
+from milan.training.run import (
+    Differing,
+    compared,
+    continue_run,
+    decide,
+    identity_of,
+    locked,
+    restart_arguments,
+    start_run,
+)
+from milan.training.supervised import Plan, Supervised, SupervisedTask, parameter_groups
+
+_PLACES = (
+    "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
+    "model", "model_args", "overwrite", "device", "devices", "num_workers",
+)  # fmt: skip
+"""Settings that no recipe has."""
+
+
+def train_supervised(
+    protocol: type[Supervised],
+    config: SupervisedConfig,
+    *,
+    stop: Stop | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train and measure; called again it goes on from the newest checkpoint.
+
+    With several GPUs it starts a rank for each. Returns the metrics of the last validation, which
+    lie in the run's folder too; ranks after the first return {}. Asked to stop, or by SIGINT,
+    SIGTERM or SIGUSR1, it finishes its step, writes a checkpoint and returns {"stopped_by":
+    signal}. Raises MilanError, and RankError if other ranks are out of reach.
+    """
+    config.check()
+    device = pick_device(config.device)
+    given = Ranks.from_environment()
+    count = 1 if given else ranks_here(config.device, device, config.devices)
+    stop = stop or Stop()
+    progress = progress if progress and not (given and given.rank) else NoProgress()
+    try:
+        if count > 1:
+            begun, goes_on = restart_arguments(config.run), replace(config, overwrite=False)
+            return launch(
+                train_supervised,
+                {"protocol": protocol, "config": config},
+                ranks=count,
+                restarts=config.max_restarts,
+                restart_arguments=lambda: {"config": goes_on} if begun() else {},
+                progress=progress,
+            )
+        with (
+            as_rank(given, device, stop=stop, progress=progress) as (ranks, own),
+            ExitStack() as until_end,
+        ):
+            context = Context(config.run, own, ranks, progress, stop)
+            with as_train_error(context.run, None):
+                figures = _train(protocol(config), context, until_end)
+                return figures if ranks.is_rank0 else {}
+    except Stopped as stopped:
+        return {"stopped_by": stopped.by}
+
+
+def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str, Any]:
+    """One rank's part of a run; its lock is released when `until_end` closes."""
+    config, run, ranks, progress = work.config, context.run, context.ranks, context.progress
+    differs = deviations(
+        config, recipe=load_recipe(work.kind, config.recipe, config.section), leave=_PLACES
+    )
+    ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
+    data = ranks.on_rank0(lambda: work.open_data(progress))
+    if config.batch_size > data.train_count:
+        raise ConfigError(
+            f"batch size {config.batch_size} with {data.train_count} images to train on",
+            expected="no more than there are images",
+            fix=f"--batch-size {max(1, data.train_count // 2 * 2)}",
+        )
+    weights = work.weights()
+    plan = _plan_of(work, weights, context)
+    network = work.build(weights, plan, data)
+    values = plan.values(classes=len(data.classes))
+    identity = {"data": data.identity, "weights": _digest(weights)}
+    identity |= identity_of(work.kind, values)
+    start = ranks.on_rank0(
+        lambda: decide(
+            run,
+            lambda: compared(read_run(run)["identity"], identity),
+            resume="auto",
+            overwrite=config.overwrite,
+            progress=progress,
+        )
+    )
+    _note(plan, data, weights, differs, context)
+    if start.step is None:
+        if start.why:
+            progress.note(f"begins anew: {run} ({start.why})")
+        ranks.on_rank0(lambda: check_trackers(config.report_to))
+        ranks.on_rank0(lambda: start_run(run, identity, values, differs))
+    else:
+        schedule = f"; a new schedule from there: {', '.join(start.schedule)}"
+        progress.note(f"resuming: {run} at step {start.step}{schedule if start.schedule else ''}")
+        ranks.on_rank0(lambda: continue_run(run, start, values))
+    context = replace(
+        context, open_log=lambda at: RunLog(run, at, open_trackers(config.report_to, run, at))
+    )
+    with as_train_error(run, plan.micro_batch):
+        task = work.task(network.to(context.device), plan, data, context)
+        trainer = _Trainer(work, task)
+        figures = trainer.fit(start.step)
+        if not figures["finished"]:
+            return {"stopped_by": figures.get("stopped_by", "the end of this call")}
+        if not task.measured and read_metrics(run).get("step") != figures["step"]:
+            trainer.measure()  # it was killed between its last step and its metrics
+        if task.measured:
+            state = checkpoint.whole_weights(task.judged, ranks)
+            ranks.on_rank0(lambda: _finish(work, task, weights, figures, state))
+    if figures["seconds"] == 0:
+        progress.note(f"nothing is left to do: {run} is at its last step")
+    metrics = ranks.on_rank0(lambda: read_metrics(run))
+    return {name: value for name, value in metrics.items() if name not in ("step", "steps")}
+
+
+class _Trainer:
+    """The task, its optimiser and its loader."""
+
+    def __init__(self, work: Supervised, task: SupervisedTask) -> None:
+        config, plan, data = task.config, task.plan, task.data
+        self.task, self.plan, self.context = task, plan, task.context
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(task.trained, config), lr=0.0, betas=(0.9, 0.999),
+            fused=self.context.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        if config.ema is not None:
+            self.optimiser.register_step_post_hook(lambda *_: task.update_average())
+        self.order = _shuffled(data.train_count, batch_size=config.batch_size, seed=config.seed)
+        self.source = work.source(plan, data)
+
+    def fit(self, resume_from: int | None) -> dict[str, Any]:
+        """Train to the end, or until asked to stop; figures as milan.training.loop.fit has them."""
+        config, ranks, micro = self.task.config, self.context.ranks, self.plan.micro_batch
+        schedule = Schedule(
+            data=self.order, epochs=config.epochs,
+            accumulate=config.batch_size // ranks.size // micro, lr=self.plan.lr,
+            warmup_epochs=self.plan.warmup_epochs, min_lr=config.min_lr,
+            precision=self.plan.precision, save_every=None, save_minutes=None, keep=2,
+            log_every=config.log_every, clip_grad=config.clip_grad,
+        )  # fmt: skip
+
+        def batches_from(step: int) -> Any:
+            sampler = StepSampler(
+                self.order, start=step, stop=schedule.steps, micro=micro,
+                rank=ranks.rank, ranks=ranks.size, after_epoch=self.task.addresses,
+            )  # fmt: skip
+            return self._loader(sampler)
+
+        return fit(
+            self.task, self.optimiser, schedule, self.context, batches_from=batches_from,
+            resume_from=resume_from,
+        )  # fmt: skip
+
+    def measure(self) -> None:
+        """Validate once more, with no training."""
+        last = self.task.config.epochs - 1
+        loader = self._loader(self.task.addresses(last))
+        self.task.validate(last, (self.task.to_device(batch) for batch in loader))
+
+    def _loader(self, addresses: Any) -> Any:
+        return batch_loader(
+            self.source, addresses, num_workers=self.plan.num_workers,
+            pin_memory=self.context.device.type == "cuda",
+            wait=batch_wait(self.context.progress, self.context.stop),
+        )  # fmt: skip
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def _digest(weights: Weights) -> str:
+    """Of what a run starts from: drawn weights are named by their seed."""
+    sha = hashlib.sha256(f"{weights.model} {sorted(weights.args.items())}".encode())
+    for name, tensor in sorted(weights.encoder.items()):
+        sha.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _plan_of(work: Supervised, weights: Weights, context: Context) -> Plan:
+    """Fill in the defaults of a run. Raises ConfigError."""
+    config, ranks = work.config, context.ranks
+    if config.batch_size % ranks.size:
+        raise ConfigError(
+            f"batch size {config.batch_size} over {ranks.size} ranks",
+            expected="as many images for every rank",
+            fix=f"--batch-size {(config.batch_size // ranks.size + 1) * ranks.size}",
+        )
+    workers = config.num_workers
+    if workers is None:
+        workers = max(1, cpu_count() // ranks.on_node - 1)
+    return Plan(
+        config,
+        lr=config.lr or work.base_lr * config.batch_size / 256,
+        warmup_epochs=config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs,
+        precision=precision_of(config.precision, context.device),
+        num_workers=workers,
+        size=config.size or work.default_size or weights.size,
+        mean=tuple(weights.mean),
+        std=tuple(weights.std),
+        micro_batch=_micro_batch(work, context),
+    )
+
+
+def _micro_batch(work: Supervised, context: Context) -> int:
+    """Images at once on a device: the largest number that divides a rank's share of a step."""
+    config, size = work.config, context.ranks.size
+    share = config.batch_size // size
+    on_gpu, on_cpu = work.most
+    most = config.micro_batch or (on_gpu if context.device.type == "cuda" else on_cpu)
+    found = divisor(share, most, multiple=work.multiple)
+    if found is None:
+        raise ConfigError(
+            f"batch size {config.batch_size}: {share} images a rank in micro-batches of "
+            f"{most} at most",
+            expected="pairs of images, which mixup and cutmix mix",
+            fix=f"--batch-size {2 * size * max(1, share // 2)}, or --mixup 0 --cutmix 0",
+        )
+    return found
+
+
+def _shuffled(count: int, *, batch_size: int, seed: int) -> Order:
+    """The order of an epoch's images: all of them, shuffled anew in each."""
+    return Order(
+        train_rows=np.arange(count), shards=np.zeros(count, np.int64), shard_size=count, views=1,
+        seed=seed, batch_size=batch_size, window_rows=count,
+    )  # fmt: skip
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def _finish(
+    work: Supervised,
+    task: SupervisedTask,
+    weights: Weights,
+    figures: dict[str, Any],
+    state: dict[str, torch.Tensor],
+) -> None:
+    """Write the network, its tables and its metrics."""
+    plan, data, run, config = task.plan, task.data, task.context.run, work.config
+    described, metrics = work.results(task, run)
+    about = {
+        "model": weights.model, "model_args": weights.args,
+        "mean": plan.mean, "std": plan.std, "input_size": plan.size, "classes": data.classes,
+        "epochs": config.epochs, "from": config.checkpoint, "milan": version("milan-pretrain"),
+    }  # fmt: skip
+    save_encoder(run / work.file, state, about | described)
+    write_curves(run, read_log(run, figures["step"]))
+    write_json(run / METRICS, {
+        "checkpoint": config.checkpoint,
+        **metrics,
+        "classes": len(data.classes),
+        "train_images": data.train_count,
+        "rejected_images": len(task.rejected),
+        "epochs": config.epochs,
+        "run": str(run),
+        **{k: figures[k] for k in ("step", "steps", "finished", "images_per_second", "seconds")
+           if k in figures},
+    })  # fmt: skip
+
+
+def _note(plan: Plan, data: Any, weights: Weights, differs: Differing, context: Context) -> None:
+    config, progress = plan.config, context.progress
+    count = data.train_count
+    progress.note(
+        f"training: {config.checkpoint} ({weights.model}) at {plan.size} pixels on {count:,} "
+        f"images of {len(data.classes):,} classes, validated on {data.val_count:,}"
+    )
+    changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
+    progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
+    progress.note(
+        f"steps: {config.epochs} epochs of {count // config.batch_size:,} x {config.batch_size} "
+        f"images, peak learning rate {plan.lr:.3g}, layer decay {config.layer_decay:g}, "
+        f"{plan.precision} on {context.device.type}, {plan.num_workers} loader workers"
+    )
