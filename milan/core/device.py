@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from milan.core.progress import Progress
 from milan.errors import ConfigError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -225,14 +226,19 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 @contextmanager
-def tf32(device: torch.device, on: bool) -> Iterator[None]:
+def tf32(device: torch.device, on: bool, progress: Progress | None = None) -> Iterator[None]:
     """Inside, CUDA multiplies float32 in TF32 if `on` (10 bits of mantissa, float32's range).
 
-    Sums stay float32. Products on other devices are not touched; how it was comes back.
+    Sums stay float32. `progress` is told. Products on other devices are not touched; how it was
+    comes back.
     """
     if device.type != "cuda":
         yield
         return
+    if on and progress:
+        progress.note(
+            "fp32: products in TF32, of 10 bits; --set tf32=false multiplies in float32, slower"
+        )
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = on

@@ -150,6 +150,10 @@ class SupervisedConfig(LabelledConfig):
     """Largest norm of a step's gradients; default: no clipping, as published."""
     precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    tf32: bool = setting(True, identity=False)
+    """Multiply float32 in TF32, where precision is fp32 on CUDA; sums stay float32."""
+    compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
+    """torch.compile of the network; auto: on CUDA, and without it where it fails."""
     num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
     """Loader workers of each rank; auto: its share of the cores but one."""
     report_to: str = setting("tensorboard", identity=False)

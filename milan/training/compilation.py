@@ -1,4 +1,4 @@
-"""torch.compile of a training step: the student in one graph, the loss in another."""
+"""torch.compile of a training step: the network in one graph, pretraining's loss in another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from milan.objectives.base import Objective, Prediction
 from milan.training.build import Settings
 from milan.training.loop import Context
 
+T = TypeVar("T")
 BACKEND: str | Callable[..., object] = "inductor"
 """The compiler; tests have one that needs no C++ compiler."""
 
@@ -43,36 +44,66 @@ def compile_step(
 ) -> StepLoss:
     """The step as the setting `compile` asks for it; all ranks call it together.
 
-    It is tried on the micro-batch that `trial` makes, forwards and backwards, so that no run
-    depends on what cannot be compiled: with `auto` it then stays as it is. Raises ConfigError if it
-    must be compiled and cannot be.
+    It is tried on the micro-batch that `trial` makes. Sharded weights are gathered between any two
+    blocks: for them `auto` does not compile. Raises ConfigError as `compiled` does.
+    """
+    config = settings.config
+    choice = "off" if config.compile == "auto" and config.parallel != "ddp" else config.compile
+
+    def build() -> StepLoss:
+        network: Any = compile_network(step.network, context)
+        loss = torch.compile(step.objective.loss, backend=BACKEND, dynamic=False, fullgraph=True)
+        return replace(step, network=network, loss=loss)
+
+    return compiled(
+        step, build, lambda made: made(trial()), network=step.network,
+        precision=settings.precision, choice=choice, context=context,
+    )  # fmt: skip
+
+
+def compile_network(network: nn.Module, context: Context) -> Any:
+    """The network with its forward pass compiled: as one graph, for batches of one shape."""
+    # Between ranks, gradients are sent while others are still computed: that breaks the graph.
+    whole = context.ranks.size == 1
+    return torch.compile(network, backend=BACKEND, dynamic=False, fullgraph=whole)
+
+
+def compiled(
+    plain: T,
+    build: Callable[[], T],
+    trial: Callable[[T], torch.Tensor],
+    *,
+    network: nn.Module,
+    precision: str,
+    choice: str,
+    context: Context,
+) -> T:
+    """What `build` makes, or `plain` as it is, by the setting `choice`; all ranks call it together.
+
+    `trial` gives the loss of a micro-batch, a scalar. It is run forwards and backwards, so that no
+    run depends on what cannot be compiled: with `auto` it then stays as it is. Raises ConfigError
+    if it must be compiled and cannot be.
     """
     device, ranks, progress = context.device, context.ranks, context.progress
-    choice = settings.config.compile
-    if choice == "off" or (choice == "auto" and not _pays(settings, device)):
-        return step
+    if choice == "off" or (choice == "auto" and not _pays(device)):
+        return plain
     progress.note("torch.compile: the first step takes a minute or more")
-    # Between ranks, gradients are sent while others are still computed: that breaks the graph.
-    network: Any = torch.compile(
-        step.network, backend=BACKEND, dynamic=False, fullgraph=ranks.size == 1
-    )
-    loss_of = torch.compile(step.objective.loss, backend=BACKEND, dynamic=False, fullgraph=True)
-    compiled = replace(step, network=network, loss=loss_of)
+    made = build()
     began, why = time.perf_counter(), ""
     try:
-        with sync_gradients(step.network, False), warnings.catch_warnings():
+        with sync_gradients(network, False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own, of tensors that it looks at
-            with autocast(device, settings.precision):
-                loss = compiled(trial())
+            with autocast(device, precision):
+                loss = trial(made)
             loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's errors have no common class
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    step.network.zero_grad(set_to_none=True)
+    network.zero_grad(set_to_none=True)
     if not ranks.any_flags(1 if why else 0):
         progress.note(f"torch.compile: done in {time.perf_counter() - began:.0f} s")
-        return compiled
+        return made
     why = why or "another rank's compiler failed"
     if choice == "on":
         raise ConfigError(
@@ -81,12 +112,9 @@ def compile_step(
             fix="--compile off, or auto",
         )
     progress.note(f"torch.compile failed ({why}): the run goes on without it")
-    return step
+    return plain
 
 
-def _pays(settings: Settings, device: torch.device) -> bool:
-    """Whether `auto` compiles: on GPUs, whose memory elementwise work keeps busy.
-
-    Not a student whose weights are sharded, which gathers them between any two blocks.
-    """
-    return device.type == "cuda" and settings.config.parallel == "ddp"
+def _pays(device: torch.device) -> bool:
+    """Whether `auto` compiles: on GPUs, whose memory elementwise work keeps busy."""
+    return device.type == "cuda"

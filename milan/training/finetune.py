@@ -225,8 +225,8 @@ class FinetuneTask(SupervisedTask):
             images = self.erase(images)
             if self.mixup:
                 images, targets = self.mixup(images, labels)
-                return self.soft_loss(self.network(images), targets)
-        return F.cross_entropy(self.network(images), labels, label_smoothing=self.config.smoothing)
+                return self.soft_loss(self.forward(images), targets)
+        return F.cross_entropy(self.forward(images), labels, label_smoothing=self.config.smoothing)
 
     def measure(self, batches: Iterator[LabelledBatch]) -> tuple[dict[str, float], dict[str, Any]]:
         """val_loss, val_top1, and val_top5 where there are more than 5 classes; in percent."""

@@ -207,7 +207,7 @@ def _train(
     context = replace(
         context, open_log=lambda at: RunLog(run, at, open_trackers(config.report_to, run, at))
     )
-    with as_train_error(run, micro_batch), tf32(context.device, settings.tf32):
+    with as_train_error(run, micro_batch), tf32(context.device, settings.tf32, progress):
         figures = _fit(
             settings, schedule, context, student, dataset, resume_from=start.step,
             stop_after=call.stop_after,
@@ -422,10 +422,6 @@ def _note_schedule(
         f"({' x '.join(map(str, factors))}), {newest.steps} an epoch, {settings.precision} on "
         f"{context.device.type}"
     )
-    if settings.tf32 and context.device.type == "cuda":
-        context.progress.note(
-            "fp32: products in TF32, of 10 bits; --set tf32=false multiplies in float32, slower"
-        )
     context.progress.note(f"shuffle: {describe_shuffle(newest)}")
     context.progress.note(describe_validation(newest, config.held_out))
 

@@ -96,6 +96,8 @@ class SupervisedTask(ABC):
             parts["average"] = AveragedModel(network, multi_avg_fn=average).requires_grad_(False)
         self.model: nn.Module = nn.ModuleDict(parts)
         self.network = parallelise(network, context.ranks, "ddp")
+        self.forward: Any = self.network
+        """What `loss` calls: the network, perhaps compiled."""
         self.judged: Any = parts["average"].module if "average" in parts else network
         """Whose weights are measured and kept."""
         self.rejected: set[int] = set()
@@ -165,6 +167,9 @@ class Supervised(ABC):
     """Peak learning rate for 256 images a step (MILAN, FINETUNE.md)."""
     most: ClassVar[tuple[int, int]] = (128, 32)
     """Images at once: on a GPU (as published for ViT-B), and on a CPU."""
+    compiles: ClassVar[bool] = True
+    """Whether the network can be tried on images [B, 3, S, S] and is left as it was by that: has no
+    running statistics."""
     default_size: ClassVar[int | None] = None
     """Edge of the images in pixels, if not the encoder's."""
 

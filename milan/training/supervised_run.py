@@ -20,7 +20,7 @@ import torch
 
 from milan.core.atomic import write_json
 from milan.core.config_resolver import deviations, load_recipe
-from milan.core.device import pick_device, ranks_here
+from milan.core.device import pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
 from milan.core.launch import as_rank, launch
 from milan.core.machine import cpu_count
@@ -39,6 +39,7 @@ from milan.reporting.run_files import METRICS, read_metrics, read_run
 from milan.reporting.trackers import check_trackers, open_trackers
 from milan.training import checkpoint
 from milan.training.build import divisor, precision_of
+from milan.training.compilation import compile_network, compiled
 from milan.training.loop import Context, fit
 from milan.training.machine_errors import as_train_error
 from milan.training.optim import Schedule
@@ -146,8 +147,11 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
     context = replace(
         context, open_log=lambda at: RunLog(run, at, open_trackers(config.report_to, run, at))
     )
-    with as_train_error(run, plan.micro_batch):
+    fast = config.tf32 and plan.precision == "fp32"
+    with as_train_error(run, plan.micro_batch), tf32(context.device, fast, progress):
         task = work.task(network.to(context.device), plan, data, context)
+        if work.compiles:
+            task.forward = _compiled(task)
         trainer = _Trainer(work, task)
         figures = trainer.fit(start.step)
         if not figures["finished"]:
@@ -161,6 +165,20 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
         progress.note(f"nothing is left to do: {run} is at its last step")
     metrics = ranks.on_rank0(lambda: read_metrics(run))
     return {name: value for name, value in metrics.items() if name not in ("step", "steps")}
+
+
+def _compiled(task: SupervisedTask) -> Any:
+    """The network that `loss` calls, as the setting `compile` asks for it."""
+    plan, context, plain = task.plan, task.context, task.network
+    shape = (plan.micro_batch, 3, plan.size, plan.size)
+
+    def trial(network: Any) -> torch.Tensor:
+        return network(torch.zeros(shape, device=context.device)).float().mean()
+
+    return compiled(
+        plain, lambda: compile_network(plain, context), trial, network=plain,
+        precision=plan.precision, choice=task.config.compile, context=context,
+    )  # fmt: skip
 
 
 class _Trainer:

@@ -51,7 +51,7 @@ def test_a_compiler_that_fails(
         raise RuntimeError("no Triton here\nand more")
 
     monkeypatch.setattr(compilation, "BACKEND", broken)
-    monkeypatch.setattr(compilation, "_pays", lambda settings, device: True)
+    monkeypatch.setattr(compilation, "_pays", lambda device: True)
     notes, run = Notes(), {**RUN, "out": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"torch\.compile failed .*no Triton.*--compile off"):
         milan.pretrain(str(store), compile="on", progress=notes, **run)
@@ -66,3 +66,20 @@ def test_auto_leaves_a_cpu_alone(
     """There compiling takes longer than it saves."""
     milan.pretrain(str(store), stop_after=1, **{**RUN, "out": str(tmp_path)})
     assert graphs.frame_count == 0
+
+
+def test_fine_tuning_is_one_graph(
+    graphs: CompileCounterWithBackend, photos: Path, tmp_path: Path
+) -> None:
+    """Compiled once, and the run is the one without compiling, but for rounding."""
+    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    settings: dict[str, Any] = {
+        "data": str(photos), "model": "vit_tiny_patch16_224", "model_args": shape, "epochs": 2,
+        "batch_size": 8, "micro_batch": 4, "num_workers": 0, "report_to": "none", "log_every": 1,
+    }  # fmt: skip
+    for choice in ("on", "off"):
+        out = str(tmp_path / f"{choice}.json")
+        milan.finetune("random", compile=choice, out=out, **settings)
+        assert graphs.frame_count == 1
+    ours, theirs = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
