@@ -86,6 +86,8 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     why, fix = "", f"--model {_DEFAULT}"
     if not isinstance(vit, VisionTransformer):
         why = f"is a {type(vit).__name__}"
+    elif not len(vit.blocks):
+        why, fix = "has no block", "--set model.depth=1, or more"
     elif hasattr(vit, "dist_token"):
         why = "has a distillation token"
     elif not isinstance(vit.patch_embed, PatchEmbed):

@@ -417,6 +417,7 @@ def test_seeds() -> None:
         ("vit_base_patch16_siglip_224", {"depth": 1}, 224, "try: --set model.global_pool=avg"),
         ("deit_base_distilled_patch16_224", {"depth": 1}, 224, "distillation token"),
         ("vit_base_r50_s16_224", {"depth": 1}, 224, "is no plain ViT"),
+        ("vit_tiny_patch16_224", {"depth": 0}, 224, "has no block"),
         (VIT, SMALL | {"embed_dimm": 3}, 32, "try: embed_dim"),
         (VIT, SMALL | {"num_heads": 3}, 32, "cannot be built"),
         (VIT, SMALL | {"embed_dim": 30}, 32, "multiple of 4"),
