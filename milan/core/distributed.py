@@ -117,6 +117,27 @@ class Ranks:
         dist.all_gather(parts, tensor.cpu().contiguous())
         return torch.cat(parts)
 
+    def gather_rows(self, rows: torch.Tensor, *, gradient: bool) -> torch.Tensor:
+        """The rows [n, ...] of all ranks in their order, [size * n, ...] on their device.
+
+        n must be the same on all ranks. With `gradient` that of every rank reaches the rows it came
+        from; the way back is a collective operation too. Without it none does, the own rows' not
+        either, so that one rank learns what several do.
+        """
+        if self.size == 1:
+            return rows if gradient else rows.detach()
+        if gradient:
+            return _GatherRows.apply(rows, self)
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
+
+    def sum_of(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, on their device, without gradient."""
+        total = value.detach().clone()
+        self.add_up(total)
+        return total
+
     def gather_objects(self, value: T | None) -> list[tuple[int, T]]:
         """(rank, value) of each rank whose value is not None, in order, on all ranks."""
         values: list[T | None] = [value]
@@ -142,6 +163,21 @@ class Ranks:
 
 
 SINGLE = Ranks()
+
+
+class _GatherRows(torch.autograd.Function):
+    """`Ranks.gather_rows` with gradients: what all ranks say of a row is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.ranks, ctx.count = ranks, len(rows)
+        return ranks.gather_rows(rows, gradient=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = ctx.ranks.sum_of(gradients[0].contiguous())
+        first = ctx.ranks.rank * ctx.count
+        return total[first : first + ctx.count], None
 
 
 def _text(name: str, expected: str, fix: str) -> str:

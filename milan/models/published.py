@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,8 @@ from milan.models.encoder import build_encoder
 from milan.models.state_dict import check_fetched, inner_state, unwrapped
 from milan.models.student import Student
 
-_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}  # encoder width -> heads (MILAN, models_milan.py)
+HEADS: Final = {384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Encoder width -> heads, of published models (MILAN, models_milan.py; RILS, models_rils.py)."""
 _RENAMED = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -48,7 +49,7 @@ def load_published(
     decoder_depth, decoder_num_heads, target_dim, norm_eps); left out, sizes are read off the
     weights and heads are the published models'. Raises ConfigError if they do not fit.
     """
-    read = _published_state(source)
+    read = read_published(source)
     try:
         state = {k: torch.as_tensor(v) for k, v in unwrapped(read).items()}
         shape = _published_shape(state) | dict(config or {})
@@ -89,7 +90,8 @@ def load_published(
     return student.eval()
 
 
-def _published_state(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_published(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict in a published file, loaded safely; or the given one. Raises ConfigError."""
     if not isinstance(source, str | Path):
         return dict(source)
     path = Path(source)
@@ -124,7 +126,7 @@ def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "embed_dim": width,
         "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        "num_heads": _HEADS.get(width, max(1, width // 64)),
+        "num_heads": HEADS.get(width, max(1, width // 64)),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "norm_eps": 1e-6,
         "decoder_embed_dim": decoder_width,

@@ -1,0 +1,242 @@
+"""RILS's student: one encoder that sees images twice, a text tower, and one projection to both.
+
+RILS (arXiv 2301.06958; hustvl/RILS, models_rils.py). B images, N patches = V visible + M masked,
+E encoder width, D joint width of images and texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from milan.errors import ConfigError
+from milan.models.decoder import Decoder
+from milan.models.encoder import build_encoder, encode
+from milan.models.masking import Mask
+from milan.models.published import HEADS, read_published
+from milan.models.state_dict import unwrapped
+from milan.models.student import Student
+from milan.models.text_encoder import TextEncoder, TextShape
+
+FIRST_SCALE = 1 / 0.07
+"""exp(logit_scale) at the start (CLIP, section 2.5)."""
+MOST_SCALE = 100.0
+"""Its upper limit, as in CLIP and SLIP; RILS's own code has none."""
+_TEXT = {
+    "blocks.layers.": "transformer.resblocks.",
+    ".self_attn.": ".attn.",
+    ".norm1.": ".ln_1.",
+    ".norm2.": ".ln_2.",
+    ".linear1.": ".mlp.c_fc.",
+    ".linear2.": ".mlp.c_proj.",
+    "blocks.norm.": "ln_final.",
+}
+
+
+class JointOutput(NamedTuple):
+    """What the student says of B images and their captions; nothing is normalised."""
+
+    images: torch.Tensor
+    """[B, D]: the mean of the patches of the whole image."""
+    texts: torch.Tensor
+    """[B, D]"""
+    predicted: torch.Tensor
+    """[B, M, D]: masked patches, as the decoder predicts them."""
+    target: torch.Tensor
+    """[B, M, D]: the same patches, of the whole image; without gradient."""
+    scale: torch.Tensor
+    """Scalar: exp(logit_scale)."""
+
+
+class RilsStudent(Student):
+    """A Student whose decoder predicts the encoder's own features, joined to a text tower.
+
+    The class token is in no loss: an image is the mean of its patches.
+    """
+
+    def __init__(
+        self, encoder: Any, decoder: Decoder, text: TextEncoder, *, recompute: bool = False
+    ) -> None:
+        super().__init__(encoder, decoder, recompute=recompute)
+        width = encoder.embed_dim
+        if decoder.pred.out_features != width:
+            raise ConfigError(
+                f"a decoder that predicts {decoder.pred.out_features} channels",
+                expected=f"the encoder's {width}, which one projection serves",
+            )
+        self.text = text
+        self.image_projection = nn.Parameter(torch.empty(width, text.shape.joint))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        nn.init.normal_(self.image_projection, std=width**-0.5)
+
+    def forward(self, images: torch.Tensor, mask: Mask, ids: torch.Tensor) -> JointOutput:  # type: ignore[override]
+        """Normalised images [B, 3, S, S] and the token ids [B, L] of a caption each."""
+        predicted = _rows(self._patches(super().forward(images, mask)), mask.masked)
+        whole = self._patches(encode(self.encoder, images, recompute=self.recompute))
+        # The target comes from the same weights as the prediction, and teaches them nothing.
+        with torch.no_grad():
+            target = _rows(whole, mask.masked) @ self.image_projection
+        return JointOutput(
+            whole.mean(dim=1) @ self.image_projection,
+            self.text(ids),
+            predicted @ self.image_projection,
+            target,
+            self.logit_scale.exp(),
+        )
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, D], not normalised: what is compared with `encode_text`."""
+        return self.pooled_features(images) @ self.image_projection
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, D], not normalised."""
+        return self.text(ids)
+
+    def pooled_features(self, images: torch.Tensor) -> torch.Tensor:
+        """The mean of patches [B, E]: the class token was never trained."""
+        return self._patches(encode(self.encoder, images)).mean(dim=1)
+
+    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, E] of tokens with or without what stands before the patches."""
+        return tokens[:, -self.patches :]
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """After a step: the scale of the contrastive loss is kept between 1 and MOST_SCALE."""
+        self.logit_scale.clamp_(0, math.log(MOST_SCALE))
+
+
+def _rows(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows `at` [B, M] of tokens [B, N, E]: [B, M, E]."""
+    return tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def rils_decoder(width: int, heads: int) -> dict[str, Any]:
+    """RILS's decoder for an encoder of that width and as many heads: one plain block as wide."""
+    return {"embed_dim": width, "depth": 1, "num_heads": heads, "mlp_ratio": 4.0}
+
+
+# --- the published layout -------------------------------------------------------------------------
+
+
+def published_name(ours: str) -> str:
+    """The name in RILS's checkpoints of one of our parameters, qkv biases apart."""
+    part, _, rest = ours.partition(".")
+    if part == "encoder":
+        return "visual." + rest
+    if part == "decoder":
+        return "visual." + (rest if rest == "mask_token" else "decoder_" + rest)
+    if part == "text":
+        for mine, theirs in _TEXT.items():
+            rest = rest.replace(mine, theirs)
+        return "text_projection" if rest == "projection" else rest
+    return ours
+
+
+def published_state(student: RilsStudent) -> dict[str, torch.Tensor]:
+    """The student's weights under RILS's names.
+
+    RILS has no bias of keys: softmax does not see it, so what is left out changes no output.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for ours, value in student.state_dict().items():
+        name = published_name(ours)
+        if name.endswith("attn.qkv.bias"):
+            query, _, values = value.chunk(3)
+            stem = name.removesuffix("qkv.bias")
+            state |= {f"{stem}q_bias": query.clone(), f"{stem}v_bias": values.clone()}
+        else:
+            state[name] = value
+    return state
+
+
+def load_rils(source: str | Path | Mapping[str, Any]) -> RilsStudent:
+    """A student with the weights of a checkpoint in RILS's layout, in eval mode.
+
+    `source`: a file (.pt, .pth, .safetensors), or a state dict. Sizes are read off the weights;
+    heads, which are not in them, are 64 channels wide. Raises ConfigError if they do not fit.
+    """
+    read = read_published(source)
+    try:
+        state = {name: torch.as_tensor(value) for name, value in unwrapped(read).items()}
+        student = _of_shape(state)
+        theirs: dict[str, torch.Tensor] = {}
+        used = set[str]()
+        for ours in student.state_dict():
+            name = published_name(ours)
+            names = [name]
+            if name.endswith("attn.qkv.bias"):
+                stem = name.removesuffix("qkv.bias")
+                names = [f"{stem}q_bias", f"{stem}v_bias"]
+                query, values = (state[n] for n in names)
+                theirs[ours] = torch.cat([query, torch.zeros_like(query), values])
+            else:
+                theirs[ours] = state[name]
+            used.update(names)
+        if unknown := sorted(state.keys() - used):
+            raise ValueError(f"it has {unknown[0]}")
+        student.load_state_dict(theirs, strict=True)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        missing = "it has no " if isinstance(error, KeyError) else ""
+        first = missing + str(error).strip().splitlines()[-1].strip()[:200]
+        raise ConfigError(
+            f"the checkpoint is not in RILS's published layout: {first}",
+            expected="visual.patch_embed.proj, visual.blocks.i…, transformer.resblocks.j…, "
+            "image_projection, text_projection, logit_scale",
+        ) from None
+    return student.eval()
+
+
+def _of_shape(state: Mapping[str, torch.Tensor]) -> RilsStudent:
+    """A student of the sizes of a published state dict."""
+    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
+    grid = round((state["visual.pos_embed"].shape[1] - 1) ** 0.5)
+    hidden = state["visual.blocks.0.mlp.fc1.weight"].shape[0]
+    heads = HEADS.get(width, max(1, width // 64))
+    vocabulary, text_width = state["token_embedding.weight"].shape
+    encoder = build_encoder(
+        "vit_base_patch16_224",
+        img_size=grid * patch,
+        args={
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": _count(state, "visual.blocks."),
+            "num_heads": heads,
+            "mlp_ratio": hidden / width,
+        },
+    )
+    decoder_width = state["visual.decoder_embed.weight"].shape[0]
+    arguments = rils_decoder(decoder_width, HEADS.get(decoder_width, max(1, decoder_width // 64)))
+    arguments["depth"] = _count(state, "visual.decoder_blocks.")
+    arguments["mlp_ratio"] = (
+        state["visual.decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width
+    )
+    decoder = Decoder(
+        "mae",
+        encoder_width=width,
+        grid=grid,
+        target_width=state["visual.decoder_pred.weight"].shape[0],
+        **arguments,
+    )
+    text = TextEncoder(
+        TextShape(
+            vocabulary=vocabulary,
+            context=state["positional_embedding"].shape[0],
+            width=text_width,
+            heads=max(1, text_width // 64),
+            layers=_count(state, "transformer.resblocks."),
+            joint=state["text_projection"].shape[1],
+        )
+    )
+    return RilsStudent(encoder, decoder, text)
+
+
+def _count(state: Mapping[str, torch.Tensor], stack: str) -> int:
+    """How many blocks a stack has."""
+    place = stack.count(".")
+    return 1 + max(int(name.split(".")[place]) for name in state if name.startswith(stack))
