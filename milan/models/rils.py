@@ -21,7 +21,7 @@ from milan.models.masking import Mask
 from milan.models.published import HEADS, read_published
 from milan.models.state_dict import unwrapped
 from milan.models.student import Student
-from milan.models.text_encoder import TextEncoder, TextShape
+from milan.models.text_encoder import TextEncoder, TextShape, caption_numbers
 
 FIRST_SCALE = 1 / 0.07
 """exp(logit_scale) at the start (CLIP, section 2.5)."""
@@ -51,6 +51,8 @@ class JointOutput(NamedTuple):
     """[B, M, D]: the same patches, of the whole image; without gradient."""
     scale: torch.Tensor
     """Scalar: exp(logit_scale)."""
+    captions: torch.Tensor
+    """[B] int64: numbers of the captions, equal for equal ones (`caption_numbers`)."""
 
 
 class RilsStudent(Student):
@@ -79,14 +81,14 @@ class RilsStudent(Student):
         predicted = _rows(self._patches(super().forward(images, mask)), mask.masked)
         whole = self._patches(encode(self.encoder, images, recompute=self.recompute))
         # The target comes from the same weights as the prediction, and teaches them nothing.
-        with torch.no_grad():
-            target = _rows(whole, mask.masked) @ self.image_projection
+        target = _rows(whole.detach(), mask.masked) @ self.image_projection.detach()
         return JointOutput(
             whole.mean(dim=1) @ self.image_projection,
             self.text(ids),
             predicted @ self.image_projection,
             target,
             self.logit_scale.exp(),
+            caption_numbers(ids),
         )
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:

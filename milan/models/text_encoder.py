@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milan.core.device import device_constant
 from milan.errors import ConfigError
 
 
@@ -88,3 +89,14 @@ class TextEncoder(nn.Module):
         x = self.blocks(x, mask=causal, is_causal=True)
         ends = ids.argmax(dim=1)  # the first of the highest
         return x[torch.arange(len(ids), device=ids.device), ends] @ self.projection
+
+
+def caption_numbers(ids: torch.Tensor) -> torch.Tensor:
+    """[b] int64 of token ids [b, L]: equal captions have equal numbers, others different ones."""
+    return ((ids.long() + 1) * _powers(ids.device, ids.shape[1])).sum(dim=1)
+
+
+@device_constant
+def _powers(length: int) -> torch.Tensor:
+    """[length] int64: powers of an odd number modulo 2^64, as a polynomial hash has them."""
+    return torch.full((length,), 6364136223846793005).cumprod(dim=0)

@@ -47,6 +47,15 @@ class Prediction(NamedTuple):
         return self.images.shape[2] // round(self.batch.noise.shape[1] ** 0.5)
 
 
+class JointLoss(NamedTuple):
+    """The loss of all images of a step, on one rank, and its parts as figures."""
+
+    loss: torch.Tensor
+    """Scalar with gradient; its mean over the ranks is the step's."""
+    parts: dict[str, torch.Tensor]
+    """Scalars without gradient, whose means over the ranks are the step's."""
+
+
 class Objective(ABC):
     """What a student is trained to predict from the images and targets of a store."""
 

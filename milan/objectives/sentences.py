@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from milan.core.device import device_constant
 from milan.core.distributed import SINGLE, Ranks
 from milan.errors import ConfigError
 from milan.models.rils import JointOutput
+from milan.objectives.base import JointLoss
 
 TEACHER_TAU = 0.04
 """Temperature of the target's distributions (RILS, losses.py: tea_tau)."""
@@ -38,17 +38,6 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     """Features [..., D] of length 1, float32 or float64; a vector of zeros stays zero."""
     wide = features.float() if features.dtype.itemsize < 4 else features
     return F.normalize(wide, dim=-1, eps=_LEAST_NORM)
-
-
-def caption_numbers(ids: torch.Tensor) -> torch.Tensor:
-    """[b] int64 of token ids [b, L]: equal captions have equal numbers, others different ones."""
-    return ((ids.long() + 1) * _powers(ids.device, ids.shape[1])).sum(dim=1)
-
-
-@device_constant
-def _powers(length: int) -> torch.Tensor:
-    """[length] int64: powers of an odd number modulo 2^64, as a polynomial hash has them."""
-    return torch.full((length,), 6364136223846793005).cumprod(dim=0)
 
 
 class Contrast(NamedTuple):
@@ -138,15 +127,6 @@ def _divergence(
     return -(share * log_predicted).sum(dim=-1) - entropy, entropy
 
 
-class JointLoss(NamedTuple):
-    """The loss of a step on this rank, and its parts as figures."""
-
-    loss: torch.Tensor
-    """Scalar with gradient; its mean over the ranks is the step's."""
-    parts: dict[str, torch.Tensor]
-    """Scalars without gradient, whose means over the ranks are the step's."""
-
-
 @dataclass(frozen=True)
 class SentenceLoss:
     """RILS's loss: contrastive, and `weight` times the reconstruction of accepted images.
@@ -169,15 +149,13 @@ class SentenceLoss:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} {getattr(self, name)!r}", expected=" or ".join(allowed))
 
-    def __call__(
-        self, output: JointOutput, captions: torch.Tensor, ranks: Ranks = SINGLE
-    ) -> JointLoss:
+    def __call__(self, output: JointOutput, ranks: Ranks = SINGLE) -> JointLoss:
         """Of all images of this rank in a step; all ranks call it together.
 
-        `captions` [b] are `caption_numbers`. Parts: `clip`; `recon`, the mean KL before its weight;
-        `accuracy`, the share of images whose own caption is retrieved; `accepted`, the same with
-        equal captions; `prototypes`, exp of the target's mean entropy; `duplicates`, the share of
-        sentences that are in the batch already. Raises ConfigError for fewer than two sentences.
+        Parts: `clip`; `recon`, the mean KL before its weight; `accuracy`, the share of images whose
+        own caption is retrieved; `accepted`, the same with equal captions; `prototypes`, the mean
+        of exp(entropy) of the target; `duplicates`, the share of sentences that are in the batch
+        already. Raises ConfigError for fewer than two sentences.
         """
         images, texts = unit(output.images), unit(output.texts)
         grows = self.gather == "full"
@@ -189,10 +167,10 @@ class SentenceLoss:
                 expected="at least two prototypes: with one there is nothing to tell apart",
                 fix="--batch-size 2, or more",
             )
-        numbers = ranks.gather_rows(captions, gradient=False)
+        numbers = ranks.gather_rows(output.captions, gradient=False)
         first = ranks.rank * len(images)
         contrast = contrastive(images, texts, all_images, all_texts, output.scale, first=first)
-        accepted = numbers[contrast.retrieved] == captions
+        accepted = numbers[contrast.retrieved] == output.captions
         kl, entropy = sentence_divergence(
             output.predicted,
             output.target,
@@ -212,7 +190,7 @@ class SentenceLoss:
             "recon": recon,
             "accuracy": (contrast.retrieved == own).to(kl.dtype).mean(),
             "accepted": accepted.to(kl.dtype).mean(),
-            "prototypes": entropy.mean().exp(),
+            "prototypes": entropy.exp().mean(),
             "duplicates": (ordered[1:] == ordered[:-1]).to(kl.dtype).sum() / len(ordered),
         }
         loss = contrast.loss + self.weight * recon

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from milan.errors import ConfigError
 from milan.models.rils import JointOutput
+from milan.models.text_encoder import caption_numbers
 from milan.objectives.sentences import (
     SentenceLoss,
-    caption_numbers,
     sentence_divergence,
     unit,
 )
@@ -35,18 +35,16 @@ def golden(dtype: torch.dtype = torch.float64, tau: float = 0.07) -> JointOutput
     masked = torch.tensor(MASK).nonzero()[:, 1].view(4, 4, 1).expand(-1, -1, 8)
     at = [part[:, 1:].gather(1, masked) for part in (predicted, whole)]
     given = (whole[:, 1:].mean(1), texts, *at, torch.tensor(1 / tau))
-    return JointOutput(*(part.to(dtype).detach().requires_grad_() for part in given))
-
-
-def captions(count: int = 4) -> torch.Tensor:
-    return torch.arange(count)
+    leaves = (part.to(dtype).detach().requires_grad_() for part in given)
+    return JointOutput(*leaves, torch.arange(4))
 
 
 def random_output(b: int = 4, m: int = 3, d: int = 8, seed: int = 0, **more: Any) -> JointOutput:
     draw = torch.Generator().manual_seed(seed)
     parts = [torch.randn(*shape, d, generator=draw) for shape in ((b,), (b,), (b, m), (b, m))]
     parts.append(torch.tensor(10.0))
-    return JointOutput(*(part.to(**more).requires_grad_() for part in parts))
+    leaves = (part.to(**more).requires_grad_() for part in parts)
+    return JointOutput(*leaves, torch.arange(b))
 
 
 def similar(b: int = 4, **more: Any) -> JointOutput:
@@ -60,7 +58,7 @@ def similar(b: int = 4, **more: Any) -> JointOutput:
 def test_losses_are_the_references(dtype: torch.dtype, within: float, gather: str) -> None:
     """What is detached changes gradients, not values."""
     output = golden(dtype)
-    loss, parts = SentenceLoss(gather=gather)(output, captions())
+    loss, parts = SentenceLoss(gather=gather)(output)
     figures = {name: float(value) for name, value in parts.items()}
     assert figures["clip"] == pytest.approx(0.35839484, abs=within)
     assert figures["recon"] == pytest.approx(2.37441319, abs=within)
@@ -69,7 +67,7 @@ def test_losses_are_the_references(dtype: torch.dtype, within: float, gather: st
     assert figures["duplicates"] == 0
     kl = sentence_divergence(output.predicted, output.target, unit(output.texts)).kl
     assert float(kl.mean().detach()) == pytest.approx(2.89644280, abs=within)
-    sharp = SentenceLoss(gather=gather, student_tau=0.04)(output, captions()).parts
+    sharp = SentenceLoss(gather=gather, student_tau=0.04)(output).parts
     assert float(sharp["recon"]) == pytest.approx(5.86973825, abs=within * 3)
 
 
@@ -93,7 +91,7 @@ def test_gradients_are_the_references() -> None:
     """Of the weighted reconstruction alone; none to texts where they are detached."""
     for gather, of_texts in (("full", 0.7751743), ("detached", 0.0)):
         output = golden()
-        both, clip = (SentenceLoss(w, gather=gather)(output, captions()).loss for w in (0.5, 0))
+        both, clip = (SentenceLoss(w, gather=gather)(output).loss for w in (0.5, 0))
         recon = both - clip
         grad = torch.autograd.grad(recon, (output.predicted, output.texts), allow_unused=True)
         assert grad[0].norm().item() == pytest.approx(0.7115083, abs=1e-6)
@@ -105,10 +103,10 @@ def test_gradients_are_the_references() -> None:
 def test_what_is_compared_with_gets_no_gradient() -> None:
     """As on several devices: a text learns from the images that it asks for, and from no other."""
     output = random_output()
-    loss, _ = SentenceLoss(weight=0)(output, captions())
+    loss, _ = SentenceLoss(weight=0)(output)
     (grad,) = torch.autograd.grad(loss, output.texts)
     images, texts = unit(output.images.detach()), unit(output.texts)
-    asks = F.cross_entropy(output.scale.detach() * texts @ images.T, captions()) / 2
+    asks = F.cross_entropy(output.scale.detach() * texts @ images.T, torch.arange(4)) / 2
     assert torch.allclose(grad, torch.autograd.grad(asks, output.texts)[0], atol=1e-7)
 
 
@@ -118,7 +116,7 @@ def test_target_and_rejected_images_get_no_gradient() -> None:
     wrong = output.images.detach().clone()
     wrong[2] = output.texts[0].detach()
     output = output._replace(images=wrong.requires_grad_())
-    loss, parts = SentenceLoss(gather="full")(output, captions())
+    loss, parts = SentenceLoss(gather="full")(output)
     loss.backward()
     assert float(parts["accepted"]) == 0.75
     assert output.target.grad is None
@@ -130,7 +128,7 @@ def test_nothing_accepted_keeps_the_graph() -> None:
     """The reconstruction is 0 then, and so is every gradient of it; none is missing."""
     output = similar()
     output = output._replace(images=output.texts.detach().roll(1, 0).requires_grad_())
-    loss, parts = SentenceLoss()(output, captions())
+    loss, parts = SentenceLoss()(output)
     loss.backward()
     assert float(parts["recon"]) == float(parts["accepted"]) == 0
     assert output.predicted.grad is not None
@@ -143,9 +141,11 @@ def test_equal_captions_do_not_fool_the_gate() -> None:
     twice = output.texts.detach().clone()
     twice[3] = twice[1]
     output = output._replace(
-        images=twice.clone().requires_grad_(), texts=twice.clone().requires_grad_()
+        images=twice.clone().requires_grad_(),
+        texts=twice.clone().requires_grad_(),
+        captions=torch.tensor([0, 1, 2, 1]),
     )
-    parts = SentenceLoss()(output, torch.tensor([0, 1, 2, 1])).parts
+    parts = SentenceLoss()(output).parts
     figures = {name: float(parts[name]) for name in ("accuracy", "accepted", "duplicates")}
     assert figures == {"accuracy": 0.75, "accepted": 1.0, "duplicates": 0.25}
 
@@ -215,10 +215,11 @@ def test_logits_are_float32_under_autocast_and_for_half_inputs() -> None:
         output = random_output(dtype=dtype)
         with torch.no_grad():
             output.predicted[0, 0], output.target[1, 1] = 0, 0
-        wide = JointOutput(*(part.detach().float().requires_grad_() for part in output))
+        wide = (part.detach().float().requires_grad_() for part in output[:5])
+        wide = JointOutput(*wide, output.captions)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, parts = SentenceLoss()(output, captions())
-        expected, others = SentenceLoss()(wide, captions())
+            loss, parts = SentenceLoss()(output)
+        expected, others = SentenceLoss()(wide)
         assert torch.equal(loss, expected)
         assert all(torch.equal(value, others[name]) for name, value in parts.items())
         loss.backward()
@@ -229,19 +230,18 @@ def test_logits_are_float32_under_autocast_and_for_half_inputs() -> None:
 def test_sharp_distributions_are_finite() -> None:
     """A share of 0 times a logit without bottom would be NaN. Two sentences are the fewest."""
     output = random_output(b=2)
-    sharp = SentenceLoss(teacher_tau=1e-4, student_tau=1e-4)(output, captions(2))
+    sharp = SentenceLoss(teacher_tau=1e-4, student_tau=1e-4)(output)
     assert sharp.loss.isfinite()
     with pytest.raises(ConfigError, match="at least two prototypes"):
-        SentenceLoss()(random_output(b=1), captions(1))
+        SentenceLoss()(random_output(b=1))
     with pytest.raises(ConfigError, match="detached or full"):
         SentenceLoss(gather="all")
 
 
 def test_parts_are_not_weighted_and_inputs_stay() -> None:
     """Published logs have the reconstruction halved already, and the loss changes its mask."""
-    output, given = random_output(), captions()
+    output = random_output()
     before = [part.detach().clone() for part in output]
-    loss, parts = SentenceLoss(weight=0.5)(output, given)
+    loss, parts = SentenceLoss(weight=0.5)(output)
     assert float(loss.detach()) == pytest.approx(float(parts["clip"] + 0.5 * parts["recon"]))
     assert all(torch.equal(now, then) for now, then in zip(output, before, strict=True))
-    assert torch.equal(given, captions())
