@@ -86,7 +86,7 @@ def without_rotation(features: torch.Tensor, fitted: int) -> float:
     faiss.omp_set_num_threads(1)
     quantiser = faiss.ProductQuantizer(units.shape[-1], 16, 8)
     quantiser.train(sample)
-    decoded = torch.from_numpy(quantiser.decode(quantiser.compute_codes(unseen)))
+    decoded = torch.from_numpy(quantiser.decode(quantiser.compute_codes(unseen)))  # type: ignore
     return float(torch.nn.functional.cosine_similarity(decoded, torch.from_numpy(unseen)).mean())
 
 

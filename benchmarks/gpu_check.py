@@ -47,6 +47,7 @@ from milan.objectives.base import Prediction
 from milan.objectives.features import FeatureRegression
 from milan.store.codecs import codec_of
 from milan.training.checkpoint import Writer
+from milan.training.compilation import StepLoss
 from milan.training.estimate import estimate_run
 from milan.training.loop import _StepResult
 from milan.training.memory import peak_bytes
@@ -186,7 +187,7 @@ def _parity(check: Check) -> None:
         error = max(relative(far, near) for far, near in zip(far_grads, grads, strict=True))
         check.at_most("parity", f"loss, {precision}", relative(far_loss, loss), bounds[0])
         check.at_most("parity", f"gradients, {precision}", error, bounds[1])
-    spec = {"name": str(DEMO / "teacher/config.json")}
+    spec: dict[str, Any] = {"name": str(DEMO / "teacher/config.json")}
     spec |= {"pretrained": str(DEMO / "teacher/model.safetensors")}
     pixels = np.random.default_rng(0).integers(0, 256, (32, 28, 28, 3), dtype=np.uint8)
     half = "fp16" if check.device.type == "cuda" else "bf16"
@@ -334,9 +335,9 @@ def resume(check: Check) -> None:
     for device, steps in ((str(check.device), 7), ("cpu", 7), (str(check.device), None)):
         done = check.run("devices", device=device, stop_after=steps, precision="auto")
     check.run("device", precision="auto")
-    ours, theirs = check.losses("devices")[-1], check.losses("device")[-1]
+    moved, stayed = check.losses("devices")[-1], check.losses("device")[-1]
     check.true("resume", "GPU, CPU and GPU again", bool(done["finished"]))
-    check.at_most("resume", "its last loss", abs(ours - theirs) / theirs, 5e-2)
+    check.at_most("resume", "its last loss", abs(moved - stayed) / stayed, 5e-2)
 
 
 def _kill(check: Check, name: str, more: dict[str, Any]) -> None:
@@ -381,7 +382,7 @@ def _losses(check: Check, kind: str | None, precision: str) -> list[float]:
     objective, losses = built.settings.objective(built.targets), []
     for _ in range(5):
         with autocast(check.device, precision):
-            loss = objective(network, built.batch.to(check.device))
+            loss = StepLoss(objective, network, objective.loss)(built.batch.to(check.device))
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -424,7 +425,7 @@ def _speed(check: Check, built: Case, micro: int, rate: float, name: str) -> Non
     seconds = statistics.median(times)
     objective = built.settings.objective(built.targets)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        objective(built.student, built.batch.to(device))
+        StepLoss(objective, built.student, objective.loss)(built.batch.to(device))
     work = 3 * counter.get_total_flops()
     check.figure("speed", f"{name}, images/s", micro / seconds)
     check.figure("speed", f"{name}, share of the product rate", work / seconds / rate)

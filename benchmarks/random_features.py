@@ -24,16 +24,14 @@ def main() -> None:
     args = parser(__doc__.splitlines()[0]).parse_args()
     probe = read_section("params.yaml", "linear_probe")
     settings = resolve(PretrainConfig, section="pretrain", params="params.yaml")
-    shape = {"model": settings.model, "model_args": settings.model_args, "input_size": 28}
+    model, shape = settings.model, settings.model_args
     with tempfile.TemporaryDirectory() as folder:
-        student = build_student(
-            shape["model"], img_size=28, target_width=64, model_args=shape["model_args"]
-        )
-        about = shape | {"mean": MEAN, "std": STD}
+        student = build_student(model, img_size=28, target_width=64, model_args=shape)
+        about = {"model": model, "model_args": shape, "input_size": 28, "mean": MEAN, "std": STD}
         file = Path(folder, ENCODER)
-        save_encoder(file, student.encoder, about)
+        save_encoder(file, student.encoder.state_dict(), about)
         by_timm = linear_probe(checkpoint="random", like=folder, **probe)["top1"]
-        by_student = linear_probe(checkpoint=folder, **probe)["top1"]
+        by_student = linear_probe(checkpoint=folder, baseline="none", **probe)["top1"]
     lines = [
         f"Top-1: {by_timm} % as timm initialises it, {by_student} % with the student's weights."
     ]

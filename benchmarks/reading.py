@@ -91,7 +91,10 @@ def windows(store: Path) -> dict[str, Callable[[], None]]:
     cache = TargetCache(store)
     rows, views = order_of(cache, seed=0, batch_size=_BATCH).epoch(0)
     files = [
-        p for name in _ARRAYS for p in sorted((cache.root / name / "c").rglob("*")) if p.is_file()
+        p
+        for name in _ARRAYS
+        for p in sorted((Path(str(cache.root)) / name / "c").rglob("*"))
+        if p.is_file()
     ]
 
     def ours() -> None:

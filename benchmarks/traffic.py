@@ -13,7 +13,7 @@ attention read more than once added.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from benchmarks.step import Case, case
 from milan.core.device import autocast
 from milan.models.kernels import choose_kernels
 from milan.objectives.base import Prediction
+from milan.training.compilation import StepLoss
 from milan.training.memory import trial_batch
 from milan.training.optim import adamw, gradient_norm
 
@@ -102,7 +103,7 @@ def eager(micro: int) -> tuple[Traffic, Traffic, float]:
         network: Any = partial(_call, made.student, weights)
         with FlopCounterMode(display=False) as flops, Traffic() as step:
             with autocast(CPU, "bf16"):
-                loss = objective(network, batch)
+                loss = StepLoss(objective, network, objective.loss)(batch)
             loss.backward()
         holder = nn.ParameterList(weights.values())
         optimiser = adamw(holder, CPU, weight_decay=0.05, beta2=0.95)
@@ -113,8 +114,8 @@ def eager(micro: int) -> tuple[Traffic, Traffic, float]:
     return step, update, flops.get_total_flops() / micro / 1e9
 
 
-def _call(student: nn.Module, weights: dict[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
-    return functional_call(student, weights, inputs)
+def _call(student: nn.Module, weights: Mapping[str, torch.Tensor], *inputs: Any) -> torch.Tensor:
+    return functional_call(student, dict(weights), inputs)
 
 
 class _Lowered(BaseException):
