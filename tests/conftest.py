@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start many processes come first, so that no worker is left alone with one."""
     first = ("cluster", "promises", "stages")
     items.sort(key=lambda item: item.path.parent.name not in first)
+
+
+def pytest_configure() -> None:
+    """A shell has SIGINT ignored in the background, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,9 +46,8 @@ def short(**seconds: float) -> None:
 def stand(act: Callable[[], None], stops: bool, said: str, seconds: dict[str, float]) -> None:
     """A process that stands still in `act`; what it says is in the file `said`."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-    # A loader that started the fork server blocked them, and a shell in the background ignores one.
+    # A loader that started the fork server blocked them.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     short(**seconds)
     stop = Stop()
     stop.kept = "the checkpoint of step 7 stays"

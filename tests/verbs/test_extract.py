@@ -613,7 +613,6 @@ def test_a_read_that_never_answers_ends(
 ) -> None:
     """A word, a limit and one error, also at Ctrl-C; the same line goes on from what is there."""
     answers, read, asked = Event(), ImageSource.read, count()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 
     def stalls(self: ImageSource, row: int) -> bytes:
         if current_thread().name.startswith("decode") and next(asked) == 14:  # of the second block
@@ -633,7 +632,6 @@ def test_a_read_that_never_answers_ends(
                 extract(photos, progress=notes)
         finally:
             answers.set()  # or the tests would not end
-            signal.signal(signal.SIGINT, before)
     wanted = "the same line goes on" if interrupted else "in vain for the next image"
     assert wanted in str(raised.value)
     assert interrupted or any("waiting for the next image" in line for line in notes.lines)
