@@ -76,4 +76,4 @@ def test_memory_does_not_grow_with_the_images(protocol: str, tmp_path: Path) -> 
         process.join(600)
         assert process.exitcode == 0
         peaks.append(int(answer.read_text()))
-    assert peaks[1] < peaks[0] + 25e6, peaks
+    assert peaks[1] < peaks[0] + 50e6, peaks  # half of what the features take
