@@ -56,7 +56,7 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
                 raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
         frozen = issubclass(protocol.settings, EvaluationConfig)
         kept = "features that were computed" if frozen else f"checkpoints in {path.with_suffix('')}"
-        load: dict[str, Any] = {}
+        load: dict[str, Any] = {"tables": protocol.tables_folder(config)} if frozen else {}
         if config.checkpoint == "teacher":
             from pipeline.teachers.frozen import frozen_teacher
 
@@ -84,12 +84,17 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
 
 
 def _table(metrics: dict[str, Any], path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """(headings, rows): figures, and those of the baseline beside them."""
-    shown = {key: value for key, value in metrics.items() if key != "baseline"}
-    columns = [shown, *filter(None, [metrics.get("baseline")])]
-    rows = [
-        (key.replace("_", " "), *("-" if c.get(key) is None else c[key] for c in columns))
-        for key in shown
-    ]
+    """(headings, rows): figures with their intervals, and those of the baseline beside them."""
+    shown = [key for key in metrics if key != "baseline" and not key.endswith("_interval")]
+    columns = [metrics, *filter(None, [metrics.get("baseline")])]
+    rows = [(key.replace("_", " "), *(_cell(c, key) for c in columns)) for key in shown]
     blank = ("",) * (len(columns) - 1)
     return ("what", "", *blank), [*rows, ("metrics", path, *blank)]
+
+
+def _cell(metrics: dict[str, Any], key: str) -> Any:
+    """A figure, with its interval if it has one."""
+    if metrics.get(key) is None:
+        return "-"
+    interval = metrics.get(f"{key}_interval")
+    return f"{metrics[key]} ({interval[0]} to {interval[1]})" if interval else metrics[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from milan.evaluation.features import (
 )
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.meaning import chance, doubts
+from milan.evaluation.outcome import Outcome
 from milan.evaluation.protocols import EvaluationConfig, LabelledConfig, Protocol, get_protocol
 from milan.evaluation.splits import Split, open_splits
 
@@ -48,6 +50,16 @@ class Evaluation:
     classes: int
     context: Context
     """Of this rank: device, ranks, progress, stop."""
+    names: tuple[str, ...] = ()
+    """Of the classes; their numbers where they have no names."""
+    tables: Path | None = None
+    """The folder for classes.csv and confusion.csv, if they are wanted."""
+
+    def write_tables(self, outcome: Outcome) -> None:
+        """Write the tables of the outcome that the first figure is of; all ranks call it."""
+        if self.tables:
+            folder = self.tables
+            self.context.ranks.on_rank0(lambda: outcome.write_tables(folder))
 
     @property
     def memory(self) -> int:
@@ -70,21 +82,23 @@ class Evaluation:
 
 def evaluate(
     protocol: Protocol | str,
+    /,
     checkpoint: str | LabelledConfig = "runs/pretrain",
     *,
     load: Callable[[EvaluationConfig, torch.device], Frozen] = frozen_encoder,
     frozen: Frozen | None = None,
     stop: Stop | None = None,
     progress: Progress | None = None,
+    tables: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a checkpoint by `protocol` (or its name), and a baseline beside it.
 
     `checkpoint` and `settings` are the command's arguments; `load` makes the network, or `frozen`
-    is one. Returns the metrics; ranks after the first return {}. With several GPUs it starts a rank
-    for each, as pretraining does. Asked to stop, or by SIGINT, SIGTERM or SIGUSR1, it returns
-    {"stopped_by": signal}; features that were computed stay. Raises MilanError, and RankError if
-    other ranks are out of reach.
+    is one; `tables` is a folder for the tables of the classes. Returns the metrics; ranks after the
+    first return {}. With several GPUs it starts a rank for each, as pretraining does. Asked to
+    stop, or by SIGINT, SIGTERM or SIGUSR1, it returns {"stopped_by": signal}; features that were
+    computed stay. Raises MilanError, and RankError if other ranks are out of reach.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = from_call(protocol.settings, "checkpoint", checkpoint, settings, protocol.name)
@@ -104,8 +118,8 @@ def evaluate(
     try:
         if count > 1:
             return launch(
-                evaluate,
-                {"protocol": protocol, "checkpoint": config, "load": load},
+                partial(evaluate, protocol),
+                {"checkpoint": config, "load": load, "tables": tables},
                 ranks=count,
                 restarts=0,
                 restart_arguments=dict,
@@ -114,7 +128,7 @@ def evaluate(
         with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
             context = Context(own, ranks, progress, stop)
             make = (lambda *_: frozen) if frozen else load
-            metrics = _measure(protocol, config, make, context)
+            metrics = _measure(protocol, config, make, context, tables)
             return metrics if ranks.is_rank0 else {}
     except Stopped as stopped:
         return {"stopped_by": stopped.by}
@@ -130,6 +144,7 @@ def _measure(
     config: EvaluationConfig,
     load: Callable[[EvaluationConfig, torch.device], Frozen],
     context: Context,
+    tables: Path | None,
 ) -> dict[str, Any]:
     began, run = time.perf_counter(), protocol.load()
     frozen = load(config, context.device)
@@ -138,7 +153,7 @@ def _measure(
     with features_folder(config, frozen, context) as folder:
         evaluation = _evaluation(frozen, splits, folder, config, context)
         _tell(evaluation)
-        figures, baseline = run(evaluation), None
+        figures, baseline = run(replace(evaluation, tables=tables)), None
         # Of a network that others load nobody knows what it is without its weights.
         if load is frozen_encoder and (other := _baseline(config)):
             network = frozen_encoder(other, context.device)
@@ -186,7 +201,9 @@ def _evaluation(
     found = np.searchsorted(numbers, val.labels).clip(max=len(numbers) - 1)
     val_y = np.where(numbers[found] == val.labels, found, -1)
     labelled = replace(train, labels=y), replace(val, labels=val_y)
-    return Evaluation(config, frozen, *labelled, len(numbers), context)
+    names = splits[0].of.names
+    named = tuple(names[n] if names else str(n) for n in numbers.tolist())
+    return Evaluation(config, frozen, *labelled, len(numbers), context, named)
 
 
 def _tell(evaluation: Evaluation) -> None:

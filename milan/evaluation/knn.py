@@ -6,6 +6,7 @@ each of the k most similar images counts exp(cosine / 0.07) for its class.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from milan.core.distributed import SINGLE, Ranks
 from milan.evaluation.evaluate import Evaluation
-from milan.evaluation.features import Share
+from milan.evaluation.features import Piece, Share
 from milan.evaluation.meaning import few_neighbours
+from milan.evaluation.outcome import Answers, percent
 
 NEIGHBOURS = 20
 _COUNTS = (10, 20, 100, 200)  # of neighbours, as DINO reports them
@@ -24,10 +26,10 @@ _QUERIES = 8192  # compared with the whole bank at once: 200 neighbours of each 
 
 
 def measure(evaluation: Evaluation) -> dict[str, Any]:
-    """The protocol: top-1 in percent with k neighbours, k10 to k200; all ranks call it together.
+    """The protocol: top-1 in percent with k neighbours and its interval, k10 to k200.
 
-    Each rank compares the images to measure on with its share of the others. None for a k that is
-    more than there are images.
+    Each rank compares the images to measure on with its share of the others; all call it together.
+    None for a k that is more than there are images. Tables are those of k 20.
     """
     context, classes = evaluation.context, evaluation.classes
     counts = [k for k in _COUNTS if k <= len(evaluation.train)]
@@ -40,10 +42,11 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         context.progress.note(doubt)
     bank = Share(evaluation.train, context, change=_unit, memory=evaluation.memory)
     queries = iter(Share(evaluation.val, context, change=_unit, of=SINGLE))
-    right, total = dict.fromkeys(counts, 0), 0
+    answers = {k: Answers(evaluation.val.labels, evaluation.names) for k in counts}
+    total = 0
     context.progress.begin("nearest neighbours", len(evaluation.val), "images")
     while counts and (together := _take(queries, _QUERIES)):
-        x, y = (torch.cat(parts) for parts in zip(*together, strict=True))
+        x = torch.cat(together)
         nearest = Nearest(x, max(counts))
         for features, labels, _ in bank:
             nearest.see(features, labels)
@@ -51,23 +54,32 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         similarity, labels = nearest.of_all(context.ranks)
         for k in counts:
             votes = vote(similarity[:, :k], labels[:, :k], classes)
-            right[k] += int((votes.to(y.device) == y).sum())
-        total += len(y)
+            answers[k].see(total, votes[:, None])
+        total += len(x)
         context.progress.advance(total)
     context.progress.end()
-    return {f"k{k}": round(100 * right[k] / total, 2) if k in right else None for k in _COUNTS}
+    figures: dict[str, Any] = {}
+    for k in _COUNTS:
+        if k in counts:
+            outcome = answers[k].of_all()  # each rank has seen all
+            figures |= percent(f"k{k}", outcome.predicted == outcome.labels)
+        else:
+            figures |= dict.fromkeys((f"k{k}", f"k{k}_interval"))
+    if shown := [k for k in counts if k <= NEIGHBOURS]:
+        evaluation.write_tables(answers[max(shown)].of_all())
+    return figures
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x, dim=1)
 
 
-def _take(pieces: Any, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The next pieces, about `count` images together; none at the end."""
-    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for x, y, _ in pieces:
-        taken.append((x, y))
-        if sum(len(labels) for _, labels in taken) >= count:
+def _take(pieces: Iterator[Piece], count: int) -> list[torch.Tensor]:
+    """Features of the next pieces, about `count` images together; none at the end."""
+    taken: list[torch.Tensor] = []
+    for piece in pieces:
+        taken.append(piece.x)
+        if sum(map(len, taken)) >= count:
             break
     return taken
 

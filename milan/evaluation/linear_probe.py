@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,11 @@ from milan.core.waiting import Stopped
 from milan.evaluation.evaluate import Evaluation, evaluate
 from milan.evaluation.features import Context, Labelled, Piece, Share
 from milan.evaluation.frozen import Frozen
+from milan.evaluation.outcome import TOP, Answers
 from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images
 _TENTH = 10
-_TOP = 5
 
 
 def linear_probe(
@@ -58,15 +58,24 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     weight, bias = regression.fit(strength)
     context.progress.advance(len(_L2) + 1)
     context.progress.end()
-    hits = torch.zeros(2, dtype=torch.int64, device=context.device)
-    for x, y, _ in Share(evaluation.val, context, change=standardise):
-        right = (x @ weight + bias).topk(min(_TOP, classes), dim=1).indices == y[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum()])
-    totals = context.ranks.all_reduce_sum(hits.tolist())
-    top1, top5 = (round(100 * total / len(evaluation.val), 2) for total in totals)
-    if classes <= _TOP:
-        context.progress.note(f"top-5 is left out: with {classes} classes it means nothing")
-    return {"top1": top1, "top5": top5 if classes > _TOP else None, "l2": strength}
+    val = Share(evaluation.val, context, change=standardise)
+    return {**judged(evaluation, val, lambda x: x @ weight + bias), "l2": strength}
+
+
+def judged(
+    evaluation: Evaluation, val: Share, classify: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """top1, top5 and their intervals of `classify`, features [b, ...] to scores [b, classes]."""
+    answers = Answers(evaluation.val.labels, evaluation.names)
+    for x, _, first in val:
+        answers.see(first, classify(x).topk(min(TOP, evaluation.classes), dim=1).indices)
+    if evaluation.classes <= TOP:
+        evaluation.context.progress.note(
+            f"top-5 is left out: with {evaluation.classes} classes it means nothing"
+        )
+    outcome = answers.of_all(evaluation.context.ranks)
+    evaluation.write_tables(outcome)
+    return outcome.figures()
 
 
 def _mean_and_std(train: Labelled, context: Context) -> tuple[torch.Tensor, torch.Tensor]:

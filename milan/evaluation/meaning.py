@@ -20,8 +20,12 @@ def chance(train: np.ndarray, val: np.ndarray) -> float:
 def accuracy_interval(correct: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of an accuracy, in percent: bootstrap over images; `correct` [m] bool.
 
-    A resampled accuracy is a binomial draw, for images are right or wrong.
+    A resampled accuracy is a binomial draw, for images are right or wrong. Where all are right, or
+    none is, every sample is alike: then it is the exact interval (Clopper and Pearson).
     """
+    if correct.all() or not correct.any():
+        least = round(100 * 0.025 ** (1 / len(correct)), 2)
+        return (least, 100.0) if correct.all() else (0.0, round(100 - least, 2))
     draws = np.random.Generator(np.random.Philox(seed)).binomial(
         len(correct), correct.mean(), size=10_000
     )

@@ -254,6 +254,11 @@ class Protocol:
         """Where the metrics go: `config.out`, else the folder of the checkpoint."""
         return Path(config.out) if config.out else self.metrics_file(config.folder)
 
+    def tables_folder(self, config: LabelledConfig) -> Path:
+        """Where the tables of the classes go: beside the metrics, without .json."""
+        path = self.metrics_path(config)
+        return path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-tables")
+
     def load(self) -> Callable[..., dict[str, Any]]:
         """The function that measures."""
         module, _, function = self.run.partition(":")

@@ -144,14 +144,19 @@ def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]
 
 def _protocol_table(protocol: Protocol, metrics: Metrics) -> Table:
     rows = [
-        (encoder, *(_figure(column, values[column.key]) for column in protocol.columns))
+        (encoder, *(_figure(column, values) for column in protocol.columns))
         for encoder, values in metrics.items()
     ]
     return Table(protocol.title, ("encoder", *(c.heading for c in protocol.columns)), rows)
 
 
-def _figure(column: Column, value: Any) -> str:
-    return "-" if value is None else column.format.format(value)
+def _figure(column: Column, metrics: dict[str, Any]) -> str:
+    """A figure, with its interval if it has one."""
+    if metrics[column.key] is None:
+        return "-"
+    numbers = metrics[column.key], *(metrics.get(f"{column.key}_interval") or ())
+    texts = [column.format.format(number) for number in numbers]
+    return f"{texts[0]} ({texts[1]}-{texts[2]})" if len(texts) == 3 else texts[0]
 
 
 def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metrics) -> Table:

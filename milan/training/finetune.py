@@ -9,7 +9,6 @@ milan.training.supervised_run; beside it there are
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,8 @@ from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.errors import DataError
-from milan.evaluation.meaning import accuracy_interval, chance
+from milan.evaluation.meaning import chance
+from milan.evaluation.outcome import TOP, Answers, Outcome
 from milan.evaluation.protocols import FinetuneConfig
 from milan.evaluation.splits import Split, open_splits
 from milan.models.classifier import CLASSIFIER, describe_input, new_weights, seeded_classifier
@@ -145,16 +145,11 @@ class Finetune(Supervised):
         """Its head and crop; metrics; writes classes.csv and confusion.csv."""
         outcome, data, config = task.outcome, task.data, self.config
         assert outcome is not None
-        _write_tables(run, outcome, data.classes)
-        read = outcome.predicted >= 0
-        correct = (outcome.predicted == outcome.labels)[read]
-        few = len(data.classes) <= 5
+        outcome.write_tables(run)
         return {"pooling": config.pooling, "crop_share": config.crop_share}, {
-            "top1": round(100 * float(correct.mean()), 2),
-            "top1_interval": accuracy_interval(correct),
-            "top5": None if few else round(100 * float(outcome.in_top5[read].mean()), 2),
+            **outcome.figures(),
             "chance": round(chance(data.train.labels, data.val.labels), 2),
-            "val_images": int(read.sum()),
+            "val_images": int(outcome.read.sum()),
         }
 
 
@@ -185,18 +180,6 @@ def _relabelled(split: Split, labels: np.ndarray) -> Split:
 
 
 # --- the task -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """What a classifier said of all validation images."""
-
-    labels: np.ndarray
-    """[m] int64"""
-    predicted: np.ndarray
-    """[m] int64; -1: the image cannot be read"""
-    in_top5: np.ndarray
-    """[m] bool"""
 
 
 class FinetuneTask(SupervisedTask):
@@ -230,56 +213,27 @@ class FinetuneTask(SupervisedTask):
 
     def measure(self, batches: Iterator[LabelledBatch]) -> tuple[dict[str, float], dict[str, Any]]:
         """val_loss, val_top1, and val_top5 where there are more than 5 classes; in percent."""
-        total, seen = 0.0, list[tuple[np.ndarray, ...]]()
+        total, answers = 0.0, Answers(self.data.val.labels, self.data.classes)
         with autocast(self.context.device, self.plan.precision):
             for batch in batches:
                 logits = self.judged(normalise(batch.pixels, self.plan.mean, self.plan.std)).float()
                 known = batch.labels.clamp(min=0)  # -1: a class that training lacks
                 losses = F.cross_entropy(logits, known, reduction="none")
-                best = logits.topk(min(5, self.classes), dim=1).indices
-                top = torch.where(batch.readable, best[:, 0], -1)
-                hit = (best == batch.labels[:, None]).any(dim=1) & batch.readable
+                best = logits.topk(min(TOP, self.classes), dim=1).indices
                 total += float((losses * (batch.readable & (batch.labels >= 0))).sum())
-                places = batch.positions - self.data.train_count
-                seen.append(tuple(t.cpu().numpy() for t in (places, top, hit)))
-        return self._outcome(seen, total), {}
+                places = (batch.positions - self.data.train_count)[batch.readable]
+                answers.see(places.cpu().numpy(), best[batch.readable])
+        return self._metrics(answers, total), {}
 
-    def _outcome(self, seen: list[tuple[np.ndarray, ...]], total: float) -> dict[str, float]:
+    def _metrics(self, answers: Answers, total: float) -> dict[str, float]:
         """Metrics of what all ranks have seen."""
-        count = self.data.val_count
-        predicted, in_top5 = np.full(count, -1), np.zeros(count, bool)
-        for _, parts in self.context.ranks.gather_objects(seen):
-            for positions, top, hit in parts:
-                predicted[positions], in_top5[positions] = top, hit
-        labels = self.data.val.labels
-        self.outcome = Outcome(labels, predicted, in_top5)
-        read = predicted >= 0
-        if not read.any():
-            raise DataError(f"no image of {self.data.val.of.source} can be read")
+        self.outcome = outcome = answers.of_all(self.context.ranks)
         (total,) = self.context.ranks.all_reduce_sum([total])
+        read = outcome.read
         metrics = {
-            "val_loss": total / max(1, int((read & (labels >= 0)).sum())),
-            "val_top1": 100 * float((predicted == labels)[read].mean()),
+            "val_loss": total / max(1, int((read & (outcome.labels >= 0)).sum())),
+            "val_top1": 100 * float((outcome.predicted == outcome.labels)[read].mean()),
         }
-        if self.classes > 5:
-            metrics["val_top5"] = 100 * float(in_top5[read].mean())
+        if self.classes > TOP:
+            metrics["val_top5"] = 100 * float(outcome.in_top5[read].mean())
         return metrics
-
-
-def _write_tables(run: Path, outcome: Outcome, names: list[str]) -> None:
-    """classes.csv and confusion.csv."""
-    read = (outcome.predicted >= 0) & (outcome.labels >= 0)
-    counts = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(counts, (outcome.labels[read], outcome.predicted[read]), 1)
-    with open(run / "classes.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "images", "correct", "top1"])
-        for name, row, right in zip(names, counts, counts.diagonal().tolist(), strict=True):
-            images = int(row.sum())
-            writer.writerow([name, images, right, f"{100 * right / images:.2f}" if images else ""])
-    with open(run / "confusion.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["is", "taken for", "images"])
-        for a, b in np.argwhere(counts).tolist():
-            if a != b:
-                writer.writerow([names[a], names[b], int(counts[a, b])])

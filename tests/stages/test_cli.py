@@ -431,12 +431,13 @@ def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
     }  # fmt: skip
     assert sorted(p.name for p in (folder / "runs/pretrain").iterdir()) == [
         ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "frozen_features",
-        "linear_probe.json", "log.jsonl", "metrics.json", "run.json", "sheet.png", "tensorboard",
+        "linear_probe", "linear_probe.json", "log.jsonl", "metrics.json", "run.json", "sheet.png",
+        "tensorboard",
     ]  # fmt: skip
     steps = sorted(p.name for p in (folder / "runs/pretrain/checkpoints").iterdir())
     assert steps == ["step-00000003", "step-00000006"]
     left = sorted(p.name for p in (folder / "runs/random").iterdir())
-    assert left == ["frozen_features", "linear_probe.json"]
+    assert left == ["frozen_features", "linear_probe", "linear_probe.json"]
 
 
 def test_what_a_probe_leaves(project: tuple[Path, dict[str, Ran]]) -> None:
