@@ -239,11 +239,14 @@ def _nearest_key(key: str, hints: dict[str, Any]) -> str:
 def from_call(
     kind: type[Config], field: str, first: Any, settings: dict[str, Any], section: str
 ) -> Config:
-    """The settings of a call from Python: `first` if it is them, or is their `field` beside others.
+    """The settings of a call from Python: `first` if it is them or a part, or is their `field`
+    beside others.
 
     A recipe among them is read from `section`. Raises ConfigError for a config and settings, and
     for an unknown setting.
     """
+    if dataclasses.is_dataclass(first) and issubclass(kind, type(first)):
+        first = kind(**vars(first))  # settings that several commands share
     if isinstance(first, kind):
         if settings:
             raise ConfigError(

@@ -26,11 +26,11 @@ from milan.evaluation.features import (
     Features,
     Labelled,
     features_folder,
-    features_of,
 )
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.meaning import chance, doubts
 from milan.evaluation.outcome import Outcome
+from milan.evaluation.patches import features_for
 from milan.evaluation.protocols import EvaluationConfig, LabelledConfig, Protocol, get_protocol
 from milan.evaluation.splits import Split, open_splits
 
@@ -75,7 +75,7 @@ class Evaluation:
         For protocols on few images: memory grows with their number.
         """
         features = labelled.features
-        parts = [features.piece(number)[0] for number in range(len(features))]
+        parts = [part for part, _ in features.pieces(range(len(features)))]
         whole = torch.cat([part for part in parts if len(part)])
         return whole[torch.from_numpy(labelled.places)], torch.from_numpy(labelled.labels)
 
@@ -186,7 +186,7 @@ def _evaluation(
     kept: dict[str, Features] = {}
     for split in splits:  # of one set, if no other is given to measure on
         if split.of.identity not in kept:
-            kept[split.of.identity] = features_of(frozen, split.of, folder, config, context)
+            kept[split.of.identity] = features_for(frozen, split.of, folder, config, context)
     train, val = (Labelled.of(kept[split.of.identity], split) for split in splits)
     if len(train) < 2 or not len(val):
         raise DataError(

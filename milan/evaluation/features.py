@@ -20,7 +20,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -112,22 +112,30 @@ def features_folder(config: EvaluationConfig, frozen: Frozen, context: Context) 
 
 
 def features_of(
-    frozen: Frozen, data: LabelledSet, folder: Path, config: EvaluationConfig, context: Context
+    frozen: Frozen,
+    data: LabelledSet,
+    folder: Path,
+    config: EvaluationConfig,
+    context: Context,
+    *,
+    file_rows: int | None = None,
 ) -> Features:
     """Features of all rows of `data`: those in `folder`, computed where they are not there yet.
 
     Each rank computes its share; all must call this. Images are shown as their central square.
-    Raises DataError if none can be read, features are no numbers, or the disk is full; Stopped.
+    `file_rows` is for large features: the rows of a file, else FILE_ROWS. Raises DataError if none
+    can be read, features are no numbers, or the disk is full; Stopped.
     """
     view = {"size": frozen.size, "crop_share": config.crop_share}
     about = {"format": _FORMAT, "network": frozen.identity, "images": data.identity, "view": view}
+    about |= {"file_rows": file_rows} if file_rows else {}
     key = digest_of(about)
     place = folder / key[:24]
     with _locked(place, context):
-        files = _Files(place, key, len(data.labels))
+        files = _Files(place, key, len(data.labels), file_rows or FILE_ROWS)
         absent = files.absent(context.ranks)
         if absent:
-            words = about | {"of": frozen.name, "data": str(data.source), "dtype": "float32"}
+            words = about | {"of": frozen.name, "data": str(data.source)}
             context.ranks.on_rank0(lambda: _begin(place, words))
             _compute(frozen, data.images, files, absent, config, context)
         else:
@@ -175,11 +183,11 @@ def _locked(place: Path, context: Context) -> Iterator[None]:
 # --- files ---------------------------------------------------------------------------------------
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
     """One file; F features of b images."""
 
     features: torch.Tensor
-    """[b, F] float32, mapped from the file."""
+    """[b, ...] as the network gives them, mapped from the file."""
     rows: np.ndarray
     """[b] int64, ascending."""
     digests: np.ndarray
@@ -189,11 +197,11 @@ class _File(NamedTuple):
 
 
 class _Files:
-    """The files of one data set's features: file i has rows [2048 i, 2048 (i + 1))."""
+    """The files of one data set's features: file i has rows [size i, size (i + 1))."""
 
-    def __init__(self, folder: Path, key: str, rows: int) -> None:
+    def __init__(self, folder: Path, key: str, rows: int, size: int) -> None:
         self.folder, self.key = folder, key
-        self.ranges = [np.arange(at, min(at + FILE_ROWS, rows)) for at in range(0, rows, FILE_ROWS)]
+        self.ranges = [np.arange(at, min(at + size, rows)) for at in range(0, rows, size)]
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
@@ -212,15 +220,15 @@ class _Files:
             return about["key"] == self.key and about["crc32c"] == _crc32c(content)
         return False
 
-    def read(self, number: int) -> _File:
+    def read(self, number: int) -> File:
         """Map a file. Raises OSError, SafetensorError."""
         with safe_open(self.path(number), framework="pt") as file:
             rows, digests = (file.get_tensor(name).numpy() for name in ("rows", "digests"))
             rejected = json.loads(file.metadata()["rejected"])
             features = file.get_tensor("features")
-        return _File(features, rows.copy(), digests.view(np.uint64).copy(), rejected)
+        return File(features, rows.copy(), digests.view(np.uint64).copy(), rejected)
 
-    def write(self, number: int, content: _File) -> None:
+    def write(self, number: int, content: File) -> None:
         """Write a file, whole or not at all. Raises DataError."""
         tensors = {
             "features": content.features,
@@ -249,7 +257,7 @@ class _Files:
             ) from None
 
 
-def _crc32c(content: _File) -> str:
+def _crc32c(content: File) -> str:
     sum_ = google_crc32c.Checksum()
     for part in (content.features.numpy(), content.rows, content.digests):
         sum_.update(part.tobytes())
@@ -262,7 +270,7 @@ class Features:
     def __init__(self, files: _Files, source: str) -> None:
         """Reads what is small: 16 bytes an image. Raises DataError if another rank's are not here,
         or no image can be read."""
-        self._files = files
+        self.files, self.source = files, source
         try:
             parts = [files.read(number) for number in range(len(files.ranges))]
         except (OSError, SafetensorError) as error:
@@ -276,23 +284,24 @@ class Features:
         """int64 [m], ascending: the images that can be read."""
         self.digests = np.concatenate([part.digests for part in parts])
         """uint64 [m]: equal for images of the same bytes."""
-        self.width = max(part.features.shape[1] for part in parts)
+        self.width = max(part.features.shape[-1] for part in parts)
         if not len(self.rows):
             raise DataError(f"no image of {source} can be read: {self.rejected[0]}")
 
     def __len__(self) -> int:
-        return len(self._files.ranges)
+        return len(self.files.ranges)
 
-    def piece(self, number: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Features [b, F] float32, mapped from the file, and their rows [b] int64."""
-        content = self._files.read(number)
-        return content.features, content.rows
+    def pieces(self, numbers: Sequence[int]) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        """Of each file, features [b, ...], mapped from it, and their rows [b] int64."""
+        for number in numbers:
+            content = self.files.read(number)
+            yield content.features, content.rows
 
 
 # --- computing ------------------------------------------------------------------------------------
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """A batch of a file's rows, as it leaves the decoding threads."""
 
     rows: list[int]
@@ -316,7 +325,7 @@ def _compute(
     total = sum(len(rows) for rows in files.ranges)
     done = total - sum(len(files.ranges[number]) for number in absent)
     progress.begin(f"features of {frozen.name}", total, "images", done=done)
-    batches = _decoded(images, [files.ranges[i] for i in mine], frozen.size, config, context)
+    batches = decoded(images, [files.ranges[i] for i in mine], frozen.size, config, context)
     written: Future | None = None
     # Whatever ends this, what was handed to the writer is written.
     with closing(batches), ThreadPoolExecutor(1) as writer:
@@ -327,7 +336,7 @@ def _compute(
                 progress.advance(before + count * times)
 
             if turn < len(mine):
-                content = _content_of(next(batches), frozen, context, seen)
+                content = content_of(next(batches), frozen, context, seen)
                 if written:
                     written.result()
                 elif content:
@@ -341,9 +350,9 @@ def _compute(
     progress.end()
 
 
-def _content_of(
-    batches: Iterator[_Decoded], frozen: Frozen, context: Context, seen: Callable[[int], None]
-) -> _File | None:
+def content_of(
+    batches: Iterator[Decoded], frozen: Frozen, context: Context, seen: Callable[[int], None]
+) -> File | None:
     """The network's answer to a file's batches, None after a stop signal.
 
     The device is waited for once, at the end. Raises DataError for features that are no numbers.
@@ -367,10 +376,10 @@ def _content_of(
             f"{bad}",
             expected="a network whose training went well",
         )
-    return _File(features, np.array(rows, np.int64), np.array(digests, np.uint64), rejected)
+    return File(features, np.array(rows, np.int64), np.array(digests, np.uint64), rejected)
 
 
-def _check_room(files: _Files, absent: int, content: _File) -> None:
+def _check_room(files: _Files, absent: int, content: File) -> None:
     """Raises DataError if the disk is smaller than what will be written."""
     needed, free = absent * content.features.nbytes, shutil.disk_usage(files.folder).free
     if needed > free:
@@ -382,13 +391,13 @@ def _check_room(files: _Files, absent: int, content: _File) -> None:
         )
 
 
-def _decoded(
+def decoded(
     images: ImageSource,
     files: list[np.ndarray],
     size: int,
     config: EvaluationConfig,
     context: Context,
-) -> Generator[Iterator[_Decoded], None, None]:
+) -> Generator[Iterator[Decoded], None, None]:
     """The batches of each file; some are decoded ahead, in threads, while the device works."""
     share = max(1, cpu_count() // context.ranks.on_node)
     pool = ThreadPoolExecutor(config.num_workers or min(16, share))
@@ -407,7 +416,7 @@ def _decoded(
     )
     ahead: deque[tuple[int, tuple]] = deque()
 
-    def of_file(number: int) -> Iterator[_Decoded]:
+    def of_file(number: int) -> Iterator[Decoded]:
         while True:
             while batches and len(ahead) < _AHEAD:
                 of, rows = batches.popleft()
@@ -423,13 +432,13 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(rows: list[int], pixels: torch.Tensor, futures: list[Future]) -> _Decoded:
+def _finished(rows: list[int], pixels: torch.Tensor, futures: list[Future]) -> Decoded:
     answers = [future.result() for future in futures]
     good = [i for i, answer in enumerate(answers) if isinstance(answer, int)]
     rejected = [f"row {r}: {a}" for r, a in zip(rows, answers, strict=True) if isinstance(a, str)]
     if rejected:
         pixels = pixels[good]
-    return _Decoded([rows[i] for i in good], pixels, [answers[i] for i in good], rejected)
+    return Decoded([rows[i] for i in good], pixels, [answers[i] for i in good], rejected)
 
 
 def _central_square(
@@ -478,7 +487,7 @@ class Piece(NamedTuple):
     """Some images of a split, on the device."""
 
     x: torch.Tensor
-    """[b, F] float32"""
+    """[b, F] float32; patches [b, N, E] float16"""
     y: torch.Tensor
     """[b] int64"""
     first: int
@@ -500,22 +509,26 @@ class Share:
         change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
         memory: int = 0,
         of: Ranks | None = None,
+        files: int | None = None,
     ) -> None:
-        """`of`: whose share; default: this rank's. SINGLE's is all of it."""
+        """`of`: whose share; default: this rank's. SINGLE's is all of it. With `files` only the
+        images of so many files, a sample."""
         self.labelled, self.device, self.change = labelled, context.device, change
         self.room, self._kept = memory, dict[int, Piece]()
         self._rows = labelled.features.rows[labelled.places]
         ranks = of or context.ranks
-        self._mine = range(ranks.rank, len(labelled.features), ranks.size)
+        count = len(labelled.features)
+        self._mine = range(ranks.rank, min(count, files or count), ranks.size)
 
     def __iter__(self) -> Iterator[Piece]:
+        absent = [number for number in self._mine if number not in self._kept]
+        fresh = self.labelled.features.pieces(absent)
         for number in self._mine:
-            piece = self._kept.get(number) or self._read(number)
+            piece = self._kept.get(number) or self._piece(number, *next(fresh))
             if len(piece.x):
                 yield piece
 
-    def _read(self, number: int) -> Piece:
-        features, rows = self.labelled.features.piece(number)
+    def _piece(self, number: int, features: torch.Tensor, rows: np.ndarray) -> Piece:
         known = self._rows
         if not len(rows):
             return Piece(features, torch.empty(0, dtype=torch.int64), 0)

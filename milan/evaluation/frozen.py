@@ -24,6 +24,15 @@ from milan.models.export import load_encoder, read_about
 from milan.models.state_dict import weights_digest
 
 _TIMM = "timm:"
+FEATURES = {
+    "pooled": "class token and mean of patches",
+    "blocks": "class tokens of the last 4 blocks and mean of patches",
+    "patches": "patches, float16",
+}
+"""Sets of features, as EvaluationConfig.feature_set names them, in words that are part of a
+network's identity."""
+_BLOCKS = 4
+_TOKEN, _MEAN = "class token", "mean of patches"
 
 
 @dataclass(frozen=True)
@@ -31,16 +40,21 @@ class Frozen:
     """A frozen network as an evaluation sees it."""
 
     features: Callable[[torch.Tensor], torch.Tensor]
-    """uint8 [B, S, S, 3] on the device to [B, F] float32 there."""
+    """uint8 [B, S, S, 3] on the device to [B, F] float32 there; patches to [B, N, E] float16."""
     size: int
     """S, edge of its input in pixels."""
     name: str
     identity: dict[str, Any] | None = None
     """All that determines its features, as JSON; None: nobody knows, so none are kept."""
+    tokens: Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor]] | None = None
+    """The same pixels to the class token [B, E], if it has one, and the patches [B, N, E], float32:
+    `features` are the first and the mean of the others. None: it gives features only."""
+    parts: tuple[str, ...] = ("features",)
+    """What the F features are, part by part, all of one width; first those of blocks, in order."""
 
 
 def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
-    """The encoder that `config.checkpoint` names; features are class token and mean of patches.
+    """The encoder that `config.checkpoint` names; features are those of `config.feature_set`.
 
     Raises ConfigError for an unknown model and for weights that cannot be fetched, CacheError for a
     run without an encoder. The teacher is no encoder of ours: pipeline.teachers.frozen loads it.
@@ -63,20 +77,67 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     own_pass = "timm" in built
     tokens_of = _timm_tokens(name, vit, size) if own_pass else partial(encode, vit)
     vit = vit.eval().requires_grad_(False)
+    wanted = config.feature_set
     identity = built | {
         "weights": weights_digest(vit),
         "mean": list(data_config["mean"]),
         "std": list(data_config["std"]),
         "size": size,
-        "features": "class token and mean of patches",
+        "features": FEATURES[wanted],
     }
+    token = (_TOKEN,) if vit.cls_token is not None else ()
+    if wanted == "blocks":
+        with torch.inference_mode():
+            blocks = len(_last_blocks(vit, tokens_of, torch.zeros(1, 3, size, size)))
+        parts = (*token * blocks, _MEAN) if token else (_MEAN,) * blocks
+    else:
+        parts = (*token, _MEAN) if wanted == "pooled" else ("patches",)
     vit = vit.to(device)
 
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        images = normalise(pixels, data_config["mean"], data_config["std"])
-        return pooled_features(vit, tokens_of(images)).float()
+    def found(pixels: torch.Tensor) -> torch.Tensor:
+        return tokens_of(normalise(pixels, data_config["mean"], data_config["std"]))
 
-    return Frozen(features, size, name, identity)
+    def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        every = found(pixels).float()
+        first = None if vit.cls_token is None else every[:, 0]
+        return first, every[:, vit.num_prefix_tokens :]
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        if wanted == "patches":
+            return tokens(pixels)[1].half()
+        if wanted == "pooled":
+            return pooled_features(vit, found(pixels)).float()
+        images = normalise(pixels, data_config["mean"], data_config["std"])
+        every = _last_blocks(vit, tokens_of, images)
+        if not token:
+            return torch.cat([pooled_features(vit, block) for block in every], dim=1).float()
+        first = [block[:, 0] for block in every[:-1]]
+        return torch.cat([*first, pooled_features(vit, every[-1])], dim=1).float()
+
+    return Frozen(features, size, name, identity, tokens, parts)
+
+
+def _last_blocks(
+    vit: Any, tokens_of: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+) -> list[torch.Tensor]:
+    """Tokens of the last 4 blocks, or as many as there are, each [B, T, E] after the final norm, as
+    DINOv2's linear evaluation has them; of the last `tokens_of`'s own."""
+    passed: list[torch.Tensor] = []
+    blocks = list(getattr(vit, "blocks", []))[-_BLOCKS:]
+    hooks = [b.register_forward_hook(lambda *call: passed.append(call[2])) for b in blocks]
+    try:
+        last = tokens_of(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [last]
+    for x in passed[-2::-1]:
+        if not torch.is_tensor(x) or x.shape != last.shape:
+            break
+        for norm in ("norm", "fc_norm"):
+            x = getattr(vit, norm, torch.nn.Identity())(x)
+        found.insert(0, x)
+    return found
 
 
 def _edge(name: str, shape: tuple[int, int, int]) -> int:

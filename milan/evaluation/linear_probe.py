@@ -13,10 +13,12 @@ from milan.core.device import has_float64
 from milan.core.progress import Progress
 from milan.core.waiting import Stopped
 from milan.evaluation.evaluate import Evaluation, evaluate
-from milan.evaluation.features import Context, Labelled, Piece, Share
+from milan.evaluation.features import Context, Piece, Share
 from milan.evaluation.frozen import Frozen
+from milan.evaluation.heads import scores_of
 from milan.evaluation.outcome import TOP, Answers
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, LinearProbeConfig
+from milan.evaluation.published_probes import fit_dinov2, fit_published
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images
 _TENTH = 10
@@ -31,12 +33,13 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Fit a linear classifier on frozen features and measure it.
 
-    `checkpoint` and `settings` are the command's arguments (EvaluationConfig's fields); `frozen`
-    takes another network's features in the checkpoint's place. Multinomial logistic regression on
-    standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on a tenth of
-    the training images. Returns top1, top5 and chance (percent; top5 is None with 5 classes and
-    less), counts (repeated_images: of the validation images, those that are training images too),
-    the strength, and the same figures of a baseline. Raises MilanError.
+    `checkpoint` and `settings` are the command's arguments (LinearProbeConfig's fields); `frozen`
+    takes another network's features in the checkpoint's place. By default a multinomial logistic
+    regression on standardised features, fitted to convergence (L-BFGS), its L2 strength chosen on
+    a tenth of the training images; `protocol` names those of papers. Returns top1, top5 (percent,
+    with their 95 % intervals; top5 is None with 5 classes and less), chance, counts
+    (repeated_images: of the validation images, those that are training images too), what was
+    chosen, and the same figures of a baseline. Raises MilanError.
     """
     return evaluate(
         PROTOCOLS["linear_probe"], checkpoint, frozen=frozen, progress=progress, **settings
@@ -44,9 +47,22 @@ def linear_probe(
 
 
 def measure(evaluation: Evaluation) -> dict[str, Any]:
-    """The protocol: top1, top5 (percent) and the L2 strength; all ranks call it together."""
+    """The protocol: top1, top5 (percent), and with what they were found; all ranks call it."""
+    config = evaluation.config
+    assert isinstance(config, LinearProbeConfig)
+    if config.protocol == "logistic":
+        return {"protocol": config.protocol, **_fit_to_convergence(evaluation)}
+    fit = fit_published if config.protocol == "published" else fit_dinov2
+    module, settings = fit(evaluation)
+    val = Share(evaluation.val, evaluation.context)
+    figures = judged(evaluation, val, scores_of(module))
+    return {"protocol": config.protocol, **figures, **settings}
+
+
+def _fit_to_convergence(evaluation: Evaluation) -> dict[str, Any]:
     context, train, classes = evaluation.context, evaluation.train, evaluation.classes
-    mean, std = _mean_and_std(train, context)
+    here = replace(context, device=torch.device("cpu"))
+    mean, std = mean_and_std(Share(train, here), train.features.width, context)
 
     def standardise(x: torch.Tensor) -> torch.Tensor:
         return (x - mean) / std
@@ -78,19 +94,25 @@ def judged(
     return outcome.figures()
 
 
-def _mean_and_std(train: Labelled, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each feature, [F] float32 on the device, over all ranks; added up in float64."""
-    pieces = Share(train, replace(context, device=torch.device("cpu")))
+def mean_and_std(
+    pieces: Iterable[Piece], width: int, context: Context
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each feature, [F] float32 on the context's device, over all ranks.
 
-    def total(centre: torch.Tensor, power: int) -> torch.Tensor:
-        own = torch.zeros_like(centre)
+    `pieces` are a rank's share, on the CPU, with features last; added up in float64.
+    """
+
+    def total(centre: torch.Tensor, power: int) -> tuple[torch.Tensor, float]:
+        own, count = torch.zeros_like(centre), 0
         for x, _, _ in pieces:
-            own += ((x.double() - centre) ** power).sum(dim=0)
+            own += ((x.reshape(-1, width).double() - centre) ** power).sum(dim=0)
+            count += x[..., 0].numel()
         context.ranks.add_up(own)
-        return own
+        return own, context.ranks.all_reduce_sum([float(count)])[0]
 
-    mean = total(torch.zeros(train.features.width, dtype=torch.float64), 1) / len(train)
-    std = (total(mean, 2) / (len(train) - 1)).sqrt()
+    total_of_all, count = total(torch.zeros(width, dtype=torch.float64), 1)
+    mean = total_of_all / count
+    std = (total(mean, 2)[0] / (count - 1)).sqrt()
     return mean.float().to(context.device), std.float().clamp_min(1e-6).to(context.device)
 
 

@@ -112,6 +112,85 @@ class EvaluationConfig(LabelledConfig):
         if self.memory is not None:
             parse_bytes(self.memory)
 
+    @property
+    def feature_set(self) -> str:
+        """Which features are looked at: a name of milan.evaluation.frozen.FEATURES."""
+        return "pooled"
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """How many bytes of features of a data set are kept on disk; None: all, however many."""
+        return None
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig(EvaluationConfig):
+    """What `milan linear-probe` does."""
+
+    protocol: str = setting("logistic", choices=("logistic", "published", "dinov2"))
+    """logistic: a converged logistic regression on standardised features; published: the class
+    token, normalised, by LARS (MILAN, MAE); dinov2: the best of 13 learning rates, of the last
+    block or 4, with the mean of patches or without."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
+    """Passes; auto: with published 100 (MAE: 90), with dinov2 as many as take 12,500 steps (10 of
+    ImageNet), at most 100."""
+    step_images: int | None = setting(None, unit="images", auto=True, least=1)
+    """Images of a step, over all devices; auto: with published 16384, or a 78th of the images, with
+    dinov2 1024, or a 20th; at least 64."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate of published; auto: 3.2, from a width of 1024 on 1.28 (MILAN's of ViT-B
+    and ViT-L); MAE: 6.4."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range or without effect."""
+        super().check()
+        without_effect = {
+            "logistic": ("epochs", "step_images", "lr"), "published": (), "dinov2": ("lr",)
+        }[self.protocol]  # fmt: skip
+        for name in without_effect:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} with protocol {self.protocol}, which has none",
+                    fix="--protocol published",
+                )
+
+    @property
+    def feature_set(self) -> str:
+        """The last blocks for the grid of DINOv2."""
+        return "blocks" if self.protocol == "dinov2" else "pooled"
+
+
+@dataclass(frozen=True)
+class AttentiveProbeConfig(EvaluationConfig):
+    """What `milan attentive-probe` does."""
+
+    queries: str = setting("class", choices=("class", "one"))
+    """class: a learnt query and a weight vector for each class; one: a single learnt query."""
+    heads: int = setting(4, unit="heads", least=1)
+    """Of the single query, each with a share of the channels."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
+    """Passes; auto: as many as take 12,500 steps, at most 20."""
+    step_images: int = setting(256, unit="images", least=1)
+    """Images of a step, over all devices."""
+    keep: str = "20GB"
+    """Patches kept on disk for each network and set of images, float16; larger ones are computed in
+    every pass."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        parse_bytes(self.keep)
+
+    @property
+    def feature_set(self) -> str:
+        """All patches of the last block."""
+        return "patches"
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """`keep` as a number."""
+        return parse_bytes(self.keep)
+
 
 @dataclass(frozen=True)
 class SupervisedConfig(LabelledConfig):
@@ -274,6 +353,15 @@ PROTOCOLS = {
             help="Fit a linear classifier on frozen features and measure it.",
             run="milan.evaluation.linear_probe:measure",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            settings=LinearProbeConfig,
+        ),
+        Protocol(
+            name="attentive_probe",
+            title="Attentive probe",
+            help="Fit learnt queries and a classifier on frozen patches and measure them.",
+            run="milan.evaluation.attentive_probe:measure",
+            columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            settings=AttentiveProbeConfig,
         ),
         Protocol(
             name="knn",

@@ -76,6 +76,8 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         }
         for protocol in map(get_protocol, [*names, *finetuned])
     }
+    for protocol, metrics in results.items():
+        _check_alike(protocol, metrics)
     runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
     cache = TargetCache(store)
     extraction_speed = _extraction_speed(cache.path)
@@ -101,6 +103,18 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         pictures.append(_draw_chart(protocol, metrics, evaluation / f"{protocol.name}.png"))
     tables = [_protocol_table(protocol, metrics) for protocol, metrics in results.items()]
     return Report(out, [*tables, _cost_table(cache, extraction_speed, runs)], pictures)
+
+
+def _check_alike(protocol: Protocol, metrics: Metrics) -> None:
+    """Raises ConfigError for encoders that were measured in different ways by one command."""
+    usual = getattr(protocol.settings, "protocol", None)
+    ways = {encoder: values.get("protocol", usual) for encoder, values in metrics.items()}
+    if len(set(ways.values())) > 1:
+        raise ConfigError(
+            f"{protocol.command}: " + ", ".join(f"{e} by {way}" for e, way in ways.items()),
+            expected="the same --protocol for all encoders",
+            fix=f"dvc repro, or milan {protocol.command} with one --protocol for all",
+        )
 
 
 def _read(path: Path, *needed: str) -> dict[str, Any]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from milan.evaluation.frozen import Frozen
+from milan.evaluation.frozen import FEATURES, Frozen
 from milan.evaluation.protocols import EvaluationConfig
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
 
 def frozen_teacher(config: EvaluationConfig, device: torch.device) -> Frozen:
-    """The teacher that `config` names: class feature and mean of patch features, [B, 2C].
+    """The teacher that `config` names; features are those of `config.feature_set`.
 
-    Raises TeacherError as load_teacher does.
+    Of its blocks it gives the last alone, so `blocks` is what `pooled` is: class feature and mean
+    of patch features, [B, 2C]. Raises TeacherError as load_teacher does.
     """
     spec = TeacherSpec(config.teacher or DEFAULT_TEACHER, config.pretrained, config.teacher_norm)
     teacher = load_teacher(spec, device=str(device))
+    pooled = config.feature_set != "patches"
+
+    def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        every, _ = teacher.targets(pixels)
+        return every[:, 0], every[:, 1:]
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        tokens, _ = teacher.targets(pixels)
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+        first, patches = tokens(pixels)
+        return torch.cat([first, patches.mean(dim=1)], dim=1) if pooled else patches.half()
 
-    identity = {"teacher": teacher.identity, "features": "class token and mean of patches"}
-    return Frozen(features, teacher.size, f"teacher {teacher.about['name']}", identity)
+    name = f"teacher {teacher.about['name']}"
+    identity = {
+        "teacher": teacher.identity, "features": FEATURES["pooled" if pooled else "patches"]
+    }  # fmt: skip
+    parts = ("class token", "mean of patches") if pooled else ("patches",)
+    return Frozen(features, teacher.size, name, identity, tokens, parts)
