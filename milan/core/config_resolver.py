@@ -245,7 +245,7 @@ def from_call(
     A recipe among them is read from `section`. Raises ConfigError for a config and settings, and
     for an unknown setting.
     """
-    if dataclasses.is_dataclass(first) and issubclass(kind, type(first)):
+    if type(first) in kind.__mro__[1:]:
         first = kind(**vars(first))  # settings that several commands share
     if isinstance(first, kind):
         if settings:
