@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.core.waiting import Stopped
-from milan.errors import DataError
+from milan.errors import ConfigError, DataError
 from milan.evaluation.evaluate import Evaluation
 from milan.evaluation.features import Context, Share
 from milan.evaluation.shuffled import Shuffled
@@ -102,8 +102,25 @@ def train_heads(
 ) -> None:
     """Train all heads in the same passes over the images to fit on, or those that are `wanted`.
 
-    Each minimises its own cross-entropy, so none knows of the others. Raises Stopped.
+    Each minimises its own cross-entropy, so none knows of the others. Raises Stopped, and
+    ConfigError if a step does not fit into the device's memory.
     """
+    try:
+        _train(evaluation, heads, steps, what, wanted)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"the device's memory is full with {steps.images} images a step",
+            fix=f"--step-images {max(1, steps.images // 2)}, or --memory 1GB",
+        ) from None
+
+
+def _train(
+    evaluation: Evaluation,
+    heads: Sequence[Head],
+    steps: Steps,
+    what: str,
+    wanted: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
     context = evaluation.context
     images = Shuffled(
         evaluation.train, context, step_images=steps.images, seed=evaluation.config.seed,

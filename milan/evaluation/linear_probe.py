@@ -49,9 +49,8 @@ def linear_probe(
 def measure(evaluation: Evaluation) -> dict[str, Any]:
     """The protocol: top1, top5 (percent), and with what they were found; all ranks call it."""
     config = evaluation.config
-    assert isinstance(config, LinearProbeConfig)
-    if config.protocol == "logistic":
-        return {"protocol": config.protocol, **_fit_to_convergence(evaluation)}
+    if not isinstance(config, LinearProbeConfig) or config.protocol == "logistic":
+        return {"protocol": "logistic", **_fit_to_convergence(evaluation)}
     fit = fit_published if config.protocol == "published" else fit_dinov2
     module, settings = fit(evaluation)
     val = Share(evaluation.val, evaluation.context)

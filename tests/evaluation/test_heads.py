@@ -293,35 +293,36 @@ class Tiles:
         return (tiles.flatten(1, 2) / 255).half()
 
 
-@pytest.mark.parametrize("queries", ["class", "one"])
-def test_attention_finds_what_is_somewhere(queries: str, tmp_path: Path) -> None:
+def test_attention_finds_what_is_somewhere(tmp_path: Path) -> None:
     """The same figures with patches on disk and computed in every pass; kept ones are read again,
-    and the others take no room."""
-    data, val = (spots(tmp_path / n, count=c, seed=c) for n, c in (("a", 150), ("b", 60)))
-    got, seen = {}, {}
-    for keep in ("1MB", "1B"):
-        network, notes = Tiles(), Notes()
-        got[keep] = evaluate(
-            PROTOCOLS["attentive_probe"], frozen=network.frozen, data=str(data), val_data=str(val),
-            features=str(tmp_path / keep), crop_share=1.0, progress=notes, keep=keep,
-            queries=queries, heads=3, epochs=4, step_images=16,
+    by the other kind of queries too, and those that are not kept take no room."""
+    data, val = (spots(tmp_path / n, count=c, seed=c) for n, c in (("a", 90), ("b", 30)))
+    shared = {"data": str(data), "val_data": str(val), "crop_share": 1.0, "epochs": 6}
+    shared |= {"step_images": 16}
+
+    def measured(keep: str, **more: Any) -> tuple[dict[str, Any], int]:
+        network, folder = Tiles(), str(tmp_path / keep)
+        got = evaluate(
+            "attentive_probe", frozen=network.frozen, features=folder, keep=keep, progress=notes,
+            **shared, **more,
         )  # fmt: skip
-        got[keep].pop("seconds")
-        seen[keep] = network.seen
-        assert any("computed in every pass" in line for line in notes.lines) == (keep == "1B")
-    assert got["1B"] == got["1MB"]
-    assert got["1MB"]["top1"] > 85
-    assert got["1MB"]["features"] == 3
-    assert seen["1MB"] == 150 + 60 + 2  # and a blank image for each set, for its shape
-    assert seen["1B"] > 4 * 150
-    sizes = [sum(f.stat().st_size for f in (tmp_path / k).rglob("*.safetensors")) for k in got]
-    assert sizes[1] < sizes[0] / 2
-    network = Tiles()
-    evaluate(
-        "attentive_probe", frozen=network.frozen, data=str(data), val_data=str(val), epochs=1,
-        features=str(tmp_path / "1MB"), crop_share=1.0,
-    )  # fmt: skip
-    assert network.seen == 2
+        return {key: value for key, value in got.items() if key != "seconds"}, network.seen
+
+    notes = Notes()
+    on_disk, seen = measured("1MB")
+    assert seen == 90 + 30 + 2  # and a blank image for each set, for its shape
+    assert on_disk["top1"] > 85
+    assert on_disk["features"] == 3
+    assert not any("computed in every pass" in line for line in notes.lines)
+    live, seen = measured("1B")
+    assert any("computed in every pass" in line for line in notes.lines)
+    assert live == on_disk
+    assert seen > 6 * 90
+    sizes = [sum(f.stat().st_size for f in (tmp_path / k).rglob("*.sa*")) for k in ("1B", "1MB")]
+    assert sizes[0] < sizes[1] / 2
+    one, seen = measured("1MB", queries="one", heads=3)
+    assert one["top1"] > 85
+    assert seen == 2
 
 
 def test_the_attentive_probe_as_a_command(
@@ -410,6 +411,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that divide nothing": ({"queries": "one", "heads": 2}, "heads 2 for patches of 3 chann"),
     "a size that is none": ({"keep": "much"}, "'much' is not a size"),
     "an unknown kind": ({"queries": "two"}, "queries 'two'"),
+    "label sets that differ": ({"val_data": "other"}, "classes of --val-data are not in --data"),
+    "an empty split": ({"val_data": "other", "val_split": "test"}, "test"),
+    "one class": ({"data": "a/r"}, "without a label"),
 }
 
 
@@ -417,8 +421,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_the_attentive_probe_refuses(case: str, tmp_path: Path) -> None:
     """In one line that says what would do."""
     settings, found = REFUSED[case]
-    data = spots(tmp_path / "a", count=9, seed=1)
-    given = {"frozen": Tiles().frozen, "features": "none", "data": str(data), **settings}
+    spots(tmp_path / "a", count=9, seed=1)
+    spots(tmp_path / "other", count=3, seed=2)
+    (tmp_path / "other/r").rename(tmp_path / "other/red")
+    given = {"frozen": Tiles().frozen, "features": "none", "data": "a", **settings}
+    given |= {k: str(tmp_path / given[k]) for k in ("data", "val_data") if k in given}
     with pytest.raises(MilanError, match=found) as refused:
         evaluate("attentive_probe", **given)
     assert "\n" not in str(refused.value)
