@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from milan.errors import MilanError
     from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
-    from milan.evaluation.protocols import EvaluationConfig, FinetuneConfig
+    from milan.evaluation.protocols import DetectConfig, EvaluationConfig, FinetuneConfig
     from milan.models.classifier import load_classifier
+    from milan.models.detector import find_boxes, load_detector
     from milan.models.export import load_encoder
     from milan.models.published import load_published
     from milan.reporting.contact_sheet import contact_sheet
     from milan.store.cache import TargetCache
+    from milan.training.detect import detect
     from milan.training.finetune import finetune
     from milan.training.pretrain import pretrain
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CachedDataset": "milan.data.dataset",
+    "DetectConfig": "milan.evaluation.protocols",
     "EvaluationConfig": "milan.evaluation.protocols",
     "ExtractConfig": "pipeline.config",
     "FinetuneConfig": "milan.evaluation.protocols",
@@ -42,11 +45,14 @@ _HOME = {
     "PretrainConfig": "milan.config",
     "TargetCache": "milan.store.cache",
     "contact_sheet": "milan.reporting.contact_sheet",
+    "detect": "milan.training.detect",
     "evaluate": "milan.evaluation.evaluate",
     "extract_targets": "pipeline.extract",
+    "find_boxes": "milan.models.detector",
     "finetune": "milan.training.finetune",
     "linear_probe": "milan.evaluation.linear_probe",
     "load_classifier": "milan.models.classifier",
+    "load_detector": "milan.models.detector",
     "load_encoder": "milan.models.export",
     "load_published": "milan.models.published",
     "open_cache": "milan.data.dataset",
@@ -60,6 +66,7 @@ _SHOW_PROGRESS = (
     "linear_probe",
     "evaluate",
     "finetune",
+    "detect",
     "verify",
     "repair",
 )
@@ -83,6 +90,10 @@ __all__ = [
     "finetune",
     "FinetuneConfig",
     "load_classifier",
+    "detect",
+    "DetectConfig",
+    "load_detector",
+    "find_boxes",
     "NoProgress",
     "MilanError",
     "__version__",

@@ -80,6 +80,75 @@ def make_photos(folder: Path, *, count: int = 24, classes: int = 3, seed: int = 
     return folder
 
 
+SHAPES = ("square", "disc", "triangle")
+
+
+def draw_scenes(
+    folder: Path,
+    *,
+    count: int = 12,
+    seed: int = 0,
+    size: tuple[int, int] = (96, 128),
+    masks: bool = True,
+) -> Path:
+    """`folder` with images of (height, width) `size`, and annotations.json as COCO has it.
+
+    On each are one to three shapes that do not touch, each class in a colour of its own. Masks are
+    polygons, those of discs run lengths.
+    """
+    from PIL import ImageDraw
+
+    generator, (height, width) = np.random.default_rng(seed), size
+    colours = {"square": (230, 40, 40), "disc": (40, 200, 60), "triangle": (50, 60, 230)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise = generator.integers(110, 146, (height, width, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise)
+        pen = ImageDraw.Draw(picture)
+        for part in range(int(generator.integers(1, 4))):
+            edge = int(generator.integers(16, 30))
+            left = part * width // 3 + int(generator.integers(2, width // 3 - edge))
+            top = int(generator.integers(2, height - edge - 2))
+            right, bottom = left + edge, top + edge
+            kind = int(generator.integers(3))
+            name = SHAPES[kind]
+            corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+            if name == "triangle":
+                corners = [(left, bottom), (right, bottom), (left + edge // 2, top)]
+            if name == "disc":
+                pen.ellipse((left, top, right - 1, bottom - 1), fill=colours[name])
+            else:
+                pen.polygon([(x - (x > left), y - (y > top)) for x, y in corners], colours[name])
+            entry: dict[str, Any] = {
+                "id": len(annotations) + 1, "image_id": i + 1, "category_id": kind + 3,
+                "bbox": [left, top, edge, edge], "area": edge * edge, "iscrowd": 0,
+            }  # fmt: skip
+            if masks and name == "disc":
+                green = np.asarray(picture)[..., 1] == 200
+                green &= np.asarray(picture)[..., 0] == 40
+                inside = np.zeros_like(green)
+                inside[top:bottom, left:right] = green[top:bottom, left:right]
+                flat = np.concatenate([[0], inside.T.reshape(-1), [0]])
+                ends = np.flatnonzero(np.diff(flat))
+                runs = np.diff([0, *ends, height * width]).tolist()
+                entry["segmentation"] = {"size": [height, width], "counts": runs}
+            elif masks:
+                entry["segmentation"] = [[float(x) for corner in corners for x in corner]]
+            annotations.append(entry)
+        picture.save(folder / f"scene {i:02d}.png")
+        images.append(
+            {"id": i + 1, "file_name": f"scene {i:02d}.png", "height": height, "width": width}
+        )
+    content = {
+        "images": images, "annotations": annotations,
+        "categories": [{"id": k + 3, "name": name} for k, name in enumerate(SHAPES)],
+    }  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
 def tree(root: Path) -> dict[str, bytes]:
     """The files of a store that must not vary between runs: arrays, records, manifest, index."""
     return {

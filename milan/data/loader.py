@@ -181,12 +181,17 @@ class SharedBatch:
         finally:
             os.close(file)
         tensors: Any = (
-            None if part is None else torch.frombuffer(
-                memory, dtype=part[0], count=part[1].numel(), offset=part[2]
-            ).view(part[1])
-            for part in self.parts
-        )  # fmt: skip
+            None if part is None else self._tensor(memory, *part) for part in self.parts
+        )
         return self.kind(*tensors)
+
+    def _tensor(
+        self, memory: mmap.mmap, dtype: torch.dtype, shape: torch.Size, first: int
+    ) -> torch.Tensor:
+        if not shape.numel():  # of images without a box: frombuffer refuses nothing
+            return torch.empty(shape, dtype=dtype)
+        count = shape.numel()
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
 
     def pin_memory(self) -> Any:
         """Called by DataLoader where there is a GPU."""

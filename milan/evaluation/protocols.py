@@ -290,6 +290,61 @@ class FinetuneConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
+class DetectConfig(SupervisedConfig):
+    """What `milan detect` does; defaults are ViTDet's for ViT-B (arXiv 2203.16527)."""
+
+    section = "detect"
+
+    data: str = setting("coco", identity=False)
+    """Images with COCO's JSON in the folder or in its annotations/, or the JSON."""
+    annotations: str | None = setting(None, identity=False)
+    """COCO's JSON of the images to train on, if not in the folder of --data."""
+    val_data: str | None = setting(None, identity=False)
+    """Images to measure on, with their JSON; default: the validation images of --data, else a
+    fifth by seed."""
+    val_annotations: str | None = setting(None, identity=False)
+    """Their JSON, if it is elsewhere."""
+    masks: str = setting("auto", choices=("auto", "none"))
+    """Masks too, if the annotations have them (auto), or boxes alone (none)."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Edge of the square that images are scaled and padded to; auto: 1024. Positions are
+    resampled."""
+    warmup_epochs: float | None = setting(0.14, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: a twentieth of the epochs. As published 250 of 184,375 steps."""
+    batch_size: int = setting(64, unit="images", least=1)
+    """Images of a step, over all devices."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: by the batch size, 1e-4 for 64 images."""
+    schedule: str = setting("steps", choices=("steps", "cosine"))
+    """Learning rate: a tenth after 89 % and a hundredth after 96 % of the run (steps), or half a
+    cosine."""
+    layer_decay: float = setting(0.7, unit="times", above=0, most=1)
+    """Learning rate of a block, as a share of the next one's."""
+    weight_decay: float = setting(0.1, unit="times lr", least=0)
+    """AdamW's; none for biases, norms and positions."""
+    scale: tuple[float, float] = setting((0.1, 2.0), unit="times", above=0)
+    """Training images are scaled by a factor in this range; what is larger is cropped."""
+    window: int = setting(14, unit="patches", least=0)
+    """Edge of the windows that all but four blocks attend in; 0: every block sees the image."""
+    width: int = setting(256, unit="channels", least=8)
+    """Of the feature pyramid and the heads."""
+    anchor_scale: float = setting(8.0, unit="strides", above=0)
+    """Edge of the anchors on each level of the pyramid (strides 4 to 64): 8 is 32 to 512 pixels."""
+    proposals: int = setting(1000, unit="regions", least=1)
+    """What the box head looks at in an image, at most."""
+    samples: int = setting(512, unit="regions", least=1)
+    """What it learns from in an image."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller factor first"
+            )
+
+
+@dataclass(frozen=True)
 class Column:
     """One figure of a protocol's row in the report."""
 
@@ -377,6 +432,18 @@ PROTOCOLS = {
             run="milan.training.finetune:finetune",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
             settings=FinetuneConfig,
+        ),
+        Protocol(
+            name="detect",
+            title="Detection",
+            help="Train Mask R-CNN on an encoder, from COCO's JSON, and measure it.",
+            run="milan.training.detect:detect",
+            columns=(
+                Column("box_ap", "box AP %"),
+                Column("box_ap50", "box AP50 %"),
+                Column("mask_ap", "mask AP %"),
+            ),
+            settings=DetectConfig,
         ),
     )
 }

@@ -243,6 +243,14 @@ def _font() -> Any:
 
 
 @lru_cache
+def label_font() -> Any:
+    """The font of names within a panel."""
+    from PIL import ImageFont
+
+    return ImageFont.truetype(_font_file(), 10)
+
+
+@lru_cache
 def _letters() -> frozenset[int]:
     """The characters that the font can draw."""
     from matplotlib.ft2font import FT2Font
@@ -250,7 +258,7 @@ def _letters() -> frozenset[int]:
     return frozenset(FT2Font(str(_font_file())).get_charmap())
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text as it can be drawn: what is no character, would break the line, or is not in the font
     (Chinese, Japanese, Korean), as its escape: a name can still be told and found by it.
     """
@@ -259,7 +267,7 @@ def _printable(text: str) -> str:
 
 def _cut(text: str, width: int) -> str:
     """Text of at most `width` pixels. The middle is left out: names differ at their ends."""
-    whole = text = _printable(text)
+    whole = text = printable(text)
     half = len(whole) // 2
     while half > 4 and _font().getlength(text) > width:
         half -= 1

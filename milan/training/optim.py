@@ -110,6 +110,8 @@ class Schedule:
     """What a loss that is not finite does: stop the run, or skip its step."""
     clip_grad: float | None = None
     """The largest norm of a step's gradients; None: no clipping."""
+    drops: tuple[float, ...] = ()
+    """Shares of the run after each of which the rate is a tenth; empty: half a cosine."""
 
     @property
     def steps(self) -> int:
@@ -123,8 +125,11 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
+        epoch = self.epoch(step)
+        if self.drops and epoch >= self.warmup_epochs:
+            return self.lr * 0.1 ** sum(epoch >= share * self.epochs for share in self.drops)
         return learning_rate(
-            self.epoch(step),
+            epoch,
             peak=self.lr,
             warmup=self.warmup_epochs,
             epochs=self.epochs,

@@ -181,6 +181,11 @@ class Supervised(ABC):
         """Micro-batches are a multiple of it."""
         return 1
 
+    @property
+    def drops(self) -> tuple[float, ...]:
+        """Shares of the run after each of which the learning rate is a tenth; none: a cosine."""
+        return ()
+
     def weights(self) -> Weights:
         """Weights, model and normalisation that the run starts from. Raises ConfigError."""
         return initial_weights(self.config)

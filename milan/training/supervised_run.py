@@ -194,7 +194,7 @@ class _Trainer:
         if config.ema is not None:
             self.optimiser.register_step_post_hook(lambda *_: task.update_average())
         self.order = _shuffled(data.train_count, batch_size=config.batch_size, seed=config.seed)
-        self.source = work.source(plan, data)
+        self.source, self.drops = work.source(plan, data), work.drops
 
     def fit(self, resume_from: int | None) -> dict[str, Any]:
         """Train to the end, or until asked to stop; figures as milan.training.loop.fit has them."""
@@ -204,7 +204,7 @@ class _Trainer:
             accumulate=config.batch_size // ranks.size // micro, lr=self.plan.lr,
             warmup_epochs=self.plan.warmup_epochs, min_lr=config.min_lr,
             precision=self.plan.precision, save_every=None, save_minutes=None, keep=2,
-            log_every=config.log_every, clip_grad=config.clip_grad,
+            log_every=config.log_every, clip_grad=config.clip_grad, drops=self.drops,
         )  # fmt: skip
 
         def batches_from(step: int) -> Any:
