@@ -104,8 +104,7 @@ def draw_scenes(
     annotations: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        noise = generator.integers(110, 146, (height, width, 3), dtype=np.uint8)
-        picture = Image.fromarray(noise)
+        picture = Image.new("RGB", (width, height), (128, 128, 128))
         pen = ImageDraw.Draw(picture)
         for part in range(int(generator.integers(1, 4))):
             edge = int(generator.integers(16, 30))

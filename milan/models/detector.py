@@ -206,13 +206,13 @@ class Detector(FasterRCNN):
             rpn_head=RPNHead(width, anchors.num_anchors_per_location()[0], conv_depth=2),
             rpn_pre_nms_top_n_train=2 * spec.proposals, rpn_pre_nms_top_n_test=spec.proposals,
             rpn_post_nms_top_n_train=spec.proposals, rpn_post_nms_top_n_test=spec.proposals,
-            box_roi_pool=MultiScaleRoIAlign(list(_LEVELS), output_size=7, sampling_ratio=2),
+            box_roi_pool=_pool(7, spec.size),
             box_head=box_head, box_predictor=FastRCNNPredictor(4 * width, classes),
             box_batch_size_per_image=samples,
         )  # fmt: skip
         if spec.masks:  # as MaskRCNN adds them to a FasterRCNN
             heads: Any = self.roi_heads
-            heads.mask_roi_pool = MultiScaleRoIAlign(list(_LEVELS), 14, sampling_ratio=2)
+            heads.mask_roi_pool = _pool(14, spec.size)
             heads.mask_head = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d)
             heads.mask_predictor = MaskRCNNPredictor(width, width, classes)
         self.transform = Canvas(
@@ -255,6 +255,22 @@ class Detector(FasterRCNN):
         proposals, _ = self.rpn(listed, maps)
         found, _ = heads(maps, proposals, listed.image_sizes)
         return self.transform.postprocess(found, listed.image_sizes, shapes), losses
+
+
+def _pool(edge: int, size: int) -> MultiScaleRoIAlign:
+    """torchvision's pooling of regions to `edge` x `edge`, that knows the strides of the maps.
+
+    It guesses them at its first call, from maps of the whole canvas and the sizes of the images on
+    it: of small images it would take other strides, and keep them.
+    """
+    pool = MultiScaleRoIAlign(list(_LEVELS), output_size=edge, sampling_ratio=2)
+    with torch.device("cpu"):
+        maps = {
+            name: torch.zeros(1, 1, size // stride, size // stride)
+            for name, stride in zip(_LEVELS, STRIDES, strict=True)
+        }
+        pool(maps, [torch.zeros(1, 4)], [(size, size)])
+    return pool
 
 
 def detector_encoder(spec: DetectorSpec, *, drop_path: float = 0.0) -> Any:

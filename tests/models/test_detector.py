@@ -36,6 +36,9 @@ def test_the_pyramid_has_its_strides(patch: int) -> None:
         maps = detector.backbone(torch.randn(1, 3, 64, 64))
     assert [64 / maps[str(level)].shape[-1] for level in range(4)] == list(STRIDES)
     assert maps["pool"].shape[-1] == 1
+    heads: Any = detector.roi_heads
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool):  # whatever images come first
+        assert pool.scales == [1 / stride for stride in STRIDES]
     assert {m.shape[1] for m in maps.values()} == {8}
 
 

@@ -29,9 +29,9 @@ from milan.training.detect_data import BoxImages
 
 VIT = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 SMALL: dict[str, Any] = {
-    "model": "vit_tiny_patch16_224", "model_args": VIT, "size": 128, "epochs": 2, "batch_size": 4,
+    "model": "vit_tiny_patch16_224", "model_args": VIT, "size": 64, "epochs": 2, "batch_size": 4,
     "num_workers": 0, "report_to": "none", "log_every": 1, "width": 16, "proposals": 40,
-    "samples": 32, "anchor_scale": 4.0, "window": 6, "lr": 1e-3, "drop_path": 0.2,
+    "samples": 32, "anchor_scale": 2.0, "window": 5, "lr": 1e-3, "drop_path": 0.2,
 }  # fmt: skip
 """3 steps an epoch."""
 
@@ -66,10 +66,8 @@ def test_boxes_and_masks_follow_the_pixels(data: dict[str, str]) -> None:
             whole += size == [96, 128]
             assert not pixels[size[0] :].any()
             assert not pixels[:, size[1] :].any()
-            for box, label, mask in zip(
-                target["boxes"].numpy(), target["labels"].tolist(), target["masks"].numpy(),
-                strict=True,
-            ):  # fmt: skip
+            parts = (target[name].numpy() for name in ("boxes", "labels", "masks"))
+            for box, label, mask in zip(*parts, strict=True):
                 left, top, right, bottom = box.round().astype(int)
                 part = pixels[top:bottom, left:right].astype(int)
                 if min(part.shape[:2]) < 8:
@@ -101,16 +99,13 @@ def test_a_crowd_is_not_learnt_from(tmp_path: Path) -> None:
 # --- promises -------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_leaves_a_detector(data: dict[str, str], tmp_path: Path) -> None:
-    """The loss goes down; the detector says of the images what the metrics say."""
-    figures = run(
-        data, tmp_path, epochs=16, lr=4e-3, layer_decay=1.0, scale=(0.9, 1.1), drop_path=0.0
-    )
+def test_it_leaves_a_detector(data: dict[str, str], tmp_path: Path) -> None:
+    """The loss goes down; tables, a sheet; the detector finds the same by each of its two calls."""
+    figures = run(data, tmp_path, epochs=4, lr=4e-3, layer_decay=1.0, scale=(0.9, 1.1))
     losses = [line["loss"] for line in log_of(tmp_path / "a")]
-    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     parts = {name for name in log_of(tmp_path / "a")[-1] if name.startswith("val_loss_")}
     assert len(parts) == 5
-    assert figures["box_ap50"] > 3
     low, high = figures["box_ap_interval"]
     assert low <= figures["box_ap"] <= high
     assert figures["mask_ap"] is not None
@@ -119,27 +114,43 @@ def test_it_learns_and_leaves_a_detector(data: dict[str, str], tmp_path: Path) -
     assert table[0] == "class,boxes,box_ap,mask_ap"
     assert sum(int(line.split(",")[1]) for line in table[1:]) == figures["val_boxes"]
     assert (tmp_path / "a/confusion.csv").read_text().startswith("is,taken for,boxes\n")
-
     detector = load_detector(tmp_path / "a")
     assert detector.class_names == ["square", "disc", "triangle"]
-    _, val = open_boxes(DetectConfig(**data), NoProgress())
-    images = [Image.open(val.root / name).convert("RGB") for name in val.names]
-    metric = AveragePrecision(val)
-    for position, found in enumerate(find_boxes(detector, images)):
-        assert found["masks"].shape[1:] == (96, 128)
+    detector.roi_heads.score_thresh = 0.0
+    image = Image.open(Path(data["val_data"]) / "scene 00.png").convert("RGB")
+    (found,) = find_boxes(detector, [image], score=0.0)
+    assert found["masks"].shape[1:] == (96, 128)
+    with torch.no_grad():
+        (same,) = detector([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255])
+    assert len(found["boxes"]) > 10
+    # Pillow rounds the pixels that it scales, so the order of equal scores may differ.
+    assert abs(found["scores"][:5] - same["scores"][:5].numpy()).max() < 0.01
+    middle = found["boxes"][0, :2] - same["boxes"][:3, :2].numpy()
+    assert abs(middle).max(axis=1).min() < 2
+
+
+@pytest.mark.soak
+def test_it_learns_shapes(data: dict[str, str], tmp_path: Path) -> None:
+    """It finds what it was trained on, and names it right; metrics are those of its detections."""
+    images = data | {"val_data": data["data"], "val_annotations": data["data"] + "/copy.json"}
+    (Path(data["data"]) / "copy.json").write_bytes(
+        (Path(data["data"]) / "annotations.json").read_bytes()
+    )
+    figures = run(
+        images | {"annotations": data["data"] + "/annotations.json"}, tmp_path, epochs=120,
+        lr=3e-3, layer_decay=1.0, scale=(0.9, 1.1), drop_path=0.0, schedule="cosine",
+    )  # fmt: skip
+    assert figures["box_ap50"] > 60
+    assert figures["mask_ap50"] > 50
+    detector, metric = load_detector(tmp_path / "a"), None
+    boxes = read_coco(Path(images["val_annotations"]), Path(data["data"]), NoProgress())
+    metric = AveragePrecision(boxes)
+    pictures = [Image.open(boxes.root / name).convert("RGB") for name in boxes.names]
+    for position, found in enumerate(find_boxes(detector, pictures)):
         tensors = {name: torch.from_numpy(value) for name, value in found.items()}
         metric.add(position, tensors | {"masks": tensors["masks"][:, None].float()})
-    again = metric.figures()
     for name in ("box_ap", "box_ap50", "mask_ap"):
-        assert again[name] == pytest.approx(figures[name], abs=0.5)
-    pixels = torch.from_numpy(np.asarray(images[0]).copy()).permute(2, 0, 1) / 255
-    with torch.no_grad():
-        (one,) = detector([pixels])
-    assert torch.allclose(one["boxes"], metric_boxes(metric, 0), atol=0.5)
-
-
-def metric_boxes(metric: AveragePrecision, image: int) -> torch.Tensor:
-    return torch.from_numpy(metric.found_on(image)["boxes"])
+        assert metric.figures()[name] == pytest.approx(figures[name], abs=0.5)
 
 
 def test_resumed_it_is_the_same_run(data: dict[str, str], tmp_path: Path) -> None:
@@ -149,18 +160,13 @@ def test_resumed_it_is_the_same_run(data: dict[str, str], tmp_path: Path) -> Non
     half = run(data, tmp_path, "half", stop=stop, progress=At(4, lambda: stop.request(15)))
     assert half == {"stopped_by": "SIGTERM"}
     notes = Notes()
-    figures = run(data, tmp_path, "half", progress=notes)
+    run(data, tmp_path, "half", progress=notes)
     assert "resuming: " in str(notes.lines)
     whole, parts = (load_file(tmp_path / name / DETECTOR) for name in ("whole", "half"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     lines = [log_of(tmp_path / name)[-1] for name in ("whole", "half")]
     for name in ("loss", "val_loss", "val_box_ap"):
         assert lines[0][name] == lines[1][name]
-    # Killed before its metrics: measured again, not trained.
-    (tmp_path / "half/metrics.json").unlink()
-    again = run(data, tmp_path, "half")
-    kept = ("box_ap", "box_ap50", "box_ap_interval", "mask_ap", "val_boxes")
-    assert {k: again[k] for k in kept} == {k: figures[k] for k in kept}
 
 
 @pytest.mark.soak
@@ -237,7 +243,7 @@ def test_an_encoder_of_a_run(
     data: dict[str, str], tmp_path: Path, finished_run: Callable[..., Path]
 ) -> None:
     """Its weights are where training starts; a run of another encoder is refused beside it."""
-    settings = SMALL | data | {"epochs": 1, "out": str(tmp_path / "a.json")}
+    settings = SMALL | data | {"epochs": 1, "masks": "none", "out": str(tmp_path / "a.json")}
     figures = detect(str(finished_run()), **settings | {"lr": 1e-9})
     assert figures["finished"]
     encoder, found = milan.load_encoder(finished_run()), load_detector(tmp_path / "a")
@@ -258,7 +264,7 @@ def test_images_that_are_not_as_annotated(data: dict[str, str], tmp_path: Path) 
     victim = folder / "scene 03.png"
     victim.write_bytes(victim.read_bytes()[:300])
     notes = Notes()
-    figures = run(data | {"data": str(folder)}, tmp_path, epochs=1, progress=notes)
+    figures = run(data | {"data": str(folder)}, tmp_path, epochs=1, masks="none", progress=notes)
     assert figures["rejected_images"] == 1
     assert "the first is scene 03.png" in str(notes.lines)
     Image.new("RGB", (96, 128)).save(victim)
