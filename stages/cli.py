@@ -58,7 +58,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_PROBE = "{} --checkpoint runs/pretrain --data imagenet --val-data imagenet/val"
 for _command, _help, _example in (
     (plan.plan, "Estimate the cost of an extraction.", "plan --data imagenet --budget 2TB"),
     (
@@ -71,7 +70,10 @@ for _command, _help, _example in (
         "Train a student from a store.",
         "pretrain --cache targets.zarr --epochs 100 --set model.drop_path_rate=0.1",
     ),
-    *((evaluation_command(p), p.help, _PROBE.format(p.command)) for p in PROTOCOLS.values()),
+    *(
+        (evaluation_command(p), p.help, f"{p.command} --checkpoint runs/pretrain {p.data_example}")
+        for p in PROTOCOLS.values()
+    ),
     (artifacts.inspect, "Describe a store.", "inspect targets.zarr"),
     (artifacts.verify, "Check a store.", "verify targets.zarr --deep --audit 100"),
     (artifacts.repair, "Rewrite the damaged shards of a store.", "repair targets.zarr"),

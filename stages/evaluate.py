@@ -16,7 +16,17 @@ from stages.options import settings_command
 
 _SHARED = {
     "Encoder": ("checkpoint", "baseline", "like", "model", "teacher", "pretrained", "teacher_norm"),
-    "Data": ("data", "split", "val_data", "val_split", "data_root", "crop_share", "limit"),
+    "Data": (
+        "data",
+        "annotations",
+        "split",
+        "val_data",
+        "val_annotations",
+        "val_split",
+        "data_root",
+        "crop_share",
+        "limit",
+    ),
     "Machine": ("features", "batch_size", "num_workers", "device", "devices", "memory"),
 }
 

@@ -374,6 +374,8 @@ class Protocol:
     settings: type[LabelledConfig] = EvaluationConfig
     """A dataclass that adds settings of its own to EvaluationConfig, or to LabelledConfig if it
     needs no features: they become flags too."""
+    data_example: str = "--data imagenet --val-data imagenet/val"
+    """Of the command's help."""
 
     @property
     def command(self) -> str:
@@ -444,6 +446,7 @@ PROTOCOLS = {
                 Column("mask_ap", "mask AP %"),
             ),
             settings=DetectConfig,
+            data_example="--data coco",
         ),
     )
 }

@@ -105,6 +105,7 @@ class Detect(Supervised):
     most = (8, 2)
     compiles = False  # regions are of another number in each image
     default_size = 1024
+    places = ("annotations", "val_annotations")
 
     @property
     def drops(self) -> tuple[float, ...]:
