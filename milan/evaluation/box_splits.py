@@ -25,7 +25,10 @@ def open_boxes(config: DetectConfig, progress: Progress) -> tuple[BoxSet, BoxSet
     there, are not COCO's, or cannot be learnt from.
     """
     check_dense()
-    source = resolve_data(config.data, config.data_root)
+    if config.annotations and config.data == DetectConfig.data:  # they alone were given
+        source = as_path(config.annotations).parent
+    else:
+        source = resolve_data(config.data, config.data_root)
     wanted = WantedSplit(config.split)
     file = _annotation_file(source, config.annotations, wanted)
     whole = read_coco(file, source, progress, with_masks=config.masks == "auto")

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from milan.core.paths import AnyPath, as_data_error, as_path, read_file, size_of, sizes_below
+from milan.core.paths import (
+    AnyPath,
+    as_data_error,
+    check_unicode,
+    read_file,
+    size_of,
+    sizes_below,
+)
 from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
 
@@ -130,6 +137,8 @@ class _Reader:
         root = self._root(names)
         numbers = {entry["id"]: n for n, entry in enumerate(content["categories"])}
         classes = tuple(str(entry["name"]) for entry in content["categories"])
+        for name in classes:
+            check_unicode(name, "the category", fix="another name in the JSON")
         if twice := [name for name, count in Counter(classes).items() if count > 1]:
             raise DataError(
                 f"{self.file} has {len(twice)} category names twice, the first is {twice[0]!r}",
@@ -161,7 +170,7 @@ class _Reader:
         return BoxSet(
             root, self.file, names, shapes, np.cumsum([0, *counts.tolist()]), boxes[kept],
             np.array([numbers[entry["category_id"]] for entry in chosen], np.int64),
-            np.array([float(entry.get("area") or 0) for entry in chosen]), crowd,
+            np.array([_number(entry.get("area")) for entry in chosen]), crowd,
             self._masks(chosen, crowd, shapes[positions[kept]]) if with_masks else None, classes,
         )  # fmt: skip
 
@@ -197,7 +206,12 @@ class _Reader:
 
     def _root(self, names: tuple[str, ...]) -> AnyPath:
         """The folder of the images. Raises DataError if one is nowhere."""
-        odd = [n for n in names if as_path(n).is_absolute() or ".." in n.split("/") or not n]
+        for name in names:
+            check_unicode(name, "the file name", fix="another name in the JSON")
+        odd = [
+            name for name in names
+            if name[:1] in ("", "/") or ".." in name.split("/") or "://" in name or "\0" in name
+        ]  # fmt: skip
         if odd:
             raise DataError(
                 f"{self.file} names the image {odd[0]!r}",
@@ -205,12 +219,9 @@ class _Reader:
             )
         folder = self.source.parent if self.source.is_file() else self.source
         stem = self.file.name.removesuffix(".json").removeprefix("instances_")
+        above = self.file.parent.parent  # annotations/ lies beside the images
         places = [self.file.parent, folder, folder / stem, folder / "images"]
-        places += [
-            folder / "images" / stem,
-            self.file.parent / stem,
-            self.file.parent.parent / stem,
-        ]
+        places += [folder / "images" / stem, self.file.parent / stem, above / stem]
         root = next((p for p in places if size_of(p / names[0]) is not None), None)
         if root is None:
             looked = ", ".join(dict.fromkeys(map(str, places)))
@@ -249,7 +260,7 @@ class _Reader:
         limits = np.concatenate([shapes[:, ::-1], shapes[:, ::-1]], axis=1)
         inside = np.clip(edges, 0, limits)
         beyond = (np.abs(edges - inside) > _EDGE).any(axis=1)
-        if beyond.sum() * 4 > len(found) or (len(found) and (edges <= 1).all()):
+        if beyond.sum() > max(4, len(found) / 4) or (len(found) and (edges <= 1).all()):
             first = entries[int(beyond.argmax())]
             what = "reach out of their images" if beyond.any() else "are smaller than a pixel"
             raise DataError(
@@ -318,3 +329,8 @@ class _Reader:
             expected="polygons of corners, or run lengths as large as the image",
             fix="--masks none, to detect boxes alone",
         )
+
+
+def _number(value: Any) -> float:
+    """A number of the JSON; 0 for anything else."""
+    return float(value) if isinstance(value, int | float) else 0.0

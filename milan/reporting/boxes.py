@@ -28,11 +28,13 @@ def draw_boxes(
     scores: np.ndarray | None = None,
     masks: np.ndarray | None = None,
     edge: int = _EDGE,
+    named: bool = True,
 ) -> np.ndarray:
     """A panel [edge, edge, 3] uint8: the image with boxes, names and scores.
 
     `image` [H, W, 3] uint8; `boxes` [n, 4] left, top, right, bottom in its pixels; `labels` [n] are
     numbers of `names`; `masks` [n, H, W]. Its longer side becomes the panel's edge.
+    Names are left out unless `named`.
     """
     factor = edge / max(image.shape[:2])
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
@@ -48,6 +50,8 @@ def draw_boxes(
         colour = tuple(colours[n].tolist())
         left, top, right, bottom = (boxes[n] * factor).tolist()
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+        if not named:
+            continue
         text = printable(names[labels[n]]) + ("" if scores is None else f" {scores[n]:.2f}")
         wide, high = pen.textlength(text, label_font()) + 4, 13
         at = min(left, max(0, width - wide)), top - high if top >= high else top

@@ -114,6 +114,9 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (put("annotations", bbox=[1, 2, 3]), r"annotation 2 of .* has the box \[1, 2, 3\]"),
     (put("annotations", bbox=[1, 2, 3, None]), "expected: four numbers"),
     (put("images", file_name="gone.png"), "1 of 12 images of .* are not in .*, the first is 'gone"),
+    (put("images", file_name="a\0b"), "names the image 'a"),
+    (put("images", file_name="\ud800"), "is not UTF-8"),
+    (put("categories", name="\ud800"), "is not UTF-8"),
     (put("images", file_name="../x.png"), r"names the image '\.\./x\.png'"),
     (put("images", id=1), "has images of the same id"),
     (put("categories", name="square"), "category names twice, the first is 'square'"),
@@ -173,6 +176,8 @@ def test_layouts(layout: str, tmp_path: Path, scenes: Path) -> None:
     if layout == "bccd":  # a split's own folder: its JSON lies beside it
         train, val = open_boxes(DetectConfig(data=str(data / "train")), NoProgress())
         assert (len(train), len(val)) == (12, 5)
+    alone = DetectConfig(annotations=str(data / annotations.format(names[0])))
+    assert len(open_boxes(alone, NoProgress())[0]) in (12, 10)
     named = DetectConfig(
         data=str(data), annotations=annotations.format(names[0]),
         val_annotations=str(data / annotations.format(names[1])), limit=3,
