@@ -48,12 +48,6 @@ def open_boxes(config: DetectConfig, progress: Progress) -> tuple[BoxSet, BoxSet
         train, val = whole.take(rows), whole.take(val_rows)
         progress.note(f"validated on a fifth of {file}: {len(val):,} images")
     else:
-        if val_file == file:
-            raise DataError(
-                f"{file} has the images to train on and those to measure on",
-                expected="other images to measure on",
-                fix="--val-annotations, or without --val-data: a fifth is then left for measuring",
-            )
         train = whole
         val = read_coco(val_file, val_source, progress, with_masks=whole.masks is not None)
     train, val = (_limited(part, config) for part in (train, val))
@@ -106,6 +100,15 @@ def _check(train: BoxSet, val: BoxSet, progress: Progress) -> None:
                 f"{part.annotations} has no box to {what} in {len(part):,} images",
                 expected="boxes of single objects",
             )
+    places = [{str(part.root / name) for name in part.names} for part in (train, val)]
+    if common := len(places[0] & places[1]):
+        found = f"{common:,} of {len(val):,} images to measure on are training images too"
+        if common == len(val):
+            raise DataError(
+                found, expected="other images to measure on",
+                fix="without --val-data and --val-annotations: a fifth is then left for measuring",
+            )  # fmt: skip
+        progress.note(f"{found}: figures are better than on new images")
     if train.masks is not None and val.masks is None:
         raise DataError(
             f"{train.annotations} has masks, and {val.annotations} has none",

@@ -213,7 +213,7 @@ def test_classes_are_matched_by_name(tmp_path: Path, scenes: Path) -> None:
     less = changed(tmp_path / "less", scenes, put("categories", name="ball"))
     with pytest.raises(DataError, match=r"1 classes of .* have no box in .*, the first is 'disc'"):
         open_boxes(DetectConfig(data=str(less), val_data=str(scenes)), NoProgress())
-    with pytest.raises(DataError, match="has the images to train on and those to measure on"):
+    with pytest.raises(DataError, match="12 of 12 images to measure on are training images too"):
         open_boxes(DetectConfig(data=str(scenes), val_data=str(scenes)), NoProgress())
 
 
