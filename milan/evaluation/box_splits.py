@@ -41,6 +41,7 @@ def open_boxes(config: DetectConfig, progress: Progress) -> tuple[BoxSet, BoxSet
         val_file = _annotation_file(source, config.val_annotations, val_wanted)
     else:
         val_file = _own_validation(source, file, val_wanted)
+        val_source = val_file.parent if val_file else source
     if val_file is None:
         count = len(whole)
         order = rng.permutation(config.seed, rng.SAMPLE, (0,), count)

@@ -220,8 +220,9 @@ class _Reader:
         folder = self.source.parent if self.source.is_file() else self.source
         stem = self.file.name.removesuffix(".json").removeprefix("instances_")
         above = self.file.parent.parent  # annotations/ lies beside the images
-        places = [self.file.parent, folder, folder / stem, folder / "images"]
-        places += [folder / "images" / stem, self.file.parent / stem, above / stem]
+        # A folder of the split's name first: splits may have images of the same names.
+        places = [part / stem for part in (self.file.parent, above, folder, folder / "images")]
+        places += [self.file.parent, folder, folder / "images"]
         root = next((p for p in places if size_of(p / names[0]) is not None), None)
         if root is None:
             looked = ", ".join(dict.fromkeys(map(str, places)))
