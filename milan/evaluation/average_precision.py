@@ -26,10 +26,10 @@ class AveragePrecision:
 
         self.truth = truth
         self.kinds = ("box",) if truth.masks is None else ("box", "mask")
+        kinds: Any = tuple(_KINDS[kind] for kind in self.kinds)
         self.metric = MeanAveragePrecision(
-            iou_type=tuple(_KINDS[kind] for kind in self.kinds), class_metrics=True,
-            backend="faster_coco_eval",
-        )  # fmt: skip
+            iou_type=kinds, class_metrics=True, backend="faster_coco_eval"
+        )
         self.metric.warn_on_many_detections = False
         self.positions: list[int] = []
         """Of the images that were added."""

@@ -182,7 +182,7 @@ class _Reader:
             content = json.loads(data)
         except ValueError as error:  # UnicodeDecodeError is one
             raise DataError(f"{self.file} is no JSON: {error}", expected=COCO) from None
-        needed = {
+        needed: dict[str, dict[str, Any]] = {
             "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
             "annotations": {"image_id": (int, str), "category_id": int, "bbox": list},
             "categories": {"id": int, "name": (str, int)},

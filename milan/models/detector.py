@@ -81,7 +81,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.attention, self.grid, self.window = attention, grid, window
 
-    def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **unused: Any) -> torch.Tensor:
         """Tokens [B, g², E] to the same."""
         (b, _, e), g, w = x.shape, self.grid, self.window
         padded = -(-g // w) * w
@@ -299,7 +299,8 @@ def _patch_of(model: str, args: dict[str, Any]) -> int:
     """Edge of a patch in pixels. Raises ConfigError as create_vit does."""
     if "patch_size" in args:
         return int(args["patch_size"])
-    size = timm.get_pretrained_cfg(model).input_size[1] if timm.is_model(model) else 224
+    known: Any = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    size = known.input_size[1] if known else 224
     with torch.device("meta"):
         return create_vit(model, img_size=size, args=args).patch_embed.patch_size[0]
 

@@ -47,15 +47,15 @@ def draw_boxes(
     # Small boxes last: they would lie under the names of large ones.
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for n in np.argsort(-areas, kind="stable").tolist():
-        colour = tuple(colours[n].tolist())
+        ink = tuple(colours[n].tolist())
         left, top, right, bottom = (boxes[n] * factor).tolist()
-        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=ink, width=2)
         if not named:
             continue
         text = printable(names[labels[n]]) + ("" if scores is None else f" {scores[n]:.2f}")
         wide, high = pen.textlength(text, label_font()) + 4, 13
         at = min(left, max(0, width - wide)), top - high if top >= high else top
-        pen.rectangle((*at, at[0] + wide, at[1] + high), fill=colour)
+        pen.rectangle((*at, at[0] + wide, at[1] + high), fill=ink)
         pen.text((at[0] + 2, at[1]), text, (255, 255, 255), label_font())
     panel = np.full((edge, edge, 3), 255, np.uint8)
     panel[:height, :width] = np.asarray(shown)
