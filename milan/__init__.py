@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
     from milan.evaluation.protocols import DetectConfig, EvaluationConfig, FinetuneConfig
+    from milan.inference.neighbours import neighbours
+    from milan.inference.predict import predict
     from milan.models.classifier import load_classifier
     from milan.models.detector import find_boxes, load_detector
     from milan.models.export import load_encoder
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     # Of the pipeline, which milan never imports: loaded by name when it is asked for.
     ExtractConfig: Any
+    embed: Any
     extract_targets: Any
     verify: Any
     repair: Any
@@ -46,6 +49,7 @@ _HOME = {
     "TargetCache": "milan.store.cache",
     "contact_sheet": "milan.reporting.contact_sheet",
     "detect": "milan.training.detect",
+    "embed": "pipeline.embed",
     "evaluate": "milan.evaluation.evaluate",
     "extract_targets": "pipeline.extract",
     "find_boxes": "milan.models.detector",
@@ -55,7 +59,9 @@ _HOME = {
     "load_detector": "milan.models.detector",
     "load_encoder": "milan.models.export",
     "load_published": "milan.models.published",
+    "neighbours": "milan.inference.neighbours",
     "open_cache": "milan.data.dataset",
+    "predict": "milan.inference.predict",
     "pretrain": "milan.training.pretrain",
     "repair": "pipeline.repair",
     "verify": "pipeline.verify",
@@ -67,6 +73,9 @@ _SHOW_PROGRESS = (
     "evaluate",
     "finetune",
     "detect",
+    "predict",
+    "embed",
+    "neighbours",
     "verify",
     "repair",
 )
@@ -94,6 +103,9 @@ __all__ = [
     "DetectConfig",
     "load_detector",
     "find_boxes",
+    "predict",
+    "embed",
+    "neighbours",
     "NoProgress",
     "MilanError",
     "__version__",

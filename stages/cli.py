@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from milan.core.watchdog import watched
 from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
-from stages import artifacts, extract_targets, plan, pretrain, settings
+from stages import artifacts, extract_targets, plan, pretrain, settings, use
 from stages.evaluate import evaluation_command
 from stages.options import Command, Interrupted
 from stages.process import explain, prepare_process
@@ -33,7 +33,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
-_OTHER_NAMES = {"visualize": "visualise", "extract": "extract-targets"}
+_OTHER_NAMES = {"visualize": "visualise", "extract": "extract-targets", "neighbors": "neighbours"}
 
 
 class _Commands(TyperGroup):
@@ -73,6 +73,21 @@ for _command, _help, _example in (
     *(
         (evaluation_command(p), p.help, f"{p.command} --checkpoint runs/pretrain {p.data_example}")
         for p in PROTOCOLS.values()
+    ),
+    (
+        use.predict,
+        "Predict for the images of a folder.",
+        "predict runs/pretrain/finetune photos --out predictions.csv",
+    ),
+    (
+        use.embed,
+        "Write features of images to a file.",
+        "embed --checkpoint runs/pretrain --data imagenet --out embeddings.parquet",
+    ),
+    (
+        use.neighbours,
+        "Find the images most like one, or near-duplicates.",
+        "neighbours targets.zarr 17 --out neighbours.png",
     ),
     (artifacts.inspect, "Describe a store.", "inspect targets.zarr"),
     (artifacts.verify, "Check a store.", "verify targets.zarr --deep --audit 100"),

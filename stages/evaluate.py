@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from milan.core.signals import REQUEUE
-from milan.evaluation.protocols import EvaluationConfig, Protocol
+from milan.evaluation.protocols import EvaluationConfig, Protocol, SupervisedConfig
 from stages.options import settings_command
 
 _SHARED = {
@@ -64,8 +64,8 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
                 ensure_writable(path.parent)
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+        kept = _kept(protocol.settings, path)
         frozen = issubclass(protocol.settings, EvaluationConfig)
-        kept = "features that were computed" if frozen else f"checkpoints in {path.with_suffix('')}"
         load: dict[str, Any] = {"tables": protocol.tables_folder(config)} if frozen else {}
         if config.checkpoint == "teacher":
             from pipeline.teachers.frozen import frozen_teacher
@@ -75,13 +75,9 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
             with console.ConsoleProgress() as progress:
                 metrics = run(protocol, config, progress=progress, **load)
         except KeyboardInterrupt:  # the second: the first one ends an evaluation
-            raise KeyboardInterrupt(f"{kept} stay; the same line goes on") from None
+            raise KeyboardInterrupt(kept) from None
         if "stopped_by" in metrics:
-            console.err.print(
-                f"milan: stopped by {metrics['stopped_by']}; {kept} stay, and the same line "
-                "goes on",
-                markup=False,
-            )
+            console.err.print(f"milan: stopped by {metrics['stopped_by']}; {kept}", markup=False)
             raise typer.Exit(REQUEUE)
         if not metrics:
             return  # another process says it
@@ -91,6 +87,15 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
 
     evaluate.__doc__ = protocol.help
     return evaluate
+
+
+def _kept(settings: type, path: Path) -> str:
+    """What stays of a protocol that was stopped."""
+    if issubclass(settings, EvaluationConfig):
+        return "features that were computed stay; the same line goes on"
+    if issubclass(settings, SupervisedConfig):
+        return f"checkpoints in {path.with_suffix('')} stay; the same line goes on"
+    return "nothing was written; the same line starts again"
 
 
 def _table(metrics: dict[str, Any], path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:

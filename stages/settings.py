@@ -12,6 +12,7 @@ from milan.config import PretrainConfig
 from milan.core.config_fields import AUTO
 from milan.errors import ConfigError, nearest
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
+from milan.inference.config import EmbedConfig, NeighboursConfig, PredictConfig
 from pipeline.config import ExtractConfig
 from stages.options import Params, Sets, field_docs
 
@@ -19,6 +20,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "extract-targets": (ExtractConfig, "extract"),
     "pretrain": (PretrainConfig, "pretrain"),
     **{p.command: (p.settings, p.name) for p in PROTOCOLS.values()},
+    "predict": (PredictConfig, "predict"),
+    "embed": (EmbedConfig, "embed"),
+    "neighbours": (NeighboursConfig, "neighbours"),
 }
 """command -> its settings, and their section of a parameter file."""
 
@@ -63,7 +67,7 @@ def _settings_of(command: str) -> tuple[type, str]:
     raise ConfigError(
         f"no settings of a command {command!r}",
         expected="one of " + ", ".join(COMMANDS),
-        fix=f"milan config {nearest(command, COMMANDS)}".strip(),
+        fix=f"milan config {nearest(command, COMMANDS, count=1)}".strip(),
     )
 
 

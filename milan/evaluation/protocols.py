@@ -345,6 +345,28 @@ class DetectConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
+class ZeroShotConfig(LabelledConfig):
+    """Settings of classification by words alone. All images of --val-data are measured, else of
+    --data, for nothing is fitted."""
+
+    cache: str | None = None
+    """The store whose class texts are compared with; default: the one that the run was trained
+    on. Of a store without texts the teacher's text tower is used."""
+    teacher: str | None = None
+    """The teacher that is measured beside, and whose text tower gives the texts of classes that the
+    store lacks; default: the store's, if its weights are at hand."""
+    pretrained: str | None = setting(None, auto=True)
+    """Its weights, as in extract-targets."""
+    teacher_norm: str | None = setting(None, auto=True)
+    """imagenet, own or auto, as in extract-targets."""
+    visible: str = setting("all", choices=("all", "turns"))
+    """Patches that the student sees: all, or turns: as few as in training, until each was masked,
+    and only predictions of masked ones count."""
+    pictures: int = setting(6, unit="classes", least=0, most=12)
+    """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
+
+
+@dataclass(frozen=True)
 class Column:
     """One figure of a protocol's row in the report."""
 
@@ -447,6 +469,20 @@ PROTOCOLS = {
             ),
             settings=DetectConfig,
             data_example="--data coco",
+        ),
+        Protocol(
+            name="zero_shot",
+            title="Zero-shot",
+            help="Classify by words: predicted features against class texts.",
+            run="pipeline.zero_shot:zero_shot",
+            columns=(
+                Column("token_top1", "class token, top-1 %"),
+                Column("mean_top1", "mean of patches, top-1 %"),
+                Column("token_top5", "class token, top-5 %"),
+                Column("mean_top5", "mean of patches, top-5 %"),
+            ),
+            settings=ZeroShotConfig,
+            data_example="--val-data imagenet/val",
         ),
     )
 }

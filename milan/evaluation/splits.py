@@ -92,6 +92,13 @@ def open_splits(config: LabelledConfig, progress: Progress | None = None) -> tup
     return train, val
 
 
+def open_images(config: LabelledConfig, progress: Progress) -> LabelledSet:
+    """All images of `config.data`, labelled or not: -1 is the label of one without. Raises
+    DataError for data that are not there."""
+    manifest = _manifest(config.data, WantedSplit(config.split), config, progress)
+    return _labelled_set(manifest, manifest.labels(), manifest.classes)
+
+
 def _labelled_set(manifest: Manifest, labels: np.ndarray, names: list[str] | None) -> LabelledSet:
     root, keys = manifest.root, manifest.table["key"]
     images = ImageSource(manifest, root)
@@ -125,20 +132,29 @@ def _labelled(
     name: str, wanted: WantedSplit, config: LabelledConfig, progress: Progress
 ) -> Manifest:
     """The images of a data set, each with a label. Raises DataError."""
+    manifest = _manifest(name, wanted, config, progress)
+    labels = manifest.labels()
+    if (labels < 0).any():
+        first = manifest.key(int(np.flatnonzero(labels < 0)[0]))
+        raise DataError(
+            f"{resolve_data(name, config.data_root)} has {int((labels < 0).sum())} images without "
+            f"a label, such as {first!r}",
+            expected="class folders, a `label` column, or .cls members of tars",
+            fix="move them elsewhere" if manifest.classes else "",
+        )
+    return manifest
+
+
+def _manifest(
+    name: str, wanted: WantedSplit, config: LabelledConfig, progress: Progress
+) -> Manifest:
+    """The images of a data set; `progress` is told which they are. Raises DataError."""
     source = resolve_data(name, config.data_root)
     # The seed draws a sample, else the fifth; the order stays, and with it the features.
     seed = config.seed if config.limit else 0
     manifest = build_manifest(source, seed=seed, limit=config.limit, split=wanted)
     for line in describe_source(manifest, wanted.flag):
         progress.note(line)
-    labels = manifest.labels()
-    if (labels < 0).any():
-        first = manifest.key(int(np.flatnonzero(labels < 0)[0]))
-        raise DataError(
-            f"{source} has {int((labels < 0).sum())} images without a label, such as {first!r}",
-            expected="class folders, a `label` column, or .cls members of tars",
-            fix="move them elsewhere" if manifest.classes else "",
-        )
     return manifest
 
 

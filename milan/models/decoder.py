@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         prompts = z + position.gather(1, order[..., None].expand(-1, -1, d))
         masked = self.mask_token + position.gather(1, mask.masked[..., None].expand(-1, -1, d) + 1)
         if self.kind == "prompt":
-            for block in self.blocks:
+            for block in self.blocks if masked.shape[1] else ():  # else nothing to update
                 masked = run_block(block, prompts, masked, recompute=recompute)
             tokens = torch.cat([prompts, masked], dim=1)
         else:

@@ -10,10 +10,9 @@ import torch
 
 from milan.core import rng
 from milan.core.config_fields import check_seed
-from milan.core.paths import AnyPath, check_unicode, is_local
+from milan.core.paths import AnyPath, check_unicode
 from milan.core.rng import mask_noise
 from milan.data.dataset import open_cache
-from milan.errors import CacheError, DataError
 from milan.images.decode import decode
 from milan.images.views import View
 from milan.models.masking import importance_mask, visible_count
@@ -22,9 +21,11 @@ from milan.reporting.panels import (
     Column,
     attention_column,
     caption_of,
+    check_apart,
     draw_page,
     features_column,
     patch_features,
+    save_picture,
     view_column,
     visible_column,
     zoom_of,
@@ -55,7 +56,8 @@ def contact_sheet(
     check_seed(seed)
     dataset = open_cache(cache, data_root=data_root)
     if not among_images:
-        _check_apart(Path(out), dataset.roots or dataset.cache.find_data_roots())
+        roots = dataset.roots or dataset.cache.find_data_roots()
+        check_apart(Path(out), [root for _, root in roots])
     store = dataset.cache
     usable = dataset.good
     chosen = rng.permutation(seed, rng.SAMPLE, (1,), len(usable))[: max(1, images)]
@@ -99,35 +101,7 @@ def contact_sheet(
         columns,
         [caption_of(dataset, *at) for at in zip(rows.tolist(), views.tolist(), strict=True)],
     )
-    return _save(page, Path(out))
-
-
-def _check_apart(out: Path, roots: list[tuple[int, AnyPath]]) -> None:
-    """Raises DataError if `out` lies below one of the folders of the images (TargetCache's)."""
-    for _, root in roots:
-        if is_local(root) and out.resolve().is_relative_to(root.resolve()):
-            raise DataError(
-                f"{out} lies in the folder of the images, {root}",
-                expected="a place where it is not taken for an image",
-                fix=f"--out {root.resolve().parent / out.name}",
-            )
-
-
-def _save(page: np.ndarray, path: Path) -> Path:
-    from PIL import Image
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(page).save(path)
-    except (OSError, ValueError) as error:
-        path.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or error
-        raise CacheError(
-            f"{path} cannot be written: {why}",
-            expected="a picture's name, on a disk with room",
-            fix=f"--out {path.stem or 'sheet'}.png",
-        ) from None
-    return path
+    return save_picture(page, Path(out))
 
 
 def _crops(image: Any, crops: np.ndarray, edge: int, *, thick: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from milan.core.paths import AnyPath, is_local
 from milan.data.dataset import CachedDataset
+from milan.errors import CacheError, DataError
 from milan.store.cache import TargetCache
 
 GREY = 128  # of masked patches
@@ -200,6 +203,7 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
     legend = [
         line
         for column in columns
+        if column.explanation
         for line in _wrapped(f"{column.name}: {column.explanation}", width - 2 * MARGIN)
     ]
     top = MARGIN + 2 * LINE
@@ -221,6 +225,75 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
     for y, line in enumerate(legend):
         write(MARGIN, top + len(captions) * (LINE + step) + y * LINE, line)
     return np.asarray(page)
+
+
+class Tile(NamedTuple):
+    """A picture on a page of many, and what is written below it."""
+
+    pixels: np.ndarray
+    """[h, w, 3] uint8, at most PANEL high and wide (`thumbnail`)."""
+    lines: list[str]
+
+
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3] uint8 whose longer edge is PANEL."""
+    from PIL import Image
+
+    scale = PANEL / max(pixels.shape[:2])
+    height, width = (max(1, round(scale * edge)) for edge in pixels.shape[:2])
+    return np.asarray(Image.fromarray(pixels).resize((width, height)))
+
+
+def draw_tiles(title: str, tiles: list[Tile], *, across: int = 6) -> np.ndarray:
+    """A page, uint8 [H, W, 3]: the title, and rows of `across` pictures with their lines."""
+    from PIL import Image, ImageDraw
+
+    across = max(1, min(across, len(tiles)))
+    below = max((len(tile.lines) for tile in tiles), default=0) * LINE
+    step, down = PANEL + GAP, PANEL + below + GAP
+    rows = -(-len(tiles) // across)
+    size = 2 * MARGIN + across * step - GAP, 2 * MARGIN + LINE + rows * down
+    page = Image.new("RGB", size, (255, 255, 255))
+    pen = ImageDraw.Draw(page)
+    pen.text((MARGIN, MARGIN), _cut(title, size[0] - 2 * MARGIN), (0, 0, 0), _font())
+    for number, tile in enumerate(tiles):
+        x, y = MARGIN + number % across * step, MARGIN + LINE + number // across * down
+        height, width = tile.pixels.shape[:2]
+        page.paste(
+            Image.fromarray(tile.pixels), (x + (PANEL - width) // 2, y + (PANEL - height) // 2)
+        )
+        for i, line in enumerate(tile.lines):
+            pen.text((x, y + PANEL + i * LINE), _cut(line, PANEL), (0, 0, 0), _font())
+    return np.asarray(page)
+
+
+def check_apart(out: Path, roots: Sequence[AnyPath]) -> None:
+    """Raises DataError if `out` lies in one of the folders of the images."""
+    for root in roots:
+        if is_local(root) and out.resolve().is_relative_to(root.resolve()):
+            raise DataError(
+                f"{out} lies in the folder of the images, {root}",
+                expected="a place where it is not taken for an image",
+                fix=f"--out {root.resolve().parent / out.name}",
+            )
+
+
+def save_picture(page: np.ndarray, path: Path) -> Path:
+    """Write a page; the ending says the format. Raises CacheError if it cannot be written."""
+    from PIL import Image
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(page).save(path)
+    except (OSError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or error
+        raise CacheError(
+            f"{path} cannot be written: {why}",
+            expected="a picture's name, on a disk with room",
+            fix=f"--out {path.stem or 'sheet'}.png",
+        ) from None
+    return path
 
 
 def zoom_of(size: int) -> int:

@@ -304,12 +304,17 @@ def load(
 
     Raises TrainError if it is of another model, or has no optimiser of this one.
     """
-    check_fits(run, step, model)
-    folder, there = _folder(run, step), model.state_dict()
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({k: shard_like(v, there[k]) for k, v in weights.items()}, strict=True)
-    _restore(model, optimiser, load_file(folder / "optimiser.safetensors"))
+    load_weights(run, step, model)
+    _restore(model, optimiser, load_file(_folder(run, step) / "optimiser.safetensors"))
     return read_state(run, step)
+
+
+def load_weights(run: Path, step: int, model: nn.Module) -> None:
+    """Load only the weights of a checkpoint. Raises TrainError if it is of another model."""
+    check_fits(run, step, model)
+    there = model.state_dict()
+    weights = load_file(_folder(run, step) / "model.safetensors")
+    model.load_state_dict({k: shard_like(v, there[k]) for k, v in weights.items()}, strict=True)
 
 
 def _folder(run: Path, step: int) -> Path:

@@ -6,7 +6,7 @@ import torch
 
 from milan.evaluation.frozen import FEATURES, Frozen
 from milan.evaluation.protocols import EvaluationConfig
-from pipeline.teachers.load import load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
 
@@ -17,8 +17,12 @@ def frozen_teacher(config: EvaluationConfig, device: torch.device) -> Frozen:
     of patch features, [B, 2C]. Raises TeacherError as load_teacher does.
     """
     spec = TeacherSpec(config.teacher or DEFAULT_TEACHER, config.pretrained, config.teacher_norm)
-    teacher = load_teacher(spec, device=str(device))
-    pooled = config.feature_set != "patches"
+    return frozen_view(load_teacher(spec, device=str(device)), config.feature_set)
+
+
+def frozen_view(teacher: Teacher, feature_set: str = "pooled") -> Frozen:
+    """A loaded teacher as an evaluation sees it."""
+    pooled = feature_set != "patches"
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         every, _ = teacher.targets(pixels)

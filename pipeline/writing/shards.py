@@ -1,4 +1,4 @@
-"""Zarr: an empty generation with its arrays, and the files of one shard. Only this file writes it.
+"""Zarr: a generation's empty arrays, the files of a shard, an array of embeddings; only here.
 
 Arrays are created by zarr. A shard is written by tensorstore to a local folder: zarr's bytes in a
 quarter of the time (`python -m benchmarks.staging`). It is forced to the disk (fsync), read back
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from milan.store.format import PIXELS, CacheSpec
 from milan.store.generation import system_errors
 from pipeline.writing.backend import location_of
 
+_CHUNK_BYTES, _SHARD_BYTES = 1 << 20, 64 << 20  # of an array of embeddings
 _CONTEXT: Final[dict[str, Any]] = {
     # One core: the others decode images. Files are synced later, with all that is staged.
     "data_copy_concurrency": {"limit": 1},
@@ -60,6 +61,47 @@ def create_arrays(
             config={"write_empty_chunks": True},
         )
         table[...] = values
+
+
+def write_array(
+    root: Path, name: str, shape: tuple[int, ...], dtype: str, pieces: Iterable[np.ndarray]
+) -> None:
+    """A new group at `root` with the array `name`, from pieces [b, *shape[1:]] in order.
+
+    A shard is about 64 MB, a chunk 1 MB, each at least a row; one shard is in memory at a time.
+    """
+    row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+    chunk = max(1, min(shape[0], _CHUNK_BYTES // row))
+    shard = chunk * max(1, min(-(-shape[0] // chunk), _SHARD_BYTES // (chunk * row)))
+    group = zarr.create_group(zarr.storage.LocalStore(root), zarr_format=3)
+    array = group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk, *shape[1:]),
+        shards=(shard, *shape[1:]),
+        filters=None,
+        serializer=BytesCodec(),
+        compressors=[Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )
+    at = 0
+    for values in _regrouped(pieces, shard):
+        array[at : at + len(values)] = values
+        at += len(values)
+
+
+def _regrouped(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same rows, `size` at a time; fewer at the end."""
+    held: list[np.ndarray] = []
+    for piece in pieces:
+        held.append(piece)
+        while sum(map(len, held)) >= size:
+            rows = np.concatenate(held)
+            held = [rows[size:]]
+            yield rows[:size]
+    if sum(map(len, held)):
+        yield np.concatenate(held)
 
 
 def stage_shard(

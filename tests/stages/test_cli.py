@@ -26,7 +26,7 @@ from pipeline.config import ExtractConfig
 
 COMMANDS = (
     "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
-    "visualise", "report", "config",
+    "visualise", "report", "config", "predict", "embed", "neighbours", "zero-shot",
 )  # fmt: skip
 STUDENT_FLAGS = (
     "--set", "model.patch_size=8", "--set", "model.embed_dim=32", "--set", "model.depth=2",
@@ -130,7 +130,7 @@ def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
     assert rows["lr"] == ("auto", "a step", "p.yaml")
     assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
     assert rows["mask_ratio"] == ("0.75", "share", "default")
-    assert run_here("config").out.count("parameter file") == 2 + len(PROTOCOLS)
+    assert run_here("config").out.count("parameter file") == 5 + len(PROTOCOLS)
     wrong = run_here("config", "pretrian")
     assert (wrong.code, wrong.err.split("try: ")[1]) == (1, "milan config pretrain\n")
 

@@ -1,0 +1,108 @@
+"""The images of a folder one after the other, decoded ahead; those that cannot be read are named.
+
+Whatever predicts for images reads them here: one that cannot be read stops nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from milan.core.ahead import Ahead
+from milan.core.machine import cpu_count
+from milan.core.paths import AnyPath
+from milan.core.progress import Progress
+from milan.errors import DataError, ImageFault
+from milan.images.decode import decode_pixels
+from milan.images.manifest import build_manifest, describe_source, resolve_data
+from milan.images.source import ImageSource
+from milan.images.splits import WantedSplit
+from milan.inference.config import ImagesConfig
+
+_THREADS = 16  # at most
+_BATCHES_AHEAD = 2
+
+
+class Picture(NamedTuple):
+    """One image that could be read."""
+
+    row: int
+    """In the manifest."""
+    prepared: Any
+    """What `prepare` made of its pixels."""
+
+
+class Pictures:
+    """The images that settings name, in the order of their places, so that files are read once."""
+
+    def __init__(
+        self, config: ImagesConfig, progress: Progress, *, wanted: WantedSplit | None = None
+    ) -> None:
+        """List them; `progress` is told which they are. Raises DataError if there are none.
+
+        `wanted`: the split that is taken; default: that of the settings, by extraction's rule.
+        """
+        self.config, self.progress = config, progress
+        source = resolve_data(config.data, config.data_root)
+        wanted = wanted or WantedSplit(config.split)
+        self.manifest = build_manifest(source, seed=0, limit=config.limit, split=wanted)
+        for line in describe_source(self.manifest, wanted.flag):
+            progress.note(line)
+        self.classes, self.labels = self.manifest.classes, self.manifest.labels()
+        self.rejected: dict[int, str] = {}
+        """row -> why it cannot be read; complete once `batches` is at its end."""
+        self._source = ImageSource(self.manifest, self.manifest.root)
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    @property
+    def folders(self) -> list[AnyPath]:
+        """The folder of the images, in which nothing should be written; none if one file is all."""
+        listing = self.manifest.listing
+        return [listing.root] if listing and listing.file is None else []
+
+    def sample(self, count: int) -> frozenset[int]:
+        """So many rows, always the same: the manifest's order is a shuffled one."""
+        return frozenset(range(min(count, len(self))))
+
+    def batches(self, prepare: Callable[[int, np.ndarray], Any]) -> Iterator[list[Picture]]:
+        """All images that can be read, at most `batch_size` at once.
+
+        `prepare(row, pixels)` is called in threads, with uint8 [H, W, 3] after EXIF orientation; it
+        may raise ImageFault too. Raises DataError at the end if no image could be read.
+        """
+        threads = self.config.num_workers or min(_THREADS, cpu_count())
+        size = self.config.batch_size
+
+        def load(row: int) -> Picture | str:
+            try:
+                return Picture(row, prepare(row, decode_pixels(self._source.read(row))))
+            except ImageFault as fault:
+                return str(fault)
+
+        rows = self._by_place().tolist()
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            Ahead(load, rows, pool, _BATCHES_AHEAD * size) as loaded,
+        ):
+            answers = zip(rows, loaded, strict=True)
+            while together := list(islice(answers, size)):
+                self.rejected |= {row: why for row, why in together if isinstance(why, str)}
+                if good := [answer for _, answer in together if isinstance(answer, Picture)]:
+                    yield good
+        if self.rejected:
+            row, why = min(self.rejected.items())
+            found = f"{self.manifest.key(row)} ({why})"
+            if len(self.rejected) == len(self):
+                raise DataError(f"no image of {self.config.data} can be read: {found}")
+            self.progress.note(f"rejected files: {len(self.rejected)}, the first is {found}")
+
+    def _by_place(self) -> np.ndarray:
+        places = [(name, "ascending") for name in ("path", "group", "offset", "index")]
+        return pc.sort_indices(self.manifest.table, sort_keys=places).to_numpy()

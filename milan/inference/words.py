@@ -1,0 +1,106 @@
+"""Images compared with the texts of classes: by class token, by the mean of patches, by each patch.
+
+b images, N patches, P classes, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from milan.core.signals import Stop
+from milan.evaluation.frozen import Frozen
+from milan.evaluation.meaning import accuracy_interval
+from milan.images.views import centre_view, render
+from milan.inference.pictures import Pictures
+
+_TOP = 5
+
+
+class Seen:
+    """What a network said of the images."""
+
+    def __init__(self) -> None:
+        self._labels: list[np.ndarray] = []
+        self._ranks: dict[str, list[np.ndarray]] = {"token": [], "mean": []}
+        self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """row -> (pixels, cosines [N, P]) of the images that are shown"""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [m]"""
+        return np.concatenate(self._labels)
+
+    def add(self, labels: torch.Tensor, vectors: dict[str, torch.Tensor | None],
+            texts: torch.Tensor) -> None:  # fmt: skip
+        """How many classes are more like each image [b, C] than its own."""
+        self._labels.append(labels.cpu().numpy())
+        for name, x in vectors.items():
+            if x is None:
+                continue
+            cosine = F.normalize(x, dim=1) @ texts.T
+            own = cosine.gather(1, labels[:, None])
+            self._ranks[name].append((cosine > own).sum(dim=1).cpu().numpy())
+
+    def figures(self, classes: int) -> dict[str, Any]:
+        """top1, its interval, and top5 of the class token and of the mean of patches."""
+        found: dict[str, Any] = {}
+        for name, parts in self._ranks.items():
+            if not parts:
+                found |= {f"{name}_top1": None, f"{name}_top{_TOP}": None}
+                continue
+            ranks = np.concatenate(parts)
+            top5 = round(100 * float((ranks < _TOP).mean()), 2) if classes > _TOP else None
+            found |= {
+                f"{name}_top1": round(100 * float((ranks < 1).mean()), 2),
+                f"{name}_top1_interval": accuracy_interval(ranks < 1),
+                f"{name}_top{_TOP}": top5,
+            }
+        return found
+
+
+def look(
+    networks: list[Frozen],
+    pictures: Pictures,
+    texts: torch.Tensor,
+    *,
+    shown: list[int],
+    crop_share: float,
+    stop: Stop,
+) -> list[Seen]:
+    """Show all images to all networks, whose tokens are as wide as the `texts` [P, C] of length 1.
+
+    Labels are numbers of texts. `shown`: rows whose maps are kept. Ends early after a stop signal.
+    """
+    progress, device = pictures.progress, texts.device
+    sizes = {network.size for network in networks}
+
+    def prepare(row: int, pixels: np.ndarray) -> dict[int, np.ndarray]:
+        view = centre_view(*pixels.shape[:2], crop_share=crop_share)
+        return {size: render(pixels, view, size=size) for size in sizes}
+
+    seen = [Seen() for _ in networks]
+    progress.begin("zero-shot", len(pictures), "images")
+    done = 0
+    for batch in pictures.batches(prepare):
+        if stop.by:
+            return seen
+        labels = torch.from_numpy(pictures.labels[[p.row for p in batch]]).to(device)
+        for network, one in zip(networks, seen, strict=True):
+            assert network.tokens is not None
+            pixels = torch.from_numpy(np.stack([p.prepared[network.size] for p in batch]))
+            with torch.inference_mode():
+                first, patches = network.tokens(pixels.to(device))
+                patches = F.normalize(patches.float(), dim=-1)
+                one.add(labels, {"token": first, "mean": patches.mean(dim=1)}, texts)
+                for i, picture in enumerate(batch):
+                    if picture.row in shown:
+                        cosines = (patches[i] @ texts.T).cpu().numpy()
+                        one.maps[picture.row] = picture.prepared[network.size], cosines
+        done += len(batch)
+        progress.advance(done + len(pictures.rejected))
+    progress.end()
+    return seen

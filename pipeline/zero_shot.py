@@ -1,0 +1,319 @@
+"""`milan zero-shot`: how well a student classifies by words alone, in its teacher's language space.
+
+A CLIP's features, of its class token and of its patches, are in the space of its text tower: they
+are what a store keeps (ln_post and proj, docs/cache-format.md). The student predicts them, so its
+predictions are compared with the texts of classes without any training. What the encoder itself
+outputs is in no such space: the decoder of the run is needed.
+
+B images, N patches, P classes, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milan.core.config_resolver import from_call
+from milan.core.device import MEAN, STD, normalise, pick_device
+from milan.core.progress import NoProgress, Progress
+from milan.core.signals import Stop, on_stop_signals
+from milan.errors import ConfigError, DataError, MilanError
+from milan.evaluation.frozen import Frozen
+from milan.evaluation.protocols import PROTOCOLS, ZeroShotConfig
+from milan.images.splits import TEST, TRAIN, VALIDATION, WantedSplit
+from milan.inference.config import ImagesConfig
+from milan.inference.pictures import Pictures
+from milan.inference.predicted_features import all_visible, in_turns, predicted_features
+from milan.inference.words import Seen, look
+from milan.models.masking import visible_count
+from milan.models.published import load_published
+from milan.models.weights import published_file
+from milan.reporting.dense import DenseMap, draw_dense
+from milan.reporting.panels import save_picture
+from milan.store.cache import TargetCache
+from milan.training.trained import TrainedStudent, load_student
+from pipeline.teachers.frozen import frozen_view
+from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.spec import TeacherSpec
+
+_PUBLISHED_MASK_RATIO = 0.75
+
+
+def zero_shot(
+    checkpoint: str | ZeroShotConfig = "runs/pretrain",
+    *,
+    stop: Stop | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Classify images by the student's predicted features against the texts of their classes.
+
+    `checkpoint` and `settings` are the command's arguments (ZeroShotConfig's fields); the
+    checkpoint is a run with its decoder, published:FILE, random with `like`, or teacher. Returns,
+    in percent, top1 and top5 (None with 5 classes and less) of the class token (`token_`, None for
+    a student without) and of the mean of all patches, each scaled to length 1 (`mean_`), with 95 %
+    intervals; chance, counts, and the same of the teacher as `baseline`, if it is at hand; draws
+    the dense maps (`picture`). Raises MilanError.
+    """
+    config = from_call(ZeroShotConfig, "checkpoint", checkpoint, settings, "zero_shot")
+    config.check()
+    if config.devices not in (None, 1):
+        raise ConfigError(f"devices {config.devices}", expected="1: zero-shot is one pass")
+    progress, began = progress or NoProgress(), time.perf_counter()
+    device, stop = pick_device(config.device), stop or Stop()
+    trained = _student(config, progress)
+    cache = _store(config, trained, progress)
+    pictures = _pictures(config, progress)
+    names = _class_names(pictures)
+    known = cache.prototypes.classes if cache and cache.prototypes else []
+    lacking = [name for name in names if name not in known]
+    teacher = _teacher(config, cache, lacking, device, progress)
+    texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)
+    networks = [frozen_view(teacher)] if teacher else []
+    if trained:
+        networks.insert(0, _predictor(trained, config, device))
+    if not networks:
+        raise ConfigError("checkpoint teacher without a teacher", fix="--teacher NAME")
+    for network in networks:
+        _check_width(network, texts, device)
+    # One image of each of the first classes.
+    shown = np.unique(pictures.labels, return_index=True)[1][: config.pictures].tolist()
+    with on_stop_signals(stop.request):
+        seen = look(networks, pictures, texts, shown=shown, crop_share=config.crop_share, stop=stop)
+    if stop.by:
+        return {"stopped_by": stop.by}
+    first, *others = [one.figures(len(names)) for one in seen]
+    labels = seen[0].labels
+    share = np.bincount(labels, minlength=len(names)) / len(labels)
+    metrics = {
+        "checkpoint": networks[0].name,
+        **first,
+        "chance": round(100 / len(names), 2),
+        "most_frequent": round(100 * float(share.max()), 2),
+        "classes": len(names),
+        "images": len(labels),
+        "rejected_images": len(pictures.rejected),
+        "picture": _draw(networks, seen, names, pictures, shown, config),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if others:
+        metrics["baseline"] = {"checkpoint": networks[1].name, **others[0]}
+    return metrics
+
+
+# --- the student, its store, the teacher ----------------------------------------------------------
+
+
+def _student(config: ZeroShotConfig, progress: Progress) -> TrainedStudent | None:
+    """The student that is measured; None for the teacher. Raises MilanError."""
+    name = config.checkpoint
+    kind, _, file = name.partition(":")
+    if name == "teacher":
+        return None
+    if kind == "timm":
+        raise ConfigError(
+            f"{name} is an encoder: its features are in no language space",
+            expected="a run with its decoder, published:FILE, or teacher",
+            fix=f"--checkpoint teacher --teacher {name}, if it is a CLIP of open_clip",
+        )
+    if kind == "published":
+        path = Path(file) if file else published_file(config.model)
+        student = load_published(path).requires_grad_(False)
+        return TrainedStudent(student, "", None, "", _PUBLISHED_MASK_RATIO)
+    if name == "random":
+        if not config.like:
+            raise ConfigError("checkpoint random without like", fix="--like runs/pretrain")
+        return load_student(config.like, drawn=config.seed)
+    return load_student(name, progress=progress)
+
+
+def _store(
+    config: ZeroShotConfig, trained: TrainedStudent | None, progress: Progress
+) -> TargetCache | None:
+    """The store that was named, else the run's. Raises ConfigError for one of another teacher."""
+    name = config.cache or (trained.store if trained else "")
+    if not name:
+        return None
+    try:
+        cache = TargetCache(name, layer=trained.layer if trained and not config.cache else None)
+    except MilanError:
+        if config.cache or not config.teacher:
+            raise
+        progress.note(
+            f"the store {name} is not there: --teacher's texts are taken as its teacher's"
+        )
+        return None
+    theirs = cache.attributes["about"]["name"]
+    if trained and trained.teacher and trained.teacher != theirs:
+        raise ConfigError(
+            f"{name} has targets of {theirs}, and {config.checkpoint} predicts those of "
+            f"{trained.teacher}",
+            expected="a store of the same teacher",
+            fix=f"--cache {trained.store}",
+        )
+    return cache
+
+
+def _teacher(
+    config: ZeroShotConfig,
+    cache: TargetCache | None,
+    lacking: list[str],
+    device: torch.device,
+    progress: Progress,
+) -> Teacher | None:
+    """The teacher that was named, else the store's if it can be loaded.
+
+    With its text tower, if texts of classes are `lacking`. Raises MilanError for one that was named
+    and cannot be loaded, or is not the store's; and for one whose texts are needed.
+    """
+    if config.teacher:
+        named = TeacherSpec(
+            config.teacher, config.pretrained, config.teacher_norm, texts=bool(lacking)
+        )
+        teacher = load_teacher(named, device=str(device))
+        if cache and teacher.identity["weights"] != cache.spec.teacher["weights"]:
+            raise ConfigError(
+                f"teacher {teacher.about['name']} is not the one whose targets are in {cache.path}",
+                expected=f"{cache.attributes['about']['name']}, with the same weights",
+                fix="without --teacher",
+            )
+        return teacher
+    if cache is None:
+        return None
+    try:
+        recorded = TeacherSpec.recorded(cache.generations[0].origin["teacher"])
+        spec = recorded.as_stored(cache.spec.teacher, texts=bool(lacking))
+        return load_teacher(spec, device=str(device))
+    except MilanError as error:
+        if lacking:
+            raise ConfigError(
+                f"{cache.path} has no text of {len(lacking)} classes, such as {lacking[0]!r}, and "
+                f"its teacher gives none: {error.found}",
+                expected="a store that was extracted with --texts, or a teacher with a text tower",
+                fix="--teacher NAME --pretrained TAG, or milan extract-targets --texts",
+            ) from None
+        progress.note(f"the teacher is not measured beside: {error.found}; --teacher names it")
+        return None
+
+
+def _texts(
+    names: list[str],
+    lacking: list[str],
+    cache: TargetCache | None,
+    teacher: Teacher | None,
+    config: ZeroShotConfig,
+) -> np.ndarray:
+    """Unit vectors [P, C] of classes: the store's, else the text tower's. Raises ConfigError."""
+    stored = cache.prototypes if cache else None
+    if stored and not lacking:
+        number = {name: i for i, name in enumerate(stored.classes)}
+        return stored.features[[number[name] for name in names]]
+    if teacher and teacher.texts:
+        return teacher.texts.prototypes(names)["prototypes/features"]
+    raise ConfigError(
+        f"{config.checkpoint} comes without texts of classes",
+        expected="its store (--cache), or a teacher with a text tower",
+        fix="--teacher NAME --pretrained TAG",
+    )
+
+
+def _check_width(network: Frozen, texts: torch.Tensor, device: torch.device) -> None:
+    assert network.tokens is not None
+    with torch.inference_mode():
+        blank = torch.zeros(1, network.size, network.size, 3, dtype=torch.uint8, device=device)
+        width = network.tokens(blank)[1].shape[2]
+    if width != texts.shape[1]:
+        raise ConfigError(
+            f"{network.name} gives features of {width} channels, and texts have {texts.shape[1]}",
+            expected="texts of the teacher whose features it predicts",
+            fix="--cache the store that it was trained on, or --teacher",
+        )
+
+
+# --- what the student predicts --------------------------------------------------------------------
+
+
+def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.device) -> Frozen:
+    """The student as an evaluation sees it; its tokens are the teacher's features, predicted."""
+    student = trained.student.to(device)
+    masks = all_visible(student.patches)
+    if config.visible == "turns":
+        masks = in_turns(student.patches, visible_count(student.patches, trained.mask_ratio))
+
+    def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return predicted_features(student, normalise(pixels, MEAN, STD), masks)
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        first, found = tokens(pixels)
+        mean = found.mean(dim=1)
+        return mean if first is None else torch.cat([first, mean], dim=1)
+
+    size = student.encoder.patch_embed.img_size[0]
+    return Frozen(features, size, config.checkpoint, None, tokens)
+
+
+# --- the images -----------------------------------------------------------------------------------
+
+
+def _pictures(config: ZeroShotConfig, progress: Progress) -> Pictures:
+    """The images to measure on. Raises DataError."""
+    if config.val_data is not None:
+        data, wanted = config.val_data, WantedSplit(
+            config.val_split, (VALIDATION, TEST), "--val-split"
+        )  # fmt: skip
+    else:
+        data, wanted = config.data, WantedSplit(config.split, (VALIDATION, TEST, TRAIN))
+    images = ImagesConfig(
+        data, config.data_root, None, config.limit, config.batch_size, config.num_workers,
+        config.device,
+    )  # fmt: skip
+    return Pictures(images, progress, wanted=wanted)
+
+
+def _class_names(pictures: Pictures) -> list[str]:
+    """The names of the classes. Raises DataError for images without one, and for one class."""
+    names, labels, data = pictures.classes, pictures.labels, pictures.config.data
+    if names is None:
+        raise DataError(
+            f"{data} has " + ("class numbers" if (labels >= 0).any() else "no labels"),
+            expected="class names, which a text tower can read",
+            fix="class folders, or Parquet files with the names of `label`",
+        )
+    if (labels < 0).any():
+        at = int(np.flatnonzero(labels < 0)[0])
+        raise DataError(
+            f"{data} has {int((labels < 0).sum())} images without a label, such as "
+            f"{pictures.manifest.key(at)!r}",
+            expected="class folders, a `label` column, or .cls members of tars",
+        )
+    if len(names) < 2:
+        raise DataError(f"all images of {data} are of one class", expected="at least two classes")
+    return names
+
+
+def _draw(
+    networks: list[Frozen], seen: list[Seen], names: list[str], pictures: Pictures,
+    shown: list[int], config: ZeroShotConfig,
+) -> str | None:  # fmt: skip
+    """The dense maps of the images that are shown, a row for each network."""
+    rows = [row for row in shown if row in seen[0].maps]
+    if not rows:
+        return None
+    numbers = [int(pictures.labels[row]) for row in rows]
+    maps = []
+    for row in rows:
+        caption = f"{pictures.manifest.key(row)} ({names[pictures.labels[row]]})"
+        for network, one in zip(networks, seen, strict=True):
+            pixels, cosines = one.maps[row]
+            maps.append(DenseMap(f"{network.name}: {caption}", pixels, cosines[:, numbers]))
+    page = draw_dense(
+        f"dense maps of {', '.join(network.name for network in networks)}",
+        maps,
+        [names[number] for number in numbers],
+    )
+    path = PROTOCOLS["zero_shot"].metrics_path(config).with_suffix(".png")
+    return str(save_picture(page, path))

@@ -1,0 +1,143 @@
+"""Predictions for a folder: the classifier's own, images that cannot be read, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from helpers import Notes, make_photos, run_here
+from PIL import Image
+
+import milan
+from milan.core.device import normalise
+from milan.errors import MilanError
+from milan.images.decode import decode_pixels
+from milan.images.views import centre_view, render
+from milan.inference.predict import predict
+from milan.models.classifier import CLASSIFIER, load_classifier, seeded_classifier
+from milan.models.export import save_encoder
+
+NAMES = [f"class {n}" for n in (2, 0, 1, 5, 6, 7)]
+VIT = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fine-tuning of six classes, with drawn weights."""
+    folder = tmp_path_factory.mktemp("tuned")
+    vit = seeded_classifier(0, "vit_tiny_patch16_224", VIT, size=32, classes=6, pooling="mean")
+    vit.head.weight.data *= 60  # else all classes are about as probable
+    about = {
+        "model": "vit_tiny_patch16_224", "model_args": VIT, "mean": (0.5,) * 3, "std": (0.2,) * 3,
+        "input_size": 32, "classes": NAMES, "pooling": "mean", "crop_share": 0.8,
+    }  # fmt: skip
+    save_encoder(folder / CLASSIFIER, vit.state_dict(), about)
+    return folder
+
+
+def by_hand(trained: Path, folder: Path) -> dict[str, list[tuple[str, float]]]:
+    """key -> the classes of each image, the most probable first, one image at a time."""
+    vit = load_classifier(trained)
+    data = timm.data.resolve_model_data_config(vit)
+    found = {}
+    for path in folder.rglob("*.jpg"):
+        pixels = decode_pixels(path.read_bytes())
+        view = render(pixels, centre_view(*pixels.shape[:2], crop_share=0.8), size=32)
+        images = normalise(torch.from_numpy(view)[None], data["mean"], data["std"])
+        with torch.no_grad():
+            scores = vit(images).softmax(dim=1)[0]
+        best = scores.argsort(descending=True).tolist()
+        found[path.relative_to(folder).as_posix()] = [(NAMES[i], float(scores[i])) for i in best]
+    return found
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_table_and_a_sheet(ending: str, trained: Path, tmp_path: Path) -> None:
+    """Five classes of each image with their scores, as the classifier alone gives them; what cannot
+    be read is counted and named, and stops nothing."""
+    data = make_photos(tmp_path / "data", count=9)
+    expected = by_hand(trained, data)
+    (data / "class 1" / "cut.jpg").write_bytes(next(data.rglob("*.jpg")).read_bytes()[:400])
+    (data / "class 1" / "none.jpg").write_bytes(b"")
+    out, notes = tmp_path / "out" / f"p{ending}", Notes()
+    metrics = predict(
+        str(trained), data=str(data), out=str(out), batch_size=4, pictures=5, progress=notes
+    )
+    assert (metrics["images"], metrics["rejected_images"]) == (9, 2)
+    assert "rejected files: 2, the first is class 1/" in notes.line("rejected files")
+    rejected = (out.with_suffix(".bad-images.csv")).read_text()
+    assert rejected.count("\n") == 3
+    assert all(text in rejected for text in ("cut.jpg", "none.jpg", "truncated", "empty"))
+    rows = (pyarrow.csv.read_csv if ending == ".csv" else pq.read_table)(out).to_pylist()
+    assert {row["key"] for row in rows} == expected.keys()
+    for row in rows:
+        assert row["label"] == row["key"].split("/")[0]
+        for i, (name, score) in enumerate(expected[row["key"]][:5], 1):
+            assert row[f"class{i}"] == name
+            assert row[f"score{i}"] == pytest.approx(score, abs=1e-5)
+    right = np.mean([found[0][0] == key.split("/")[0] for key, found in expected.items()])
+    assert metrics["top1"] == pytest.approx(100 * right, abs=0.01)
+    assert json.loads(out.with_suffix(".json").read_text()) == {
+        **metrics, "top1_interval": list(metrics["top1_interval"])
+    }  # fmt: skip
+    with Image.open(out.with_suffix(".png")) as sheet:
+        assert sheet.width > 3 * 160
+        assert np.asarray(sheet).std() > 30
+
+
+def test_the_command(trained: Path, photos: Path, tmp_path: Path) -> None:
+    """Prints what was written; a folder of images without classes has no top-1."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(photos.rglob("*.jpg"))[:3]):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    ran = run_here("predict", trained, flat, "--pictures", 0, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "predictions.csv" in ran.out
+    assert "top1" not in ran.out
+    assert not (tmp_path / "predictions.png").exists()
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"out": "p.xlsx"}, r"unknown ending '.xlsx'; expected: one of .csv, .parquet"),
+        ({"data": "empty"}, "no images in empty"),
+        ({"data": "unreadable"}, "no image of unreadable can be read: a.jpg"),
+        ({"checkpoint": "nowhere"}, "no network that predicts at nowhere"),
+        ({"checkpoint": "encoder"}, "is an encoder, which names no classes.*milan finetune"),
+        ({"checkpoint": "above"}, "itself holds none of .*try: milan predict above/tuned"),
+        ({"out": "data/p.csv"}, "lies in the folder of the images"),
+        ({"device": "cuda:99"}, "cuda"),
+    ],
+)
+def test_bad_input(
+    changes: dict[str, Any],
+    expected: str,
+    trained: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "unreadable", "encoder", "above"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unreadable" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "encoder" / "encoder.safetensors").write_bytes(b"")
+    (tmp_path / "above" / "tuned").symlink_to(trained)
+    (tmp_path / "data").symlink_to(photos)
+    given = {"checkpoint": str(trained), "data": "data", **changes}
+    with pytest.raises(MilanError, match=expected) as error:
+        milan.predict(**given, progress=milan.NoProgress())
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.csv")) + list(tmp_path.glob(".*"))
+    assert not (photos / "p.csv").exists()

@@ -1,0 +1,218 @@
+"""Zero-shot: predicted features against the texts of classes, as each is alone; bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import ROOT, STUDENT, Notes, make_photos, published, run_here
+from helpers import TEACHER as OTHER
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from milan.core.device import MEAN, STD, normalise
+from milan.errors import MilanError
+from milan.evaluation.evaluate import evaluate
+from milan.images.decode import decode_pixels
+from milan.inference.predicted_features import all_visible, in_turns, predicted_features
+from milan.models.masking import Mask
+from milan.models.student import build_student
+from milan.store.cache import TargetCache
+from milan.training.pretrain import pretrain
+from milan.training.trained import load_student
+from pipeline.extract import extract_targets
+from pipeline.zero_shot import zero_shot
+
+DEMO = ROOT / "demo" / "teacher"
+TEACHER = {"teacher": str(DEMO / "config.json"), "pretrained": str(DEMO / "model.safetensors")}
+SMALL: dict[str, Any] = {
+    "model_args": {"patch_size": 7, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "decoder": {"embed_dim": 16, "depth": 1, "num_heads": 2}, "num_workers": 0, "batch_size": 8,
+    "epochs": 1, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 24 clothes (clothes.parquet), its store with texts, and a run of one epoch."""
+    folder = tmp_path_factory.mktemp("clothes")
+    pq.write_table(pq.read_table(ROOT / "demo/data/test.parquet")[:24], folder / "clothes.parquet")
+    extract_targets(str(folder / "clothes.parquet"), out=str(folder / "t.zarr"), views=1,
+                    shard_size=8, executor="local", texts=True, **TEACHER)  # fmt: skip
+    pretrain(str(folder / "t.zarr"), out=str(folder / "run"), **SMALL)
+    return folder
+
+
+def images_and_labels() -> tuple[torch.Tensor, list[str]]:
+    """The 24 clothes, uint8 [24, 28, 28, 3], and the names of their classes."""
+    table = pq.read_table(ROOT / "demo/data/test.parquet")[:24]
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    names = features["label"]["names"]
+    pixels = [decode_pixels(row["bytes"]) for row in table["image"].to_pylist()]
+    labels = [names[label] for label in table["label"].to_pylist()]
+    return torch.from_numpy(np.stack(pixels)), labels
+
+
+def share(vectors: torch.Tensor, cache: TargetCache, labels: list[str]) -> float:
+    """Percent of images [24, C] whose nearest class text is their own."""
+    assert cache.prototypes is not None
+    texts = torch.from_numpy(cache.prototypes.features)
+    named = (F.normalize(vectors, dim=1) @ texts.T).argmax(dim=1).tolist()
+    return 100 * float(np.mean([cache.prototypes.classes[n] == label
+                                for n, label in zip(named, labels, strict=True)]))  # fmt: skip
+
+
+def test_as_each_is_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher as open_clip has it, the student as its decoder predicts; JSON and a picture."""
+    monkeypatch.chdir(place)
+    pixels, labels = images_and_labels()
+    cache = TargetCache("t.zarr")
+    ran = run_here("zero-shot", "--checkpoint", "run", "--data", "clothes.parquet", "--crop-share",
+                   1, "--batch-size", 7, "--pictures", 3)  # fmt: skip
+    assert ran.code == 0, ran.err
+    metrics = json.loads((place / "run/zero_shot.json").read_text())
+    teacher = metrics["baseline"]
+
+    config = json.loads((DEMO / "config.json").read_text())
+    model = open_clip.CLIP(**config["model_cfg"]).eval()
+    model.load_state_dict(load_file(DEMO / "model.safetensors"))
+    own = config["preprocess_cfg"]
+    with torch.inference_mode():
+        clip = model.encode_image(normalise(pixels, own["mean"], own["std"]))
+    assert teacher["token_top1"] == pytest.approx(share(clip, cache, labels), abs=0.01)
+    assert teacher["token_top1"] > 60
+
+    student = load_student("run").student
+    whole = torch.arange(16).expand(24, -1)
+    with torch.inference_mode():
+        found = student(normalise(pixels, MEAN, STD), Mask(whole, whole[:, :0]))
+    mean = F.normalize(found[:, 1:], dim=2).mean(dim=1)
+    assert metrics["token_top1"] == pytest.approx(share(found[:, 0], cache, labels), abs=0.01)
+    assert metrics["mean_top1"] == pytest.approx(share(mean, cache, labels), abs=0.01)
+    low, high = metrics["mean_top1_interval"]
+    assert low <= metrics["mean_top1"] <= high
+    assert (metrics["images"], metrics["classes"], metrics["chance"]) == (24, 10, 10.0)
+    with Image.open(place / "run/zero_shot.png") as sheet:
+        assert np.asarray(sheet).std() > 30
+
+
+def test_the_text_tower_gives_what_the_store_lacks(place: Path, tmp_path: Path) -> None:
+    """Of a store without texts, and of classes that it does not have; the same as stored ones."""
+    store, data = tmp_path / "plain.zarr", str(place / "clothes.parquet")
+    extract_targets(data, out=str(store), views=1, executor="local", **TEACHER)
+    given: dict[str, Any] = {"data": data, "crop_share": 1.0, "pictures": 0}
+    stored = zero_shot(
+        "teacher", cache=str(place / "t.zarr"), out=str(tmp_path / "a.json"), **given
+    )
+    made = evaluate("zero_shot", "teacher", cache=str(store), **given)
+    assert [made[k] for k in ("token_top1", "mean_top1")] == [
+        stored[k] for k in ("token_top1", "mean_top1")
+    ]
+    photos = make_photos(tmp_path / "photos", count=6)
+    found = zero_shot(str(place / "run"), data=str(photos), pictures=0, **TEACHER)
+    assert found["classes"] == 3
+    assert found["token_top5"] is None
+
+
+def test_masks() -> None:
+    """In turns each patch is visible and masked; predictions are those of the masks that hide it.
+    With one mask that hides nothing they are the student's own."""
+    student = build_student("vit_tiny_patch16_224", img_size=32, target_width=8, **STUDENT).eval()
+    images = torch.randn(2, 3, 32, 32)
+    masks = in_turns(16, 3)
+    hidden = torch.cat([mask.boolean() for mask in masks])
+    assert (hidden.any(dim=0) & ~hidden.all(dim=0)).all()
+    with torch.no_grad():
+        first, patches = predicted_features(student, images, masks)
+        parts = [F.normalize(student(images, Mask(*(p.expand(2, -1) for p in m))), dim=2)
+                 for m in masks]  # fmt: skip
+        for patch in range(16):
+            own = [p[:, 1 + patch] for p, h in zip(parts, hidden, strict=True) if h[patch]]
+            assert torch.allclose(patches[:, patch], torch.stack(own).mean(dim=0), atol=1e-6)
+        assert first is not None
+        assert torch.allclose(first, torch.stack([p[:, 0] for p in parts]).mean(dim=0), atol=1e-6)
+        _, whole = predicted_features(student, images, all_visible(16))
+        assert not torch.allclose(whole, patches, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "expected"),
+    [
+        ("encoder", {}, "the decoder of encoder is not there.*cannot predict the teacher's"),
+        ("timm:vit_tiny_patch16_224", {}, "is an encoder: its features are in no language space"),
+        ("pixels", {}, r"does not predict the teacher's features \(objective pixels\)"),
+        ("random", {}, "checkpoint random without like"),
+        ("run", {"data": "numbers.parquet"}, "has class numbers; expected: class names"),
+        ("run", {"data": "flat"}, "has no labels; expected: class names"),
+        ("run", {"data": "photos", "cache": "gone.zarr"},
+         "gone.zarr has no text of 3 classes, such as 'class 0', and its teacher gives none"),
+        ("published:narrow.safetensors", {}, "comes without texts of classes"),
+        ("run", {"cache": "other.zarr"}, "has targets of .*, and run predicts those of"),
+        ("run", {"cache": "nowhere.zarr"}, "nowhere.zarr"),
+        ("run", {"teacher": "other.json", "pretrained": "none"}, "is not the one whose targets"),
+        ("published:narrow.safetensors", {"cache": "t.zarr"},
+         "gives features of 8 channels, and texts have"),
+        ("run", {"devices": 2}, "devices 2"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    checkpoint: str, changes: dict[str, Any], expected: str, bad: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One line."""
+    monkeypatch.chdir(bad)
+    with pytest.raises(MilanError, match=expected) as error:
+        zero_shot(checkpoint, **{"data": "clothes.parquet", **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def bad(
+    place: Path, finished_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What `place` has, and runs, stores and data that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("run", "t.zarr", "clothes.parquet"):
+        (folder / name).symlink_to(place / name)
+    (folder / "encoder").mkdir()
+    shutil.copy(place / "run/encoder.safetensors", folder / "encoder")
+    (folder / "other.zarr").symlink_to(finished_store())
+    shutil.copytree(place / "run", folder / "pixels")
+    shutil.copytree(place / "t.zarr", folder / "gone.zarr")
+    without_teacher(folder / "gone.zarr")
+    pretrain(str(place / "t.zarr"), out=str(folder / "pixels"), objective="pixels",
+             **SMALL, overwrite=True)  # fmt: skip
+    make_photos(folder / "photos", count=6)
+    (folder / "flat").mkdir()
+    shutil.copy(next((folder / "photos").rglob("*.jpg")), folder / "flat/a.jpg")
+    table = pq.read_table(place / "clothes.parquet")
+    pq.write_table(table.replace_schema_metadata(None), folder / "numbers.parquet")
+    (folder / "other.json").write_text(json.dumps(OTHER))
+    narrow = build_student("vit_tiny_patch16_224", img_size=32, target_width=8, **STUDENT)
+    save_file({k: v.contiguous() for k, v in published(narrow).items()},
+              folder / "narrow.safetensors")  # fmt: skip
+    return folder
+
+
+def without_teacher(store: Path) -> None:
+    """As where its teacher's weights are not."""
+    origin = next(store.rglob("origin.json"))
+    origin.write_text(origin.read_text().replace("model.safetensors", "gone.safetensors"))
+
+
+def test_a_teacher_that_is_not_at_hand(bad: Path) -> None:
+    """The store's texts are enough: a note says why it is not measured beside."""
+    notes = Notes()
+    found = zero_shot(str(bad / "run"), cache=str(bad / "gone.zarr"), pictures=0, progress=notes,
+                      data=str(bad / "clothes.parquet"))  # fmt: skip
+    assert "baseline" not in found
+    assert "gone.safetensors" in notes.line("the teacher is not measured beside")
