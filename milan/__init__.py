@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from milan.errors import MilanError
     from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
-    from milan.evaluation.protocols import DetectConfig, EvaluationConfig, FinetuneConfig
+    from milan.evaluation.protocols import (
+        DetectConfig,
+        EvaluationConfig,
+        FinetuneConfig,
+        SegmentConfig,
+    )
     from milan.inference.neighbours import neighbours
     from milan.inference.predict import predict
     from milan.models.classifier import load_classifier
     from milan.models.detector import find_boxes, load_detector
     from milan.models.export import load_encoder
     from milan.models.published import load_published
+    from milan.models.segmenter import load_segmenter, predict_masks
     from milan.reporting.contact_sheet import contact_sheet
     from milan.store.cache import TargetCache
     from milan.training.detect import detect
     from milan.training.finetune import finetune
     from milan.training.pretrain import pretrain
+    from milan.training.segment import segment
 
     # Of the pipeline, which milan never imports: loaded by name when it is asked for.
     ExtractConfig: Any
@@ -46,6 +53,7 @@ _HOME = {
     "MilanError": "milan.errors",
     "NoProgress": "milan.core.progress",
     "PretrainConfig": "milan.config",
+    "SegmentConfig": "milan.evaluation.protocols",
     "TargetCache": "milan.store.cache",
     "contact_sheet": "milan.reporting.contact_sheet",
     "detect": "milan.training.detect",
@@ -59,11 +67,14 @@ _HOME = {
     "load_detector": "milan.models.detector",
     "load_encoder": "milan.models.export",
     "load_published": "milan.models.published",
+    "load_segmenter": "milan.models.segmenter",
     "neighbours": "milan.inference.neighbours",
     "open_cache": "milan.data.dataset",
     "predict": "milan.inference.predict",
+    "predict_masks": "milan.models.segmenter",
     "pretrain": "milan.training.pretrain",
     "repair": "pipeline.repair",
+    "segment": "milan.training.segment",
     "verify": "pipeline.verify",
 }
 _SHOW_PROGRESS = (
@@ -76,6 +87,7 @@ _SHOW_PROGRESS = (
     "predict",
     "embed",
     "neighbours",
+    "segment",
     "verify",
     "repair",
 )
@@ -106,6 +118,10 @@ __all__ = [
     "predict",
     "embed",
     "neighbours",
+    "segment",
+    "SegmentConfig",
+    "load_segmenter",
+    "predict_masks",
     "NoProgress",
     "MilanError",
     "__version__",

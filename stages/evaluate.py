@@ -67,10 +67,11 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
         kept = _kept(protocol.settings, path)
         frozen = issubclass(protocol.settings, EvaluationConfig)
         load: dict[str, Any] = {"tables": protocol.tables_folder(config)} if frozen else {}
-        if config.checkpoint == "teacher":
+        if config.checkpoint == "teacher" and hasattr(config, "teacher"):
+            from pipeline.teachers.dense import dense_teacher
             from pipeline.teachers.frozen import frozen_teacher
 
-            load["load"] = frozen_teacher
+            load["load"] = frozen_teacher if frozen else dense_teacher
         try:
             with console.ConsoleProgress() as progress:
                 metrics = run(protocol, config, progress=progress, **load)

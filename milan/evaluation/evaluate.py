@@ -85,7 +85,7 @@ def evaluate(
     /,
     checkpoint: str | LabelledConfig = "runs/pretrain",
     *,
-    load: Callable[[EvaluationConfig, torch.device], Frozen] = frozen_encoder,
+    load: Callable[..., Any] = frozen_encoder,
     frozen: Frozen | None = None,
     stop: Stop | None = None,
     progress: Progress | None = None,
@@ -94,17 +94,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a checkpoint by `protocol` (or its name), and a baseline beside it.
 
-    `checkpoint` and `settings` are the command's arguments; `load` makes the network, or `frozen`
-    is one; `tables` is a folder for the tables of the classes. Returns the metrics; ranks after the
-    first return {}. With several GPUs it starts a rank for each, as pretraining does. Asked to
-    stop, or by SIGINT, SIGTERM or SIGUSR1, it returns {"stopped_by": signal}; features that were
-    computed stay. Raises MilanError, and RankError if other ranks are out of reach.
+    `checkpoint` and `settings` are the command's arguments; `load` makes the network from settings
+    and device (for a protocol without features: as that one takes it), or `frozen` is one; `tables`
+    is a folder for the tables of the classes. Returns the metrics; ranks after the first return {}.
+    With several GPUs it starts a rank for each, as pretraining does. Asked to stop, or by SIGINT,
+    SIGTERM or SIGUSR1, it returns {"stopped_by": signal}; features that were computed stay. Raises
+    MilanError, and RankError if other ranks are out of reach.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = from_call(protocol.settings, "checkpoint", checkpoint, settings, protocol.name)
     config.check()
     if not isinstance(config, EvaluationConfig):
-        return protocol.load()(config, stop=stop, progress=progress)
+        loader = {} if load is frozen_encoder else {"load": load}
+        return protocol.load()(config, stop=stop, progress=progress, **loader)
     device = pick_device(config.device)
     given = Ranks.from_environment()
     if frozen and (config.devices or 1) > 1:

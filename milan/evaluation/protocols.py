@@ -19,12 +19,13 @@ Another package declares its protocols in its pyproject.toml:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from milan.core.config_fields import check_fields, seed_setting, setting
+from milan.core.config_fields import check_choice, check_fields, seed_setting, setting
+from milan.core.config_resolver import load_recipe
 from milan.core.units import parse_bytes
 from milan.errors import ConfigError, nearest
 
@@ -367,6 +368,102 @@ class ZeroShotConfig(LabelledConfig):
 
 
 @dataclass(frozen=True)
+class SegmentConfig(SupervisedConfig):
+    """What `milan segment` does; numbers that are not given are the published ones of `protocol`
+    (milan/recipes: segment_linear, segment_upernet)."""
+
+    section = "segment"
+
+    protocol: str = setting("linear", choices=("linear", "upernet"))
+    """linear: BatchNorm and a 1x1 convolution on the frozen encoder (DINOv3); upernet: UPerNet's
+    decoder on blocks 4, 6, 8 and 12, all weights trained (MILAN, MAE)."""
+    masks: str | None = setting(None, identity=False, auto=True)
+    """Folder of the masks, beside images in --data; auto: annotations, masks or labels."""
+    mask_column: str = setting("mask", identity=False)
+    """Of Parquet files: the column of the masks."""
+    classes: str | None = setting(None, identity=False)
+    """A text file of class names, a line each, that of class 0 first; default: numbers."""
+    palette: str | None = setting(None, identity=False)
+    """A text file that says what the colours of masks mean: red green blue name, a line each."""
+    ignore: int = setting(255, unit="number", least=-1)
+    """Number, in masks, of pixels that do not count; -1: none."""
+    reduce_zero_label: bool = False
+    """Pixels of number 0 do not count, and 1 is the first class (ADE20K)."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Height of crops and windows; auto: 512, or the next multiple of the patch."""
+    width: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Width of crops and windows; auto: as high as wide."""
+    scale: tuple[float, float] = setting((0.5, 2.0), unit="times", above=0)
+    """Training images, times the smallest size that a crop fits in."""
+    distortion: float = setting(0.5, unit="share", least=0, most=1)
+    """Probability of each change of brightness, contrast, saturation and hue."""
+    channels: int | None = setting(None, unit="numbers", auto=True, least=1)
+    """Width of UPerNet's decoder; auto: the encoder's."""
+    auxiliary: float = setting(0.4, unit="times", least=0)
+    """Weight of the loss of UPerNet's auxiliary classifier."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)  # type: ignore[assignment]
+    """Passes over the images; auto: 32 (linear), 127 (upernet)."""
+    batch_size: int | None = setting(None, unit="images", auto=True, least=1)  # type: ignore[assignment]
+    """Images of a step, over all devices; auto: 16."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: by the batch size, for 16 images 1e-3 (linear), 1e-4 (upernet)."""
+    warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: 1.2 of the published epochs, less of fewer."""
+    min_lr: float | None = setting(None, unit="a step", auto=True, least=0)  # type: ignore[assignment]
+    """Learning rate at the end; auto: 0."""
+    layer_decay: float | None = setting(None, unit="times", auto=True, above=0, most=1)  # type: ignore[assignment]
+    """Learning rate of a block, as a share of the next one's; auto: 0.65 (upernet)."""
+    weight_decay: float | None = setting(None, unit="times lr", auto=True, least=0)  # type: ignore[assignment]
+    """AdamW's; auto: 1e-3 (linear), 0.05 (upernet)."""
+    drop_path: float | None = setting(None, unit="share", auto=True, least=0, below=1)  # type: ignore[assignment]
+    """Probability that the last block is skipped; auto: 0.1 (upernet)."""
+    teacher: str | None = setting(None, identity=False)
+    """With checkpoint teacher: its name or config, as in extract-targets."""
+    pretrained: str | None = setting(None, identity=False, auto=True)
+    """With checkpoint teacher: its weights, as in extract-targets."""
+    teacher_norm: str | None = setting(None, identity=False, auto=True)
+    """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
+    baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
+    """What is trained beside the checkpoint: random, the same network as timm initialises it;
+    auto: random (linear), none (upernet)."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super(SegmentConfig, self.published()).check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller number first"
+            )
+        if self.crop_share != SegmentConfig.crop_share:
+            raise ConfigError(
+                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+            )
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run: of each protocol its own, or beside its metrics."""
+        own = self.folder / self.section / self.protocol
+        return Path(self.out).with_suffix("") if self.out else own
+
+    def recipe_values(self) -> dict[str, Any]:
+        """field -> the published value. Raises ConfigError."""
+        check_choice("protocol", self.protocol, ("linear", "upernet"))
+        return load_recipe(SegmentConfig, self.recipe, f"segment_{self.protocol}")
+
+    def published(self) -> SegmentConfig:
+        """With the published numbers where none are given. Raises ConfigError."""
+        values = self.recipe_values()
+        batch, epochs = self.batch_size or values["batch_size"], self.epochs or values["epochs"]
+        values |= {
+            "lr": values["lr"] * batch / values["batch_size"],
+            "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
+        }
+        missing = {name: v for name, v in values.items() if getattr(self, name) is None}
+        baseline = self.baseline or ("random" if self.protocol == "linear" else "none")
+        return replace(self, **missing, baseline=baseline)
+
+
+@dataclass(frozen=True)
 class Column:
     """One figure of a protocol's row in the report."""
 
@@ -469,6 +566,15 @@ PROTOCOLS = {
             ),
             settings=DetectConfig,
             data_example="--data coco",
+        ),
+        Protocol(
+            name="segment",
+            title="Segmentation",
+            help="Train a head, or encoder and decoder, on images with masks, and measure mIoU.",
+            run="milan.training.segment:segment",
+            columns=(Column("miou", "mIoU %"), Column("pixel_accuracy", "pixel accuracy %")),
+            settings=SegmentConfig,
+            data_example="--data ade20k --val-data ade20k --reduce-zero-label",
         ),
         Protocol(
             name="zero_shot",

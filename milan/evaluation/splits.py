@@ -79,7 +79,7 @@ def open_splits(config: LabelledConfig, progress: Progress | None = None) -> tup
     else:
         wanted = WantedSplit(config.val_split, (VALIDATION, TEST), "--val-split")
         val_manifest = _labelled(config.val_data, wanted, config, progress)
-        if _all_among(val_manifest, manifest):
+        if all_among(val_manifest, manifest):
             raise DataError(
                 f"all {len(val_manifest):,} images of --val-data are training images",
                 expected="other images to measure on",
@@ -102,10 +102,10 @@ def open_images(config: LabelledConfig, progress: Progress) -> LabelledSet:
 def _labelled_set(manifest: Manifest, labels: np.ndarray, names: list[str] | None) -> LabelledSet:
     root, keys = manifest.root, manifest.table["key"]
     images = ImageSource(manifest, root)
-    return LabelledSet(root, images, labels, _identity(manifest), keys, names)
+    return LabelledSet(root, images, labels, identity_of(manifest), keys, names)
 
 
-def _identity(manifest: Manifest) -> str:
+def identity_of(manifest: Manifest) -> str:
     """SHA-256 of where the images lie, in order, and of size and time of each file.
 
     Of a file at a URL the size alone is known.
@@ -158,7 +158,7 @@ def _manifest(
     return manifest
 
 
-def _all_among(val: Manifest, train: Manifest) -> bool:
+def all_among(val: Manifest, train: Manifest) -> bool:
     """Whether all images of `val` are at places of images of `train`."""
     roots = [manifest.root.resolve() for manifest in (val, train)]
     inside = [str(root).rstrip("/") + "/" for root in roots]

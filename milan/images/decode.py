@@ -131,7 +131,7 @@ def _decode(data: bytes, *, white_is_zero: bool = False) -> np.ndarray:
     pixels = decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode == "RGB" else None
     if pixels is None or pixels.shape[:2] != (height, width):
         pixels = _pixels_of(image, data, page, white_is_zero)
-    upright = _UPRIGHT.get(_orientation(image))
+    upright = _UPRIGHT.get(orientation_of(image))
     return upright(pixels) if upright else pixels
 
 
@@ -169,7 +169,8 @@ def _check_pages(page: TiffPage) -> None:
         raise ImageFault("multi-page", f"{pages} pages in a TIFF file")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; from 5 on height and width change places."""
     try:
         return image.getexif().get(0x0112, 1)
     except MemoryError:

@@ -349,11 +349,11 @@ def parquet_below(root: AnyPath, name: str) -> Iterator[pq.ParquetFile]:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def read_bytes(reader: pq.ParquetFile, group: int) -> pa.ChunkedArray:
+def read_bytes(reader: pq.ParquetFile, group: int, column: str = "image") -> pa.ChunkedArray:
     """`image.bytes` of a row group, in pieces: Arrow reads no struct of 2 GiB at once."""
     meta = reader.metadata.row_group(group)
     rows = max(1, meta.num_rows * _PIECE_BYTES // max(1, meta.total_byte_size))
-    batches = reader.iter_batches(rows, row_groups=[group], columns=["image.bytes"])
+    batches = reader.iter_batches(rows, row_groups=[group], columns=[f"{column}.bytes"])
     pieces = [batch.column(0).field("bytes") for batch in batches]
     return pa.chunked_array(pieces, pieces[0].type if pieces else pa.binary())
 

@@ -43,8 +43,9 @@ class ImageSource:
     Sent to another process, it opens files and connections there again.
     """
 
-    def __init__(self, manifest: Manifest, root: str | AnyPath) -> None:
-        self.root = as_path(root)
+    def __init__(self, manifest: Manifest, root: str | AnyPath, *, column: str = "image") -> None:
+        """`column`: of Parquet files, the one with the pictures."""
+        self.root, self.column = as_path(root), column
         columns = manifest.table
         self._paths = columns["path"].combine_chunks()
         self._groups = columns["group"].combine_chunks()
@@ -92,8 +93,8 @@ class ImageSource:
         data = self._group(path, group)[index].as_py()
         if data is None:
             raise ImageFault(
-                "missing", f"{path}, group {group}, row {index}: image.bytes is null; "
-                "image.path alone is not followed"
+                "missing", f"{path}, group {group}, row {index}: {self.column}.bytes is null; "
+                f"{self.column}.path alone is not followed"
             )  # fmt: skip
         return data
 
@@ -112,4 +113,4 @@ class ImageSource:
 
     def _read_group(self, path: str, group: int) -> pa.ChunkedArray:
         with parquet_below(self.root, path) as reader:
-            return read_bytes(reader, group)
+            return read_bytes(reader, group, self.column)

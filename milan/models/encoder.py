@@ -26,8 +26,10 @@ VIT_MODULES = ("vision_transformer", "deit")
 _UNPOOLED = "--set model.global_pool=avg"
 
 
-def sincos_positions(width: int, grid: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions [1, 1 + grid², width], float32; the class token's is zero.
+def sincos_positions(width: int, grid: int | tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions [1, 1 + N, width], float32; the class token's is zero.
+
+    `grid`: rows and columns of the N patches, or one number for both.
 
     MAE's layout: the first half of the channels encodes the column, the second half the row, each
     half sines then cosines (MAE, util/pos_embed.py). Raises ConfigError unless 4 divides width.
@@ -39,7 +41,8 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
             fix=f"embed_dim={max(4, width + -width % 4)}",
         )
     omega = 10000 ** -(np.arange(width // 4) / (width / 4))
-    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    height, long = (grid, grid) if isinstance(grid, int) else grid
+    rows, columns = np.meshgrid(np.arange(height), np.arange(long), indexing="ij")
     halves = []
     for position in (columns, rows):
         angle = position.reshape(-1, 1) * omega
@@ -69,7 +72,7 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
     """
     if not timm.is_model(name):
         raise unknown_vit(f"unknown model {name!r}", name)
-    if _module_of(name) not in VIT_MODULES:
+    if module_of(name) not in VIT_MODULES:
         raise unknown_vit(f"model {name} is no plain ViT", name)
     args = dict(args or {})
     allowed = set(inspect.signature(VisionTransformer).parameters)
@@ -149,7 +152,8 @@ def unknown_vit(found: str, name: str, before: str = "--model ") -> ConfigError:
     return ConfigError(found, expected="a ViT of timm", fix=before + near)
 
 
-def _module_of(name: str) -> str:
+def module_of(name: str) -> str:
+    """The module of timm that a known model is of."""
     return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
 
 

@@ -114,23 +114,22 @@ def misfit(state: State, vit: Any, *, leave: Sequence[str] = ()) -> str:
 
 
 def resampled(state: State, vit: Any) -> State:
-    """The weights with position embeddings [1, prefix + N, E] for the grid of a ViT.
+    """The weights with position embeddings [1, prefix + N, E] for the grid of a ViT, square or not.
 
-    Sine-cosine ones are those of any grid; learned ones are resampled.
+    They come from a square grid. Sine-cosine ones are those of any grid; learned ones are resampled
+    as timm does.
     """
     theirs, ours = state.get(POSITIONS), vit.pos_embed
-    if theirs is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
+    if theirs is None or ours is None or theirs.shape[-1] != ours.shape[-1]:
         return state
-    grid = vit.patch_embed.grid_size[0]
-    prefix = ours.shape[1] - grid**2
+    grid = vit.patch_embed.grid_size
+    prefix = ours.shape[1] - grid[0] * grid[1]
     old = round((theirs.shape[1] - prefix) ** 0.5)
-    if old**2 + prefix != theirs.shape[1]:
+    if old**2 + prefix != theirs.shape[1] or (old, old) == grid:
         return state
     table = sincos_positions(theirs.shape[-1], old)[:, 1:]
     if torch.allclose(theirs[:, prefix:], table, atol=1e-5):
         patches = sincos_positions(theirs.shape[-1], grid)[:, 1:]
         return state | {POSITIONS: torch.cat([theirs[:, :prefix], patches], dim=1)}
-    new = resample_abs_pos_embed(
-        theirs, [grid, grid], old_size=[old, old], num_prefix_tokens=prefix
-    )
+    new = resample_abs_pos_embed(theirs, list(grid), old_size=[old, old], num_prefix_tokens=prefix)
     return state | {POSITIONS: new}

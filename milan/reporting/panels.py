@@ -212,7 +212,7 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
     pen = ImageDraw.Draw(page)
 
     def write(x: int, y: int, text: str) -> None:
-        pen.text((x, y), _cut(text, width - MARGIN - x), (0, 0, 0), _font())
+        pen.text((x, y), cut(text, width - MARGIN - x), (0, 0, 0), font())
 
     write(MARGIN, MARGIN, title)
     for x, column in enumerate(columns):
@@ -255,7 +255,7 @@ def draw_tiles(title: str, tiles: list[Tile], *, across: int = 6) -> np.ndarray:
     size = 2 * MARGIN + across * step - GAP, 2 * MARGIN + LINE + rows * down
     page = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(page)
-    pen.text((MARGIN, MARGIN), _cut(title, size[0] - 2 * MARGIN), (0, 0, 0), _font())
+    pen.text((MARGIN, MARGIN), cut(title, size[0] - 2 * MARGIN), (0, 0, 0), font())
     for number, tile in enumerate(tiles):
         x, y = MARGIN + number % across * step, MARGIN + LINE + number // across * down
         height, width = tile.pixels.shape[:2]
@@ -263,7 +263,7 @@ def draw_tiles(title: str, tiles: list[Tile], *, across: int = 6) -> np.ndarray:
             Image.fromarray(tile.pixels), (x + (PANEL - width) // 2, y + (PANEL - height) // 2)
         )
         for i, line in enumerate(tile.lines):
-            pen.text((x, y + PANEL + i * LINE), _cut(line, PANEL), (0, 0, 0), _font())
+            pen.text((x, y + PANEL + i * LINE), cut(line, PANEL), (0, 0, 0), font())
     return np.asarray(page)
 
 
@@ -309,7 +309,8 @@ def _font_file() -> Path:
 
 
 @lru_cache
-def _font() -> Any:
+def font() -> Any:
+    """Of all that is written on a page."""
     from PIL import ImageFont
 
     return ImageFont.truetype(_font_file(), 12)
@@ -338,11 +339,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) in _letters() else ascii(c)[1:-1] for c in text)
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
     """Text of at most `width` pixels. The middle is left out: names differ at their ends."""
     whole = text = printable(text)
     half = len(whole) // 2
-    while half > 4 and _font().getlength(text) > width:
+    while half > 4 and font().getlength(text) > width:
         half -= 1
         text = f"{whole[:half]}…{whole[-half:]}"
     return text
@@ -353,7 +354,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     lines, line = list[str](), ""
     for word in text.split():
         longer = f"{line} {word}".strip()
-        if line and _font().getlength(longer) > width:
+        if line and font().getlength(longer) > width:
             lines.append(line)
             line = word
         else:

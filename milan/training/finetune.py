@@ -101,6 +101,7 @@ class Finetune(Supervised):
     """The protocol `finetune`."""
 
     kind, file = FinetuneConfig, CLASSIFIER
+    pairs = "pairs of images, which mixup and cutmix mix", ", or --mixup 0 --cutmix 0"
 
     @property
     def multiple(self) -> int:

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from milan.core.config_resolver import load_recipe
 from milan.core.distributed import parallelise
 from milan.core.progress import Progress
 from milan.data.loader import BatchSource
@@ -116,6 +117,11 @@ class SupervisedTask(ABC):
         `self.judged` is in eval mode. Gradients are off; autocast is the protocol's choice.
         """
 
+    @property
+    def kept(self) -> nn.Module:
+        """Whose weights the run's file has."""
+        return self.judged
+
     def validate(
         self, epoch: int, batches: Iterator[Any]
     ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -173,8 +179,18 @@ class Supervised(ABC):
     default_size: ClassVar[int | None] = None
     """Edge of the images in pixels, if not the encoder's."""
 
+    places: ClassVar[tuple[str, ...]] = ()
+    """Settings of its own that no recipe has: where data are, and what they mean."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def recipe(self) -> dict[str, Any]:
+        """field -> value: what is published. Raises ConfigError."""
+        return load_recipe(self.kind, self.config.recipe, self.config.section)
+
+    pairs: ClassVar[tuple[str, str]] = ("", "")
+    """Why micro-batches are a multiple of more than one, and flags without which they are not."""
 
     @property
     def multiple(self) -> int:
@@ -258,9 +274,12 @@ def parameter_groups(network: Any, config: SupervisedConfig) -> list[dict[str, A
     """Groups for AdamW: `lr_scale` is layer_decay^(depth + 1 - layer); no decay for biases, norms,
     positions and tokens (MAE, util/lr_decay.py).
 
-    A network that is no ViT has one as `encoder`; the scale of all its other weights is 1.
+    A network that is no ViT has one as `encoder`; the scale of all its other weights is 1. Weights
+    that are frozen are in no group.
     """
     encoder = getattr(network, "encoder", network)
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        return param_groups_weight_decay(network, config.weight_decay)
     groups = param_groups_layer_decay(
         encoder, config.weight_decay, no_weight_decay_list=encoder.no_weight_decay(),
         layer_decay=config.layer_decay,

@@ -10,6 +10,7 @@ Folder, log, checkpoints, exact resume, ranks and restarts are those of pretrain
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from milan.core.atomic import write_json
-from milan.core.config_resolver import deviations, load_recipe
+from milan.core.config_resolver import deviations
 from milan.core.device import pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
 from milan.core.launch import as_rank, launch
@@ -63,7 +64,7 @@ _PLACES = (
 
 
 def train_supervised(
-    protocol: type[Supervised],
+    protocol: Callable[[Any], Supervised],
     config: SupervisedConfig,
     *,
     stop: Stop | None = None,
@@ -108,9 +109,7 @@ def train_supervised(
 def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str, Any]:
     """One rank's part of a run; its lock is released when `until_end` closes."""
     config, run, ranks, progress = work.config, context.run, context.ranks, context.progress
-    differs = deviations(
-        config, recipe=load_recipe(work.kind, config.recipe, config.section), leave=_PLACES
-    )
+    differs = deviations(config, recipe=work.recipe(), leave=(*_PLACES, *work.places))
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
     data = ranks.on_rank0(lambda: work.open_data(progress))
     if config.batch_size > data.train_count:
@@ -159,7 +158,7 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
         if not task.measured and read_metrics(run).get("step") != figures["step"]:
             trainer.measure()  # it was killed between its last step and its metrics
         if task.measured:
-            state = checkpoint.whole_weights(task.judged, ranks)
+            state = checkpoint.whole_weights(task.kept, ranks)
             ranks.on_rank0(lambda: _finish(work, task, weights, figures, state))
     if figures["seconds"] == 0:
         progress.note(f"nothing is left to do: {run} is at its last step")
@@ -280,8 +279,8 @@ def _micro_batch(work: Supervised, context: Context) -> int:
         raise ConfigError(
             f"batch size {config.batch_size}: {share} images a rank in micro-batches of "
             f"{most} at most",
-            expected="pairs of images, which mixup and cutmix mix",
-            fix=f"--batch-size {2 * size * max(1, share // 2)}, or --mixup 0 --cutmix 0",
+            expected=work.pairs[0],
+            fix=f"--batch-size {2 * size * max(1, share // 2)}" + work.pairs[1],
         )
     return found
 

@@ -1,0 +1,342 @@
+"""A segmenter: an encoder with a head that names a class for every pixel.
+
+The head of protocol `linear` is a BatchNorm and a 1x1 convolution on the last patches after the
+encoder's norm (DINOv3, eval/segmentation). That of `upernet` is UPerNet's decoder by
+segmentation-models-pytorch, on a pyramid of four blocks' patches at 4, 2, 1 and 1/2 times their
+grid (BEiT and MAE, Feature2Pyramid). H x W: pixels of a window; h x w: its patches; C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from milan.core.device import normalise
+from milan.errors import CacheError, ConfigError
+from milan.models.encoder import VIT_MODULES, create_vit, module_of
+from milan.models.export import read_about
+
+SEGMENTER = "segmenter.safetensors"
+"""The file in the folder of a segmentation."""
+PROTOCOLS = ("linear", "upernet")
+_BLOCKS = (4, 6, 8, 12)  # of 12: what the pyramid is built from (BEiT, MAE)
+_DROPOUT = 0.1
+_ROWS = 64  # of an image, whose classes are decided at once
+_OVERLAP = 2 / 3  # a window's step, as a share of its edge: 341 of 512
+_NO_SMP = "pip install 'milan-pretrain[dense]'"
+
+
+class Segmenter(nn.Module):
+    """An encoder and a head: normalised images [B, 3, H, W] to logits [B, C, H, W], float32.
+
+    `window` is (H, W); `class_names`, `mean`, `std` and `colours` say what goes in and comes out.
+    """
+
+    def __init__(self, encoder: Any, head: Head, *, window: tuple[int, int], frozen: bool) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.window, self.frozen = window, frozen
+        self.class_names: list[str] = []
+        self.mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+        self.std: tuple[float, ...] = (1.0, 1.0, 1.0)
+        self.colours: list[list[int]] = []
+        """Of the classes in pictures: red, green, blue."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Logits at the size of the images; in training a list, of which the first counts most."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = feature_maps(self.encoder, images, self.head.blocks, norm=self.head.norm)
+        found = [enlarged(logits, images.shape[-2:]) for logits in self.head(maps)]
+        return found if self.training else found[0]
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """A frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+
+def feature_maps(
+    encoder: Any, images: torch.Tensor, blocks: Sequence[int], *, norm: bool
+) -> list[torch.Tensor]:
+    """The patches after some blocks (from 0), [B, E, h, w] each; with `norm` after the norm."""
+    taken = sorted(set(blocks))
+    maps = encoder.forward_intermediates(
+        images, indices=taken, norm=norm, output_fmt="NCHW", intermediates_only=True
+    )
+    return [maps[taken.index(block)] for block in blocks]
+
+
+def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Logits [B, C, h, w] at (H, W), float32."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class LinearHead(nn.Module):
+    """BatchNorm, dropout and a 1x1 convolution on one map (DINOv3)."""
+
+    norm = True
+    """Of the encoder: its maps come after it."""
+
+    def __init__(self, width: int, depth: int, classes: int) -> None:
+        super().__init__()
+        self.blocks = (depth - 1,)
+        self.batchnorm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout2d(_DROPOUT)
+        self.conv = _classifier(width, classes)
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[B, E, h, w] to logits [B, C, h, w]."""
+        return [self.conv(self.dropout(self.batchnorm(maps[0])))]
+
+
+class UPerNetHead(nn.Module):
+    """A pyramid of four blocks, UPerNet's decoder, and a classifier; beside it an auxiliary one.
+
+    The auxiliary classifier sees the third map, only in training (BEiT, MAE: FCN, 256 channels).
+    """
+
+    norm = False
+
+    def __init__(self, width: int, depth: int, classes: int, channels: int) -> None:
+        super().__init__()
+        decoder = _upernet_decoder()
+        self.blocks = tuple(max(1, round(block * depth / 12)) - 1 for block in _BLOCKS)
+        self.pyramid = nn.ModuleList([
+            nn.Sequential(
+                nn.ConvTranspose2d(width, width, 2, 2), nn.BatchNorm2d(width), nn.GELU(),
+                nn.ConvTranspose2d(width, width, 2, 2),
+            ),
+            nn.ConvTranspose2d(width, width, 2, 2),
+            nn.Identity(),
+            nn.MaxPool2d(2, ceil_mode=True),
+        ])  # fmt: skip
+        # Of its list of maps the decoder leaves out the first two: those at full and half size.
+        self.decoder = decoder([0, 0] + 4 * [width], encoder_depth=5, decoder_channels=channels)
+        self.dropout = nn.Dropout2d(_DROPOUT)
+        self.classifier = _classifier(channels, classes)
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(width, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
+            nn.Dropout2d(_DROPOUT), nn.Conv2d(256, classes, 1),
+        )  # fmt: skip
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Four maps [B, E, h, w] to logits [B, C, 4 h, 4 w]; in training [B, C, h, w] as well."""
+        levels = [change(map_) for change, map_ in zip(self.pyramid, maps, strict=True)]
+        logits = self.classifier(self.dropout(self.decoder([None, None, *levels])))
+        return [logits, self.auxiliary(levels[2])] if self.training else [logits]
+
+
+Head = LinearHead | UPerNetHead
+
+
+def _classifier(width: int, classes: int) -> nn.Conv2d:
+    """A 1x1 convolution, drawn as mmsegmentation and DINOv3 do."""
+    conv = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _upernet_decoder() -> Any:
+    try:
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    except ImportError as error:
+        raise ConfigError(
+            f"protocol upernet needs segmentation-models-pytorch: {error}", fix=_NO_SMP
+        ) from None
+    return UPerNetDecoder
+
+
+def build_head(protocol: str, encoder: Any, classes: int, *, channels: int | None = None) -> Head:
+    """The head of `protocol` for an encoder; `channels` of UPerNet's decoder, default its width."""
+    width, depth = encoder.num_features, len(encoder.blocks)
+    if protocol == "linear":
+        return LinearHead(width, depth, classes)
+    return UPerNetHead(width, depth, classes, channels or width)
+
+
+def create_encoder(model: str, args: dict[str, Any], *, size: int) -> Any:
+    """A ViT of timm without head, as timm initialises it, for images of `size` pixels' edge.
+
+    Raises ConfigError for a model whose blocks cannot be looked at.
+    """
+    args = {k: v for k, v in args.items() if k != "img_size"}
+    try:
+        if module_of(model) in VIT_MODULES:
+            vit = create_vit(model, img_size=size, args=args)
+        else:
+            vit = timm.create_model(model, num_classes=0, img_size=size, **args)
+        parts = ("forward_intermediates", "set_input_size", "blocks", "num_features")
+        if not all(hasattr(vit, part) for part in parts):
+            raise TypeError(f"a {type(vit).__name__}, which is no ViT")
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model {model}: {error}",
+            expected="a ViT of timm that takes images of any size",
+            fix="--checkpoint timm:vit_base_patch16_224.augreg_in21k",
+        ) from None
+    return vit
+
+
+def set_window(vit: Any, window: tuple[int, int]) -> None:
+    """Make a ViT one for windows of (H, W) pixels; load its weights afterwards (`resampled`).
+
+    Raises ConfigError for windows that its patches do not tile.
+    """
+    patch = vit.patch_embed.patch_size
+    if all(edge % p == 0 for edge, p in zip(window, patch, strict=True)):
+        vit.set_input_size(img_size=window)
+        return
+    height, width = (max(p, round(edge / p) * p) for edge, p in zip(window, patch, strict=True))
+    raise ConfigError(
+        f"windows of {window[1]} x {window[0]} pixels, and patches of {patch[1]} x {patch[0]}",
+        expected="multiples of the patch",
+        fix=f"--size {height}" + (f" --width {width}" if window[0] != window[1] else ""),
+    )
+
+
+def load_segmenter(folder: str | Path) -> Segmenter:
+    """The segmenter of `milan segment` (its folder, or a segmenter.safetensors), in eval mode.
+
+    `predict_masks` names the classes of whole images; `class_names` are their names. Raises
+    CacheError, and ConfigError where a library is missing.
+    """
+    path = Path(folder)
+    path = path / SEGMENTER if path.is_dir() else path
+    if not path.is_file():
+        raise CacheError(f"no {SEGMENTER} at {folder}", expected="the folder of a segmentation")
+    about = read_about(path)
+    if "window" not in about:
+        raise CacheError(f"{path} is no segmenter", fix="milan segment")
+    if about["model"].startswith("teacher "):
+        raise CacheError(
+            f"{path} is a head, and its encoder the {about['model']}", expected="a ViT of timm"
+        )
+    window, names = (about["window"][0], about["window"][1]), about["classes"]
+    encoder = create_encoder(about["model"], about["model_args"], size=about["native_size"])
+    set_window(encoder, window)
+    head = build_head(about["protocol"], encoder, len(names), channels=about["channels"])
+    segmenter = Segmenter(prepared(encoder, head), head, window=window, frozen=True)
+    try:
+        segmenter.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CacheError(f"{path} does not fit {about['model']}: {first}") from None
+    segmenter.class_names, segmenter.colours = names, about["colours"]
+    segmenter.mean, segmenter.std = tuple(about["mean"]), tuple(about["std"])
+    return segmenter.eval().requires_grad_(False)
+
+
+def prepared(encoder: Any, head: Head) -> Any:
+    """The encoder without what its maps do not pass: a norm without a use gets no gradient.
+
+    A ViT that averages has its norm behind the average: each patch gets the same norm.
+    """
+    averaged = getattr(encoder, "fc_norm", nn.Identity())
+    if not isinstance(averaged, nn.Identity):
+        encoder.norm, encoder.fc_norm = averaged, nn.Identity()
+    if not head.norm:
+        encoder.norm = nn.Identity()
+    return encoder
+
+
+# --- whole images ---------------------------------------------------------------------------------
+
+
+def predict_masks(
+    segmenter: Segmenter,
+    images: Iterator[np.ndarray] | Sequence[np.ndarray],
+    *,
+    device: torch.device | str | None = None,
+    at_once: int = 8,
+) -> Iterator[np.ndarray]:
+    """The class of every pixel of each image, uint8 [H, W, 3] (RGB) to int64 [H, W].
+
+    Images of any size: each is scaled until a window just fits in, windows slide over it in steps
+    of two thirds, `at_once` are looked at together, and their logits are averaged.
+    """
+    device = torch.device(device or next(segmenter.parameters()).device)
+    segmenter.to(device).eval()
+
+    def logits(pixels: torch.Tensor) -> torch.Tensor:
+        return segmenter(normalise(pixels, segmenter.mean, segmenter.std))
+
+    with torch.inference_mode():
+        for pixels in images:
+            scaled = torch.from_numpy(fitted(pixels, segmenter.window)).to(device)
+            seen = slide(logits, scaled, segmenter.window, at_once=at_once)
+            yield classes_at(seen, pixels.shape[:2]).cpu().numpy()
+
+
+def fitted(pixels: np.ndarray, window: tuple[int, int]) -> np.ndarray:
+    """An image, uint8 [H, W, 3], scaled so that a window just fits in; its shape stays."""
+    height, width = pixels.shape[:2]
+    scale = max(window[0] / height, window[1] / width)
+    size = max(window[1], round(width * scale)), max(window[0], round(height * scale))
+    if size == (width, height):
+        return np.ascontiguousarray(pixels)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)).copy()
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover `length` pixels in steps of two thirds."""
+    step = max(1, int(window * _OVERLAP))
+    count = -(-max(length - window, 0) // step) + 1
+    return [min(i * step, length - window) for i in range(count)]
+
+
+def slide(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    pixels: torch.Tensor,
+    window: tuple[int, int],
+    *,
+    at_once: int,
+) -> torch.Tensor:
+    """Logits [C, h, w] of an image, uint8 [h, w, 3]: the mean over the windows that see a pixel.
+
+    `logits` takes windows, uint8 [B, H, W, 3], and gives [B, C, H, W].
+    """
+    height, width = pixels.shape[:2]
+    places = [(y, x) for y in starts(height, window[0]) for x in starts(width, window[1])]
+    total, seen = pixels.new_zeros(()), pixels.new_zeros((height, width), dtype=torch.float32)
+    for first in range(0, len(places), at_once):
+        some = places[first : first + at_once]
+        cut = [pixels[y : y + window[0], x : x + window[1]] for y, x in some]
+        found = logits(torch.stack(cut)).float()
+        if not total.ndim:
+            total = found.new_zeros((found.shape[1], height, width))
+        for (y, x), part in zip(some, found, strict=True):
+            total[:, y : y + window[0], x : x + window[1]] += part
+            seen[y : y + window[0], x : x + window[1]] += 1
+    return total / seen
+
+
+def classes_at(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The best class [H, W], int64, of logits [C, h, w] interpolated to (H, W).
+
+    In stripes: all logits of a large photograph would take gigabytes.
+    """
+    height, width = size[0], size[1]
+    at = (torch.arange(height, device=logits.device) + 0.5) * logits.shape[1] / height - 0.5
+    at = at.clamp(0, logits.shape[1] - 1)
+    above, share = at.floor().long(), at.frac()
+    below = (above + 1).clamp(max=logits.shape[1] - 1)
+    stripes = []
+    for rows in torch.arange(height, device=logits.device).split(_ROWS):
+        weight = share[rows][None, :, None]
+        mixed = logits[:, above[rows]] * (1 - weight) + logits[:, below[rows]] * weight
+        stripes.append(enlarged(mixed[None], (len(rows), width))[0].argmax(dim=0))
+    return torch.cat(stripes)
