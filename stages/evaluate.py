@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ _SHARED = {
         "crop_share",
         "limit",
     ),
+    "Training images": (
+        "fraction",
+        "shots",
+        "draws",
+        "first_draw",
+        "train_list",
+        "save_lists",
+    ),
     "Machine": ("features", "batch_size", "num_workers", "device", "devices", "memory"),
 }
 
@@ -44,11 +52,11 @@ def _panels(settings: type) -> dict[str, tuple[str, ...]]:
 
 
 def evaluation_command(protocol: Protocol) -> Callable[..., None]:
-    """The command that runs `protocol`, writes its metrics file and prints the metrics."""
+    """The command that runs `protocol`, which writes its metrics file, and prints the metrics."""
 
     @settings_command(protocol.settings, _panels(protocol.settings), protocol.name)
     def evaluate(*, flags: dict[str, Any], params: str | None, sets: list[str] | None) -> None:
-        from milan.core.atomic import ensure_writable, write_json
+        from milan.core.atomic import ensure_writable
         from milan.core.config_resolver import resolve
         from milan.errors import ConfigError
         from milan.evaluation.evaluate import evaluate as run
@@ -57,24 +65,23 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
         config = resolve(
             protocol.settings, section=protocol.name, params=params, sets=sets, flags=flags
         )
-        config.check()
-        path = protocol.metrics_path(config)
+        configs = config.each()
         if config.out:
             try:
-                ensure_writable(path.parent)
+                ensure_writable(Path(config.out).parent)
             except OSError as error:
-                raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-        kept = _kept(protocol.settings, path)
-        frozen = issubclass(protocol.settings, EvaluationConfig)
-        load: dict[str, Any] = {"tables": protocol.tables_folder(config)} if frozen else {}
-        if config.checkpoint == "teacher" and hasattr(config, "teacher"):
+                raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
+        kept = _kept(protocol.settings, protocol.metrics_path(configs[0]))
+        load: dict[str, Any] = {}
+        if any(one.checkpoint == "teacher" for one in configs):
             from pipeline.teachers.dense import dense_teacher
             from pipeline.teachers.frozen import frozen_teacher
 
-            load["load"] = frozen_teacher if frozen else dense_teacher
+            frozen = issubclass(protocol.settings, EvaluationConfig)
+            load["load_teacher"] = frozen_teacher if frozen else dense_teacher
         try:
             with console.ConsoleProgress() as progress:
-                metrics = run(protocol, config, progress=progress, **load)
+                metrics = run(protocol, config, progress=progress, write=True, **load)
         except KeyboardInterrupt:  # the second: the first one ends an evaluation
             raise KeyboardInterrupt(kept) from None
         if "stopped_by" in metrics:
@@ -82,9 +89,13 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
             raise typer.Exit(REQUEUE)
         if not metrics:
             return  # another process says it
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, metrics)
-        console.table(protocol.title, *_table(metrics, path))
+        if len(configs) > 1:
+            console.table(protocol.title, *_of_several(metrics, protocol))
+            return
+        path = protocol.metrics_path(configs[0])
+        console.table(protocol.title, *_of_one(metrics, path))
+        for name, headings, rows in _parts(metrics, protocol):
+            console.table(name, headings, rows)
 
     evaluate.__doc__ = protocol.help
     return evaluate
@@ -99,13 +110,48 @@ def _kept(settings: type, path: Path) -> str:
     return "nothing was written; the same line starts again"
 
 
-def _table(metrics: dict[str, Any], path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """(headings, rows): figures with their intervals, and those of the baseline beside them."""
-    shown = [key for key in metrics if key != "baseline" and not key.endswith("_interval")]
+Shown = tuple[tuple[str, ...], list[tuple[Any, ...]]]
+"""(headings, rows)"""
+
+
+def _of_one(metrics: dict[str, Any], path: Path) -> Shown:
+    """Figures with their intervals, and those of the baseline beside them."""
+    shown = [
+        key
+        for key, value in metrics.items()
+        if not key.endswith("_interval") and not isinstance(value, dict | list)
+    ]
     columns = [metrics, *filter(None, [metrics.get("baseline")])]
     rows = [(key.replace("_", " "), *(_cell(c, key) for c in columns)) for key in shown]
     blank = ("",) * (len(columns) - 1)
     return ("what", "", *blank), [*rows, ("metrics", path, *blank)]
+
+
+def _of_several(metrics: dict[str, dict[str, Any]], protocol: Protocol) -> Shown:
+    """A row a checkpoint, and for each baseline once."""
+    from milan.evaluation.table import rows_of
+
+    rows = rows_of(metrics)
+    shown = [(column.key, column.heading) for column in protocol.columns]
+    robust = {"corrupted_top1": "corrupted %", "corrupted_share": "of clean %"}
+    shown += [(key, heading) for key, heading in robust.items() if key in rows[-1]]
+    return ("checkpoint", *(heading for _, heading in shown)), [
+        (row["checkpoint"], *(_cell(row, key) for key, _ in shown)) for row in rows
+    ]
+
+
+def _parts(
+    metrics: dict[str, Any], protocol: Protocol
+) -> Iterator[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+    """Further tables, each with its title: every draw, every corruption."""
+    if draws := metrics.get("draws"):
+        of = "draw" if "draw" in draws[0] else "train_list"
+        columns = [column for column in protocol.columns if column.key in draws[0]]
+        headings = ("draw", *(column.heading for column in columns))
+        yield "Draws", headings, [(d[of], *(_cell(d, c.key) for c in columns)) for d in draws]
+    if corruptions := metrics.get("corruptions"):
+        rows = [(name, *values) for name, values in corruptions.items()]
+        yield "Top-1 % by severity of corruption", ("corruption", *"12345"), rows
 
 
 def _cell(metrics: dict[str, Any], key: str) -> Any:

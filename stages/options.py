@@ -143,6 +143,8 @@ def _flag(field: dataclasses.Field, hint: Any, doc: str, panel: str) -> inspect.
     if field.metadata.get("auto"):  # a number or the word auto
         shown, metavar = f"  [{AUTO}]", f"<{typing.get_args(hint)[0].__name__}>"
         optional = str | None
+    if field.metadata.get("several"):  # the flag may be repeated
+        optional, metavar = list[str] | None, "<str>"
     # A switch can only be turned on: all of them are off by default.
     names = [f"--{name.replace('_', '-')}"] if hint is bool else []
     text = (doc + shown).replace("[", r"\[")  # else rich would take it for a style

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from milan.core.paths import check_unicode
@@ -24,6 +25,7 @@ def setting(
     choices: tuple[str, ...] = (),
     unit: str = "",
     auto: bool = False,
+    several: bool = False,
     **limits: float,
 ) -> Any:
     """A field of a settings dataclass.
@@ -31,12 +33,26 @@ def setting(
     `choices` are the words it may be; numbers lie in [least, most], or beyond `above` and `below`
     (the four `limits`), and count `unit`. `identity=False`: a run may be resumed with another
     value, for it changes no step. None passes every check, where the default is None; with `auto`
-    people write it as that word.
+    people write it as that word. `several`: text that may be several names with commas between; a
+    flag that is repeated and a list in a file mean the same.
     """
     if unknown := limits.keys() - _LIMITS.keys():
         raise TypeError(f"limits {sorted(unknown)}")
     metadata = {"identity": identity, "choices": choices, "unit": unit, "auto": auto, **limits}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"several": several})
+
+
+def names_in(text: str) -> list[str]:
+    """The names in the text of a setting that takes several. A path with commas is one name.
+
+    Raises ConfigError for an empty one.
+    """
+    if os.path.exists(text):
+        return [text]
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"an empty name in {text!r}", expected="names with a comma between")
+    return names
 
 
 def is_auto(field: dataclasses.Field, value: Any) -> bool:

@@ -58,6 +58,8 @@ class Given:
                 fix=_nearest_key(key, hints),
             )
         field = next(f for f in dataclasses.fields(self.kind) if f.name == key)
+        if field.metadata.get("several") and isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
         is_default = is_auto(field, value)
         self.values[key] = None if is_default else _coerce(hints[key], value, key, source)
         self.sources[key] = source

@@ -23,6 +23,7 @@ HELD_OUT: Final = 7
 DROPPED: Final = 8
 AUGMENTED: Final = 9
 MIXED: Final = 10
+CORRUPTED: Final = 11
 
 _thread = local()
 """A generator and its state, with nothing drawn yet."""

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.errors import ConfigError
-from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Share
 from milan.evaluation.heads import Head, Steps, at_most, best_of, scores_of
 from milan.evaluation.linear_probe import judged, mean_and_std

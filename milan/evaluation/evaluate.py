@@ -1,117 +1,91 @@
-"""How every protocol is run: ranks, splits, features, a baseline, and the metrics they share."""
+"""Measure checkpoints by a protocol: ranks, each checkpoint, its baseline, its metrics file."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from milan.core.atomic import digest_of, write_json
 from milan.core.config_resolver import from_call
 from milan.core.device import pick_device, ranks_here
 from milan.core.distributed import Ranks
 from milan.core.launch import as_rank, launch
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
-from milan.core.units import parse_bytes
 from milan.core.waiting import Stopped
-from milan.errors import ConfigError, DataError
-from milan.evaluation.features import (
-    Context,
-    Features,
-    Labelled,
-    features_folder,
-)
+from milan.errors import ConfigError
+from milan.evaluation.classifier import classifier_robustness
+from milan.evaluation.draws import over_draws
+from milan.evaluation.evaluation import FACTS, Measurement, drawn
+from milan.evaluation.features import Context, features_folder
 from milan.evaluation.frozen import Frozen, frozen_encoder
-from milan.evaluation.meaning import chance, doubts
-from milan.evaluation.outcome import Outcome
-from milan.evaluation.patches import features_for
-from milan.evaluation.protocols import EvaluationConfig, LabelledConfig, Protocol, get_protocol
-from milan.evaluation.splits import Split, open_splits
+from milan.evaluation.protocols import (
+    ClassificationConfig,
+    EvaluationConfig,
+    LabelledConfig,
+    Protocol,
+    get_protocol,
+)
+from milan.evaluation.splits import open_draws
+from milan.evaluation.table import write_table
+from milan.models.weights import find_weights
 
-_MEMORY = 1_000_000_000  # bytes of features kept by a rank on a CPU
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a protocol gets: a network's features of labelled images, and where it runs."""
-
-    config: EvaluationConfig
-    frozen: Frozen
-    train: Labelled
-    """To fit on; labels are 0 to classes - 1."""
-    val: Labelled
-    """To measure on; label -1: a class that `train` lacks."""
-    classes: int
-    context: Context
-    """Of this rank: device, ranks, progress, stop."""
-    names: tuple[str, ...] = ()
-    """Of the classes; their numbers where they have no names."""
-    tables: Path | None = None
-    """The folder for classes.csv and confusion.csv, if they are wanted."""
-
-    def write_tables(self, outcome: Outcome) -> None:
-        """Write the tables of the outcome that the first figure is of; all ranks call it."""
-        if self.tables:
-            folder = self.tables
-            self.context.ranks.on_rank0(lambda: outcome.write_tables(folder))
-
-    @property
-    def memory(self) -> int:
-        """Bytes of features that this rank may keep on its device."""
-        if self.config.memory is not None:
-            return parse_bytes(self.config.memory)
-        device = self.context.device
-        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY
-
-    def table(self, labelled: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [m, F] float32 and labels [m] int64 of a split as a whole, on the CPU.
-
-        For protocols on few images: memory grows with their number.
-        """
-        features = labelled.features
-        parts = [part for part, _ in features.pieces(range(len(features)))]
-        whole = torch.cat([part for part in parts if len(part)])
-        return whole[torch.from_numpy(labelled.places)], torch.from_numpy(labelled.labels)
+Load = Callable[..., Any]
+"""Makes the teacher's network: of settings and a device a Frozen; of others as they take it."""
 
 
 def evaluate(
     protocol: Protocol | str,
     /,
-    checkpoint: str | LabelledConfig = "runs/pretrain",
+    checkpoint: str | Sequence[str] | LabelledConfig = "runs/pretrain",
     *,
-    load: Callable[..., Any] = frozen_encoder,
+    load_teacher: Load | None = None,
     frozen: Frozen | None = None,
     stop: Stop | None = None,
     progress: Progress | None = None,
-    tables: Path | None = None,
+    write: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Measure a checkpoint by `protocol` (or its name), and a baseline beside it.
+    """Measure checkpoints by `protocol` (or its name), and a baseline beside each.
 
-    `checkpoint` and `settings` are the command's arguments; `load` makes the network from settings
-    and device (for a protocol without features: as that one takes it), or `frozen` is one; `tables`
-    is a folder for the tables of the classes. Returns the metrics; ranks after the first return {}.
-    With several GPUs it starts a rank for each, as pretraining does. Asked to stop, or by SIGINT,
-    SIGTERM or SIGUSR1, it returns {"stopped_by": signal}; features that were computed stay. Raises
-    MilanError, and RankError if other ranks are out of reach.
+    `checkpoint` and `settings` are the command's arguments; `load_teacher` makes the network of
+    checkpoint teacher, or `frozen` is one. Returns the metrics; those of several checkpoints by
+    their names; ranks after the first return {}. `write`: as soon as a checkpoint is measured, its
+    metrics are written to `protocol.metrics_path`, tables of the classes beside them. With several
+    GPUs it starts a rank for each, as pretraining does. Asked to stop, or by SIGINT, SIGTERM or
+    SIGUSR1, it returns {"stopped_by": signal}; features that were computed stay. Raises MilanError,
+    and RankError if other ranks are out of reach.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = from_call(protocol.settings, "checkpoint", checkpoint, settings, protocol.name)
-    config.check()
+    configs: Sequence[Any] = config.each()
+    if getattr(config, "corruptions", False) and not protocol.classifies:
+        raise ConfigError(
+            f"corruptions with {protocol.name}",
+            expected="a protocol that fits a classifier",
+            fix="milan linear-probe --corruptions",
+        )
     if not isinstance(config, EvaluationConfig):
-        loader = {} if load is frozen_encoder else {"load": load}
-        return protocol.load()(config, stop=stop, progress=progress, **loader)
+        try:
+            run = partial(protocol.load(), stop=stop, progress=progress)
+            if load_teacher and getattr(config, "takes_teacher", False):
+                run = partial(run, load=load_teacher)
+            metrics = _train_all(protocol, configs, run, stop, progress, write=write)
+        except Stopped as stopped:
+            return {"stopped_by": stopped.by}
+        return _whole(metrics, config, write)
     device = pick_device(config.device)
     given = Ranks.from_environment()
-    if frozen and (config.devices or 1) > 1:
+    if frozen and ((config.devices or 1) > 1 or len(configs) > 1):
+        found = f"devices {config.devices}" if len(configs) == 1 else f"{len(configs)} checkpoints"
         raise ConfigError(
-            f"devices {config.devices} with a network of this process", expected="devices=1"
+            f"{found} with a network of this process", expected="devices=1, one checkpoint"
         )
     count = 1 if given or frozen else ranks_here(config.device, device, config.devices)
     stop = stop or Stop()
@@ -121,7 +95,7 @@ def evaluate(
         if count > 1:
             return launch(
                 partial(evaluate, protocol),
-                {"checkpoint": config, "load": load, "tables": tables},
+                {"checkpoint": config, "load_teacher": load_teacher, "write": write},
                 ranks=count,
                 restarts=0,
                 restart_arguments=dict,
@@ -129,9 +103,9 @@ def evaluate(
             )
         with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
             context = Context(own, ranks, progress, stop)
-            make = (lambda *_: frozen) if frozen else load
-            metrics = _measure(protocol, config, make, context, tables)
-            return metrics if ranks.is_rank0 else {}
+            loaders = _Loaders(frozen, load_teacher)
+            metrics = _measure_all(protocol, configs, loaders, context, write=write)
+            return _whole(metrics, config, write) if ranks.is_rank0 else {}
     except Stopped as stopped:
         return {"stopped_by": stopped.by}
     except torch.OutOfMemoryError:
@@ -141,100 +115,143 @@ def evaluate(
         ) from None
 
 
-def _measure(
+def _whole(metrics: dict[str, Any], config: LabelledConfig, write: bool) -> dict[str, Any]:
+    """The metrics of a checkpoint that is alone; of several all, also in their file."""
+    if len(metrics) == 1:
+        return next(iter(metrics.values()))
+    if write and config.out:
+        write_table(Path(config.out), metrics)
+    return metrics
+
+
+# --- protocols that train -------------------------------------------------------------------------
+
+
+def _train_all(
     protocol: Protocol,
-    config: EvaluationConfig,
-    load: Callable[[EvaluationConfig, torch.device], Frozen],
-    context: Context,
-    tables: Path | None,
+    configs: Sequence[LabelledConfig],
+    run: Callable[[LabelledConfig], dict[str, Any]],
+    stop: Stop | None,
+    progress: Progress | None,
+    *,
+    write: bool,
 ) -> dict[str, Any]:
-    began, run = time.perf_counter(), protocol.load()
-    frozen = load(config, context.device)
-    # One rank lists the images: what the others listed might be something else by then.
-    splits = context.ranks.on_rank0(lambda: open_splits(config, context.progress))
-    with features_folder(config, frozen, context) as folder:
-        evaluation = _evaluation(frozen, splits, folder, config, context)
-        _tell(evaluation)
-        figures, baseline = run(replace(evaluation, tables=tables)), None
+    """Metrics of each checkpoint, one `run` after the other; a stop ends all of them."""
+    for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
+        if config.checkpoint not in ("random", "teacher"):
+            find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
+    found: dict[str, Any] = {}
+    for number, config in enumerate(configs, 1):
+        if progress and len(configs) > 1:
+            progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
+        metrics = _train(protocol, config, run, stop, progress)
+        if "stopped_by" in metrics or not metrics:
+            return {config.checkpoint: metrics}
+        found[config.checkpoint] = metrics
+        if write:
+            _write(protocol, config, metrics)
+    return found
+
+
+def _train(
+    protocol: Protocol,
+    config: LabelledConfig,
+    run: Callable[[LabelledConfig], dict[str, Any]],
+    stop: Stop | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Metrics of a checkpoint, over all draws of its training images."""
+    if not isinstance(config, ClassificationConfig):
+        return run(config)
+    draws, path = config.each_draw(), protocol.metrics_path(config).with_suffix("")
+    found = []
+    for number, draw in enumerate(draws):
+        if len(draws) > 1:
+            draw = replace(draw, out=str(path.with_name(f"{path.name}-draws") / f"{number}.json"))
+            if progress:
+                progress.note(f"draw {number + 1} of {len(draws)}")
+        metrics = run(draw)
+        if "stopped_by" in metrics or not metrics:
+            return metrics
+        if draw.corruptions:
+            metrics |= classifier_robustness(draw, metrics, stop or Stop(), progress)
+        found.append(metrics | drawn(config, number))
+    return over_draws(found, protocol.columns) | _chosen(config)
+
+
+def _chosen(config: ClassificationConfig) -> dict[str, Any]:
+    """How training images were chosen, for the metrics."""
+    names = ("fraction", "shots", "train_list")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+def _write(protocol: Protocol, config: LabelledConfig, metrics: dict[str, Any]) -> None:
+    path = protocol.metrics_path(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics)
+
+
+# --- protocols on features ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaders:
+    """Where networks come from."""
+
+    frozen: Frozen | None
+    teacher: Load | None
+
+    def network(self, config: EvaluationConfig, context: Context) -> Frozen:
+        """That of the checkpoint."""
+        if self.frozen:
+            return self.frozen
+        teacher = self.teacher if config.checkpoint == "teacher" else None
+        return (teacher or frozen_encoder)(config, context.device)
+
+    def baseline(self, config: EvaluationConfig, context: Context) -> Frozen | None:
+        """What is measured beside it, if anything."""
         # Of a network that others load nobody knows what it is without its weights.
-        if load is frozen_encoder and (other := _baseline(config)):
-            network = frozen_encoder(other, context.device)
-            beside = _evaluation(network, splits, folder, config, context)
-            quiet = replace(context, progress=NoProgress())  # what there is to say has been said
-            baseline = {"checkpoint": network.name, **run(replace(beside, context=quiet))}
-        train, val = evaluation.train, evaluation.val
-        return {
-            "checkpoint": frozen.name,
-            **figures,
-            "chance": round(chance(train.labels, val.labels), 2),
-            "classes": evaluation.classes,
-            "features": train.features.width,
-            "train_images": len(train),
-            "val_images": len(val),
-            "repeated_images": _repeated(evaluation),
-            "seconds": round(time.perf_counter() - began, 1),
-            **({"baseline": baseline} if baseline else {}),
-        }
+        given = self.frozen or config.checkpoint in ("random", "teacher")
+        if given or config.baseline == "none":
+            return None
+        other = replace(config, checkpoint="random", like=config.checkpoint)
+        return frozen_encoder(other, context.device)
 
 
-def _evaluation(
-    frozen: Frozen,
-    splits: tuple[Split, Split],
-    folder: Path,
-    config: EvaluationConfig,
+def _measure_all(
+    protocol: Protocol,
+    configs: Sequence[EvaluationConfig],
+    loaders: _Loaders,
     context: Context,
-) -> Evaluation:
-    """The features of both splits. Raises DataError if nothing can be learnt or measured."""
-    kept: dict[str, Features] = {}
-    for split in splits:  # of one set, if no other is given to measure on
-        if split.of.identity not in kept:
-            kept[split.of.identity] = features_for(frozen, split.of, folder, config, context)
-    train, val = (Labelled.of(kept[split.of.identity], split) for split in splits)
-    if len(train) < 2 or not len(val):
-        raise DataError(
-            f"{len(train)} images to fit on and {len(val)} to measure on",
-            expected="2 and more, and some to measure on",
-        )
-    numbers, y = np.unique(train.labels, return_inverse=True)  # of classes that can be told apart
-    if len(numbers) < 2:
-        raise DataError(
-            f"all {len(y)} images to fit on are of one class", expected="at least two classes"
-        )
-    found = np.searchsorted(numbers, val.labels).clip(max=len(numbers) - 1)
-    val_y = np.where(numbers[found] == val.labels, found, -1)
-    labelled = replace(train, labels=y), replace(val, labels=val_y)
-    names = splits[0].of.names
-    named = tuple(names[n] if names else str(n) for n in numbers.tolist())
-    return Evaluation(config, frozen, *labelled, len(numbers), context, named)
-
-
-def _tell(evaluation: Evaluation) -> None:
-    """Notes on what the figures rest on. Raises DataError if all images to measure on were seen."""
-    train, val, progress = evaluation.train, evaluation.val, evaluation.context.progress
-    for features in dict.fromkeys((train.features, val.features)):
-        if features.rejected:
-            progress.note(
-                f"rejected files: {len(features.rejected)}, the first is {features.rejected[0]}"
-            )
-    if repeated := _repeated(evaluation):
-        found = f"{repeated:,} of {len(val):,} images to measure on are training images too"
-        if repeated == len(val):
-            raise DataError(
-                f"{found} (the same bytes)", expected="other images to measure on",
-                fix="--val-data with images of its own",
-            )  # fmt: skip
-        progress.note(f"{found} (the same bytes): figures are better than on new images")
-    for doubt in doubts(train.labels, val.labels):
-        progress.note(doubt)
-
-
-def _repeated(evaluation: Evaluation) -> int:
-    """How many images to measure on are images to fit on, wherever they are: of the same bytes."""
-    return int(np.isin(evaluation.val.digests, evaluation.train.digests).sum())
-
-
-def _baseline(config: EvaluationConfig) -> EvaluationConfig | None:
-    """The settings of the network to measure beside this one, if there is one."""
-    if config.baseline == "none" or config.checkpoint == "random":
-        return None
-    return replace(config, checkpoint="random", like=config.checkpoint)
+    *,
+    write: bool,
+) -> dict[str, Any]:
+    """Metrics of each checkpoint. Images are listed once; a baseline is measured once a shape."""
+    for config in configs:  # a bad one is found before hours of work
+        network = loaders.network(config, context)
+    # One rank lists the images: what the others listed might be something else by then.
+    splits = context.ranks.on_rank0(lambda: open_draws(configs[0], context.progress))
+    known: dict[str, dict[str, Any]] = {}  # by the network's identity
+    shapes: dict[str, str] = {}  # the first checkpoint whose shape a baseline has
+    found: dict[str, Any] = {}
+    for number, config in enumerate(configs, 1):
+        began = time.perf_counter()
+        if len(configs) > 1:
+            context.progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
+            network = loaders.network(config, context)
+        other = loaders.baseline(config, context)
+        tables = protocol.tables_folder(config) if write else None
+        with features_folder(config, network, context) as folder:
+            job = Measurement(protocol, config, splits, folder, context)
+            metrics = job.measure(network, known, tables)
+            beside = job.measure(other, known, None, quiet=True) if other else None
+        metrics = {"checkpoint": network.name, **metrics, **_chosen(config)}
+        metrics["seconds"] = round(time.perf_counter() - began, 1)
+        if other and beside:
+            figures = {key: value for key, value in beside.items() if key not in FACTS}
+            like = shapes.setdefault(digest_of(other.identity), config.checkpoint)
+            metrics["baseline"] = {"checkpoint": other.name, **figures, "like": like}
+        found[config.checkpoint] = metrics
+        if write and context.ranks.is_rank0:
+            _write(protocol, config, metrics)
+    return found

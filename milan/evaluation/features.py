@@ -43,6 +43,7 @@ from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped, Wait
 from milan.errors import DataError, ImageFault
+from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import EvaluationConfig
 from milan.evaluation.splits import LabelledSet, Split
@@ -119,14 +120,16 @@ def features_of(
     context: Context,
     *,
     file_rows: int | None = None,
+    corruption: Corruption | None = None,
 ) -> Features:
     """Features of all rows of `data`: those in `folder`, computed where they are not there yet.
 
-    Each rank computes its share; all must call this. Images are shown as their central square.
-    `file_rows` is for large features: the rows of a file, else FILE_ROWS. Raises DataError if none
-    can be read, features are no numbers, or the disk is full; Stopped.
+    Each rank computes its share; all must call this. Images are shown as their central square,
+    corrupted if asked for. `file_rows` is for large features: the rows of a file, else FILE_ROWS.
+    Raises DataError if none can be read, features are no numbers, or the disk is full; Stopped.
     """
     view = {"size": frozen.size, "crop_share": config.crop_share}
+    view |= corruption.law if corruption else {}
     about = {"format": _FORMAT, "network": frozen.identity, "images": data.identity, "view": view}
     about |= {"file_rows": file_rows} if file_rows else {}
     key = digest_of(about)
@@ -137,7 +140,7 @@ def features_of(
         if absent:
             words = about | {"of": frozen.name, "data": str(data.source)}
             context.ranks.on_rank0(lambda: _begin(place, words))
-            _compute(frozen, data.images, files, absent, config, context)
+            _compute(frozen, data.images, files, absent, config, context, corruption)
         else:
             context.progress.note(f"features of {frozen.name}: those in {place}")
     context.ranks.all_reduce_sum([0.0])  # those of other ranks are there
@@ -318,14 +321,17 @@ def _compute(
     absent: list[int],
     config: EvaluationConfig,
     context: Context,
+    corruption: Corruption | None,
 ) -> None:
     """Compute this rank's share of the `absent` files. Raises Stopped: whole files stay."""
     ranks, progress = context.ranks, context.progress
     mine = absent[ranks.rank :: ranks.size]
     total = sum(len(rows) for rows in files.ranges)
     done = total - sum(len(files.ranges[number]) for number in absent)
-    progress.begin(f"features of {frozen.name}", total, "images", done=done)
-    batches = decoded(images, [files.ranges[i] for i in mine], frozen.size, config, context)
+    what = f"features of {frozen.name}" + (f", {corruption}" if corruption else "")
+    progress.begin(what, total, "images", done=done)
+    ranges = [files.ranges[i] for i in mine]
+    batches = decoded(images, ranges, frozen.size, config, context, corruption)
     written: Future | None = None
     # Whatever ends this, what was handed to the writer is written.
     with closing(batches), ThreadPoolExecutor(1) as writer:
@@ -397,12 +403,13 @@ def decoded(
     size: int,
     config: EvaluationConfig,
     context: Context,
+    corruption: Corruption | None = None,
 ) -> Generator[Iterator[Decoded], None, None]:
     """The batches of each file; some are decoded ahead, in threads, while the device works."""
     share = max(1, cpu_count() // context.ranks.on_node)
     pool = ThreadPoolExecutor(config.num_workers or min(16, share))
     pinned = context.device.type == "cuda"
-    load = partial(_central_square, images, size, config.crop_share)
+    load = partial(_central_square, images, size, config.crop_share, corruption)
 
     def begin(rows: list[int]) -> tuple[list[int], torch.Tensor, list[Future]]:
         pixels = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
@@ -442,7 +449,12 @@ def _finished(rows: list[int], pixels: torch.Tensor, futures: list[Future]) -> D
 
 
 def _central_square(
-    images: ImageSource, size: int, share: float, row: int, pixels: np.ndarray
+    images: ImageSource,
+    size: int,
+    share: float,
+    corruption: Corruption | None,
+    row: int,
+    pixels: np.ndarray,
 ) -> int | str:
     """Fill `pixels`, uint8 [S, S, 3], with an image; half of its content digest, or why not."""
     try:
@@ -452,7 +464,10 @@ def _central_square(
         return str(fault)
     width, height = image.size
     pixels[:] = render(image, centre_view(height, width, crop_share=share), size=size)
-    return int(content_digest(data)[:16], 16)
+    digest = int(content_digest(data)[:16], 16)
+    if corruption:
+        pixels[:] = corruption.apply(pixels, digest)
+    return digest
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from milan.models.encoder import (
 )
 from milan.models.export import load_encoder, read_about
 from milan.models.state_dict import weights_digest
+from milan.models.weights import find_weights, misfit
 
 _TIMM = "timm:"
 FEATURES = {
@@ -56,8 +57,9 @@ class Frozen:
 def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     """The encoder that `config.checkpoint` names; features are those of `config.feature_set`.
 
-    Raises ConfigError for an unknown model and for weights that cannot be fetched, CacheError for a
-    run without an encoder. The teacher is no encoder of ours: pipeline.teachers.frozen loads it.
+    Raises ConfigError for an unknown model, and weights that cannot be fetched or are of another
+    model; CacheError for a run without an encoder. The teacher is no encoder of ours:
+    pipeline.teachers.frozen loads it.
     """
     name = config.checkpoint
     if name == "teacher":
@@ -69,6 +71,8 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         vit, built = _random(config)
     elif name.startswith(_TIMM):
         vit, built = pretrained_vit(name.removeprefix(_TIMM)), {"timm": name}
+    elif _is_published(name):
+        vit, built = _published(config)
     else:
         vit, about = load_encoder(name), read_about(name)
         built = {"model": about["model"], "model_args": about["model_args"]}
@@ -175,10 +179,38 @@ def _timm_tokens(model: str, vit: Any, size: int) -> Callable[[torch.Tensor], to
     return tokens
 
 
+def _is_published(name: str) -> bool:
+    return name.partition(":")[0] == "published"
+
+
+def _published(config: EvaluationConfig) -> tuple[Any, dict[str, Any]]:
+    """(the ViT of the published weights, what it was built by)."""
+    weights = find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
+    vit = create_vit(weights.model, img_size=weights.size, args=weights.args)
+    if odd := misfit(weights.encoder, vit):
+        raise ConfigError(
+            f"the weights of {config.checkpoint} do not fit {weights.model}: {odd}",
+            expected="the ViT that they are of",
+            fix="--model, such as vit_large_patch16_224",
+        )
+    vit.load_state_dict(weights.encoder)
+    return _described(vit, weights.mean, weights.std), {"model": weights.model, "model_args": {}}
+
+
+def _described(vit: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """A ViT that says what images it takes."""
+    size = (3, *vit.patch_embed.img_size)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": mean, "std": std, "input_size": size}
+    return vit
+
+
 def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any]]:
     """(a ViT as timm initialises it, what it was built by)."""
     like = config.like or ""
-    if like and not like.startswith(_TIMM):
+    if _is_published(like):
+        weights = find_weights(like, flag="--like", model=config.model)
+        name, args, size = weights.model, dict(weights.args), weights.size
+    elif like and not like.startswith(_TIMM):
         about = read_about(like)
         name, args, size = about["model"], about["model_args"], about["input_size"]
     else:
@@ -189,8 +221,4 @@ def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any]]:
         if like.startswith(_TIMM):
             return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}
         vit = create_vit(name, img_size=size, args=args)
-    height, width = vit.patch_embed.img_size
-    vit.pretrained_cfg = {
-        **vit.pretrained_cfg, "mean": MEAN, "std": STD, "input_size": (3, height, width)
-    }  # fmt: skip
-    return vit, {"model": name, "model_args": args}
+    return _described(vit, MEAN, STD), {"model": name, "model_args": args}

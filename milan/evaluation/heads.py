@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError, DataError
-from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Share
 from milan.evaluation.shuffled import Shuffled
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from milan.core.distributed import SINGLE, Ranks
-from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Piece, Share
 from milan.evaluation.meaning import few_neighbours
 from milan.evaluation.outcome import Answers, percent

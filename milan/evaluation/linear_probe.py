@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from milan.core.device import has_float64
 from milan.core.progress import Progress
 from milan.core.waiting import Stopped
-from milan.evaluation.evaluate import Evaluation, evaluate
+from milan.evaluation.corruptions import Corruption, robustness
+from milan.evaluation.evaluate import evaluate
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Piece, Share
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.heads import scores_of
-from milan.evaluation.outcome import TOP, Answers
+from milan.evaluation.outcome import TOP, Answers, Outcome
 from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, LinearProbeConfig
 from milan.evaluation.published_probes import fit_dinov2, fit_published
 
@@ -80,17 +82,31 @@ def _fit_to_convergence(evaluation: Evaluation) -> dict[str, Any]:
 def judged(
     evaluation: Evaluation, val: Share, classify: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
-    """top1, top5 and their intervals of `classify`, features [b, ...] to scores [b, classes]."""
-    answers = Answers(evaluation.val.labels, evaluation.names)
-    for x, _, first in val:
-        answers.see(first, classify(x).topk(min(TOP, evaluation.classes), dim=1).indices)
-    if evaluation.classes <= TOP:
-        evaluation.context.progress.note(
-            f"top-5 is left out: with {evaluation.classes} classes it means nothing"
-        )
-    outcome = answers.of_all(evaluation.context.ranks)
+    """top1, top5 and their intervals of `classify`, features [b, ...] to scores [b, classes].
+
+    With them what corruptions leave of top1, where that is asked for; `val` changes features.
+    """
+    context, classes = evaluation.context, evaluation.classes
+
+    def outcome_of(share: Share) -> Outcome:
+        answers = Answers(share.labelled.labels, evaluation.names)
+        for x, _, first in share:
+            answers.see(first, classify(x).topk(min(TOP, classes), dim=1).indices)
+        return answers.of_all(context.ranks)
+
+    def top1_of(corruption: Corruption) -> float:
+        assert evaluation.corrupted is not None
+        share = Share(evaluation.corrupted(corruption), context, change=val.change)
+        return outcome_of(share).figures()["top1"]
+
+    if classes <= TOP:
+        context.progress.note(f"top-5 is left out: with {classes} classes it means nothing")
+    outcome = outcome_of(val)
     evaluation.write_tables(outcome)
-    return outcome.figures()
+    figures = outcome.figures()
+    if evaluation.config.corruptions:
+        figures |= robustness(top1_of, figures["top1"])
+    return figures
 
 
 def mean_and_std(

@@ -21,6 +21,7 @@ from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.errors import ConfigError, DataError
 from milan.evaluation import features as kept
+from milan.evaluation.corruptions import Corruption
 from milan.evaluation.features import Context, Features, content_of, decoded, features_of
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import EvaluationConfig
@@ -30,7 +31,12 @@ _SMALLER = 8
 
 
 def features_for(
-    frozen: Frozen, data: LabelledSet, folder: Path, config: EvaluationConfig, context: Context
+    frozen: Frozen,
+    data: LabelledSet,
+    folder: Path,
+    config: EvaluationConfig,
+    context: Context,
+    corruption: Corruption | None = None,
 ) -> Features:
     """The features of all rows of `data` that a protocol looks at; arguments as of features_of.
 
@@ -38,7 +44,7 @@ def features_for(
     """
     limit = config.kept_bytes
     if limit is None:
-        return features_of(frozen, data, folder, config, context)
+        return features_of(frozen, data, folder, config, context, corruption=corruption)
     blank = torch.zeros(1, frozen.size, frozen.size, 3, dtype=torch.uint8, device=context.device)
     with torch.inference_mode():
         one = frozen.features(blank)
@@ -48,7 +54,9 @@ def features_for(
         )
     needed = one.nbytes * len(data.labels)
     if needed <= limit:
-        return features_of(frozen, data, folder, config, context, file_rows=file_rows())
+        return features_of(
+            frozen, data, folder, config, context, file_rows=file_rows(), corruption=corruption
+        )
     context.progress.note(
         f"patches of {len(data.labels):,} images are {format_bytes(needed)}, more than "
         f"{format_bytes(limit)} (--keep): computed in every pass"
@@ -60,7 +68,7 @@ def features_for(
         identity={"features": "none"} if frozen.identity else None,
     )
     readable = features_of(nothing, data, folder, config, context, file_rows=file_rows())
-    return _Computed(readable, one.shape[-1], frozen, data, config, context)
+    return _Computed(readable, one.shape[-1], frozen, data, config, context, corruption)
 
 
 def file_rows() -> int:
@@ -73,11 +81,12 @@ class _Computed(Features):
 
     def __init__(
         self, readable: Features, width: int, frozen: Frozen, data: LabelledSet,
-        config: EvaluationConfig, context: Context,
+        config: EvaluationConfig, context: Context, corruption: Corruption | None,
     ) -> None:  # fmt: skip
         """`readable` says which images can be read."""
         super().__init__(readable.files, readable.source)
         self.width, self.frozen, self.data, self.config = width, frozen, data, config
+        self.corruption = corruption
         # Whoever asks for pieces is asked to stop between two of them.
         self.context = replace(context, progress=NoProgress(), stop=Stop())
 
@@ -86,7 +95,9 @@ class _Computed(Features):
         ranges = [self.files.ranges[number] for number in numbers]
         ends = [np.searchsorted(self.rows, (rows[0], rows[-1] + 1)) for rows in ranges]
         rows = [self.rows[first:last] for first, last in ends]
-        files = decoded(self.data.images, rows, self.frozen.size, self.config, self.context)
+        files = decoded(
+            self.data.images, rows, self.frozen.size, self.config, self.context, self.corruption
+        )
         with closing(files):
             for batches in files:
                 content = content_of(batches, self.frozen, self.context, lambda _: None)

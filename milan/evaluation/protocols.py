@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from milan.core.config_fields import check_choice, check_fields, seed_setting, setting
+from milan.core.config_fields import check_choice, check_fields, names_in, seed_setting, setting
 from milan.core.config_resolver import load_recipe
 from milan.core.units import parse_bytes
 from milan.errors import ConfigError, nearest
@@ -37,9 +37,9 @@ ENTRY_POINTS = "milan.protocols"
 class LabelledConfig:
     """Settings of all that learns from labelled images: which encoder and images, results where."""
 
-    checkpoint: str = setting("runs/pretrain", identity=False)
-    """A run's folder, random (as timm initialises it), timm:NAME; teacher, of which only features
-    are measured; published:FILE, which is only fine-tuned."""
+    checkpoint: str = setting("runs/pretrain", identity=False, several=True)
+    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it), or teacher, of
+    which only features are measured. Several, with commas between, make one table."""
     data: str = setting("imagenet", identity=False)
     """Labelled images to fit on."""
     val_data: str | None = setting(None, identity=False)
@@ -51,11 +51,12 @@ class LabelledConfig:
     val_split: str | None = setting(None, identity=False)
     """Which split of --val-data; default: validation, else test, if any."""
     out: str | None = setting(None, identity=False)
-    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder."""
+    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder. Of
+    several checkpoints the table: JSON, or CSV if it ends so."""
     like: str | None = setting(None, identity=False)
-    """With random: a run, or timm:NAME, whose encoder's shape is taken."""
+    """With random: a run, timm:NAME or published:FILE, whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)
-    """With random and no --like: a ViT of timm."""
+    """With random and no --like, and of published weights: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
@@ -84,12 +85,83 @@ class LabelledConfig:
         if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
             return Path("runs") / name.replace(":", "-")
         if name.partition(":")[0] == "published":
-            return Path("runs/published")
+            file = name.partition(":")[2]
+            return Path(f"runs/published-{Path(file).stem}" if file else "runs/published")
         return folder.parent if folder.is_file() else folder
+
+    def each(self) -> list[Self]:
+        """These settings for each checkpoint, checked. Raises ConfigError, also if one is twice."""
+        names = names_in(self.checkpoint)
+        if len(names) == 1:
+            self.check()
+            return [self]
+        configs = [replace(self, checkpoint=name, out=None) for name in names]
+        places: dict[Path, str] = {}
+        for config in configs:
+            config.check()
+            place = config.folder.resolve()
+            if place in places:
+                raise ConfigError(
+                    f"checkpoints {places[place]} and {config.checkpoint} are the same, or leave "
+                    f"their metrics in the same folder, {config.folder}",
+                    expected="each checkpoint once",
+                )
+            places[place] = config.checkpoint
+        return configs
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(LabelledConfig):
+class ClassificationConfig(LabelledConfig):
+    """Settings of what learns classes: of which of the training images, and how it is measured."""
+
+    fraction: float | None = setting(None, identity=False, unit="share", above=0, below=1)
+    """Only this share of each class's training images, and at least one."""
+    shots: int | None = setting(None, identity=False, unit="images", least=1)
+    """Only so many training images of each class."""
+    draws: int = setting(1, identity=False, unit="draws", least=1, most=30)
+    """Of --fraction or --shots: so many draws, each learnt from; metrics are means over them."""
+    first_draw: int = setting(0, identity=False, unit="number", least=0)
+    """The number of the first draw."""
+    train_list: str | None = setting(None, identity=False, several=True)
+    """Only the training images that a file names, a line each. Several files are several draws."""
+    save_lists: str | None = setting(None, identity=False)
+    """A folder for the lists of images that were drawn: draw-0.txt, ..."""
+    corruptions: bool = setting(False, identity=False)
+    """Measure on corrupted validation images too: noise, blur, ..., at five severities."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        chosen = {
+            name: value
+            for name in ("fraction", "shots", "train_list")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(chosen) > 1:
+            raise ConfigError(
+                " and ".join(f"{name} {value}" for name, value in chosen.items()),
+                expected="one of them: each says which images are learnt from",
+            )
+        if self.draws > 1 and not chosen.keys() & {"fraction", "shots"}:
+            raise ConfigError(
+                f"draws {self.draws} without fraction or shots",
+                expected="something to draw; each file of train_list is a draw by itself",
+                fix="--shots 10",
+            )
+        if self.save_lists and not chosen:
+            raise ConfigError(
+                f"save_lists {self.save_lists} of all images", fix="--shots 10, or --fraction 0.01"
+            )
+
+    def each_draw(self) -> list[Self]:
+        """These settings for each draw."""
+        if self.train_list is not None:
+            return [replace(self, train_list=name) for name in names_in(self.train_list)]
+        return [replace(self, draws=1, first_draw=self.first_draw + i) for i in range(self.draws)]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(ClassificationConfig):
     """Settings of the protocols that look at features of a frozen network."""
 
     features: str | None = None
@@ -194,6 +266,16 @@ class AttentiveProbeConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True)
+class FewShotConfig(LinearProbeConfig):
+    """Settings of `milan few-shot`: the linear probe's, with other defaults."""
+
+    shots: int | None = setting(10, identity=False, unit="images", least=1)
+    """Only so many training images of each class."""
+    draws: int = setting(3, identity=False, unit="draws", least=1, most=30)
+    """So many draws, each learnt from; metrics are means over them."""
+
+
+@dataclass(frozen=True)
 class SupervisedConfig(LabelledConfig):
     """Settings of the protocols that train the encoder together with a new head."""
 
@@ -248,6 +330,8 @@ class SupervisedConfig(LabelledConfig):
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         super().check()
+        if self.checkpoint == "teacher" and not self.takes_teacher:
+            raise teacher_refused()
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
@@ -255,13 +339,27 @@ class SupervisedConfig(LabelledConfig):
             )
 
     @property
+    def takes_teacher(self) -> bool:
+        """Whether the checkpoint may be the teacher."""
+        return False
+
+    @property
     def run(self) -> Path:
         """The folder of the run: beside its metrics, without .json."""
         return Path(self.out).with_suffix("") if self.out else self.folder / self.section
 
 
+def teacher_refused() -> ConfigError:
+    """The error for a teacher that would be trained."""
+    return ConfigError(
+        "checkpoint teacher: its network is not trained here",
+        expected="a run, timm:NAME, published[:FILE] or random",
+        fix="--checkpoint timm:vit_base_patch16_clip_224.openai, the published teacher",
+    )
+
+
 @dataclass(frozen=True)
-class FinetuneConfig(SupervisedConfig):
+class FinetuneConfig(SupervisedConfig, ClassificationConfig):
     """What `milan finetune` does; defaults are the published ViT-B/16 recipe (MILAN)."""
 
     section = "finetune"
@@ -427,6 +525,11 @@ class SegmentConfig(SupervisedConfig):
     """What is trained beside the checkpoint: random, the same network as timm initialises it;
     auto: random (linear), none (upernet)."""
 
+    @property
+    def takes_teacher(self) -> bool:
+        """A frozen encoder may be any."""
+        return self.protocol == "linear"
+
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         super(SegmentConfig, self.published()).check()
@@ -486,10 +589,13 @@ class Protocol:
     """Of its command, one sentence."""
     run: str
     """module:function; returns figures as JSON values. Imported when it runs. Called with an
-    Evaluation (milan.evaluation.evaluate) on all ranks if `settings` is an EvaluationConfig, else
+    Evaluation (milan.evaluation.evaluation) on all ranks if `settings` is an EvaluationConfig, else
     as function(config, stop=Stop or None, progress=Progress or None)."""
     columns: tuple[Column, ...]
     """Of the report; the first is drawn as a chart."""
+    classifies: bool = False
+    """Whether --corruptions can be measured: `run` returns what `judged` of the linear probe says,
+    or trains a classifier and names its folder."""
     settings: type[LabelledConfig] = EvaluationConfig
     """A dataclass that adds settings of its own to EvaluationConfig, or to LabelledConfig if it
     needs no features: they become flags too."""
@@ -529,7 +635,17 @@ PROTOCOLS = {
             help="Fit a linear classifier on frozen features and measure it.",
             run="milan.evaluation.linear_probe:measure",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            classifies=True,
             settings=LinearProbeConfig,
+        ),
+        Protocol(
+            name="few_shot",
+            title="Linear probe on a few images a class",
+            help="Fit the linear probe on a few images of each class, drawn several times.",
+            run="milan.evaluation.linear_probe:measure",
+            columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            classifies=True,
+            settings=FewShotConfig,
         ),
         Protocol(
             name="attentive_probe",
@@ -537,6 +653,7 @@ PROTOCOLS = {
             help="Fit learnt queries and a classifier on frozen patches and measure them.",
             run="milan.evaluation.attentive_probe:measure",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            classifies=True,
             settings=AttentiveProbeConfig,
         ),
         Protocol(
@@ -552,6 +669,7 @@ PROTOCOLS = {
             help="Train an encoder and a new head on labelled images, and measure them.",
             run="milan.training.finetune:finetune",
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
+            classifies=True,
             settings=FinetuneConfig,
         ),
         Protocol(

@@ -22,7 +22,7 @@ from torch import nn
 
 from milan.core.device import has_float64
 from milan.core.distributed import Ranks
-from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.heads import Head, Steps, at_most, best_of
 from milan.evaluation.protocols import LinearProbeConfig
 

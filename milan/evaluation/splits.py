@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from milan.core import rng
 from milan.core.paths import AnyPath, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
-from milan.errors import DataError, nearest
-from milan.evaluation.protocols import LabelledConfig
+from milan.errors import ConfigError, DataError, nearest
+from milan.evaluation.draws import draw_rows
+from milan.evaluation.protocols import ClassificationConfig, LabelledConfig
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
@@ -58,24 +59,41 @@ class Split:
         return self.of.keys[int(self.rows[position])].as_py()
 
 
-def open_splits(config: LabelledConfig, progress: Progress | None = None) -> tuple[Split, Split]:
-    """The images to fit on and those to measure on: `val_data`, or a fifth of `data`, by seed.
+def open_splits(
+    config: ClassificationConfig, progress: Progress | None = None
+) -> tuple[Split, Split]:
+    """As open_draws, of one draw. Raises ConfigError for settings of several."""
+    draws = config.each_draw()
+    if len(draws) > 1:
+        raise ConfigError(
+            f"{len(draws)} draws of training images in one training",
+            expected="one draw",
+            fix="milan.evaluate, which trains on one after the other",
+        )
+    (train,), val = open_draws(config, progress)
+    return train, val
 
-    Classes are matched by name; by number where neither has names, or the names are numbers.
-    `progress` is told which images these are. Raises DataError for data that is not there, images
-    without a label, classes that cannot be matched or that training does not have, and the same
-    images in both.
+
+def open_draws(
+    config: ClassificationConfig, progress: Progress | None = None
+) -> tuple[list[Split], Split]:
+    """The images to fit on, of each draw, and those to measure on.
+
+    Measured is on `val_data`, or on a fifth of `data`, by seed. Classes are matched by name; by
+    number where neither has names, or the names are numbers. Where less than all images are learnt
+    from, the sets hold only the images of some draw. `progress` is told which images these are.
+    Raises DataError for data that is not there, images without a label, classes that cannot be
+    matched or that training does not have, the same images in both, and lists that name others.
     """
     progress = progress or NoProgress()
     wanted = WantedSplit(config.split)
     manifest = _labelled(config.data, wanted, config, progress)
-    names = manifest.classes
+    labels, names = manifest.labels(), manifest.classes
     if config.val_data is None:
         count = len(manifest)
         shuffled = rng.permutation(config.seed, rng.SAMPLE, (0,), count)
         val_rows, rows = map(np.sort, np.split(shuffled, [max(1, count // 5)]))
-        labelled = _labelled_set(manifest, manifest.labels(), names)
-        train, val = Split(labelled, rows), Split(labelled, val_rows)
+        val_manifest, val_labels = manifest, labels
     else:
         wanted = WantedSplit(config.val_split, (VALIDATION, TEST), "--val-split")
         val_manifest = _labelled(config.val_data, wanted, config, progress)
@@ -86,10 +104,32 @@ def open_splits(config: LabelledConfig, progress: Progress | None = None) -> tup
                 fix="without --val-data: a fifth of --data is then left for measuring",
             )
         labels, val_labels, names = _matched(manifest, val_manifest)
-        train = Split(_labelled_set(manifest, labels, names), np.arange(len(manifest)))
-        val = Split(_labelled_set(val_manifest, val_labels, names), np.arange(len(val_manifest)))
-    _check_classes(train, val, names, config, progress)
-    return train, val
+        rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
+    drawn = draw_rows(config, manifest, labels, rows, class_names=names, progress=progress)
+    if drawn is None:
+        whole = _labelled_set(manifest, labels, names)
+        trains = [Split(whole, rows)]
+        val = Split(
+            whole if val_manifest is manifest else _labelled_set(val_manifest, val_labels, names),
+            val_rows,
+        )
+    else:
+        trains = _subsets(manifest, labels, names, drawn)
+        (val,) = _subsets(val_manifest, val_labels, names, [val_rows])
+    for train in trains:
+        _check_classes(train, val, names, config, progress)
+    return trains, val
+
+
+def _subsets(
+    manifest: Manifest, labels: np.ndarray, names: list[str] | None, parts: list[np.ndarray]
+) -> list[Split]:
+    """Splits with these rows of a manifest, of a set that holds no others."""
+    rows = np.unique(np.concatenate(parts))
+    if len(rows) < len(manifest):
+        manifest, labels = manifest.take(rows), labels[rows]
+    whole = _labelled_set(manifest, labels, names)
+    return [Split(whole, np.searchsorted(rows, part)) for part in parts]
 
 
 def open_images(config: LabelledConfig, progress: Progress) -> LabelledSet:
@@ -129,7 +169,7 @@ def _size_and_time(file: AnyPath) -> tuple[int, int] | None:
 
 
 def _labelled(
-    name: str, wanted: WantedSplit, config: LabelledConfig, progress: Progress
+    name: str, wanted: WantedSplit, config: ClassificationConfig, progress: Progress
 ) -> Manifest:
     """The images of a data set, each with a label. Raises DataError."""
     manifest = _manifest(name, wanted, config, progress)
@@ -208,7 +248,7 @@ def _check_classes(
     train: Split,
     val: Split,
     names: list[str] | None,
-    config: LabelledConfig,
+    config: ClassificationConfig,
     progress: Progress,
 ) -> None:
     """Raises DataError if classes to measure on have no image to fit on.

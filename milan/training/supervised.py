@@ -22,7 +22,7 @@ from milan.core.progress import Progress
 from milan.data.loader import BatchSource
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
-from milan.evaluation.protocols import SupervisedConfig
+from milan.evaluation.protocols import SupervisedConfig, teacher_refused
 from milan.models.export import read_about
 from milan.models.weights import Weights, find_weights, misfit, resampled
 from milan.training.loop import Context
@@ -237,18 +237,18 @@ def initial_weights(config: SupervisedConfig) -> Weights:
     """Weights, model and normalisation that a run starts from. Raises ConfigError."""
     name = config.checkpoint
     if name == "teacher":
-        raise ConfigError(
-            "checkpoint teacher: its network is not trained here",
-            expected="a run, timm:NAME, published[:FILE] or random",
-            fix="--checkpoint timm:vit_base_patch16_clip_224.openai, the published teacher",
-        )
+        raise teacher_refused()
     if name != "random":
         return find_weights(name, flag="--checkpoint", model=config.model, size=config.size)
     if not config.like:
         args = dict(config.model_args)
-        size = config.size or int(args.pop("img_size", 224))
-        return Weights({}, config.model, size, args)
-    if config.like.startswith("timm:"):
+        size = args.pop("img_size", 224)
+        if not isinstance(size, int):
+            raise ConfigError(
+                f"model.img_size {size}", expected="one number of pixels: images are square"
+            )
+        return Weights({}, config.model, config.size or size, args)
+    if config.like.startswith(("timm:", "published")):
         found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
         return replace(found, encoder={})
     about = read_about(config.like)

@@ -58,7 +58,8 @@ from milan.training.supervised import Plan, Supervised, SupervisedTask, paramete
 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
-    "model", "model_args", "overwrite", "device", "devices", "num_workers",
+    "model", "model_args", "overwrite", "device", "devices", "num_workers", "save_lists",
+    "corruptions",
 )  # fmt: skip
 """Settings that no recipe has."""
 

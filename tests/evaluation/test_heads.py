@@ -22,7 +22,8 @@ from milan.core.signals import Stop
 from milan.errors import ConfigError, DataError, MilanError
 from milan.evaluation import features
 from milan.evaluation.attentive_probe import ClassQueries, OneQuery
-from milan.evaluation.evaluate import Evaluation, evaluate
+from milan.evaluation.evaluate import evaluate
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.heads import Head, Steps, best_of, train_heads

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import FORK
 
-from milan.evaluation.evaluate import Evaluation
+from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig

@@ -137,6 +137,8 @@ def test_declarations(name: str) -> None:
         ("random", "runs/random"),
         ("teacher", "runs/teacher"),
         ("timm:vit_tiny_patch16_224", "runs/timm-vit_tiny_patch16_224"),
+        ("published:a/milan-vit_base.pth", "runs/published-milan-vit_base"),
+        ("published", "runs/published"),
     ],
 )
 def test_where_metrics_go(checkpoint: str, folder: str) -> None:

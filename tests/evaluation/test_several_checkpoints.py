@@ -1,0 +1,188 @@
+"""Any checkpoint by the same line, several in one table; a bad one is found before any work."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Notes, make_photos, published, run_here
+from safetensors.torch import save_file
+
+from milan.core.device import MEAN, STD
+from milan.errors import MilanError
+from milan.evaluation.evaluate import evaluate
+from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, FinetuneConfig
+from milan.models.decoder import Decoder
+from milan.models.encoder import build_encoder
+from milan.models.export import ENCODER, save_encoder
+from milan.models.student import Student
+
+VIT = "vit_tiny_patch16_224"
+SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+def run(folder: Path, seed: int, **changes: Any) -> Path:
+    """The folder of a run with an encoder."""
+    torch.manual_seed(seed)
+    args = SMALL | changes
+    vit = build_encoder(VIT, img_size=16, args=args)
+    folder.mkdir()
+    about = {"model": VIT, "model_args": args, "mean": MEAN, "std": STD, "input_size": 16}
+    save_encoder(folder / ENCODER, vit.state_dict(), about)
+    return folder
+
+
+def published_file(path: Path) -> Path:
+    """A checkpoint in the published layout, of a ViT as small as timm has them."""
+    vit = build_encoder(VIT, img_size=32)
+    decoder = Decoder(
+        "prompt", encoder_width=vit.embed_dim, grid=2, target_width=8, embed_dim=64, depth=1,
+        num_heads=16, mlp_ratio=4.0,
+    )  # fmt: skip
+    save_file({n: t.contiguous() for n, t in published(Student(vit, decoder)).items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one shape, one of another, published weights, images."""
+    folder = tmp_path_factory.mktemp("place")
+    run(folder / "a", 1)
+    run(folder / "b", 2)
+    run(folder / "wide", 3, embed_dim=32)
+    published_file(folder / "milan.safetensors")
+    make_photos(folder / "photos", count=24)
+    return folder
+
+
+def test_one_table(place: Path) -> None:
+    """Images are listed once, a random baseline is measured once a shape, metrics lie where those
+    of a single checkpoint lie and are the same; a file has all."""
+    done = run_here(
+        "knn", "--checkpoint", "a", "--checkpoint", "b,wide", "--checkpoint",
+        "published:milan.safetensors", "--model", VIT, "--data", "photos", "--out", "all.csv",
+        cwd=place,
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, ""), done.err
+    assert done.out.count("data: ") == 1
+    assert done.out.count("features of random: 24 images") == 3  # of a and b together
+    one = json.loads((place / "b/knn.json").read_text())
+    assert (place / "runs/published-milan/knn.json").is_file()
+    for name in ("classes.csv", "confusion.csv"):
+        assert (place / "wide/knn" / name).is_file()
+    rows = list(csv.DictReader((place / "all.csv").open()))
+    names = ["a", "b", "wide", "published:milan.safetensors"]
+    shapes = ["random, like a", "random, like wide", "random, like published:milan.safetensors"]
+    assert [row["checkpoint"] for row in rows] == shapes + names
+    assert float(rows[4]["k10"]) == one["k10"]
+    assert rows[4]["k10_low"] == str(one["k10_interval"][0])
+    for words in ("all.json", "a,b"), ("b.json", "b"):
+        done = run_here("knn", "--checkpoint", words[1], "--data", "photos", "--out", words[0],
+                        cwd=place)  # fmt: skip
+        assert (done.code, done.err) == (0, ""), done.err
+    alone, both = (json.loads((place / f"{name}.json").read_text()) for name in ("b", "all"))
+    del one["baseline"]["like"], alone["baseline"]["like"], both["b"]["baseline"]["like"]
+    assert both["b"] | {"seconds": 0} == one | {"seconds": 0} == alone | {"seconds": 0}
+
+
+def test_random_beside_its_baseline(place: Path) -> None:
+    """A random encoder that was asked for is not measured twice."""
+    notes = Notes()
+    got = evaluate(
+        "knn", ["random", str(place / "a")], like=str(place / "a"), data=str(place / "photos"),
+        features=str(place / "kept"), progress=notes,
+    )  # fmt: skip
+    assert got["random"]["k10"] == got[str(place / "a")]["baseline"]["k10"]
+    assert [n for n in notes.begun if n[0] == 24] == [(24, 0)] * 2
+    assert notes.line("checkpoint 2 of 2: ")
+
+
+def test_several_are_fine_tuned(place: Path, tmp_path: Path) -> None:
+    """One after the other, each in the folder in which it would be alone."""
+    done = run_here(
+        "finetune", "--checkpoint", "a,b", "--data", "photos", "--epochs", "1", "--batch-size", "8",
+        "--num-workers", "0", "--report-to", "none", "--set", "warmup_epochs=0", "--size", "16",
+        cwd=place,
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, ""), done.err
+    for name in ("a", "b"):
+        assert (place / name / "finetune/classifier.safetensors").is_file()
+        assert json.loads((place / name / "finetune.json").read_text())["checkpoint"] == name
+    assert "│ b " in done.out
+
+
+def no_encoder(place: Path) -> str:
+    (place / "none").mkdir(exist_ok=True)
+    return f"{place / 'a'},{place / 'none'}"
+
+
+def classifier(place: Path) -> str:
+    """The folder of a fine-tuning, which has a classifier."""
+    folder = place / "tuned"
+    folder.mkdir(exist_ok=True)
+    (folder / "classifier.safetensors").write_bytes(b"")
+    return f"{place / 'a'},{folder}"
+
+
+def damaged(place: Path) -> str:
+    (place / "bad.safetensors").write_bytes(b"no weights")
+    return f"{place / 'a'},published:{place / 'bad.safetensors'}"
+
+
+def linked(place: Path) -> str:
+    if not (place / "link").exists():
+        (place / "link").symlink_to(place / "a")
+    return f"{place / 'a'},{place / 'link'}"
+
+
+REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
+    "no encoder": (no_encoder, r"no encoder\.safetensors at .*none"),
+    "a classifier in its place": (classifier, r"no encoder\.safetensors at .*tuned"),
+    "a damaged file": (damaged, "is damaged"),
+    "no file": (lambda p: f"{p / 'a'},published:nowhere.pth", "not at nowhere.pth"),
+    "no folder": (lambda p: f"{p / 'a'},runs/nowhere", "at runs/nowhere"),
+    "no model": (lambda p: f"{p / 'a'},timm:vit_x", "unknown timm model"),
+    "twice": (lambda p: f"{p / 'a'},{p / 'a'}/", "are the same"),
+    "by its file": (lambda p: f"{p / 'a'},{p / 'a' / ENCODER}", "are the same"),
+    "by a link": (linked, "are the same"),
+    "nothing": (lambda p: f"{p / 'a'},", "an empty name"),
+}
+
+
+@pytest.mark.parametrize("protocol", ["knn", "finetune"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_one_that_cannot_be(case: str, protocol: str, place: Path) -> None:
+    """It is found before images are listed or a network works."""
+    names, found = REFUSED[case]
+    with pytest.raises(MilanError, match=found) as refused:
+        evaluate(protocol, names(place), data="nowhere", model=VIT)
+    assert "\n" not in str(refused.value)
+
+
+def test_published_weights_of_another_model(place: Path) -> None:
+    """Said with what to type."""
+    with pytest.raises(MilanError, match="do not fit vit_small_patch16_224") as refused:
+        evaluate(
+            "knn", f"published:{place / 'milan.safetensors'}", data="nowhere",
+            model="vit_small_patch16_224",
+        )  # fmt: skip
+    assert refused.value.fix.startswith("--model")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (FinetuneConfig("random,teacher"), "checkpoint teacher"),
+        (EvaluationConfig("teacher,random"), "checkpoint teacher without a network"),
+    ],
+)
+def test_the_teacher_among_several(config: Any, found: str) -> None:
+    """Refused at once where it cannot be measured."""
+    protocol = "finetune" if isinstance(config, FinetuneConfig) else "knn"
+    with pytest.raises(MilanError, match=found):
+        evaluate(PROTOCOLS[protocol], config)
