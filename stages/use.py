@@ -15,7 +15,9 @@ _MACHINE = ("batch_size", "num_workers", "device")
 
 
 @settings_command(
-    PredictConfig, {"Data": _DATA, "Output": ("out", "pictures"), "Machine": _MACHINE}, "predict"
+    PredictConfig,
+    {"Data": _DATA, "Output": ("out", "pictures", "score"), "Machine": _MACHINE},
+    "predict",
 )
 def predict(
     *,

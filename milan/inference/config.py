@@ -22,8 +22,8 @@ class ImagesConfig:
     """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
     limit: int | None = setting(None, identity=False, unit="images", least=1)
     """Only so many images."""
-    batch_size: int = setting(64, identity=False, unit="images", least=1)
-    """Images at once."""
+    batch_size: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
+    """Images at once; auto: 64, and 4 of a detector."""
     num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
     """Decoding threads; auto: the cores, at most 16."""
     device: str = setting("auto", identity=False)
@@ -43,6 +43,8 @@ class PredictConfig(ImagesConfig):
     out: str = "predictions.csv"
     """The table, .csv or .parquet; the contact sheet (.png), the metrics (.json) and the rejected
     files (.bad-images.csv) lie beside it."""
+    score: float = setting(0.5, unit="share", least=0, most=1)
+    """Of a detector: boxes with a score of so much and more."""
     pictures: int = setting(24, unit="images", least=0)
     """Images on the contact sheet; 0: no sheet."""
 

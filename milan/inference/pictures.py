@@ -25,7 +25,7 @@ from milan.images.splits import WantedSplit
 from milan.inference.config import ImagesConfig
 
 _THREADS = 16  # at most
-_BATCHES_AHEAD = 2
+_AT_ONCE, _BATCHES_AHEAD = 64, 2
 
 
 class Picture(NamedTuple):
@@ -71,14 +71,16 @@ class Pictures:
         """So many rows, always the same: the manifest's order is a shuffled one."""
         return frozenset(range(min(count, len(self))))
 
-    def batches(self, prepare: Callable[[int, np.ndarray], Any]) -> Iterator[list[Picture]]:
-        """All images that can be read, at most `batch_size` at once.
+    def batches(
+        self, prepare: Callable[[int, np.ndarray], Any], *, at_once: int = _AT_ONCE
+    ) -> Iterator[list[Picture]]:
+        """All images that can be read, `batch_size` at once, or `at_once` if that is not given.
 
         `prepare(row, pixels)` is called in threads, with uint8 [H, W, 3] after EXIF orientation; it
         may raise ImageFault too. Raises DataError at the end if no image could be read.
         """
         threads = self.config.num_workers or min(_THREADS, cpu_count())
-        size = self.config.batch_size
+        size = self.config.batch_size or at_once
 
         def load(row: int) -> Picture | str:
             try:

@@ -22,6 +22,14 @@ from milan.images.decode import decode_pixels
 from milan.images.views import centre_view, render
 from milan.inference.predict import predict
 from milan.models.classifier import CLASSIFIER, load_classifier, seeded_classifier
+from milan.models.detector import (
+    DETECTOR,
+    Detector,
+    DetectorSpec,
+    detector_encoder,
+    find_boxes,
+    load_detector,
+)
 from milan.models.export import save_encoder
 
 NAMES = [f"class {n}" for n in (2, 0, 1, 5, 6, 7)]
@@ -90,6 +98,34 @@ def test_a_table_and_a_sheet(ending: str, trained: Path, tmp_path: Path) -> None
     with Image.open(out.with_suffix(".png")) as sheet:
         assert sheet.width > 3 * 160
         assert np.asarray(sheet).std() > 30
+
+
+def test_boxes(photos: Path, tmp_path: Path) -> None:
+    """A row for each box of a detector, in pixels of the image, as it finds them alone."""
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    spec = DetectorSpec("vit_tiny_patch16_224", ("a", "b"), False, 64, args, 0, 8, proposals=9)
+    torch.manual_seed(0)
+    detector = Detector(detector_encoder(spec), spec)
+    about = vars(spec) | {"input_size": spec.size}
+    save_encoder(tmp_path / DETECTOR, detector.state_dict(), about)
+    out = tmp_path / "boxes.parquet"
+    metrics = predict(str(tmp_path), data=str(photos), limit=5, out=str(out), score=0.2, pictures=2)
+    rows = pq.read_table(out).to_pylist()
+    assert metrics["boxes"] == len(rows) > 5
+    keys = set()
+    for path in sorted(photos.rglob("*.jpg")):
+        key = path.relative_to(photos).as_posix()
+        if mine := [row for row in rows if row["key"] == key]:
+            keys.add(key)
+            found = find_boxes(
+                load_detector(tmp_path), [Image.fromarray(decode_pixels(path.read_bytes()))],
+                score=0.2,
+            )[0]  # fmt: skip
+            sides = [[row[side] for side in ("left", "top", "right", "bottom")] for row in mine]
+            np.testing.assert_allclose(sides, found["boxes"], atol=1e-2)
+            assert [row["class"] for row in mine] == ["ab"[n - 1] for n in found["labels"]]
+    assert len(keys) == 5 - metrics["images_without_boxes"]
+    assert (tmp_path / "boxes.png").exists()
 
 
 def test_the_command(trained: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Predictions of a detector: a row for each box that it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from milan.inference.predict import Job
+from milan.inference.tables import written
+from milan.models.detector import find_boxes, load_detector
+from milan.reporting.boxes import draw_boxes
+from milan.reporting.panels import PANEL, Tile
+
+_AT_ONCE = 4  # images: whole ones, each up to a canvas
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()), ("class", pa.string()), ("score", pa.float32()),
+        *((side, pa.float32()) for side in ("left", "top", "right", "bottom")),
+    ]
+)  # fmt: skip
+
+
+def predict_boxes(job: Job) -> dict[str, Any]:
+    """Of each box with a score of `job.config.score` or more its image, class, score, and sides in
+    pixels of the image. Returns how many there are, and in how many images none was found."""
+    detector = load_detector(job.file).to(job.device)
+    names, shown = detector.class_names, job.shown
+    boxes, empty, done = 0, 0, 0
+    with written(job.table, _SCHEMA) as table:
+        for batch in job.pictures.batches(lambda row, pixels: pixels, at_once=_AT_ONCE):
+            images = [Image.fromarray(picture.prepared) for picture in batch]
+            answers = find_boxes(detector, images, score=job.config.score)
+            for picture, found in zip(batch, answers, strict=True):
+                key = job.pictures.manifest.key(picture.row)
+                labels = found["labels"] - 1
+                columns: list[Any] = [
+                    [key] * len(labels), [names[label] for label in labels.tolist()],
+                    found["scores"], *np.ascontiguousarray(found["boxes"].T),
+                ]  # fmt: skip
+                if len(labels):
+                    table.write_table(pa.table(columns, schema=_SCHEMA))
+                boxes, empty = boxes + len(labels), empty + (not len(labels))
+                if picture.row in shown:
+                    panel = draw_boxes(
+                        picture.prepared, found["boxes"], labels, names, scores=found["scores"],
+                        masks=found.get("masks"), edge=PANEL,
+                    )  # fmt: skip
+                    job.tiles[picture.row] = Tile(panel, [key, f"{len(labels)} boxes"])
+            done += len(batch)
+            job.progress.advance(done + len(job.pictures.rejected))
+    return {"classes": len(names), "boxes": boxes, "images_without_boxes": empty}
