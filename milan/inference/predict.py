@@ -29,7 +29,7 @@ from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture
 
 PREDICTORS = {
     "classifier.safetensors": "milan.inference.classify:predict_classes",
-    "segmenter.safetensors": "milan.training.segment:predict_masks",
+    "segmenter.safetensors": "milan.inference.masks:predict_masks",
     "detector.safetensors": "milan.inference.boxes:predict_boxes",
 }
 """What a training leaves -> module:function, a Predictor. Imported when it is used."""

@@ -260,25 +260,31 @@ def predict_masks(
     segmenter: Segmenter,
     images: Iterator[np.ndarray] | Sequence[np.ndarray],
     *,
-    device: torch.device | str | None = None,
     at_once: int = 8,
 ) -> Iterator[np.ndarray]:
     """The class of every pixel of each image, uint8 [H, W, 3] (RGB) to int64 [H, W].
 
     Images of any size: each is scaled until a window just fits in, windows slide over it in steps
-    of two thirds, `at_once` are looked at together, and their logits are averaged.
+    of two thirds, `at_once` are looked at together, and their logits are averaged. On the device
+    of the segmenter, which is in eval mode.
     """
-    device = torch.device(device or next(segmenter.parameters()).device)
-    segmenter.to(device).eval()
+    for pixels in images:
+        scaled = fitted(pixels, segmenter.window)
+        yield predict_scaled(segmenter, scaled, pixels.shape[:2], at_once=at_once)
+
+
+@torch.inference_mode()
+def predict_scaled(
+    segmenter: Segmenter, scaled: np.ndarray, size: Sequence[int], *, at_once: int = 8
+) -> np.ndarray:
+    """As predict_masks, of one image that is `fitted` to the window and was of (H, W) pixels."""
 
     def logits(pixels: torch.Tensor) -> torch.Tensor:
         return segmenter(normalise(pixels, segmenter.mean, segmenter.std))
 
-    with torch.inference_mode():
-        for pixels in images:
-            scaled = torch.from_numpy(fitted(pixels, segmenter.window)).to(device)
-            seen = slide(logits, scaled, segmenter.window, at_once=at_once)
-            yield classes_at(seen, pixels.shape[:2]).cpu().numpy()
+    pixels = torch.from_numpy(scaled).to(next(segmenter.parameters()).device)
+    seen = slide(logits, pixels, segmenter.window, at_once=at_once)
+    return classes_at(seen, size).cpu().numpy()
 
 
 def fitted(pixels: np.ndarray, window: tuple[int, int]) -> np.ndarray:
