@@ -472,6 +472,15 @@ class SegmentConfig(SupervisedConfig):
 
     section = "segment"
 
+    checkpoint: str = setting("runs/pretrain", identity=False)
+    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it); teacher, with
+    protocol linear."""
+    data: str = setting("ade20k", identity=False)
+    """A folder with images and masks in it, or Parquet files with both."""
+    val_data: str | None = setting(None, identity=False)
+    """Images with masks to measure on; default: a fifth of --data, by seed."""
+    crop_share: float = setting(0.875, unit="share", above=0, most=1)
+    """Not taken: whole images are measured."""
     protocol: str = setting("linear", choices=("linear", "upernet"))
     """linear: BatchNorm and a 1x1 convolution on the frozen encoder (DINOv3); upernet: UPerNet's
     decoder on blocks 4, 6, 8 and 12, all weights trained (MILAN, MAE)."""
