@@ -1,13 +1,16 @@
-"""Predictions of a detector: a row for each box that it finds."""
+"""Predictions of a detector: a row for each box that it finds, with its mask if it has one."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from milan.evaluation.coco import mask_functions
 from milan.inference.predict import Job
 from milan.inference.tables import written
 from milan.models.detector import find_boxes, load_detector
@@ -15,21 +18,21 @@ from milan.reporting.boxes import draw_boxes
 from milan.reporting.panels import PANEL, Tile
 
 _AT_ONCE = 4  # images: whole ones, each up to a canvas
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()), ("class", pa.string()), ("score", pa.float32()),
-        *((side, pa.float32()) for side in ("left", "top", "right", "bottom")),
-    ]
-)  # fmt: skip
+_COLUMNS = [
+    ("key", pa.string()), ("class", pa.string()), ("score", pa.float32()),
+    *((side, pa.float32()) for side in ("left", "top", "right", "bottom")),
+]  # fmt: skip
 
 
 def predict_boxes(job: Job) -> dict[str, Any]:
     """Of each box with a score of `job.config.score` or more its image, class, score, and sides in
-    pixels of the image. Returns how many there are, and in how many images none was found."""
+    pixels of the image; of a detector with masks also `mask`, COCO's run lengths as JSON. Returns
+    how many there are, and in how many images none was found."""
     detector = load_detector(job.file).to(job.device)
+    schema = pa.schema(_COLUMNS + ([("mask", pa.string())] if detector.spec.masks else []))
     names, shown = detector.class_names, job.shown
     boxes, empty, done = 0, 0, 0
-    with written(job.table, _SCHEMA) as table:
+    with written(job.table, schema) as table:
         for batch in job.pictures.batches(lambda row, pixels: pixels, at_once=_AT_ONCE):
             images = [Image.fromarray(picture.prepared) for picture in batch]
             answers = find_boxes(detector, images, score=job.config.score)
@@ -40,15 +43,25 @@ def predict_boxes(job: Job) -> dict[str, Any]:
                     [key] * len(labels), [names[label] for label in labels.tolist()],
                     found["scores"], *np.ascontiguousarray(found["boxes"].T),
                 ]  # fmt: skip
+                if detector.spec.masks:
+                    columns.append([_run_lengths(mask) for mask in found["masks"]])
                 if len(labels):
-                    table.write_table(pa.table(columns, schema=_SCHEMA))
+                    table.write_table(pa.table(columns, schema=schema))
                 boxes, empty = boxes + len(labels), empty + (not len(labels))
                 if picture.row in shown:
                     panel = draw_boxes(
-                        picture.prepared, found["boxes"], labels, names, scores=found["scores"],
-                        masks=found.get("masks"), edge=PANEL,
+                        picture.prepared, found["boxes"], labels, names,
+                        masks=found.get("masks"), edge=PANEL, named=False,
                     )  # fmt: skip
-                    job.tiles[picture.row] = Tile(panel, [key, f"{len(labels)} boxes"])
+                    counts = Counter(names[label] for label in labels.tolist()).most_common(4)
+                    said = ", ".join(f"{name} {count}" for name, count in counts)
+                    job.tiles[picture.row] = Tile(panel, [key, said or "nothing found"])
             done += len(batch)
             job.progress.advance(done + len(job.pictures.rejected))
     return {"classes": len(names), "boxes": boxes, "images_without_boxes": empty}
+
+
+def _run_lengths(mask: np.ndarray) -> str:
+    """A mask [H, W] as COCO's compressed run lengths, JSON."""
+    encoded = mask_functions().encode(np.asfortranarray(mask.astype(np.uint8)))
+    return json.dumps({"size": encoded["size"], "counts": encoded["counts"].decode()})
