@@ -441,6 +441,10 @@ class DetectConfig(SupervisedConfig):
             raise ConfigError(
                 f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller factor first"
             )
+        if self.crop_share != DetectConfig.crop_share:
+            raise ConfigError(
+                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+            )
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ def test_what_is_refused(
         ({"batch_size": 13}, ConfigError, "batch size 13 with 12 images"),
         ({"size": 100}, ConfigError, "size 100; expected: a multiple of 64"),
         ({"scale": (2.0, 0.5)}, ConfigError, "scale 2 0.5"),
+        ({"crop_share": 0.5}, ConfigError, "crop_share 0.5; expected: none"),
         ({"masks": "some"}, ConfigError, "masks 'some'"),
         ({"annotations": "x.json"}, DataError, "no annotations at x.json"),
         ({"data": str(tmp_path / "no")}, DataError, "no data found"),
