@@ -18,6 +18,7 @@ from PIL import Image
 import milan
 from milan.core.device import normalise
 from milan.errors import MilanError
+from milan.evaluation.coco import mask_functions
 from milan.images.decode import decode_pixels
 from milan.images.views import centre_view, render
 from milan.inference.predict import predict
@@ -103,7 +104,7 @@ def test_a_table_and_a_sheet(ending: str, trained: Path, tmp_path: Path) -> None
 def test_boxes(photos: Path, tmp_path: Path) -> None:
     """A row for each box of a detector, in pixels of the image, as it finds them alone."""
     args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    spec = DetectorSpec("vit_tiny_patch16_224", ("a", "b"), False, 64, args, 0, 8, proposals=9)
+    spec = DetectorSpec("vit_tiny_patch16_224", ("a", "b"), True, 64, args, 0, 8, proposals=9)
     torch.manual_seed(0)
     detector = Detector(detector_encoder(spec), spec)
     about = vars(spec) | {"input_size": spec.size}
@@ -123,6 +124,8 @@ def test_boxes(photos: Path, tmp_path: Path) -> None:
             )[0]  # fmt: skip
             sides = [[row[side] for side in ("left", "top", "right", "bottom")] for row in mine]
             np.testing.assert_allclose(sides, found["boxes"], atol=1e-2)
+            masks = [mask_functions().decode(json.loads(row["mask"])) for row in mine]
+            assert (np.array(masks) == found["masks"]).all()
             assert [row["class"] for row in mine] == ["ab"[n - 1] for n in found["labels"]]
     assert len(keys) == 5 - metrics["images_without_boxes"]
     assert (tmp_path / "boxes.png").exists()
