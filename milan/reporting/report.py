@@ -77,7 +77,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         for protocol in map(get_protocol, [*names, *finetuned])
     }
     for protocol, metrics in results.items():
-        _check_alike(protocol, metrics)
+        check_alike(protocol, metrics)
     runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
     cache = TargetCache(store)
     extraction_speed = _extraction_speed(cache.path)
@@ -105,7 +105,7 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     return Report(out, [*tables, _cost_table(cache, extraction_speed, runs)], pictures)
 
 
-def _check_alike(protocol: Protocol, metrics: Metrics) -> None:
+def check_alike(protocol: Protocol, metrics: Metrics) -> None:
     """Raises ConfigError for encoders that were measured in different ways by one command."""
     usual = getattr(protocol.settings, "protocol", None)
     ways = {encoder: values.get("protocol", usual) for encoder, values in metrics.items()}

@@ -14,6 +14,7 @@ from helpers import STUDENT, make_photos, run_here
 import milan
 from milan.errors import ConfigError
 from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, find_protocol, get_protocol
+from milan.reporting.report import check_alike
 
 NEAREST_MEAN = '''
 from dataclasses import dataclass
@@ -152,3 +153,12 @@ def test_the_teacher_needs_its_network() -> None:
     """`milan` cannot load teachers: from Python the network is passed."""
     with pytest.raises(ConfigError, match=r"frozen=pipeline\.teachers\.frozen"):
         milan.linear_probe("teacher", data="x")
+
+
+def test_a_report_compares_like_with_like() -> None:
+    """One linear probe beside another kind is refused; metrics from before say no kind."""
+    probe = get_protocol("linear_probe")
+    check_alike(probe, {"a": {"top1": 1.0}, "b": {"top1": 2.0, "protocol": "logistic"}})
+    check_alike(get_protocol("knn"), {"a": {"k20": 1.0}, "b": {"k20": 2.0}})
+    with pytest.raises(ConfigError, match="linear-probe: a by logistic, b by dinov2"):
+        check_alike(probe, {"a": {"top1": 1.0}, "b": {"top1": 2.0, "protocol": "dinov2"}})
