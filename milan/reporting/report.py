@@ -149,10 +149,12 @@ def _extraction_speed(store: AnyPath) -> float | None:
 
 
 def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """The figures of the report's columns: key -> encoder -> value."""
+    """The figures of the report's columns, and their intervals: key -> encoder -> value."""
+    keys = [key for column in protocol.columns for key in (column.key, f"{column.key}_interval")]
     return {
-        column.key: {encoder: values[column.key] for encoder, values in metrics.items()}
-        for column in protocol.columns
+        key: {encoder: values[key] for encoder, values in metrics.items() if key in values}
+        for key in keys
+        if any(key in values for values in metrics.values())
     }
 
 
@@ -201,11 +203,12 @@ def _draw_chart(protocol: Protocol, metrics: Metrics, out: Path) -> Path:
     main = protocol.columns[0]
     figure, (axis,) = _axes(6, 0.6 + 0.5 * len(metrics))
     names = list(metrics)[::-1]
-    values = [metrics[name][main.key] for name in names]
+    values = [metrics[name][main.key] or 0 for name in names]  # nothing: none could be measured
     bars = axis.barh(names, values, color=[_OURS if n == "MILAN" else "#9aa5b1" for n in names])
-    axis.bar_label(bars, labels=[main.format.format(v) for v in values], padding=3)
+    axis.bar_label(bars, labels=[_figure(main, metrics[name]) for name in names], padding=3)
     if main.heading.endswith("%"):
-        axis.set_xlim(0, 108)
+        axis.set_xlim(0, 150)  # with room for an interval
+        axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel(f"{protocol.title}, {main.heading}")
     for label in axis.get_yticklabels():
         label.set_parse_math(False)  # a name may have dollars

@@ -259,6 +259,7 @@ def test_the_report(store: Path, photos: Path, tmp_path: Path) -> None:
         probe = json.loads(Path(run, "linear_probe.json").read_text())
         assert metrics["linear_probe"]["top1"][name] == probe["top1"]
         assert metrics["linear_probe"]["top5"][name] == probe["top5"]
+        assert metrics["linear_probe"]["top1_interval"][name] == probe["top1_interval"]
     section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, encoders: {{}}}}"
     (tmp_path / "p.yaml").write_text(section)
     with pytest.raises(milan.MilanError, match=r"has no evaluation.protocols"):
