@@ -12,6 +12,7 @@ from milan.errors import ConfigError, nearest
 OBJECTIVES = {
     "milan": "milan.objectives.features:FeatureRegression",
     "pixels": "milan.objectives.pixels:PixelRegression",
+    "rils": "milan.objectives.rils:SentenceReconstruction",
 }
 """Name of an objective -> module:Class (milan.objectives.base)."""
 
@@ -30,7 +31,7 @@ class PretrainConfig:
     data_root: str | None = setting(None, identity=False)
     """Where the images lie, if not where the store says."""
     recipe: str = setting("vit_base", identity=False)
-    """A published recipe, from which all else deviates: vit_base, vit_large."""
+    """A recipe, from which all else deviates: vit_base, vit_large, rils_vit_base."""
 
     # What is learnt
     model: str = "vit_base_patch16_224"
@@ -41,11 +42,19 @@ class PretrainConfig:
     """embed_dim 2/3 of the model's, at most 512; depth 8; num_heads embed_dim / 32; mlp_ratio 4:
     --set decoder.depth=2."""
     objective: str = "milan"
-    """milan (the teacher's features), pixels (MAE, the baseline), or package.module:Class."""
+    """milan (the teacher's features), pixels (MAE, the baseline), rils (captions), or
+    package.module:Class."""
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    """Those of rils: weight, teacher_tau, student_tau, normaliser: --set objective.weight=0.5."""
+    gather: str | None = setting(None, choices=("detached", "full"), auto=True)
+    """rils: whether images and captions learn where they are compared with (full); auto: detached,
+    as published on several devices."""
+    text_tower: str | None = setting(None, auto=True)
+    """rils: the text tower's architecture, an open_clip name; auto: that of the store's tokens."""
     decoder_kind: str | None = setting(None, auto=True)
-    """prompt or mae; auto: the objective's (prompt for milan, mae for pixels)."""
+    """prompt or mae; auto: the objective's (prompt for milan, mae for others)."""
     masking: str | None = setting(None, choices=("semantic", "random"), auto=True)
-    """semantic or random; auto: the objective's (semantic for milan, random for pixels)."""
+    """semantic or random; auto: the objective's (semantic for milan, random for others)."""
     mask_ratio: float = setting(0.75, unit="share", above=0, below=1)
     """Share of patches that are masked."""
     init: str | None = None

@@ -42,6 +42,11 @@ class ExtractConfig:
     """Store the views too (none, jpeg:95, webp): training then needs no originals."""
     texts: bool = False
     """Store the teacher's text features of captions and classes too."""
+    targets: str = setting("teacher", choices=("teacher", "none"))
+    """teacher, or none: views and token ids of captions alone, for --objective rils; --teacher then
+    says whose tokenizer, and no weights are needed."""
+    captions: int | None = setting(None, unit="captions", auto=True, least=1, most=64)
+    """Of an image, with --targets none, the first so many; auto: as many as any image has."""
     min_cosine: float | None = setting(None, unit="cosine", least=-1, most=1)
     """Smallest mean cosine between stored and teacher features; else nothing is written."""
     extend: bool = False

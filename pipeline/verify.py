@@ -31,7 +31,7 @@ from milan.store.format import (
     CONTENT,
     GENERATIONS,
     INDEX,
-    TEXT,
+    TEXT_IDS,
     ArraySpec,
     Entry,
     Index,
@@ -40,6 +40,7 @@ from milan.store.format import (
 )
 from milan.store.generation import Generation
 from milan.store.texts import read_texts
+from pipeline.extraction.worker import same_teacher
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
 
@@ -177,8 +178,8 @@ def _check_generation(
     if hashlib.sha256(canonical(content)).hexdigest() != entry.digest:
         verdict.add_damage(f"{INDEX}: the digest of {entry.path} is not that of its records")
     targets = 0
-    captioned = manifest.captioned() & (TEXT in spec.arrays())
-    if TEXT in spec.arrays():
+    captioned = manifest.captioned() & (TEXT_IDS in spec.arrays())
+    if TEXT_IDS in spec.arrays():
         verdict.count("texts", int(captioned.sum()))
     for block in range(spec.blocks):
         for view in range(spec.views):
@@ -284,7 +285,8 @@ def _check_rows(generation: Generation, local: np.ndarray, view: int) -> list[st
                     same = False
                 if not same:
                     return [f"the stored picture of row {row} is not what the teacher saw"]
-        if not ((targets["attention"] > 0) & np.isfinite(targets["attention"])).all():
+        attention = targets.get("attention", np.ones(1))
+        if not ((attention > 0) & np.isfinite(attention)).all():
             return ["has attention that is not finite and > 0"]
     return []
 
@@ -292,10 +294,12 @@ def _check_rows(generation: Generation, local: np.ndarray, view: int) -> list[st
 def _check_texts(generation: Generation, rows: np.ndarray) -> list[str]:
     """Errors met when texts are read as training reads them; `rows` of the whole store."""
     try:
-        lengths = np.linalg.norm(read_texts(generation, rows).features, axis=1) if len(rows) else 1
+        features = read_texts(generation, rows).features if len(rows) else None
     except CacheError as error:
         return [error.found]
-    return [] if np.allclose(lengths, 1, atol=1e-4) else ["has texts that are not of length 1"]
+    if features is None or np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-4):
+        return []
+    return ["has texts that are not of length 1"]
 
 
 def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: Progress) -> None:
@@ -314,9 +318,11 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
         return
-    texts = teacher.texts.identity if teacher.texts else None
-    if teacher.identity != cache.spec.teacher or texts != cache.spec.texts:
+    if not same_teacher(teacher, cache.spec):
         verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
+        return
+    if not cache.spec.has_targets:
+        verdict.foreign.append(f"{cache.path} has no targets of a teacher that could be audited")
         return
     rng = np.random.default_rng(audit.seed % 2**64)
     good = cache.good_rows()
@@ -371,7 +377,7 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     if teacher.texts and len(captioned):
         rows = rng.choice(captioned, min(audit.views, len(captioned)), replace=False)
         captions = cache.manifest.take(rows).captions(0, len(rows))
-        ids = teacher.texts.tokenise([text or "" for text in captions])
+        ids = teacher.texts.tokenise([some[0] for some in captions])
         cosines = (teacher.texts.features(ids) * cache.texts(rows).features).sum(axis=1)
         verdict.count("audited texts", len(rows))
         for row, cos in zip(rows.tolist(), cosines.tolist(), strict=True):

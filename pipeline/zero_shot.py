@@ -69,7 +69,8 @@ def zero_shot(
     cache = _store(config, trained, progress)
     pictures = _pictures(config, progress)
     names = _class_names(pictures)
-    known = cache.prototypes.classes if cache and cache.prototypes else []
+    told = cache.prototypes if cache and cache.spec.has_targets else None  # else token ids alone
+    known = told.classes if told else []
     lacking = [name for name in names if name not in known]
     teacher = _teacher(config, cache, lacking, device, progress)
     texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)
@@ -209,7 +210,7 @@ def _texts(
 ) -> np.ndarray:
     """Unit vectors [P, C] of classes: the store's, else the text tower's. Raises ConfigError."""
     stored = cache.prototypes if cache else None
-    if stored and not lacking:
+    if stored and stored.features is not None and not lacking:
         number = {name: i for i, name in enumerate(stored.classes)}
         return stored.features[[number[name] for name in names]]
     if teacher and teacher.texts:

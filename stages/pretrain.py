@@ -19,7 +19,7 @@ _RATES = (
 
 PANELS: dict[str, tuple[str, ...]] = {
     "Store and run": ("cache", "layer", "data_root", "out", "on_changed", "on_growth"),
-    "Student": ("recipe", "model", "init", "objective", "masking"),
+    "Student": ("recipe", "model", "init", "objective", "masking", "gather", "text_tower"),
     "Schedule": ("epochs", "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_nonfinite"),
     "Validation and reports": ("held_out", "probe_every", "report_to"),
     "Machine": (

@@ -60,6 +60,7 @@ NAMED = {
     "milan/__main__.py": {"stages.cli"},
     "milan/evaluation/protocols.py": {"pipeline.zero_shot"},
     "milan/core/progress.py": {"stages.console"},
+    "milan/objectives/rils.py": {"pipeline.teachers.clip"},
     "milan/training/pretrain.py": {"pipeline.cluster.pretrain"},
 }
 PIPELINE = {

@@ -24,6 +24,7 @@ DROPPED: Final = 8
 AUGMENTED: Final = 9
 MIXED: Final = 10
 CORRUPTED: Final = 11
+CAPTION: Final = 12
 
 _thread = local()
 """A generator and its state, with nothing drawn yet."""

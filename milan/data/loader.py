@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from threading import Lock, Thread
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -40,6 +40,7 @@ from milan.data.prefetch import Prefetcher, Shard
 from milan.data.sampler import Address, StepSampler
 from milan.errors import MilanError, TrainError
 from milan.store.cache import TargetCache
+from milan.store.sentences import Sentences
 
 _POLL = 1.0  # seconds between two looks at the workers while a batch does not come
 _LIMIT = 20 * 60.0  # seconds without a batch
@@ -65,6 +66,8 @@ class Batch(NamedTuple):
     """[B, T, C] in the codec's dtype, or None where the objective needs no features"""
     scale: torch.Tensor | None
     """[B, T] float32, for codecs that scale"""
+    ids: torch.Tensor | None = None
+    """[B, L] int32: the token ids of a caption of each image, or None where none are needed"""
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -247,18 +250,35 @@ class CachedBatches:
     """Views with their targets, from a store."""
 
     def __init__(
-        self, dataset: CachedDataset, seed: int, features: bool, patches: int | None
+        self,
+        dataset: CachedDataset,
+        seed: int,
+        features: bool,
+        patches: int | None,
+        tokens: bool = False,
     ) -> None:
-        self.dataset, self.seed, self.features = dataset, seed, features
+        self.dataset, self.seed, self.features, self.tokens = dataset, seed, features, tokens
         self.patches = patches or dataset.cache.spec.tokens - 1
 
+    @cached_property
+    def sentences(self) -> Sentences:
+        """What images may be called; opened in the process that reads them."""
+        return Sentences(self.dataset.cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "sentences"}
+
     def load(self, address: Address) -> Batch:
-        """Pixels, targets and noise of a micro-batch."""
+        """Pixels, targets, tokens and noise of a micro-batch."""
         rows, views = address.rows, address.views
         features = self.features and address.kind.has_targets
         targets = self.dataset.cache.read(rows, views, features=features)
         epochs = np.full(len(rows), address.mask_epoch)
         noise = mask_noise(self.seed, epochs, rows, views, self.patches)
+        ids = None
+        if self.tokens and address.kind.has_targets:
+            drawn = self.sentences.draw(rows, views, address.mask_epoch, seed=self.seed)
+            ids = torch.from_numpy(drawn)
         return Batch(
             torch.from_numpy(self.dataset.pixels(rows, views)),
             torch.from_numpy(targets.attention),
@@ -267,6 +287,7 @@ class CachedBatches:
             torch.from_numpy(views),
             None if targets.codes is None else torch.from_numpy(targets.codes),
             None if targets.scale is None else torch.from_numpy(targets.scale),
+            ids,
         )
 
 
@@ -382,13 +403,15 @@ def training_loader(
     pin_memory: bool = False,
     patches: int | None = None,
     wait: Wait | None = None,
+    tokens: bool = False,
 ) -> _Loader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
 
-    `features`: whether the teacher's are read. `patches`: N of the student, which the noise is
-    for; default: the teacher's. `wait`: for the workers, default `batch_wait()`.
+    `features`: whether the teacher's are read; `tokens`: whether captions are. `patches`: N of the
+    student, which the noise is for; default: the teacher's. `wait`: for the workers, default
+    `batch_wait()`.
     """
-    source = CachedBatches(dataset, sampler.order.seed, features, patches)
+    source = CachedBatches(dataset, sampler.order.seed, features, patches, tokens)
     loader = batch_loader(
         source, sampler, num_workers=num_workers, pin_memory=pin_memory, wait=wait
     )

@@ -35,7 +35,14 @@ from milan.errors import DataError
 from milan.images.classes import ClassTable, class_name
 from milan.images.formats import extensions, is_lfs_pointer, lfs_pointer
 from milan.images.splits import Splits, WantedSplit, find_splits, of_split, take_split
-from milan.images.tars import PACKED, Tar, file_kind, packed, read_tar
+from milan.images.tars import (
+    PACKED,
+    Tar,
+    file_kind,
+    joined_captions,
+    packed,
+    read_tar,
+)
 
 T = TypeVar("T")
 
@@ -48,7 +55,7 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),  # tar: first byte of the image in the file; else null
         ("bytes", pa.int64()),  # size of the image; null where the listing does not say
         ("label", pa.int32()),  # class number, null if unknown
-        ("caption", pa.string()),
+        ("caption", pa.string()),  # several of an image have BETWEEN_CAPTIONS in between
     ]
 )
 
@@ -462,6 +469,11 @@ def _is_text(kind: pa.DataType) -> bool:
     ))  # fmt: skip
 
 
+def _inside_list(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a list; another type as it is."""
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (
         pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
@@ -481,7 +493,7 @@ _TYPES = {
     "image.bytes": ("binary: the file of each image", _is_bytes),
     "image.path": ("text", _is_text),
     "label": ("class numbers, or class names as text", _is_number),
-    "caption": ("text", _is_text),
+    "caption": ("text, or lists of text", lambda kind: _is_text(_inside_list(kind))),
 }
 _CAST = {
     "image.bytes": "datasets: ds.cast_column('image', datasets.Image()), then ds.to_parquet(...)",
@@ -503,6 +515,15 @@ def _as_text(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
             fix="write it again in UTF-8, or leave the column out",
         ) from None
     return text
+
+
+def _joined(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
+    """Lists of captions as one text each (Manifest.captions). Raises as `_as_text`."""
+    lists = column.combine_chunks()
+    values = _as_text(pa.chunked_array([lists.flatten()]), what).to_pylist()
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
+    texts = [joined_captions(some) for some in np.split(np.array(values, object), ends[:-1])]
+    return pa.chunked_array([pa.array(texts, pa.string())])
 
 
 def _row_groups(
@@ -535,7 +556,10 @@ def _row_groups(
         labels: Any = nulls
         captions: Any = nulls
         if "caption" in columns:
-            captions = _as_text(part["caption"], f"caption {of_file}")
+            captions = part["caption"]
+            if _inside_list(captions.type) != captions.type:
+                captions = _joined(captions, f"caption {of_file}")
+            captions = _as_text(captions, f"caption {of_file}")
         if named:
             number = {text: i for i, text in enumerate(named)}
             texts = _as_text(part["label"], f"label {of_file}").to_pylist()

@@ -27,6 +27,7 @@ from milan.images.classes import ClassTable, class_name
 from milan.images.formats import extensions
 from milan.images.listing import SCHEMA, Listing, list_images
 from milan.images.splits import WantedSplit, show_counts
+from milan.images.tars import BETWEEN_CAPTIONS
 
 __all__ = ["SCHEMA", "Manifest", "build_manifest", "resolve_data"]
 
@@ -92,12 +93,19 @@ class Manifest:
         column = self.table["label"].combine_chunks().fill_null(-1)
         return column.to_numpy(zero_copy_only=False).astype(np.int64).clip(-1)
 
-    def captions(self, first: int, last: int) -> list[str | None]:
-        """The captions of rows [first, last); None where there is none, or only white space."""
-        rows = slice(first, last)
+    def captions(self, first: int, last: int) -> list[list[str]]:
+        """The captions of each of rows [first, last); none where there is only white space."""
         texts = self.table["caption"].slice(first, last - first).to_pylist()
-        captioned = self.captioned(rows)
-        return [text if has else None for text, has in zip(texts, captioned, strict=True)]
+        captioned = self.captioned(slice(first, last))
+        return [
+            text.split(BETWEEN_CAPTIONS) if has else []
+            for text, has in zip(texts, captioned, strict=True)
+        ]
+
+    def most_captions(self) -> int:
+        """How many captions the image has that has the most."""
+        counts = pc.count_substring(self.table["caption"], BETWEEN_CAPTIONS)
+        return 1 + (pc.max(counts).as_py() or 0)
 
     def captioned(self, rows: slice = slice(None)) -> np.ndarray:
         """Which of `rows` have a caption, [B] bool; in pieces, because trimming copies them."""

@@ -2,7 +2,7 @@
 
 A sample is what members of one name up to the first dot belong to (`0001.jpg`, `0001.cls`): the
 rule of WebDataset. Every image of a sample is a row of its own. The label is that of `.cls`, else
-`cls` or `label` of `.json`; the caption that of `.txt`, else `caption` of `.json`.
+`cls` or `label` of `.json`; the caption that of `.txt`, else `caption` or `captions` of `.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -21,6 +22,8 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
 """Names of tars that are compressed as a whole."""
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _ANNOTATIONS = (".cls", ".txt", ".json")
+BETWEEN_CAPTIONS = "\x1e"
+"""The record separator of ASCII: it stands between several captions of an image."""
 _SMALL = 1 << 20  # bytes of a label or caption member that is read while listing
 
 
@@ -94,6 +97,11 @@ def read_tar(file: BinaryIO, path: str) -> Tar:
         tar.captions.append(annotations.get(".txt", annotations.get("caption")))
     tar.ignored = +tar.ignored
     return tar
+
+
+def joined_captions(captions: Iterable[str | None]) -> str:
+    """The captions of an image that say something, as one text (`Manifest.captions`)."""
+    return BETWEEN_CAPTIONS.join(text for text in captions if text and text.strip())
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -178,7 +186,10 @@ def _facts(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     facts: dict[str, Any] = {}
-    if isinstance(caption := values.get("caption"), str):
+    told = values.get("caption", values.get("captions"))
+    several = told if isinstance(told, list) else [told]
+    if several and all(isinstance(caption, str) for caption in several):
+        caption = joined_captions(several)
         caption.encode()  # JSON can spell what is not Unicode: half of a surrogate pair
         facts["caption"] = caption
     for name in ("label", "cls"):

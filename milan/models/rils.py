@@ -61,6 +61,8 @@ class RilsStudent(Student):
     The class token is in no loss: an image is the mean of its patches.
     """
 
+    text: TextEncoder
+
     def __init__(
         self, encoder: Any, decoder: Decoder, text: TextEncoder, *, recompute: bool = False
     ) -> None:
@@ -140,13 +142,13 @@ def published_name(ours: str) -> str:
     return ours
 
 
-def published_state(student: RilsStudent) -> dict[str, torch.Tensor]:
-    """The student's weights under RILS's names.
+def published_state(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a RilsStudent, by name, under RILS's names.
 
     RILS has no bias of keys: softmax does not see it, so what is left out changes no output.
     """
     state: dict[str, torch.Tensor] = {}
-    for ours, value in student.state_dict().items():
+    for ours, value in weights.items():
         name = published_name(ours)
         if name.endswith("attn.qkv.bias"):
             query, _, values = value.chunk(3)

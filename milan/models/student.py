@@ -6,6 +6,7 @@ where the encoder has none), E encoder width, D decoder width, C target width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Student(nn.Module):
     def __init__(self, encoder: Any, decoder: Decoder, *, recompute: bool = False) -> None:
         super().__init__()
         self.encoder, self.decoder, self.recompute = encoder, decoder, recompute
+        self.text: nn.Module | None = None
+        """A text tower that is trained along, where the objective has one."""
 
     @property
     def patches(self) -> int:
@@ -48,17 +51,19 @@ def build_student(
     name: str,
     *,
     img_size: int,
-    target_width: int,
+    target_width: int | Callable[[Any], int],
     decoder_kind: str = "prompt",
     model_args: dict[str, Any] | None = None,
-    decoder: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | Callable[[Any], dict[str, Any]] | None = None,
     seed: int = 0,
     recompute: bool = False,
+    complete: Callable[[Student], Student] | None = None,
 ) -> Student:
     """A student with the published initial weights, the same for the same seed.
 
     `model_args` override the arguments of the encoder (timm's), `decoder` those of
-    `decoder_arguments`. Raises ConfigError.
+    `decoder_arguments`. The target's width may follow from the encoder, and all arguments of the
+    decoder; `complete` adds parts. Raises ConfigError.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,12 +73,14 @@ def build_student(
             decoder_kind,
             encoder_width=vit.embed_dim,
             grid=grid,
-            target_width=target_width,
+            target_width=target_width(vit) if callable(target_width) else target_width,
             class_token=vit.has_class_token,
-            **decoder_arguments(vit.embed_dim, decoder),
+            **(decoder(vit) if callable(decoder) else decoder_arguments(vit.embed_dim, decoder)),
         )
         student = Student(vit, head, recompute=recompute)
         initialise(student)
+        if complete:
+            student = complete(student)
     return student
 
 

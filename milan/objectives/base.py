@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from milan.config import OBJECTIVES
+from milan.config import OBJECTIVES, PretrainConfig
 from milan.core.device import MEAN, STD, normalise
+from milan.core.distributed import SINGLE, Ranks
 from milan.data.loader import Batch
 from milan.errors import ConfigError
+from milan.models.decoder import decoder_arguments
 from milan.models.masking import Mask, importance_mask, random_mask, visible_count
+from milan.models.student import Student
 from milan.objectives.resample import resampled_attention
 from milan.store.cache import TargetCache
 
@@ -35,6 +39,9 @@ class Prediction(NamedTuple):
     mask: Mask
     batch: Batch
     """On the same device."""
+    joint: Any = None
+    """What is compared with other images of the step, a NamedTuple of tensors, each with a row an
+    image or a scalar; None where images are independent."""
 
     @property
     def patches(self) -> torch.Tensor:
@@ -65,13 +72,58 @@ class Objective(ABC):
     """How masks are drawn by default: semantic or random."""
     needs_features: ClassVar[bool]
     """Whether a batch has to bring the teacher's features."""
+    needs_tokens: ClassVar[bool] = False
+    """Whether a batch has to bring the token ids of a caption for each image."""
+    compared: ClassVar[int | None] = None
+    """None: images are independent. Else the loss compares all images of a step (`joint_loss`), and
+    validation so many of them."""
 
-    def __init__(self, cache: TargetCache, *, masking: str, mask_ratio: float) -> None:
+    def __init__(
+        self,
+        cache: TargetCache,
+        *,
+        masking: str,
+        mask_ratio: float,
+        config: PretrainConfig | None = None,
+        ranks: Ranks = SINGLE,
+    ) -> None:
         self.cache, self.draw, self.mask_ratio = cache, masking, mask_ratio
+        self.config, self.ranks = config or PretrainConfig(), ranks
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        """Raises ConfigError for settings that the objective cannot have."""
+        given = [f"objective.{name}" for name in config.objective_args]
+        given += [name for name in ("gather", "text_tower") if getattr(config, name) is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]} with objective {config.objective}",
+                expected="a setting of this objective",
+                fix=f"--objective rils, or without {given[0]}",
+            )
 
     @abstractmethod
-    def target_width(self, patch_size: int) -> int:
-        """C, for a student with patches of `patch_size` pixels."""
+    def target_width(self, encoder: Any) -> int:
+        """C, for a student with this encoder, a ViT of timm."""
+
+    def decoder_arguments(self, encoder: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of the decoder for this encoder: those `given`, else the objective's."""
+        return decoder_arguments(encoder.embed_dim, given)
+
+    def complete(self, student: Student) -> Student:
+        """The student with what else it needs to learn this, initialised by torch's seed."""
+        return student
+
+    def after_step(self, student: nn.Module) -> None:  # noqa: B027
+        """Called after each update of the weights."""
+
+    def leave(self, run: Path, student: nn.Module) -> None:  # noqa: B027
+        """Write what a call leaves beside the encoder; on rank 0, which under fsdp has shards."""
+
+    def joint_loss(self, joint: Any) -> JointLoss:
+        """The loss of all images of a step, from `joint` of all predictions of this rank together;
+        where `compared` is set. All ranks call it."""
+        raise NotImplementedError
 
     @abstractmethod
     def loss(self, prediction: Prediction) -> torch.Tensor:

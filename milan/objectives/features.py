@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -26,7 +28,7 @@ class FeatureRegression(Objective):
     masking = "semantic"
     needs_features = True
 
-    def target_width(self, patch_size: int) -> int:
+    def target_width(self, encoder: Any) -> int:
         """The teacher's channels."""
         return self.cache.spec.channels
 

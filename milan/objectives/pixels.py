@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from milan.core.device import MEAN, STD, denormalise
@@ -15,9 +17,9 @@ class PixelRegression(Objective):
     masking = "random"
     needs_features = False
 
-    def target_width(self, patch_size: int) -> int:
+    def target_width(self, encoder: Any) -> int:
         """Three colours of every pixel of a patch."""
-        return 3 * patch_size**2
+        return 3 * encoder.patch_embed.patch_size[0] ** 2
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`pixel_regression`."""

@@ -155,18 +155,12 @@ class SentenceLoss:
         Parts: `clip`; `recon`, the mean KL before its weight; `accuracy`, the share of images whose
         own caption is retrieved; `accepted`, the same with equal captions; `prototypes`, the mean
         of exp(entropy) of the target; `duplicates`, the share of sentences that are in the batch
-        already. Raises ConfigError for fewer than two sentences.
+        already. Of a single sentence all are 0 but `accuracy`, `accepted` and `prototypes`.
         """
         images, texts = unit(output.images), unit(output.texts)
         grows = self.gather == "full"
         all_images = ranks.gather_rows(images, gradient=grows)
         all_texts = ranks.gather_rows(texts, gradient=grows)
-        if len(all_texts) < 2:
-            raise ConfigError(
-                f"a step of {len(all_texts)} sentences",
-                expected="at least two prototypes: with one there is nothing to tell apart",
-                fix="--batch-size 2, or more",
-            )
         numbers = ranks.gather_rows(output.captions, gradient=False)
         first = ranks.rank * len(images)
         contrast = contrastive(images, texts, all_images, all_texts, output.scale, first=first)

@@ -19,7 +19,7 @@ from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
 from milan.store.codecs import Codec, codec_of
-from milan.store.format import MANIFEST, Index, canonical
+from milan.store.format import MANIFEST, TEXT, TEXT_IDS, Index, canonical
 from milan.store.generation import Generation, first_with, not_found, read_array
 from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
 
@@ -29,7 +29,7 @@ class Targets:
     """The teacher's targets of B views, features still encoded; numpy arrays."""
 
     attention: np.ndarray
-    """[B, N] float32, > 0."""
+    """[B, N] float32, > 0; in a store without targets [B, 1], all alike."""
     codes: np.ndarray | None = None
     """[B, T, width] in the codec's dtype; None if not requested."""
     scale: np.ndarray | None = field(default=None)
@@ -179,6 +179,10 @@ class TargetCache:
 
     def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Targets:
         """Targets of (rows[i], views[i]), each an int array [B]. CacheError names the shard."""
+        if not self.spec.has_targets:
+            if features:
+                raise self.no_targets()
+            return Targets(np.ones((len(rows), self.spec.tokens - 1), np.float32))
         names = ["attention"] + (["features"] if features else [])
         names += ["scale"] if features and self.codec.scaled else []
         values = self._read(names, rows, views)
@@ -244,25 +248,56 @@ class TargetCache:
         Raises CacheError: a row without a caption, a store without texts, damage.
         """
         if not self.spec.texts:
-            raise CacheError(
-                f"{self.path} has no texts",
-                fix="milan extract-targets --texts --out another.zarr",
-            )
-        rows = np.asarray(rows)
-        length = self.spec.texts["context"]
+            raise self.no_texts()
+        rows, arrays = np.asarray(rows), self.generations[0].spec.arrays()
+        shapes = {n: (len(rows), *arrays[n].shape[1:]) for n in (TEXT, TEXT_IDS) if n in arrays}
         texts = Texts(
-            np.empty((len(rows), self.spec.channels), np.float32),
-            np.empty((len(rows), length), np.int32),
+            np.empty(shapes[TEXT], np.float32) if TEXT in shapes else None,
+            np.empty(shapes[TEXT_IDS], np.int32),
         )
         missing = np.ones(len(rows), bool)
         for generation in self.generations:
             at = np.flatnonzero(generation.holds_rows(rows) & (generation.spec.first_view == 0))
             if len(at):
                 part, missing[at] = read_texts(generation, rows[at]), False
-                texts.features[at], texts.ids[at] = part.features, part.ids
+                texts.ids[at] = part.ids
+                if texts.features is not None:
+                    texts.features[at] = part.features
         if missing.any():
             raise IndexError(f"{self.path} has no row {rows[missing][0]}")
         return texts
+
+    def token_ids(self, rows: np.ndarray) -> np.ndarray:
+        """[B, M, L] int32: those of the captions of `rows`, as `texts`; M is 1 but in a store of
+        token ids alone."""
+        ids = self.texts(rows).ids
+        return ids if ids.ndim == 3 else ids[:, None]
+
+    def no_targets(self) -> CacheError:
+        """The error for what needs a teacher's targets, which this layer has not."""
+        others = [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
+        told = next((cache.layer for cache in others if cache.spec.has_targets), None)
+        return CacheError(
+            f"{self.path} has no targets of a teacher" + (f" in {self.layer}" if others else ""),
+            expected="a store that a teacher has seen",
+            fix=f"--layer {told}"
+            if told
+            else f"--objective rils, or milan extract-targets … --extend --out {self.path}",
+        )
+
+    def no_texts(self) -> CacheError:
+        """The error for what needs texts, which this layer has not."""
+        others = [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
+        told = next((cache.layer for cache in others if cache.spec.texts), None)
+        return CacheError(
+            f"{self.path} has no texts" + (f" in layer {self.layer}" if others else ""),
+            expected="token ids of captions or of class prompts",
+            fix=f"--layer {told}"
+            if told
+            else f"milan extract-targets --data … --targets none --extend --out {self.path} adds "
+            "token ids and leaves targets as they are; --texts --out another.zarr stores a "
+            "teacher's vectors too",
+        )
 
     @cached_property
     def prototypes(self) -> Prototypes | None:

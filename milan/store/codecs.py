@@ -219,6 +219,20 @@ def _balancing(sample: np.ndarray, pieces: int) -> np.ndarray:
     return np.ascontiguousarray(vectors[:, np.concatenate(members)].T, np.float32)
 
 
+@dataclass(frozen=True)
+class NoTargets(Codec):
+    """No features and no attention: a store of views and token ids (`--targets none`)."""
+
+    def encode(self, features: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Nothing [B, T, 0]."""
+        return features[..., :0], None
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """Raises CacheError: there is nothing to decode."""
+        raise CacheError("a store without targets has no features", fix="--objective rils")
+
+
+NO_TARGETS = NoTargets("none", "int8", fill=0)
 CODECS: dict[str, Codec] = {
     "int8": Int8("int8", "int8", fill=-128, scaled=True),
     "float16": Float16("float16", "float16", fill=float("nan")),
@@ -232,6 +246,8 @@ CODECS: dict[str, Codec] = {
 def codec_of(name: str) -> Codec:
     """The codec called `name`. Raises ConfigError with the nearest known name."""
     name = "pq:64" if name == "pq" else name
+    if name == NO_TARGETS.name:
+        return NO_TARGETS
     if name not in CODECS:
         raise ConfigError(
             f"unknown codec {name!r}", expected=" or ".join(CODECS), fix=nearest(name, CODECS)

@@ -36,11 +36,14 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
     about, spec, superseded = cache.attributes["about"], cache.spec, len(cache.superseded)
     views = cache.view_spec
     weights = "RANDOM WEIGHTS" if about["random_weights"] else about["pretrained"]
-    return [
+    teacher = [
         ("teacher", f"{about['name']} ({weights}), {spec.teacher['precision']}"),
         ("licence of the weights", about["licence"]),
         ("normalisation", about["normalisation"]),
         ("targets", f"{spec.tokens} tokens x {spec.channels} channels, {spec.codec}"),
+    ]
+    return [
+        *(teacher if spec.has_targets else [("targets", "none: views and token ids")]),
         *_texts(cache),
         ("data", _data(cache)),
         (

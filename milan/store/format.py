@@ -28,7 +28,7 @@ import numpy as np
 
 from milan.core.paths import AnyPath, names_in, read_file
 from milan.errors import CacheError
-from milan.store.codecs import codec_of
+from milan.store.codecs import NO_TARGETS, codec_of
 
 FORMAT = "milan-targets"
 VERSION = 1
@@ -117,6 +117,11 @@ class CacheSpec:
     """The identity of the teacher's text tower (TextTower.identity), if its texts are stored."""
     version: int = VERSION
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether a teacher's features and attention are stored; else views and token ids alone."""
+        return self.codec != NO_TARGETS.name
+
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of every field."""
         return hashlib.sha256(canonical(asdict(self))).hexdigest()
@@ -183,36 +188,40 @@ class CacheSpec:
         c = codec.width(self.channels)
         nan = float("nan")
         arrays = {
-            "features": ArraySpec(
+            "crop": ArraySpec((n, k, 5), (s, 1, 5), None, "int32", -1, ("row", "view", "number"))
+        }
+        if self.has_targets:
+            arrays["features"] = ArraySpec(
                 (n, k, t, c),
                 (1, 1, t, c),
                 (s, 1, t, c),
                 codec.dtype,
                 codec.fill,
                 ("row", "view", "token", "code" if codec.coded else "channel"),
-            ),
-            "attention": ArraySpec(
+            )
+            arrays["attention"] = ArraySpec(
                 (n, k, t - 1),
                 (1, 1, t - 1),
                 (s, 1, t - 1),
                 "float32",
                 nan,
                 ("row", "view", "patch"),
-            ),
-            "crop": ArraySpec((n, k, 5), (s, 1, 5), None, "int32", -1, ("row", "view", "number")),
-        }
+            )
         if codec.scaled:
             arrays["scale"] = ArraySpec(
                 (n, k, t), (1, 1, t), (s, 1, t), "float32", nan, ("row", "view", "token")
             )
         if self.texts and self.first_view == 0:
-            width, length = self.channels, self.texts["context"]
-            arrays[TEXT] = ArraySpec(
-                (n, width), (1, width), (s, width), "float32", nan, ("row", "channel")
-            )
-            arrays[TEXT_IDS] = ArraySpec(
-                (n, length), (1, length), (s, length), "int32", -1, ("row", "text_token")
-            )
+            width = self.channels
+            ids: tuple[int, ...] = (self.texts["context"],)
+            names: tuple[str, ...] = ("row", "text_token")
+            if self.has_targets:
+                arrays[TEXT] = ArraySpec(
+                    (n, width), (1, width), (s, width), "float32", nan, ("row", "channel")
+                )
+            else:  # of several captions, no text tower has seen them
+                ids, names = (self.texts["captions"], *ids), ("row", "caption", "text_token")
+            arrays[TEXT_IDS] = ArraySpec((n, *ids), (1, *ids), (s, *ids), "int32", -1, names)
         return arrays
 
     def view_arrays(self) -> dict[str, ArraySpec]:

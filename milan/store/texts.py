@@ -20,10 +20,11 @@ from milan.store.generation import Generation, read_array
 class Texts:
     """Encoded captions; numpy arrays."""
 
-    features: np.ndarray
-    """[B, C] float32, of length 1."""
+    features: np.ndarray | None
+    """[B, C] float32, of length 1; None in a store of token ids alone."""
     ids: np.ndarray
-    """[B, L] int32: token ids. Equal rows: equal captions, up to the length the tower reads."""
+    """[B, L] int32: token ids. Equal rows: equal captions, up to the length the tower reads. In a
+    store of token ids alone [B, M, L]: of M captions, -1 where an image has fewer."""
 
 
 @dataclass
@@ -31,8 +32,9 @@ class Prototypes:
     """Encoded class prompts, in the order of class numbers; numpy arrays."""
 
     classes: list[str]
-    features: np.ndarray
-    """[P, C] float32, of length 1: the mean over the prompts of a class."""
+    features: np.ndarray | None
+    """[P, C] float32, of length 1: the mean over the prompts of a class; None in a store of token
+    ids alone."""
     ids: np.ndarray
     """[P, M, L] int32: token ids of each class in each template."""
 
@@ -45,13 +47,17 @@ class Prototypes:
         if parts[-1].classes == classes:
             return parts[-1]
         last, size = parts[-1], len(classes)
-        features = np.full((size, *last.features.shape[1:]), np.nan, np.float32)
+        features = None
+        if last.features is not None:
+            features = np.full((size, *last.features.shape[1:]), np.nan, np.float32)
         ids = np.full((size, *last.ids.shape[1:]), -1, np.int32)
         number = {name: i for i, name in enumerate(classes)}
         for part in parts:
             known = [i for i, name in enumerate(part.classes) if name in number]
             at = [number[part.classes[i]] for i in known]
-            features[at], ids[at] = part.features[known], part.ids[known]
+            ids[at] = part.ids[known]
+            if features is not None and part.features is not None:
+                features[at] = part.features[known]
         return cls(classes, features, ids)
 
 
@@ -65,13 +71,13 @@ def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
     blocks = local // spec.shard_size
     checksums = {block: generation.checksums(block, 0) for block in np.unique(blocks).tolist()}
     for row, block in zip(local.tolist(), blocks.tolist(), strict=True):
-        if checksums[block].crc32c[TEXT][row - checksums[block].first] < 0:
+        if checksums[block].crc32c[TEXT_IDS][row - checksums[block].first] < 0:
             raise CacheError(
                 f"row {row + spec.first_row} of {generation.root} has no caption",
                 expected="rows of TargetCache.captioned",
             )
     values: dict[str, np.ndarray] = {}
-    for name in (TEXT, TEXT_IDS):
+    for name in [name for name in (TEXT, TEXT_IDS) if name in spec.arrays()]:
         try:
             values |= generation.read_arrays([name], local)
         except (ValueError, RuntimeError, OSError) as error:
@@ -81,7 +87,7 @@ def read_texts(generation: Generation, rows: np.ndarray) -> Texts:
             if google_crc32c.value(value) != expected:
                 why = f"row {row + spec.first_row} differs from the checksum of its record"
                 raise _damaged(generation, name, [block], why)
-    return Texts(values[TEXT], values[TEXT_IDS])
+    return Texts(values.get(TEXT), values[TEXT_IDS])
 
 
 def read_prototypes(generation: Generation) -> Prototypes | None:
@@ -91,8 +97,9 @@ def read_prototypes(generation: Generation) -> Prototypes | None:
         return None
     for name in files:
         generation.read_verified(name)
-    tables = {n: read_array(generation.root / PROTOTYPES / n) for n in ("features", "ids")}
-    return Prototypes(generation.manifest().classes or [], **tables)
+    root = generation.root / PROTOTYPES
+    features = read_array(root / "features") if generation.spec.has_targets else None
+    return Prototypes(generation.manifest().classes or [], features, read_array(root / "ids"))
 
 
 def _damaged(generation: Generation, name: str, blocks: list[int], why: str) -> CacheError:

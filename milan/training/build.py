@@ -16,11 +16,11 @@ from milan.core.progress import NoProgress, Progress
 from milan.data.loader import Batch
 from milan.data.order import Order, Stream, order_of
 from milan.errors import ConfigError
-from milan.models.encoder import build_encoder
 from milan.models.masking import visible_count
 from milan.models.student import Student, build_student
 from milan.objectives.base import Objective, objective_class
 from milan.store.cache import TargetCache
+from milan.store.sentences import Sentences
 from milan.training.optim import Schedule
 from milan.training.validation import Validation
 
@@ -52,11 +52,12 @@ class Settings:
         filled = {name: value for name, value in vars(self).items() if name != "config"}
         return asdict(self.config) | filled | more
 
-    def objective(self, cache: TargetCache) -> Objective:
+    def objective(self, cache: TargetCache, ranks: Ranks = SINGLE) -> Objective:
         """The objective, for the images and targets of a store."""
         return objective_class(self.config.objective)(
-            cache, masking=self.masking, mask_ratio=self.config.mask_ratio
-        )
+            cache, masking=self.masking, mask_ratio=self.config.mask_ratio, config=self.config,
+            ranks=ranks,
+        )  # fmt: skip
 
 
 def resolve_defaults(
@@ -64,6 +65,7 @@ def resolve_defaults(
 ) -> Settings:
     """Fill in the defaults of a run on `ranks` devices. Raises ConfigError."""
     objective = objective_class(config.objective)
+    objective.check(config)
     share = config.batch_size // ranks.size
     if config.batch_size % ranks.size:
         raise ConfigError(
@@ -103,32 +105,28 @@ def student_of(
     `decoder` has the decoder's arguments, of a run that goes on; default: those of the settings.
     """
     config, size = settings.config, cache.view_spec.size
+    needed = objective_class(config.objective).needs_features or settings.masking == "semantic"
+    if needed and not cache.spec.has_targets:
+        raise cache.no_targets()
     if config.model_args.get("img_size", size) != size:
         raise ConfigError(
             f"model argument img_size={config.model_args['img_size']}",
             expected=f"{size}, as the views of the store are",
         )
-    patch = config.model_args.get("patch_size") or _patch_size(config, size)
-    if not isinstance(patch, int):
-        raise ConfigError(f"patch_size {patch!r} of the model", expected="a number of pixels")
+    objective = settings.objective(cache)
     student = build_student(
         config.model,
         img_size=size,
-        target_width=settings.objective(cache).target_width(patch),
+        target_width=objective.target_width,
         decoder_kind=settings.decoder_kind,
         model_args=config.model_args,
-        decoder=decoder or config.decoder,
+        decoder=lambda encoder: objective.decoder_arguments(encoder, decoder or config.decoder),
         seed=config.seed,
         recompute=config.checkpoint_activations,
+        complete=objective.complete,
     )
     visible_count(student.patches, config.mask_ratio)  # refuses a ratio before the run begins
     return student
-
-
-def _patch_size(config: PretrainConfig, size: int) -> int:
-    """Edge of the model's patches in pixels, by building it with one block."""
-    shallow = build_encoder(config.model, img_size=size, args={**config.model_args, "depth": 1})
-    return shallow.patch_embed.patch_size[0]
 
 
 def micro_batch_of(
@@ -180,7 +178,7 @@ def _widest_activation(student: Student, mask_ratio: float) -> int:
 
 def run_order(config: PretrainConfig, cache: TargetCache) -> Order:
     """The order in which a run reads a store. Raises ConfigError if it has too few images."""
-    return order_of(
+    order = order_of(
         cache,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -188,6 +186,15 @@ def run_order(config: PretrainConfig, cache: TargetCache) -> Order:
         window_rows=config.window_rows,
         held_out=config.held_out,
     )
+    untold = untold_rows(config, cache)
+    return order.without(untold, untold[:0]) if len(untold) else order
+
+
+def untold_rows(config: PretrainConfig, cache: TargetCache) -> np.ndarray:
+    """Rows without a caption or a class, where the objective needs one; ascending, int64."""
+    if not objective_class(config.objective).needs_tokens:
+        return np.zeros(0, np.int64)
+    return Sentences(cache).missing()
 
 
 def schedule_of(settings: Settings, order: Stream, micro_batch: int, ranks: int) -> Schedule:

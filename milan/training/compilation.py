@@ -52,7 +52,9 @@ def compile_step(
 
     def build() -> StepLoss:
         network: Any = compile_network(step.network, context)
-        loss = torch.compile(step.objective.loss, backend=BACKEND, dynamic=False, fullgraph=True)
+        loss: Any = step.objective.loss
+        if step.objective.compared is None:  # else it compares over ranks, and in pieces
+            loss = torch.compile(loss, backend=BACKEND, dynamic=False, fullgraph=True)
         return replace(step, network=network, loss=loss)
 
     return compiled(

@@ -83,6 +83,7 @@ def estimate_run(
         dataset,
         StepSampler(replace(order, batch_size=micro), start=0, stop=2, micro=micro),
         features=objective.needs_features,
+        tokens=objective.needs_tokens,
         num_workers=0,
         patches=student.patches,
     )

@@ -26,8 +26,11 @@ from milan.core.signals import Stop
 from milan.errors import TrainError
 from milan.reporting.log import RunLog
 from milan.training import checkpoint
+from milan.training.joint import JointStep
 from milan.training.optim import Schedule, gradient_norm
 
+_Gradients = tuple[list[torch.Tensor], list[Any], dict[str, torch.Tensor]]
+"""Of a step: each micro-batch's share in the loss, the batches on the host, parts of the loss."""
 _STOP, _SAVE, _NONFINITE, _UNSAVED = 1, 2, 4, 8
 _YOUNG = 120.0  # seconds: an epoch that ends so soon after a checkpoint needs none
 _OLD = 900.0  # seconds after which there is a checkpoint in the middle of an epoch
@@ -92,6 +95,7 @@ def fit(
     batches_from: Callable[[int], Iterable[Any]],
     resume_from: int | None = None,
     stop_after: int | None = None,
+    joint: JointStep | None = None,
 ) -> dict[str, Any]:
     """Train from the checkpoint of step `resume_from`, or from the start, to the end.
 
@@ -99,9 +103,10 @@ def fit(
     an epoch those of `task.validate`. Every draw is addressed, so a resumed run is the
     uninterrupted one. Asked to stop, or after `stop_after` steps of this call, it ends with a
     checkpoint. Returns figures of this call; rates leave out the start of the loader, and are
-    missing if no step was taken. Raises TrainError on a loss that is not finite.
+    missing if no step was taken. `joint` takes the gradients of a step where all its images are
+    compared, in place of `task.loss`. Raises TrainError on a loss that is not finite.
     """
-    loop = _Loop(task, optimiser, schedule, context)
+    loop = _Loop(task, optimiser, schedule, context, joint)
     start = done = loop.resume(resume_from)
     last = schedule.steps if stop_after is None else min(schedule.steps, start + stop_after)
     requests = loop.requests() if start < last else 0
@@ -219,27 +224,42 @@ class _StepResult(NamedTuple):
     batches: list[Any]
     """As they were on the host."""
     values: torch.Tensor
-    """[micro-batches + 1] on the CPU: parts of the step's loss, and the gradient norm."""
+    """[micro-batches + 1 + parts] on the CPU: each one's share in the step's loss, the gradient
+    norm, and the parts of the loss."""
     ready: torch.cuda.Event | None
     """When `values` have arrived; None: they have."""
+    names: tuple[str, ...] = ()
+    """Of the parts of the loss."""
 
     @classmethod
     def from_device(
-        cls, step: int, batches: list[Any], losses: list[torch.Tensor], norm: torch.Tensor
+        cls,
+        step: int,
+        batches: list[Any],
+        losses: list[torch.Tensor],
+        norm: torch.Tensor,
+        parts: dict[str, torch.Tensor] | None = None,
     ) -> _StepResult:
         """Copy the values of a step without waiting for its device."""
-        values = copy_to_host(torch.stack([*losses, norm]))
-        return cls(step, batches, values, reached(norm.device))
+        parts = parts or {}
+        values = copy_to_host(torch.stack([*losses, norm, *(v.float() for v in parts.values())]))
+        return cls(step, batches, values, reached(norm.device), tuple(parts))
 
     @property
     def loss(self) -> torch.Tensor:
-        """[micro-batches], the part of each in the step's loss."""
-        return self._arrived()[:-1]
+        """[micro-batches], the share of each in the step's loss."""
+        return self._arrived()[: len(self.batches)]
 
     @property
     def norm(self) -> float:
         """Of the gradients, before clipping."""
-        return self._arrived()[-1].item()
+        return self._arrived()[len(self.batches)].item()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Those of the loss by name, where it has some."""
+        values = self._arrived()[len(self.batches) + 1 :].tolist()
+        return dict(zip(self.names, values, strict=True))
 
     def _arrived(self) -> torch.Tensor:
         if self.ready:
@@ -255,8 +275,14 @@ class _Loop:
     """(seconds on the clock, data-loading seconds, steps done) at the last line of the log."""
 
     def __init__(
-        self, task: Task, optimiser: torch.optim.Optimizer, schedule: Schedule, context: Context
+        self,
+        task: Task,
+        optimiser: torch.optim.Optimizer,
+        schedule: Schedule,
+        context: Context,
+        joint: JointStep | None = None,
     ) -> None:
+        self.joint = joint
         self.task, self.optimiser, self.schedule = task, optimiser, schedule
         self.run, self.device, self.ranks = context.run, context.device, context.ranks
         self.progress, self.stop = context.progress, context.stop
@@ -277,6 +303,8 @@ class _Loop:
             written=self._keeps,
         )  # fmt: skip
         self.loss_sum, self.counted, self.skipped = 0.0, 0, 0
+        self.part_sums = dict[str, float]()
+        """Of the parts of the loss, as `loss_sum`."""
         self.norm = torch.zeros(())
         """Of the last step's gradients, before clipping."""
         self.unchecked: _StepResult | None = None
@@ -298,6 +326,7 @@ class _Loop:
             return 0
         state = checkpoint.load(self.run, step, model=self.task.model, optimiser=self.optimiser)
         self.loss_sum, self.counted = state["losses"]
+        self.part_sums = dict(state.get("parts", {}))
         if self.scaler.is_enabled() and state["scaler"]:  # of a run that was in fp16 before
             self.scaler.load_state_dict(state["scaler"])
         self.done, self.saved, self.resumable = step, time.monotonic(), True
@@ -318,24 +347,12 @@ class _Loop:
             # Fine-tuning has a scale for each layer.
             group["lr"] = schedule.learning_rate(step) * group.get("lr_scale", 1.0)
         self.optimiser.zero_grad(set_to_none=True)
-        losses, batches = [], []
-        for micro in range(schedule.accumulate):
-            with self.feed.idle.measured():
-                batch, there = self.feed.take()
-            # Drop path draws here: by address too, or a resumed run would differ.
-            address = (step, micro, self.ranks.rank)
-            torch.manual_seed(int(rng.bits(schedule.data.seed, rng.DROPPED, address, 1)[0] >> 1))
-            with sync_gradients(self.task.network, micro + 1 == schedule.accumulate):
-                with autocast(self.device, schedule.precision):
-                    part = self.task.loss(there) / schedule.accumulate
-                self.scaler.scale(part).backward()
-            losses.append(part.detach())
-            batches.append(batch)
+        losses, batches, parts = self._joint_gradients(step) if self.joint else self._sum(step)
         self.scaler.unscale_(self.optimiser)
         self.norm = gradient_norm(model)
         if schedule.on_nonfinite == "skip":  # waits for the device
             self.feed.prefetch()
-        result = _StepResult.from_device(step, batches, losses, self.norm)
+        result = _StepResult.from_device(step, batches, losses, self.norm, parts)
         if schedule.on_nonfinite == "skip" and self._skips(result):
             self.scaler.update()
             return
@@ -347,6 +364,36 @@ class _Loop:
         # On a GPU this step is queued already when the loss of the one before is looked at.
         self._check_last()
         self.unchecked = result
+
+    def _seed(self, step: int, micro: int) -> int:
+        """Of what a micro-batch draws (drop path): by address, or a resumed run would differ."""
+        address = (step, micro, self.ranks.rank)
+        return int(rng.bits(self.schedule.data.seed, rng.DROPPED, address, 1)[0] >> 1)
+
+    def _sum(self, step: int) -> _Gradients:
+        """Add up the gradients of the micro-batches of a step."""
+        losses, batches, count = [], [], self.schedule.accumulate
+        for micro in range(count):
+            with self.feed.idle.measured():
+                batch, there = self.feed.take()
+            torch.manual_seed(self._seed(step, micro))
+            with sync_gradients(self.task.network, micro + 1 == count):
+                with autocast(self.device, self.schedule.precision):
+                    part = self.task.loss(there) / count
+                self.scaler.scale(part).backward()
+            losses.append(part.detach())
+            batches.append(batch)
+        return losses, batches, {}
+
+    def _joint_gradients(self, step: int) -> _Gradients:
+        """The gradients of a step whose images are compared with each other."""
+        assert self.joint is not None
+        count = self.schedule.accumulate
+        with self.feed.idle.measured():
+            taken = [self.feed.take() for _ in range(count)]
+        seeds = [self._seed(step, micro) for micro in range(count)]
+        found = self.joint.backward([there for _, there in taken], seeds, self.scaler.scale)
+        return [found.loss / count] * count, [batch for batch, _ in taken], found.parts
 
     def settle(self) -> None:
         """Check the last step. Raises TrainError on all ranks if a loss of one is not finite."""
@@ -363,6 +410,8 @@ class _Loop:
             self.nonfinite = self.nonfinite or result
         else:
             self.loss_sum, self.counted = self.loss_sum + result.loss.sum().item(), self.counted + 1
+            for name, value in result.parts.items():
+                self.part_sums[name] = self.part_sums.get(name, 0.0) + value
 
     def _nonfinite_value(self, result: _StepResult) -> str:
         """Which value of a step is not finite, in words; empty if all are."""
@@ -491,12 +540,13 @@ class _Loop:
         clock, waited, before = self.logged
         self.logged = (time.perf_counter(), self.feed.idle.seconds, done)
         span = max(self.logged[0] - clock, 1e-9)
-        (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
+        total, parts = self._sums_over_ranks()
         images = (done - before) * self.schedule.data.batch_size
         line = {
             "step": done,
             "epoch": round(self.schedule.epoch(done), 4),
             "loss": total / self.counted if self.counted else math.nan,
+            **{name: value / self.counted for name, value in parts.items() if self.counted},
             "lr": self.schedule.learning_rate(done - 1),
             "grad_norm": float(self.norm),
             "images_per_second": round(images / span, 2),
@@ -508,20 +558,30 @@ class _Loop:
             self.run_log.add(finite, self.pictures)
         self.progress.advance(
             done,
-            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, lr {line['lr']:.1e}, "
+            f"epoch {line['epoch']:.1f}, loss {line['loss']:.4f}, "
+            + "".join(f"{name} {line[name]:.3g}, " for name in parts if name in line)
+            + f"lr {line['lr']:.1e}, "
             f"{line['images_per_second']:,.0f} images/s, data loading {line['wait_share']:.0%}"
             f"{self.last_metrics}",
         )
         self.loss_sum, self.counted, self.metrics, self.pictures = 0.0, 0, {}, {}
+        self.part_sums = {}
+
+    def _sums_over_ranks(self) -> tuple[float, dict[str, float]]:
+        """The sums of loss and parts since the last line, as means over the ranks."""
+        sums = [self.loss_sum, *self.part_sums.values()]
+        total, *parts = self.ranks.all_reduce_sum([value / self.ranks.size for value in sums])
+        return total, dict(zip(self.part_sums, parts, strict=True))
 
     def save(self, done: int) -> None:
         """Begin to write a checkpoint; the sums of an unfinished line are in it."""
         before = self.saving
         with self._patient():
-            (total,) = self.ranks.all_reduce_sum([self.loss_sum / self.ranks.size])
+            total, parts = self._sums_over_ranks()
             if self.run_log:  # a run that is resumed from here relies on it
                 self.run_log.flush()
             state = {"losses": [total, self.counted], "steps": self.schedule.steps}
+            state |= {"parts": parts} if parts else {}
             self.writer.save(done, state | {"scaler": self.scaler.state_dict()})
         self.saved, self.resumable = time.monotonic(), True
         self.last_save = self.saving - before

@@ -45,7 +45,9 @@ def peak_bytes(
     live = _LiveStorages()
     cache.codec.to(device)  # its tables are kept for later calls: they need memory
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
-        batch = trial_batch(micro_batch, student, cache, device)
+        objective = settings.objective(cache)
+        tokens = objective.needs_tokens
+        batch = trial_batch(micro_batch, student, cache, device, tokens=tokens)
         fakes: dict[str, torch.Tensor] = {
             name: nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)
             for name, p in student.named_parameters()
@@ -57,7 +59,6 @@ def peak_bytes(
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
         network: Any = partial(_call, student, fakes)
         with autocast(device, settings.precision):
-            objective = settings.objective(cache)
             loss = StepLoss(objective, network, objective.loss)(batch)
         loss.backward()
     sharded = ranks if settings.config.parallel == "fsdp" else 1
@@ -75,7 +76,9 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def trial_batch(size: int, student: Student, cache: TargetCache, device: torch.device) -> Batch:
+def trial_batch(
+    size: int, student: Student, cache: TargetCache, device: torch.device, *, tokens: bool = False
+) -> Batch:
     """A micro-batch as it arrives on `device`; only its shapes are a store's."""
     spec, edge = cache.spec, cache.view_spec.size
     codec = cache.codec
@@ -92,7 +95,14 @@ def trial_batch(size: int, student: Student, cache: TargetCache, device: torch.d
         rows,
         codes,
         torch.ones(size, spec.tokens, device=device) if codec.scaled else None,
+        _trial_ids(size, cache, device) if tokens else None,
     )
+
+
+def _trial_ids(size: int, cache: TargetCache, device: torch.device) -> torch.Tensor:
+    """Token ids of `size` texts as long as the store's, whose end is their last id."""
+    length = (cache.spec.texts or {})["context"]
+    return torch.arange(length, dtype=torch.int32, device=device).expand(size, -1).contiguous()
 
 
 class _LiveStorages(TorchDispatchMode):

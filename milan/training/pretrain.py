@@ -48,9 +48,11 @@ from milan.training.build import (
     run_order,
     schedule_of,
     student_of,
+    untold_rows,
 )
 from milan.training.compilation import StepLoss, compile_step
 from milan.training.initial import initialise_from
+from milan.training.joint import JointStep
 from milan.training.loop import Context, fit
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import trial_batch
@@ -215,6 +217,7 @@ def _train(
         weights = checkpoint.whole_weights(student.encoder, ranks)
         if figures["step"]:
             ranks.on_rank0(lambda: _finish(settings, schedule, run, figures, cache, weights))
+            ranks.on_rank0(lambda: settings.objective(cache).leave(run, student))
     if step == schedule.steps:
         progress.note(f"nothing is left to do: {run} is at step {step} of {schedule.steps}")
     if figures["step"]:
@@ -238,14 +241,24 @@ def _fit(
     assert isinstance(order, Order | GrownOrder)
     micro_batch = config.batch_size // ranks.size // schedule.accumulate
     choose_kernels(student, device, settings.precision)
-    objective = settings.objective(dataset.cache)
+    objective = settings.objective(dataset.cache, ranks)
     network = parallelise(student, ranks, config.parallel, settings.precision)
     workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
     context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
-    trial = partial(trial_batch, micro_batch, student, dataset.cache, device)
+    trial = partial(
+        trial_batch, micro_batch, student, dataset.cache, device, tokens=objective.needs_tokens
+    )
     step = compile_step(step, trial, settings, context)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
+    optimiser.register_step_post_hook(lambda *_: objective.after_step(student))
+    joint = None
+    if objective.compared is not None:
+        predict = partial(objective.predict, step.network)
+        joint = JointStep(
+            lambda batch: predict(batch).joint, objective.joint_loss, network=network,
+            device=device, precision=settings.precision,
+        )  # fmt: skip
     loading = Loading()
 
     def on_speed(device_rate: float, wait_share: float) -> dict[str, Any]:
@@ -255,8 +268,9 @@ def _fit(
         context.progress.note(f"data loading: {feeding.words()}")
         return feeding.figures()
 
-    plan = ValidationPlan(config, order, ranks, micro_batch)
-    validation = Validation(plan, student, objective, dataset, device, settings.precision)
+    plan = ValidationPlan(config, order, ranks, micro_batch, objective.compared)
+    alone = settings.objective(dataset.cache)  # validation compares what it has gathered
+    validation = Validation(plan, student, alone, dataset, device, settings.precision)
 
     def batches_from(step: int) -> Any:
         sampler = StepSampler(
@@ -272,6 +286,7 @@ def _fit(
             dataset,
             sampler,
             features=objective.needs_features,
+            tokens=objective.needs_tokens,
             num_workers=workers.count,
             pin_memory=device.type == "cuda",
             patches=student.patches,
@@ -288,6 +303,7 @@ def _fit(
         batches_from=batches_from,
         resume_from=resume_from,
         stop_after=stop_after,
+        joint=joint,
     )
 
 
@@ -402,6 +418,8 @@ def _note_settings(
         )
     if without := len(cache.bad) - len(cache.superseded):
         progress.note(f"left out: {without} images without targets")
+    if untold := len(untold_rows(config, cache)):
+        progress.note(f"left out: {untold:,} images without a caption or a class")
     changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(
@@ -431,9 +449,11 @@ def describe_student(name: str, student: Student) -> str:
     parts = student.encoder, student.decoder
     encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in parts)
     shape = student.decoder.arguments
+    text = sum(p.numel() for p in student.text.parameters()) if student.text else 0
     return (
         f"student: {name}, {encoder:,.3g} M weights; its decoder has {decoder:,.3g} M, "
         f"{shape['depth']} blocks of width {shape['embed_dim']}"
+        + (f"; its text tower has {text / 1e6:,.3g} M" if text else "")
     )
 
 

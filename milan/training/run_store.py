@@ -103,7 +103,8 @@ def differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> Diff
         cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
     except CacheError:
         cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
-    before, now = content["identity"], identity_with(values, cache)
+    before = {"objective_args": {}} | content["identity"]  # of a run from before there were any
+    now = identity_with(values, cache)
     if before["cache"] != now["cache"]:
         before, now = before | content["targets"], now | _summary_of(cache)
     return compared(before, now)

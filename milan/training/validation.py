@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class ValidationPlan:
     ranks: Ranks
     micro: int
     """Images at once on a device."""
+    compared: int | None = None
+    """How many validation images are compared with each other (Objective.compared)."""
 
     def addresses(self, epoch: int) -> list[Address]:
         """This rank's micro-batches after an epoch; every rank has as many."""
@@ -62,7 +65,7 @@ class ValidationPlan:
             addresses.append(Address(kind, epoch, rows, np.zeros_like(rows)))
 
         if len(validation):
-            add(Kind.VALIDATION, validation)
+            add(Kind.VALIDATION, validation[: self.compared])
         if epoch % config.picture_every == 0 or epoch + 1 == config.epochs:
             trained = order.train_rows[~np.isin(order.train_rows, order.replaced)]
             rows = validation if len(validation) else trained
@@ -97,7 +100,7 @@ class Validation:
         Metrics of the objective are named val_…; all ranks call it together and get the same.
         """
         found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        count = 0
+        count, joint = 0, list[tuple[torch.Tensor, Any]]()
         knn = _KNN(self.dataset.labels) if self.plan.config.probe_every else None
         sheet: list[SheetInputs] = []
         with torch.no_grad(), autocast(self.device, self.precision):
@@ -106,6 +109,10 @@ class Validation:
                 if address.kind is Kind.VALIDATION:
                     counted = 0 if address.padding else len(address.rows)
                     prediction = self.objective.predict(self.student, batch)
+                    if self.plan.compared is not None:
+                        owner = batch.rows.new_full((len(batch.rows),), -1)
+                        joint.append((owner if address.padding else batch.rows, prediction.joint))
+                        continue
                     for name, value in self.objective.metrics(prediction).items():
                         found.setdefault(name, []).append((counted, value))
                     count += counted
@@ -119,17 +126,37 @@ class Validation:
         sums = [sum(n * float(value) for n, value in parts) for parts in found.values()]
         *totals, total = ranks.all_reduce_sum([*sums, float(count)])
         metrics = {f"val_{name}": value / total for name, value in zip(found, totals, strict=True)}
+        if joint:
+            metrics = self._compare(joint)
         if knn and knn.complete:
             metrics["knn_top1"] = knn.accuracy(ranks)
         draws = bool(sheet) and ranks.is_rank0
         return metrics, {SHEET: self._sheet(epoch, SheetInputs.joined(sheet))} if draws else {}
+
+    def _compare(self, joint: list[tuple[torch.Tensor, Any]]) -> dict[str, float]:
+        """Metrics of all images together, of every rank, in the order of their rows: (row of each
+        image or -1 for padding, what was said of it) by micro-batch."""
+        ranks, kind = self.plan.ranks, type(joint[0][1])
+        rows = ranks.gather(torch.cat([rows for rows, _ in joint]))
+        order = rows.argsort(stable=True)
+        order = order[rows[order] >= 0]
+        columns = zip(*(said for _, said in joint), strict=True)
+        whole = kind(
+            *(
+                c[0] if c[0].ndim == 0 else ranks.gather(torch.cat(c))[order].to(self.device)
+                for c in columns
+            )
+        )
+        loss, parts = self.objective.joint_loss(whole)
+        return {f"val_{name}": float(value) for name, value in {"loss": loss, **parts}.items()}
 
     def _sheet(self, epoch: int, shown: SheetInputs) -> np.ndarray:
         images = (
             "validation" if len(self.plan.order.for_epoch(epoch).validation_rows) else "training"
         )
         colours, width = None, self.dataset.cache.spec.channels
-        if shown.features is not None and shown.features.shape[2] == width:
+        of_store = self.objective.needs_features
+        if of_store and shown.features is not None and shown.features.shape[2] == width:
             colours = self._colours
         return draw_page(
             f"{images} images after epoch {epoch + 1}",

@@ -245,7 +245,7 @@ def _training(
         ("page cache", f"an epoch reads {format_bytes(epoch)}, all views are "
                        f"{format_bytes(all_views)}, memory is {format_bytes(memory)}: {cached}"),
     ]  # fmt: skip
-    if throughput is None:
+    if throughput is None or not work.parts[0].spec.has_targets:
         return rows
     once, every_epoch = throughput.image_seconds, throughput.teacher_seconds
     rows += [

@@ -59,6 +59,8 @@ def prepare(
     Raises TeacherError for targets that are not finite.
     """
     unfitted = codec_of(spec.codec)
+    if not spec.has_targets:
+        return Prepared(unfitted, {}, {})
     fit_images = _FIT_PQ if unfitted.coded else _FIT
     rows, views = _first_views(spec, source, fit_images + _MEASURE)
     if not len(views):

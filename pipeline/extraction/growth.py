@@ -163,7 +163,7 @@ def parts_of(
         parts.append(Part(more_name, more, manifest, g, stored.superseded_in(g)))
     added, begun = stored.added(wanted.rows, existing), False
     if len(added):
-        if same and not same[0].fidelity:
+        if same and wanted.has_targets and not same[0].fidelity:
             raise codec_fits_none(out)
         first_row = sum(len(manifest) for manifest in manifests)
         images, added = added, _as_begun(out, name, added, wanted.layer())

@@ -12,15 +12,17 @@ from milan.errors import DataError
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.splits import WantedSplit
 from milan.images.views import ViewSpec
-from milan.store.codecs import codec_of
+from milan.store.codecs import NO_TARGETS, codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
 from pipeline.extraction.growth import Found, Part, parts_of
 from pipeline.extraction.hardware import Hardware, hardware_of
 from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.no_teacher import PREFIX
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.backend import Location, location_of
 
+TOKENS_ONLY = "--targets none"
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
 
 
@@ -76,6 +78,11 @@ class Plan:
 
 def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
     """The teacher that the settings name, in the precision of the devices that run it."""
+    if config.targets == "none":
+        name = config.teacher if config.teacher.startswith(PREFIX) else PREFIX + config.teacher
+        return TeacherSpec(
+            name, None, "imagenet", config.img_size, "fp32", config.offline, texts=True
+        )
     return TeacherSpec(
         name=config.teacher,
         pretrained=config.pretrained,
@@ -93,7 +100,7 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     Images are read only if a finished store has rejected them, or must be compared with its own.
     """
     config.check()
-    codec = codec_of(config.codec)
+    codec = NO_TARGETS if config.targets == "none" else codec_of(config.codec)
     out = location_of(config.out).path
     source = resolve_data(config.data, config.data_root)
     manifest = build_manifest(source, seed=config.seed, split=WantedSplit(config.split))
@@ -103,22 +110,29 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     rows = min(len(manifest), config.limit or len(manifest))
     of_all = f" of {len(manifest):,}" if rows < len(manifest) else ""
     progress.note(f"manifest: {rows:,}{of_all} images{classes}")
-    if config.texts:
-        captions = int(manifest.head(rows).captioned().sum())
+    images, wants = manifest.head(rows), "--texts" if config.targets == "teacher" else TOKENS_ONLY
+    if config.texts or config.targets == "none":
+        captions = int(images.captioned().sum())
         if not captions and not manifest.classes:
             raise DataError(
-                f"--texts, and {source} has neither captions nor class names",
+                f"{wants}, and {source} has neither captions nor class names",
                 expected="a column `caption`, texts in tars, or class folders",
-                fix="without --texts",
+                fix="data with texts" if wants == TOKENS_ONLY else "without --texts",
             )
         progress.note(f"texts: {captions:,} captions, {len(manifest.classes or []):,} classes")
     hardware = hardware_of(config)
     device = hardware.driver_device(config.device)
     fetched = "" if config.offline else "; weights that are not on this machine are fetched"
-    progress.note(f"loading: teacher {config.teacher}{fetched}")
+    what = f"teacher {config.teacher}{fetched}"
+    if config.targets == "none":
+        what = f"the tokenizer of {config.teacher}; no teacher"
+    progress.note(f"loading: {what}")
     teacher = load_teacher(teacher_spec(config, hardware), device=device)
     views = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed)
     codec.width(teacher.channels)  # raises if it cannot encode so many
+    texts = teacher.texts.identity if teacher.texts else None
+    if texts and config.targets == "none":
+        texts = texts | {"captions": config.captions or max(1, images.most_captions())}
     wanted = CacheSpec(
         manifest="",
         rows=rows,
@@ -130,16 +144,20 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         view_law=views.law(),
         teacher=teacher.identity,
         stored_views=config.store_views,
-        texts=teacher.texts.identity if teacher.texts else None,
+        texts=texts,
     )
     about, identity = teacher.about, teacher.identity
     warning = ", RANDOM WEIGHTS (for tests of shape and speed only)"
-    progress.note(
+    told = (
         f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
         f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
         f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
         + (warning if about["random_weights"] else "")
     )
+    if texts and config.targets == "none":
+        told = f"targets: none; views of {teacher.size} px, and of each image up to "
+        told += f"{texts['captions']} captions of up to {texts['context']} token ids"
+    progress.note(told)
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"

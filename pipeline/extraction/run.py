@@ -101,7 +101,7 @@ def _try_rejected(work: Plan, part: Part, writer: Writer, progress: Progress) ->
     rows = [row for row, digest in digests.items() if part.is_same(row, digest)]
     if not rows:
         return
-    if not read_json(writer.root / FIDELITY):
+    if part.spec.has_targets and not read_json(writer.root / FIDELITY):
         raise codec_fits_none(work.location.path)
     blocks = sorted({row // part.spec.shard_size for row in rows})
     for block in blocks:

@@ -25,7 +25,7 @@ from milan.errors import ImageFault, TeacherError
 from milan.images.decode import content_digest, decode_pixels
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
-from milan.store.codecs import Codec
+from milan.store.codecs import NO_TARGETS, Codec
 from milan.store.format import TEXT, TEXT_IDS, CacheSpec
 from pipeline.extraction.growth import Part
 from pipeline.extraction.hardware import Workers
@@ -104,8 +104,7 @@ class Extractor:
         self.teacher = (
             teacher if isinstance(teacher, Teacher) else load_teacher(teacher, device=device)
         )
-        texts = self.teacher.texts.identity if self.teacher.texts else None
-        if self.teacher.identity != self.spec.teacher or texts != self.spec.texts:
+        if not same_teacher(self.teacher, self.spec):
             raise TeacherError(
                 "a worker loaded another teacher than the driver",
                 expected="the same weight file and settings on every node",
@@ -189,7 +188,8 @@ class Extractor:
             )
         sums = {name: _row_checksums(values, rejected, start) for name, values in views.items()}
         if texts:
-            without = np.flatnonzero(texts[TEXT_IDS][:, 0] < 0) + start
+            first = texts[TEXT_IDS].reshape(stop - start, -1)[:, 0]
+            without = np.flatnonzero(first < 0) + start
             absent = set(map(str, without.tolist()))
             sums |= {n: _row_checksums(values, absent, start) for n, values in texts.items()}
         record = {"block": block.number, "view": v, "rows": [start, stop], "files": files}
@@ -202,17 +202,24 @@ class Extractor:
     def _texts(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The text arrays of rows [start, stop), also of rows whose images were rejected."""
         tower, arrays = self.teacher.texts, self.spec.arrays()
-        if tower is None or TEXT not in arrays:
+        if tower is None or TEXT_IDS not in arrays:
             return {}
         captions = self.manifest.captions(start, stop)
-        rows = [i for i, text in enumerate(captions) if text is not None]
+        rows = [i for i, some in enumerate(captions) if some]
         texts = {
             name: np.full((stop - start, *arrays[name].shape[1:]), arrays[name].fill, array.dtype)
             for name, array in arrays.items()
             if not array.of_views
         }
-        if rows:
-            ids = tower.tokenise([text for text in captions if text is not None])
+        if rows and not self.spec.has_targets:
+            kept = [
+                (i, m) for i in rows for m in range(len(captions[i][: arrays[TEXT_IDS].shape[1]]))
+            ]
+            ids = tower.tokenise([captions[i][m] for i, m in kept])
+            for (i, m), values in zip(kept, ids, strict=True):
+                texts[TEXT_IDS][i, m] = values
+        elif rows:
+            ids = tower.tokenise([captions[i][0] for i in rows])
             texts[TEXT_IDS][rows], texts[TEXT][rows] = ids, tower.features(ids)
             if not np.isfinite(texts[TEXT][rows]).all():
                 raise TeacherError("a text feature is not finite", fix="without --texts")
@@ -274,12 +281,21 @@ def _row_checksums(values: np.ndarray, absent: Collection[str], start: int) -> l
     ]
 
 
+def same_teacher(teacher: Teacher, spec: CacheSpec) -> bool:
+    """Whether it is the one, with the same text tower or tokenizer, of a store."""
+    texts = teacher.texts.identity if teacher.texts else None
+    known = None if spec.texts is None else {k: v for k, v in spec.texts.items() if k != "captions"}
+    return teacher.identity == spec.teacher and texts == known
+
+
 @torch.inference_mode()
 def targets_of(teacher: Teacher, codec: Codec, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is stored of views [B, S, S, 3] uint8, by array, and `faults` [B] (`target_faults`).
 
     All of it on the teacher's device, which nobody waits for.
     """
+    if codec.name == NO_TARGETS.name:
+        return {"faults": torch.zeros(len(pixels), dtype=torch.uint8)}
     features, attention = teacher.targets(pixels)
     codes, scale = codec.encode(features)
     targets = {"features": codes, "attention": attention}

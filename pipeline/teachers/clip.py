@@ -189,6 +189,47 @@ def _tokenizer(name: str) -> Any:
         ) from None
 
 
+def architecture_of(name: str) -> dict:
+    """The model config of a name of open_clip, hf-hub:…, local-dir:… or a file; no weights.
+
+    Raises TeacherError for one that is not there, or has no text tower.
+    """
+    published = name.startswith(_PUBLISHED)
+    config = _published_config(name) if published else _local_or_named_config(name, texts=True)[0]
+    if "text_cfg" not in config:
+        raise no_texts(name)
+    return config
+
+
+def text_architecture(name: str) -> dict:
+    """The text tower that `architecture_of` has, with the joint width `embed_dim`.
+
+    Raises TeacherError for one that is no transformer of open_clip's own.
+    """
+    config = architecture_of(name)
+    text = config["text_cfg"]
+    if "hf_model_name" in text:
+        raise TeacherError(
+            f"the text tower of {name} is {text['hf_model_name']}",
+            expected="a text tower of CLIP's shape",
+            fix="--text-tower ViT-B-16-quickgelu",
+        )
+    defaults = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+    joint = {"quick_gelu": config.get("quick_gelu", False), "embed_dim": config["embed_dim"]}
+    return defaults | text | joint
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a model that `architecture_of` finds. Raises TeacherError."""
+    if not name.endswith(".json"):
+        return _tokenizer(name)
+    config = architecture_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        content = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+        Path(folder, "open_clip_config.json").write_text(content, encoding="utf-8")
+        return _tokenizer(f"local-dir:{folder}")
+
+
 def _published_config(name: str) -> dict:
     import open_clip
 

@@ -23,13 +23,13 @@ import torch
 from milan.core.device import MEAN, STD, autocast, normalise, pick_device
 from milan.errors import TeacherError
 from milan.models.state_dict import weights_digest
-from pipeline.teachers import clip, timm_vit
+from pipeline.teachers import clip, no_teacher, timm_vit
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower
 from pipeline.teachers.towers import Family, Tower
 from pipeline.teachers.weights import go_offline, shown_name
 
-FAMILIES: Final[tuple[Family, ...]] = (timm_vit.FAMILY, clip.FAMILY)
+FAMILIES: Final[tuple[Family, ...]] = (timm_vit.FAMILY, no_teacher.FAMILY, clip.FAMILY)
 """The first that accepts a teacher's name loads it; open_clip takes what is left."""
 
 

@@ -52,17 +52,7 @@ class TextTower:
         config: dict,
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        ids = self.tokenise(_PROBES)
-        vocabulary = next(
-            module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
-        )
-        if ids.max() >= vocabulary:
-            raise TeacherError(
-                f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower "
-                f"{vocabulary:,}",
-                expected="a text tower of its tokenizer's vocabulary",
-                fix="without --texts, or correct text_cfg",
-            )
+        ids = self._checked_ids(name, model)
         self.identity = {
             "weights": weights_digest(model, without=("visual.", "logit_")),
             "architecture": config["text_cfg"] | {"quick_gelu": config.get("quick_gelu", False)},
@@ -71,6 +61,15 @@ class TextTower:
             "templates": list(TEMPLATES),
         }
         """What determines its outputs."""
+
+    def _checked_ids(self, name: str, model: Any) -> np.ndarray:
+        """The ids of _PROBES, all of them known to the tower."""
+        ids = self.tokenise(_PROBES)
+        vocabulary = next(
+            module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+        )
+        _check_vocabulary(name, ids, vocabulary)
+        return ids
 
     def tokenise(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids [B, L] int32."""
@@ -90,17 +89,55 @@ class TextTower:
         """Tables of a store: `features` [P, C], `ids` [P, M, L] of classes by their names.
 
         A class is the mean of its sentences' vectors, scaled to length 1 (arXiv 2103.00020, section
-        3.1.4). Underscores in names are read as spaces.
+        3.1.4).
         """
-        names = [name.replace("_", " ") for name in classes]
-        sentences = [template.format(name) for name in names for template in TEMPLATES]
-        ids = self.tokenise(sentences)
-        features = self.features(ids).reshape(len(names), len(TEMPLATES), -1)
+        ids = self.tokenise(_prompts(classes))
+        features = self.features(ids).reshape(len(classes), len(TEMPLATES), -1)
         mean = features.mean(axis=1)
         return {
             f"{PROTOTYPES}/features": mean / np.linalg.norm(mean, axis=1, keepdims=True),
-            f"{PROTOTYPES}/ids": ids.reshape(len(names), len(TEMPLATES), -1),
+            f"{PROTOTYPES}/ids": ids.reshape(len(classes), len(TEMPLATES), -1),
         }
+
+
+class Tokens(TextTower):
+    """A tokenizer without a text tower: of `texts` it knows the ids alone."""
+
+    def __init__(
+        self, name: str, tokenizer: Callable[[list[str]], torch.Tensor], config: dict
+    ) -> None:
+        self.model, self.tokenizer = nn.Identity(), tokenizer
+        ids = self.tokenise(_PROBES)
+        text = config["text_cfg"]
+        _check_vocabulary(name, ids, text.get("vocab_size", 49_408))
+        joint = {"quick_gelu": config.get("quick_gelu", False), "embed_dim": config["embed_dim"]}
+        self.identity = {
+            "architecture": text | joint,
+            "tokenizer": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+            "context": ids.shape[1],
+            "templates": list(TEMPLATES),
+        }
+
+    def prototypes(self, classes: list[str]) -> dict[str, np.ndarray]:
+        """`ids` [P, M, L] of classes by their names."""
+        sentences = _prompts(classes)
+        ids = self.tokenise(sentences).reshape(len(classes), len(TEMPLATES), -1)
+        return {f"{PROTOTYPES}/ids": ids}
+
+
+def _prompts(classes: list[str]) -> list[str]:
+    """Each class in each template; underscores in names are read as spaces."""
+    names = [name.replace("_", " ") for name in classes]
+    return [template.format(name) for name in names for template in TEMPLATES]
+
+
+def _check_vocabulary(name: str, ids: np.ndarray, vocabulary: int) -> None:
+    if ids.max() >= vocabulary:
+        raise TeacherError(
+            f"the tokenizer of {name} has ids up to {ids.max():,}, its text tower {vocabulary:,}",
+            expected="a text tower of its tokenizer's vocabulary",
+            fix="without --texts, or correct text_cfg",
+        )
 
 
 def no_texts(what: str) -> TeacherError:

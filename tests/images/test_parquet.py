@@ -66,7 +66,8 @@ REFUSED: dict[str, tuple[list[tuple[str, Any]], str]] = {
     "labels as lists": (labelled([[1], [2], [3]]), "label of .* is list"),
     "labels as dates": (labelled([datetime.date(2020, 1, 1)] * 3), "label of .* is date32"),
     "labels as structs": (labelled([{"a": 1}] * 3), "label of .* is struct"),
-    "captions as lists": (captioned([["a"], ["b"], ["c"]]), "caption of .* is list"),
+    "captions as lists of numbers": (captioned([[1], [2], [3]]), "caption of .* is list"),
+    "captions in lists": (captioned([[b"\xe9"], [b"b"], []]), "caption of .* not all text"),
     "captions as numbers": (captioned([1, 2, 3]), "caption of .* is int64"),
     "captions in bytes": (captioned([b"\xe9", b"b", b"c"]), "caption of .* not all text"),
     "captions not UTF-8": (captioned(not_utf8(pa.string())), "caption of .* not all text"),
@@ -113,6 +114,7 @@ READ: dict[str, list[tuple[str, Any]]] = {
     "large captions": captioned(pa.array(["a", "b", None], pa.large_string())),
     "categories of captions": captioned(pa.array(["a", "b", None]).dictionary_encode()),
     "captions that are null": captioned(pa.nulls(3)),
+    "captions as lists": captioned([["a"], ["b", " "], [None, " "]]),
     "other columns twice": [("image", images()), ("x", pa.array([1, 2, 3])), ("x", pa.nulls(3))],
 }
 
@@ -131,7 +133,7 @@ def test_other_types_of_the_same(case: str, tmp_path: Path) -> None:
     if "label" in names and case != "labels that are null":
         assert [manifest.labels()[indices.index(i)] for i in range(3)] == [1, 2, -1]
     if "caption" in names and case != "captions that are null":
-        assert [manifest.captions(0, 3)[indices.index(i)] for i in range(3)] == ["a", "b", None]
+        assert [manifest.captions(0, 3)[indices.index(i)] for i in range(3)] == [["a"], ["b"], []]
     if "paths" in case and case != "no paths":
         assert "x.parquet/1.jpg" in manifest.table["key"].to_pylist()
 
@@ -200,4 +202,4 @@ def test_a_caption_of_half_a_character_in_json(tmp_path: Path) -> None:
     (folder / "1.json").write_text('{"caption": "\\ud83d"}')
     shutil.make_archive(str(tmp_path / "a"), "tar", folder)
     manifest = build_manifest(tmp_path / "a.tar", seed=0)
-    assert manifest.captions(0, 1) == [None]
+    assert manifest.captions(0, 1) == [[]]

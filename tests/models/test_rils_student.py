@@ -171,7 +171,7 @@ def test_published_weights_give_published_outputs() -> None:
     with torch.no_grad():
         assert torch.allclose(student.encode_image(images.double()), pooled, atol=1e-5)
         assert torch.equal(student.encode_text(ids), output.texts)
-    kept = published_state(load_rils(state))
+    kept = published_state(load_rils(state).state_dict())
     assert kept.keys() == state.keys()
     assert all(torch.equal(kept[name].double(), state[name].float().double()) for name in state)
 
@@ -179,7 +179,7 @@ def test_published_weights_give_published_outputs() -> None:
 def test_published_files_load(tmp_path: Path) -> None:
     """As safetensors, and as SLIP's trainer saves them, below `state_dict` and with `module.`."""
     state = published_weights()
-    save_file(published_state(load_rils(state)), tmp_path / "rils.safetensors")
+    save_file(published_state(load_rils(state).state_dict()), tmp_path / "rils.safetensors")
     saved = {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}
     torch.save(saved, tmp_path / "rils.pt")
     one, other = (load_rils(tmp_path / name) for name in ("rils.safetensors", "rils.pt"))
@@ -229,7 +229,7 @@ def test_sizes_are_published(vit: str, shape: TextShape, counts: tuple[int, ...]
         )  # fmt: skip
         student = RilsStudent(plain.encoder, plain.decoder, TextEncoder(shape))
     found = dict.fromkeys(("encoder", "decoder", "text", "joint", "fixed"), 0)
-    for name, value in published_state(student).items():
+    for name, value in published_state(student.state_dict()).items():
         part = "text"
         if name.endswith("pos_embed"):
             part = "fixed"

@@ -11,6 +11,7 @@ from helpers import SMALL, Notes, log_of, weights
 from PIL import Image
 
 import milan
+from milan.config import OBJECTIVES
 from milan.errors import ConfigError
 from milan.objectives.base import objective_class
 
@@ -24,7 +25,7 @@ class AttentionRegression(Objective):
 
     decoder, masking, needs_features = "mae", "random", False
 
-    def target_width(self, patch_size: int) -> int:
+    def target_width(self, encoder) -> int:
         return 1
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
@@ -88,7 +89,7 @@ def test_two_ranks_train_it(outside: Path, store: Path, tmp_path: Path, forked_r
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mila", "objective 'mila'; expected: one of milan, pixels, or package"),
+        ("mila", "objective 'mila'; expected: one of milan, pixels, rils, or package"),
         ("no_such_module:Class", "No module named 'no_such_module'"),
         ("outside_objective:Missing", "has no attribute 'Missing'"),
         ("outside_objective:NOT_ONE", "is no subclass of"),
@@ -102,7 +103,7 @@ def test_names_that_are_none(outside: Path, tmp_path: Path, name: str, message: 
 
 def test_names_of_ours() -> None:
     """Each name of the table is importable, and says what it needs."""
-    for name in ("milan", "pixels"):
+    for name in OBJECTIVES:
         chosen = objective_class(name)
         assert chosen.decoder in ("prompt", "mae")
         assert chosen.masking in ("semantic", "random")

@@ -173,7 +173,7 @@ def test_captions_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("milan.images.manifest._PIECE", 4)
     np.testing.assert_array_equal(manifest.captioned(), expected)
     np.testing.assert_array_equal(manifest.captioned(slice(3, 12)), expected[3:12])
-    assert manifest.captions(2, 7) == [None, "b c", None, None, "d"]
+    assert manifest.captions(2, 7) == [[], ["b c"], [], [], ["d"]]
     assert manifest.captioned(slice(5, 5)).shape == (0,)
 
 

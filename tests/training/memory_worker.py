@@ -25,7 +25,7 @@ SIZE, PATCHES, CHANNELS = 96, 144, 64
 CODEC = CODECS["int8"].fitted(torch.ones(1, CHANNELS))
 TARGETS: Any = SimpleNamespace(
     codec=CODEC,
-    spec=SimpleNamespace(channels=CHANNELS, tokens=1 + PATCHES),
+    spec=SimpleNamespace(channels=CHANNELS, tokens=1 + PATCHES, has_targets=True),
     view_spec=SimpleNamespace(size=SIZE),
 )
 

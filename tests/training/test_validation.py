@@ -187,6 +187,7 @@ def test_figures_are_read_at_the_end() -> None:
     plan: Any = SimpleNamespace(
         addresses=lambda epoch: 3 * [address],
         config=SimpleNamespace(probe_every=None),
+        compared=None,
         ranks=Ranks(),
     )
     objective: Any = SimpleNamespace(

@@ -1,0 +1,200 @@
+"""RILS's objective: masked patches as distributions over captions (arXiv 2301.06958).
+
+The joint form: no teacher and no cached features. The encoder, seen through whole images, is the
+target of the same encoder seen through masked ones; images and captions learn to match meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from milan.config import PretrainConfig
+from milan.core.device import MEAN, STD, normalise
+from milan.data.loader import Batch
+from milan.errors import ConfigError, DataError, nearest
+from milan.models.decoder import decoder_arguments
+from milan.models.rils import JointOutput, RilsStudent, published_state, rils_decoder
+from milan.models.student import Student
+from milan.models.text_encoder import TextEncoder, TextShape
+from milan.objectives.base import JointLoss, Objective, Prediction
+from milan.objectives.sentences import NORMALISERS, SentenceLoss
+from milan.store.cache import TargetCache
+from milan.store.sentences import Sentences
+
+WEIGHTS = "rils.safetensors"
+"""The whole student in RILS's published layout, in a run's folder."""
+_OPEN_CLIP = "pipeline.teachers.clip"  # loaded only for --text-tower
+_ARGUMENTS = ("weight", "teacher_tau", "student_tau", "normaliser")
+_LOOKED_AT = 256  # rows whose captions are looked at before a run begins
+_ARCHITECTURE = {
+    "vocab_size": "vocabulary", "context_length": "context", "width": "width", "heads": "heads",
+    "layers": "layers", "embed_dim": "joint", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+"""Names of open_clip -> ours."""
+
+
+class SentenceReconstruction(Objective):
+    """Match images with captions, and reconstruct masked patches by what they say of captions."""
+
+    decoder = "mae"
+    masking = "random"
+    needs_features = False
+    needs_tokens = True
+    compared = 256
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        """Its arguments, at least two captions a step, and weights that ranks hold whole."""
+        for name, value in config.objective_args.items():
+            if name not in _ARGUMENTS:
+                raise ConfigError(
+                    f"unknown argument objective.{name}",
+                    expected="one of " + ", ".join(_ARGUMENTS),
+                    fix=nearest(name, _ARGUMENTS),
+                )
+            least = 0 if name == "weight" else 1e-4
+            if name != "normaliser" and not (
+                isinstance(value, int | float) and least <= value < float("inf")
+            ):
+                raise ConfigError(f"objective.{name} {value}", expected=f"at least {least:g}")
+        if config.objective_args.get("normaliser", "global") not in NORMALISERS:
+            raise ConfigError(
+                f"objective.normaliser {config.objective_args['normaliser']}",
+                expected=" or ".join(NORMALISERS),
+            )
+        if config.batch_size < 2:
+            raise ConfigError(
+                f"batch size {config.batch_size} with objective {config.objective}",
+                expected="at least two captions in a step: one alone cannot be told from others",
+                fix="--batch-size 256, or more: the captions of a step are all that it learns from",
+            )
+        if config.parallel != "ddp":
+            raise ConfigError(
+                f"--parallel {config.parallel} with objective {config.objective}",
+                expected="ddp: the scale of the contrastive loss is a scalar, which is not sharded",
+                fix="--parallel ddp",
+            )
+
+    @property
+    def sentence_loss(self) -> SentenceLoss:
+        """The loss with the settings of the run."""
+        given: dict[str, Any] = dict(self.config.objective_args)
+        return SentenceLoss(gather=self.config.gather or "detached", **given)
+
+    # --- the student ------------------------------------------------------------------------------
+
+    def target_width(self, encoder: Any) -> int:
+        """The encoder's own width: one projection serves both."""
+        return encoder.embed_dim
+
+    def decoder_arguments(self, encoder: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """One block as wide as the encoder, with as many heads."""
+        ours = rils_decoder(encoder.embed_dim, encoder.blocks[0].attn.num_heads)
+        return decoder_arguments(encoder.embed_dim, ours | given)
+
+    def complete(self, student: Student) -> RilsStudent:
+        """With a text tower of the shape that the store's tokens, or --text-tower, ask for."""
+        text = TextEncoder(self._text_shape())
+        return RilsStudent(student.encoder, student.decoder, text, recompute=student.recompute)
+
+    def after_step(self, student: nn.Module) -> None:
+        """Keep the scale of the contrastive loss in its bounds."""
+        assert isinstance(student, RilsStudent)
+        student.clamp_scale()
+
+    def leave(self, run: Path, student: nn.Module) -> None:
+        """The student under its published names."""
+        temporary = run / f".{WEIGHTS}.tmp"
+        state = {
+            name: value.contiguous()
+            for name, value in published_state(student.state_dict()).items()
+        }
+        save_file(state, temporary)
+        temporary.replace(run / WEIGHTS)
+
+    def _text_shape(self) -> TextShape:
+        """Of the text tower. Raises ConfigError if it cannot read the store's tokens."""
+        name, spec = self.config.text_tower, self.cache.spec
+        length, highest = _look_at(self.cache)
+        assert spec.texts is not None
+        architecture = {"embed_dim": spec.channels} | spec.texts["architecture"]
+        if name:
+            architecture = import_module(_OPEN_CLIP).text_architecture(name)
+        known = {ours: architecture.get(theirs) for theirs, ours in _ARCHITECTURE.items()}
+        shape = replace(TextShape(), **{k: v for k, v in known.items() if v is not None})
+        if shape.vocabulary <= highest or shape.context < length:
+            raise ConfigError(
+                f"{self.cache.path} has texts of {length} tokens with ids up to {highest:,}, and "
+                f"the text tower{f' {name}' if name else ''} reads {shape.context} of up to "
+                f"{shape.vocabulary - 1:,}",
+                expected="a text tower of the store's tokenizer",
+                fix="without --text-tower",
+            )
+        return shape
+
+    # --- the loss ---------------------------------------------------------------------------------
+
+    def predict(self, network: nn.Module, batch: Batch) -> Prediction:
+        """The student sees each image twice, and its caption."""
+        images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
+        output = network(images, mask, batch.ids)
+        return Prediction(output.predicted, images, mask, batch, output)
+
+    def joint_loss(self, joint: JointOutput) -> JointLoss:
+        """`SentenceLoss`."""
+        return self.sentence_loss(joint, self.ranks)
+
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        """`SentenceLoss` of a micro-batch by itself."""
+        return self.joint_loss(prediction.joint).loss
+
+    def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked patches in the joint space, target and prediction; visible ones are zeros."""
+        output, count = prediction.joint, prediction.batch.noise.shape[1]
+        place = prediction.mask.masked[..., None].expand_as(output.predicted)
+        blank = torch.zeros(len(place), count, place.shape[2], device=place.device)
+        target, predicted = (
+            blank.scatter(1, place, nn.functional.normalize(part.float(), dim=-1))
+            for part in (output.target, output.predicted)
+        )
+        return target, predicted
+
+
+def _look_at(cache: TargetCache) -> tuple[int, int]:
+    """(token ids of a text at most, the highest id) of some captions of a store.
+
+    Raises ConfigError for texts that a tower of CLIP's kind cannot read, DataError for texts that
+    are all the same, and CacheError for a store without.
+    """
+    sentences = Sentences(cache)
+    rows = cache.good_rows(with_dropped=True)
+    rows = rows[~np.isin(rows, sentences.missing())][:_LOOKED_AT]
+    if not len(rows):
+        raise DataError(
+            f"no image of {cache.path} has a caption or a class",
+            expected="captions (a column `caption`, texts in tars) or class folders",
+            fix="data with captions, or another --objective",
+        )
+    ids = sentences.draw(rows, np.zeros_like(rows), 0, seed=0)
+    if len(rows) > 1 and (ids == ids[0]).all() and sentences.single(rows):
+        raise DataError(
+            f"the captions of {cache.path} are all equal",
+            expected="captions that differ: a patch is told by which of them it is like",
+            fix="data with captions of their own, or another --objective",
+        )
+    ends = ids.max(axis=1)
+    if (ends != ends[0]).any():
+        raise ConfigError(
+            f"{cache.path} has texts that do not end in their highest token id",
+            expected="tokens of CLIP's vocabulary, whose last id is the end of a text",
+            fix="--teacher ViT-B-16-quickgelu, or another with OpenAI's tokenizer, at extraction",
+        )
+    return ids.shape[1], int(ends[0])
