@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from milan.errors import ConfigError
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Share
-from milan.evaluation.heads import Head, Steps, at_most, best_of, scores_of
+from milan.evaluation.heads import Head, Steps, at_most, best_of, of_step, scores_of
 from milan.evaluation.linear_probe import judged, mean_and_std
 from milan.evaluation.patches import file_rows
 from milan.evaluation.protocols import AttentiveProbeConfig
 
-_GRID = {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.1)}
-_OTHERWISE = {"lr": 1e-3, "weight_decay": 0.1}  # with too few images to choose
+_GRID = {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 0.1)}
+_OTHERWISE = {"lr": 1e-2, "weight_decay": 0.1}  # with too few images to choose
 _SAMPLE = 8192  # images by whose patches the channels are standardised
 
 
@@ -67,7 +67,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
             ],
         )
 
-    step_images = min(config.step_images, images)
+    step_images = of_step(config.step_images, images, most=256, steps=78)
     epochs = config.epochs or at_most(12_500, 20, images, step_images)
     grid = [dict(zip(_GRID, values, strict=True)) for values in product(*_GRID.values())]
     steps = Steps(

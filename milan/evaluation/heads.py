@@ -20,6 +20,7 @@ from milan.evaluation.features import Context, Share
 from milan.evaluation.shuffled import Shuffled
 
 _TENTH = 10
+_LEAST = 64  # images of a step: the published probe normalises by their mean and variance
 _FEW = 2  # images of a tenth, at least
 
 
@@ -57,6 +58,11 @@ class Steps:
 def at_most(steps: int, epochs: int, images: int, step_images: int) -> int:
     """Epochs that take so many steps, at most `epochs`; `images` are those of an epoch."""
     return max(1, min(epochs, round(steps / max(1, -(-images // step_images)))))
+
+
+def of_step(asked: int | None, images: int, *, most: int, steps: int) -> int:
+    """Images of a step: those `asked` for, else `most`, or fewer for so many `steps` an epoch."""
+    return min(images, asked or min(most, max(_LEAST, -(-images // steps))))
 
 
 def best_of(

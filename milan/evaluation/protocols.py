@@ -243,8 +243,8 @@ class AttentiveProbeConfig(EvaluationConfig):
     """Of the single query, each with a share of the channels."""
     epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
     """Passes; auto: as many as take 12,500 steps, at most 20."""
-    step_images: int = setting(256, unit="images", least=1)
-    """Images of a step, over all devices."""
+    step_images: int | None = setting(None, unit="images", auto=True, least=1)
+    """Images of a step, over all devices; auto: 256, or a 78th of the images; at least 64."""
     keep: str = "20GB"
     """Patches kept on disk for each network and set of images, float16; larger ones are computed in
     every pass."""

@@ -23,11 +23,10 @@ from torch import nn
 from milan.core.device import has_float64
 from milan.core.distributed import Ranks
 from milan.evaluation.evaluation import Evaluation
-from milan.evaluation.heads import Head, Steps, at_most, best_of
+from milan.evaluation.heads import Head, Steps, at_most, best_of, of_step
 from milan.evaluation.protocols import LinearProbeConfig
 
 _LARGE = 1024  # width of ViT-L, from which on MILAN's learning rate is another
-_LEAST = 64  # images of a step: the normalisation is by their mean and variance
 _RATES = tuple(
     rate * 1024 / 256
     for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -39,7 +38,7 @@ def fit_published(evaluation: Evaluation) -> tuple[nn.Module, dict[str, Any]]:
     config, frozen, images = evaluation.config, evaluation.frozen, len(evaluation.train)
     assert isinstance(config, LinearProbeConfig)
     width = evaluation.train.features.width // len(frozen.parts)
-    step_images = _step_images(config, images, most=16_384, steps=78)
+    step_images = of_step(config.step_images, images, most=16_384, steps=78)
     epochs = config.epochs or 100
     lr = config.lr or (1.28 if width >= _LARGE else 3.2)
 
@@ -71,7 +70,7 @@ def fit_dinov2(evaluation: Evaluation) -> tuple[nn.Module, dict[str, Any]]:
     images, whole = len(evaluation.train), evaluation.train.features.width
     width = whole // len(parts)
     blocks = parts.count(parts[0])
-    step_images = _step_images(config, images, most=1024, steps=20)
+    step_images = of_step(config.step_images, images, most=1024, steps=20)
     epochs = config.epochs or at_most(12_500, 100, images, step_images)
 
     def make(lr: float, blocks: int, mean_of_patches: bool) -> Head:
@@ -94,11 +93,6 @@ def fit_dinov2(evaluation: Evaluation) -> tuple[nn.Module, dict[str, Any]]:
     few = {"lr": _RATES[-2], "blocks": 1, "mean_of_patches": means[-1]}
     module, chosen = best_of(evaluation, grid, make, steps, "linear classifiers", otherwise=few)
     return module, {"epochs": epochs, "step_images": step_images, **chosen}
-
-
-def _step_images(config: LinearProbeConfig, images: int, *, most: int, steps: int) -> int:
-    """Images of a step, so that an epoch has at least so many `steps`; those asked for first."""
-    return min(images, config.step_images or min(most, max(_LEAST, -(-images // steps))))
 
 
 class Columns(nn.Module):
