@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     # Of the pipeline, which milan never imports: loaded by name when it is asked for.
     ExtractConfig: Any
     embed: Any
+    zero_shot: Any
     extract_targets: Any
     verify: Any
     repair: Any
@@ -76,6 +77,7 @@ _HOME = {
     "repair": "pipeline.repair",
     "segment": "milan.training.segment",
     "verify": "pipeline.verify",
+    "zero_shot": "pipeline.zero_shot",
 }
 _SHOW_PROGRESS = (
     "extract_targets",

@@ -27,9 +27,8 @@ from milan.evaluation.protocols import PROTOCOLS, ZeroShotConfig
 from milan.images.splits import TEST, TRAIN, VALIDATION, WantedSplit
 from milan.inference.config import ImagesConfig
 from milan.inference.pictures import Pictures
-from milan.inference.predicted_features import all_visible, in_turns, predicted_features
 from milan.inference.words import Seen, look
-from milan.models.masking import visible_count
+from milan.models.masking import Mask
 from milan.models.published import load_published
 from milan.models.weights import published_file
 from milan.reporting.dense import DenseMap, draw_dense
@@ -39,8 +38,6 @@ from milan.training.trained import TrainedStudent, load_student
 from pipeline.teachers.frozen import frozen_view
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
-
-_PUBLISHED_MASK_RATIO = 0.75
 
 
 def zero_shot(
@@ -124,7 +121,7 @@ def _student(config: ZeroShotConfig, progress: Progress) -> TrainedStudent | Non
     if kind == "published":
         path = Path(file) if file else published_file(config.model)
         student = load_published(path).requires_grad_(False)
-        return TrainedStudent(student, "", None, "", _PUBLISHED_MASK_RATIO)
+        return TrainedStudent(student, "", None, "")
     if name == "random":
         if not config.like:
             raise ConfigError("checkpoint random without like", fix="--like runs/pretrain")
@@ -239,18 +236,23 @@ def _check_width(network: Frozen, texts: torch.Tensor, device: torch.device) -> 
 
 
 def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.device) -> Frozen:
-    """The student as an evaluation sees it; its tokens are the teacher's features, predicted."""
+    """The student as an evaluation sees it; its tokens are the teacher's features, predicted.
+
+    It sees all patches, so the decoder has nothing to fill in: every token is predicted as visible
+    ones are in training.
+    """
     student = trained.student.to(device)
-    masks = all_visible(student.patches)
-    if config.visible == "turns":
-        masks = in_turns(student.patches, visible_count(student.patches, trained.mask_ratio))
+    every = torch.arange(student.patches, device=device)[None]
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        return predicted_features(student, normalise(pixels, MEAN, STD), masks)
+        visible = every.expand(len(pixels), -1)
+        found = student(normalise(pixels, MEAN, STD), Mask(visible, visible[:, :0])).float()
+        first = found[:, 0] if student.decoder.class_token else None
+        return first, found[:, -student.patches :]
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        first, found = tokens(pixels)
-        mean = found.mean(dim=1)
+        first, patches = tokens(pixels)
+        mean = patches.mean(dim=1)
         return mean if first is None else torch.cat([first, mean], dim=1)
 
     size = student.encoder.patch_embed.img_size[0]

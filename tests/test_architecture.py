@@ -56,6 +56,7 @@ NAMED = {
         "pipeline.extract",
         "pipeline.repair",
         "pipeline.verify",
+        "pipeline.zero_shot",
     },
     "milan/__main__.py": {"stages.cli"},
     "milan/evaluation/protocols.py": {"pipeline.zero_shot"},

@@ -462,9 +462,6 @@ class ZeroShotConfig(LabelledConfig):
     """Its weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, auto=True)
     """imagenet, own or auto, as in extract-targets."""
-    visible: str = setting("all", choices=("all", "turns"))
-    """Patches that the student sees: all, or turns: as few as in training, until each was masked,
-    and only predictions of masked ones count."""
     pictures: int = setting(6, unit="classes", least=0, most=12)
     """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
 

@@ -45,5 +45,5 @@ def draw_dense(title: str, maps: list[DenseMap], classes: list[str]) -> np.ndarr
         heat = np.stack([upscale(to_grid(h[None, :, number]), edge)[0] for h in heats])
         panels = 0.7 * inferno(heat)[..., :3] + 0.3 * grey
         panels = (255 * panels).round().astype(np.uint8)
-        columns.append(Column(name, "" if number else f"and its neighbours: {what}", panels))
+        columns.append(Column(name, "" if number else f"as every class: {what}", panels))
     return draw_page(title, columns, [map_.caption for map_ in maps])

@@ -27,7 +27,6 @@ class TrainedStudent:
     """Whose targets of that store."""
     teacher: str
     """The teacher's name."""
-    mask_ratio: float
 
 
 def load_student(
@@ -75,5 +74,4 @@ def load_student(
         settings["cache"],
         settings.get("layer"),
         targets["teacher"],
-        settings["mask_ratio"],
     )

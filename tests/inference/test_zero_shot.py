@@ -23,7 +23,6 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import MilanError
 from milan.evaluation.evaluate import evaluate
 from milan.images.decode import decode_pixels
-from milan.inference.predicted_features import all_visible, in_turns, predicted_features
 from milan.models.masking import Mask
 from milan.models.student import build_student
 from milan.store.cache import TargetCache
@@ -121,27 +120,6 @@ def test_the_text_tower_gives_what_the_store_lacks(place: Path, tmp_path: Path) 
     found = zero_shot(str(place / "run"), data=str(photos), pictures=0, **TEACHER)
     assert found["classes"] == 3
     assert found["token_top5"] is None
-
-
-def test_masks() -> None:
-    """In turns each patch is visible and masked; predictions are those of the masks that hide it.
-    With one mask that hides nothing they are the student's own."""
-    student = build_student("vit_tiny_patch16_224", img_size=32, target_width=8, **STUDENT).eval()
-    images = torch.randn(2, 3, 32, 32)
-    masks = in_turns(16, 3)
-    hidden = torch.cat([mask.boolean() for mask in masks])
-    assert (hidden.any(dim=0) & ~hidden.all(dim=0)).all()
-    with torch.no_grad():
-        first, patches = predicted_features(student, images, masks)
-        parts = [F.normalize(student(images, Mask(*(p.expand(2, -1) for p in m))), dim=2)
-                 for m in masks]  # fmt: skip
-        for patch in range(16):
-            own = [p[:, 1 + patch] for p, h in zip(parts, hidden, strict=True) if h[patch]]
-            assert torch.allclose(patches[:, patch], torch.stack(own).mean(dim=0), atol=1e-6)
-        assert first is not None
-        assert torch.allclose(first, torch.stack([p[:, 0] for p in parts]).mean(dim=0), atol=1e-6)
-        _, whole = predicted_features(student, images, all_visible(16))
-        assert not torch.allclose(whole, patches, atol=1e-3)
 
 
 @pytest.mark.parametrize(
