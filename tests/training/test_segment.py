@@ -69,7 +69,7 @@ def test_it_learns_and_leaves_a_segmenter(
     protocol: str, data: dict[str, str], tmp_path: Path
 ) -> None:
     """The loss goes down; what the file predicts is what the metrics say; tables and a sheet."""
-    figures = run(data, tmp_path, protocol=protocol, epochs=6, width=40)
+    figures = run(data, tmp_path, protocol=protocol, epochs=5, width=40)
     losses = [line["loss"] for line in log_of(tmp_path / "a")]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     low, high = figures["miou_interval"]
@@ -153,7 +153,7 @@ def test_the_teacher(teacher_files: dict[str, str], data: dict[str, str], tmp_pa
     assert "its network is not trained here" in run_here(*line, "--protocol", "upernet").err
 
 
-@pytest.mark.parametrize("protocol", ["linear", "upernet"])
+@pytest.mark.parametrize("protocol", [pytest.param("linear", marks=pytest.mark.soak), "upernet"])
 def test_resumed_it_is_the_same_run(protocol: str, data: dict[str, str], tmp_path: Path) -> None:
     """Stopped at a step and called again: the same weights to the bit, running statistics too."""
     run(data, tmp_path, "whole", protocol=protocol)
