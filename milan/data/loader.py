@@ -169,6 +169,8 @@ class SharedBatch:
 
     def _write(self, file: int, tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, int]:
         first = at = -(-self.bytes // 64) * 64
+        if not tensor.numel():  # of images without a box
+            return tensor.dtype, tensor.shape, first
         left = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         while left:
             written = os.pwrite(file, left, at)
@@ -191,7 +193,7 @@ class SharedBatch:
     def _tensor(
         self, memory: mmap.mmap, dtype: torch.dtype, shape: torch.Size, first: int
     ) -> torch.Tensor:
-        if not shape.numel():  # of images without a box: frombuffer refuses nothing
+        if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         count = shape.numel()
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)

@@ -27,8 +27,9 @@ class AveragePrecision:
         self.truth = truth
         self.kinds = ("box",) if truth.masks is None else ("box", "mask")
         kinds: Any = tuple(_KINDS[kind] for kind in self.kinds)
+        # Ranks are joined here; by itself it would wait for ranks that do not compute.
         self.metric = MeanAveragePrecision(
-            iou_type=kinds, class_metrics=True, backend="faster_coco_eval"
+            iou_type=kinds, class_metrics=True, backend="faster_coco_eval", sync_on_compute=False
         )
         self.metric.warn_on_many_detections = False
         self.positions: list[int] = []

@@ -135,7 +135,7 @@ def test_it_learns_shapes(data: dict[str, str], tmp_path: Path) -> None:
     """It finds what it was trained on, and names it right; metrics are those of its detections."""
     copy = shutil.copytree(data["data"], tmp_path / "copy")
     figures = run(
-        data | {"val_data": str(copy)}, tmp_path, epochs=120, lr=3e-3, layer_decay=1.0,
+        data | {"val_data": str(copy)}, tmp_path, epochs=70, lr=3e-3, layer_decay=1.0,
         scale=(0.9, 1.1), drop_path=0.0, schedule="cosine",
     )  # fmt: skip
     assert figures["box_ap50"] > 60
@@ -170,11 +170,11 @@ def test_resumed_it_is_the_same_run(data: dict[str, str], tmp_path: Path) -> Non
 @pytest.mark.soak
 def test_two_ranks_are_one(data: dict[str, str], tmp_path: Path, forked_ranks: None) -> None:
     """Both learn and measure as one does; what is sampled differs with the micro-batches."""
-    same: dict[str, Any] = {"drop_path": 0.0, "micro_batch": 2, "epochs": 2}
+    same: dict[str, Any] = {"drop_path": 0.0, "micro_batch": 2, "epochs": 1}
     one = run(data, tmp_path, "one", **same)
     two = run(data, tmp_path, "two", devices=2, device="cpu", **same)
     losses = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "two"))
-    np.testing.assert_allclose(*losses, rtol=0.2)
+    np.testing.assert_allclose(*losses, rtol=0.1)
     assert {k: one[k] for k in ("val_images", "val_boxes")} == {
         k: two[k] for k in ("val_images", "val_boxes")
     }
@@ -185,7 +185,7 @@ def test_loader_workers(data: dict[str, str], tmp_path: Path) -> None:
     """The same as without, also of images without a box."""
     folder = draw_scenes(tmp_path / "empty", count=4)
     content = json.loads((folder / "annotations.json").read_text())
-    content["annotations"] = [e for e in content["annotations"] if e["image_id"] == 1]
+    content["annotations"] = [e for e in content["annotations"] if e["image_id"] != 1]
     (folder / "annotations.json").write_text(json.dumps(content))
     few = {"data": str(folder), "val_data": str(draw_scenes(tmp_path / "val", count=2))}
     same: dict[str, Any] = {"batch_size": 1, "epochs": 1}
