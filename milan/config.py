@@ -13,6 +13,7 @@ OBJECTIVES = {
     "milan": "milan.objectives.features:FeatureRegression",
     "pixels": "milan.objectives.pixels:PixelRegression",
     "rils": "milan.objectives.rils:SentenceReconstruction",
+    "rils-cached": "milan.objectives.rils_cached:CachedSentences",
 }
 """Name of an objective -> module:Class (milan.objectives.base)."""
 
@@ -42,10 +43,11 @@ class PretrainConfig:
     """embed_dim 2/3 of the model's, at most 512; depth 8; num_heads embed_dim / 32; mlp_ratio 4:
     --set decoder.depth=2."""
     objective: str = "milan"
-    """milan (the teacher's features), pixels (MAE, the baseline), rils (captions), or
-    package.module:Class."""
+    """milan (the teacher's features), pixels (MAE, the baseline), rils (captions), rils-cached
+    (what the teacher's features say of texts), or package.module:Class."""
     objective_args: dict[str, Any] = field(default_factory=dict)
-    """Those of rils: weight, teacher_tau, student_tau, normaliser: --set objective.weight=0.5."""
+    """rils: weight, teacher_tau, student_tau, normaliser; rils-cached: teacher_tau, student_tau,
+    rows, gate, sentences, draws, milan: --set objective.weight=0.5."""
     gather: str | None = setting(None, choices=("detached", "full"), auto=True)
     """rils: whether images and captions learn where they are compared with (full); auto: detached,
     as published on several devices."""

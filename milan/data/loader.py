@@ -68,6 +68,8 @@ class Batch(NamedTuple):
     """[B, T] float32, for codecs that scale"""
     ids: torch.Tensor | None = None
     """[B, L] int32: the token ids of a caption of each image, or None where none are needed"""
+    texts: torch.Tensor | None = None
+    """[B, C] float32 of length 1: the features of its caption, zeros without, or None"""
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -258,8 +260,10 @@ class CachedBatches:
         features: bool,
         patches: int | None,
         tokens: bool = False,
+        texts: bool = False,
     ) -> None:
         self.dataset, self.seed, self.features, self.tokens = dataset, seed, features, tokens
+        self.texts = texts
         self.patches = patches or dataset.cache.spec.tokens - 1
 
     @cached_property
@@ -281,6 +285,10 @@ class CachedBatches:
         if self.tokens and address.kind.has_targets:
             drawn = self.sentences.draw(rows, views, address.mask_epoch, seed=self.seed)
             ids = torch.from_numpy(drawn)
+        told = None
+        if self.texts and address.kind.has_targets:
+            vectors, numbers = self.sentences.encoded(rows)
+            told, ids = torch.from_numpy(vectors), torch.from_numpy(numbers)
         return Batch(
             torch.from_numpy(self.dataset.pixels(rows, views)),
             torch.from_numpy(targets.attention),
@@ -290,6 +298,7 @@ class CachedBatches:
             None if targets.codes is None else torch.from_numpy(targets.codes),
             None if targets.scale is None else torch.from_numpy(targets.scale),
             ids,
+            told,
         )
 
 
@@ -406,14 +415,15 @@ def training_loader(
     patches: int | None = None,
     wait: Wait | None = None,
     tokens: bool = False,
+    texts: bool = False,
 ) -> _Loader:
     """Micro-batches of `sampler` in its order, read ahead by `num_workers` processes.
 
-    `features`: whether the teacher's are read; `tokens`: whether captions are. `patches`: N of the
-    student, which the noise is for; default: the teacher's. `wait`: for the workers, default
-    `batch_wait()`.
+    `features`: whether the teacher's are read; `tokens` and `texts`: whether captions are, and
+    their features. `patches`: N of the student, which the noise is for; default: the teacher's.
+    `wait`: for the workers, default `batch_wait()`.
     """
-    source = CachedBatches(dataset, sampler.order.seed, features, patches, tokens)
+    source = CachedBatches(dataset, sampler.order.seed, features, patches, tokens, texts)
     loader = batch_loader(
         source, sampler, num_workers=num_workers, pin_memory=pin_memory, wait=wait
     )

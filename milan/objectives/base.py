@@ -74,6 +74,8 @@ class Objective(ABC):
     """Whether a batch has to bring the teacher's features."""
     needs_tokens: ClassVar[bool] = False
     """Whether a batch has to bring the token ids of a caption for each image."""
+    needs_texts: ClassVar[bool] = False
+    """Whether a batch has to bring a text's features for each image, and its token ids."""
     compared: ClassVar[int | None] = None
     """None: images are independent. Else the loss compares all images of a step (`joint_loss`), and
     validation so many of them."""
@@ -113,6 +115,10 @@ class Objective(ABC):
     def complete(self, student: Student) -> Student:
         """The student with what else it needs to learn this, initialised by torch's seed."""
         return student
+
+    def notes(self) -> list[str]:
+        """What a person should know before a run begins, a line each."""
+        return []
 
     def after_step(self, student: nn.Module) -> None:  # noqa: B027
         """Called after each update of the weights."""

@@ -19,11 +19,12 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD, normalise
 from milan.data.loader import Batch
-from milan.errors import ConfigError, DataError, nearest
+from milan.errors import ConfigError, DataError
 from milan.models.decoder import decoder_arguments
 from milan.models.rils import JointOutput, RilsStudent, published_state, rils_decoder
 from milan.models.student import Student
 from milan.models.text_encoder import TextEncoder, TextShape
+from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, Objective, Prediction
 from milan.objectives.sentences import NORMALISERS, SentenceLoss
 from milan.store.cache import TargetCache
@@ -32,7 +33,7 @@ from milan.store.sentences import Sentences
 WEIGHTS = "rils.safetensors"
 """The whole student in RILS's published layout, in a run's folder."""
 _OPEN_CLIP = "pipeline.teachers.clip"  # loaded only for --text-tower
-_ARGUMENTS = ("weight", "teacher_tau", "student_tau", "normaliser")
+_NUMBERS = {"weight": 0.0, "teacher_tau": 1e-4, "student_tau": 1e-4}  # arguments -> the least
 _LOOKED_AT = 256  # rows whose captions are looked at before a run begins
 _ARCHITECTURE = {
     "vocab_size": "vocabulary", "context_length": "context", "width": "width", "heads": "heads",
@@ -53,23 +54,7 @@ class SentenceReconstruction(Objective):
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """Its arguments, at least two captions a step, and weights that ranks hold whole."""
-        for name, value in config.objective_args.items():
-            if name not in _ARGUMENTS:
-                raise ConfigError(
-                    f"unknown argument objective.{name}",
-                    expected="one of " + ", ".join(_ARGUMENTS),
-                    fix=nearest(name, _ARGUMENTS),
-                )
-            least = 0 if name == "weight" else 1e-4
-            if name != "normaliser" and not (
-                isinstance(value, int | float) and least <= value < float("inf")
-            ):
-                raise ConfigError(f"objective.{name} {value}", expected=f"at least {least:g}")
-        if config.objective_args.get("normaliser", "global") not in NORMALISERS:
-            raise ConfigError(
-                f"objective.normaliser {config.objective_args['normaliser']}",
-                expected=" or ".join(NORMALISERS),
-            )
+        check_arguments(config, numbers=_NUMBERS, words={"normaliser": NORMALISERS})
         if config.batch_size < 2:
             raise ConfigError(
                 f"batch size {config.batch_size} with objective {config.objective}",

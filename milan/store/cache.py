@@ -285,6 +285,14 @@ class TargetCache:
             else f"--objective rils, or milan extract-targets … --extend --out {self.path}",
         )
 
+    def no_text_features(self, what: str = "a text tower's features") -> CacheError:
+        """The error for what needs texts as a teacher sees them, which this layer has not."""
+        return CacheError(
+            f"{self.path} has no {what}",
+            expected="a teacher's features of images and of captions or class names",
+            fix="milan extract-targets --texts --out another.zarr, with a CLIP as the teacher",
+        )
+
     def no_texts(self) -> CacheError:
         """The error for what needs texts, which this layer has not."""
         others = [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from milan.core.paths import AnyPath, as_path, size_of
-from milan.errors import CacheError
+from milan.errors import CacheError, DataError
 from milan.store.cache import TargetCache
 from milan.store.format import Index
+from milan.store.similarity import similarities
 
 
 def describe(path: str | AnyPath) -> dict[str, list[tuple[str, Any]]]:
@@ -45,6 +46,7 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
     return [
         *(teacher if spec.has_targets else [("targets", "none: views and token ids")]),
         *_texts(cache),
+        *_similarities(cache),
         ("data", _data(cache)),
         (
             "images",
@@ -78,6 +80,25 @@ def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
         classes, templates = prototypes.ids.shape[:2]
         summary += f", {classes:,} classes in {templates} templates"
     return [("texts", summary)]
+
+
+def _similarities(cache: TargetCache) -> list[tuple[str, Any]]:
+    if not cache.spec.texts or not cache.spec.has_targets:
+        return []
+    try:
+        found = similarities(cache)
+    except (CacheError, DataError) as error:
+        return [("cosines to texts", f"cannot be read: {error.found}")]
+    tau = found.teacher_tau
+    spreads = ", ".join(f"{found.effective(t):,.1f} at {t:g}" for t in (0.04, tau))
+    return [
+        (
+            "cosines to texts",
+            f"patches {found.mean:.3f} ± {found.spread:.3f}, class token {found.class_mean:.3f} ± "
+            f"{found.class_spread:.3f}, over {found.texts:,} texts",
+        ),
+        ("texts that a patch spreads over", f"{spreads} (temperature of the softmax)"),
+    ]
 
 
 def _size(cache: TargetCache) -> list[tuple[str, Any]]:

@@ -27,6 +27,27 @@ class Sentences:
         """[P, M, L] int32"""
         self.labels = cache.manifest.labels()
 
+    def encoded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features [B, C] float32, token ids [B, L] int32) of the caption of each of `rows`, else
+        of its class, whose ids are those of its first prompt; zeros and -1 without either.
+
+        Raises CacheError for damage, and for a store without text features.
+        """
+        if not self.cache.spec.has_targets:
+            raise self.cache.no_text_features()
+        features = np.zeros((len(rows), self.cache.spec.channels), np.float32)
+        ids = np.full((len(rows), self.length), -1, np.int32)
+        told, prototypes = np.flatnonzero(self.captioned[rows]), self.cache.prototypes
+        if len(told):
+            texts = self.cache.texts(rows[told])
+            features[told], ids[told] = texts.features, texts.ids
+        if prototypes is not None and prototypes.features is not None:
+            labels = np.where(self.captioned[rows], -1, self.labels[rows])
+            known = np.flatnonzero((labels >= 0) & (prototypes.ids[:, 0, 0] >= 0)[labels.clip(0)])
+            features[known] = prototypes.features[labels[known]]
+            ids[known] = prototypes.ids[labels[known], 0]
+        return features, ids
+
     def missing(self) -> np.ndarray:
         """Rows without a sentence, ascending; int64."""
         known = self.captioned.copy()

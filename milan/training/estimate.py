@@ -84,6 +84,7 @@ def estimate_run(
         StepSampler(replace(order, batch_size=micro), start=0, stop=2, micro=micro),
         features=objective.needs_features,
         tokens=objective.needs_tokens,
+        texts=objective.needs_texts,
         num_workers=0,
         patches=student.patches,
     )

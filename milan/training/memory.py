@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from milan.core.device import autocast
 from milan.data.loader import Batch
 from milan.models.student import Student
+from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
 from milan.training.build import Settings
 from milan.training.compilation import StepLoss
@@ -46,8 +47,7 @@ def peak_bytes(
     cache.codec.to(device)  # its tables are kept for later calls: they need memory
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
         objective = settings.objective(cache)
-        tokens = objective.needs_tokens
-        batch = trial_batch(micro_batch, student, cache, device, tokens=tokens)
+        batch = trial_batch(micro_batch, student, cache, device, objective=objective)
         fakes: dict[str, torch.Tensor] = {
             name: nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)
             for name, p in student.named_parameters()
@@ -77,11 +77,17 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def trial_batch(
-    size: int, student: Student, cache: TargetCache, device: torch.device, *, tokens: bool = False
+    size: int,
+    student: Student,
+    cache: TargetCache,
+    device: torch.device,
+    *,
+    objective: Objective | None = None,
 ) -> Batch:
     """A micro-batch as it arrives on `device`; only its shapes are a store's."""
     spec, edge = cache.spec, cache.view_spec.size
-    codec = cache.codec
+    codec, texts = cache.codec, objective is not None and objective.needs_texts
+    tokens = texts or (objective is not None and objective.needs_tokens)
     codes = torch.zeros(
         size, spec.tokens, codec.width(spec.channels),
         dtype=getattr(torch, codec.dtype), device=device,
@@ -96,6 +102,7 @@ def trial_batch(
         codes,
         torch.ones(size, spec.tokens, device=device) if codec.scaled else None,
         _trial_ids(size, cache, device) if tokens else None,
+        torch.ones(size, spec.channels, device=device) if texts else None,
     )
 
 

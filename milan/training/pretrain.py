@@ -246,9 +246,7 @@ def _fit(
     workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
     context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
-    trial = partial(
-        trial_batch, micro_batch, student, dataset.cache, device, tokens=objective.needs_tokens
-    )
+    trial = partial(trial_batch, micro_batch, student, dataset.cache, device, objective=objective)
     step = compile_step(step, trial, settings, context)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     optimiser.register_step_post_hook(lambda *_: objective.after_step(student))
@@ -287,6 +285,7 @@ def _fit(
             sampler,
             features=objective.needs_features,
             tokens=objective.needs_tokens,
+            texts=objective.needs_texts,
             num_workers=workers.count,
             pin_memory=device.type == "cuda",
             patches=student.patches,
@@ -418,6 +417,8 @@ def _note_settings(
         )
     if without := len(cache.bad) - len(cache.superseded):
         progress.note(f"left out: {without} images without targets")
+    for note in settings.objective(cache).notes():
+        progress.note(note)
     if untold := len(untold_rows(config, cache)):
         progress.note(f"left out: {untold:,} images without a caption or a class")
     changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())

@@ -41,9 +41,9 @@ from milan import PretrainConfig
 from milan.core.distributed import Ranks
 from milan.data.order import Order
 from milan.errors import TrainError
-from milan.models import student as student_module
 from milan.models.decoder import PUBLISHED, Decoder
 from milan.models.student import build_student
+from milan.objectives import base as objective_module
 from milan.objectives import features as features_module
 from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
@@ -529,7 +529,7 @@ def test_a_run_keeps_its_decoder(
         return int(newest.name.removeprefix("step-")), state["decoder.mask_token"].shape[-1]
 
     with monkeypatch.context() as before:
-        before.setattr(student_module, "decoder_arguments", lambda _, given: PUBLISHED | given)
+        before.setattr(objective_module, "decoder_arguments", lambda _, given: PUBLISHED | given)
         milan.pretrain(str(store), stop_after=1, **settings)
     assert width() == (1, 512)
     told = json.loads((tmp_path / "run/run.json").read_text())
