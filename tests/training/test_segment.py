@@ -228,14 +228,14 @@ def test_image_and_mask_stay_together() -> None:
 def test_no_class_fills_a_window() -> None:
     """Ten tries for a window in which no class has more than three quarters."""
     ids = np.zeros((64, 256), np.int16)
-    ids[:, :24] = 1
+    ids[:, ::20] = ids[:, :64:2] = 1  # everywhere a little, and half of it at the left
     full = 0
     for draw in range(50):
         augment = WindowAugmentation((32, 32), (2.0, 2.0), 0.0, 0.0, (0, 0, 0))
         with seeded(0, rng.AUGMENTED, (1, draw)):
             _, mask = augment(np.zeros((64, 256, 3), np.uint8), ids)
         full += bool(np.bincount(mask.ravel()).max() > 0.75 * mask.size)
-    assert full < 38  # a single try would nearly always find grass alone
+    assert full < 20  # a single try would find three quarters and more 40 times
 
 
 # --- bad input, and the command -------------------------------------------------------------------
