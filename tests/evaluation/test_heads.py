@@ -16,6 +16,8 @@ from helpers import Notes, evaluate_in_small_files, make_photos, run_here
 from torch import nn
 from torch.nn import functional as F
 
+from milan.core.device import MEAN as MEAN_OF_PIXELS
+from milan.core.device import STD, normalise
 from milan.core.distributed import Ranks
 from milan.core.launch import launch
 from milan.core.signals import Stop
@@ -36,6 +38,7 @@ from milan.evaluation.protocols import (
 )
 from milan.evaluation.published_probes import WholeBatchNorm, fit_dinov2, fit_published
 from milan.evaluation.shuffled import Shuffled
+from milan.models.export import load_encoder
 
 CPU = Context(torch.device("cpu"))
 TOKEN, MEAN = "class token", "mean of patches"
@@ -253,6 +256,10 @@ def test_features_of_blocks_and_patches(finished_run: Callable[..., Path]) -> No
     assert x["blocks"].shape == (3, 3 * 32)  # two blocks, for there are no more, and the mean
     assert found["blocks"].parts == (TOKEN, TOKEN, MEAN)
     torch.testing.assert_close(x["blocks"][:, 32:], x["pooled"])
+    layers = load_encoder(run).get_intermediate_layers(
+        normalise(pixels, MEAN_OF_PIXELS, STD), 2, norm=True, return_prefix_tokens=True
+    )
+    torch.testing.assert_close(x["blocks"][:, :32], layers[0][1][:, 0])
     assert not torch.allclose(x["blocks"][:, :32], x["blocks"][:, 32:64], atol=0.01)
     assert (x["patches"].shape, x["patches"].dtype) == ((3, 16, 32), torch.float16)
     torch.testing.assert_close(
