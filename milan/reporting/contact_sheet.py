@@ -55,6 +55,8 @@ def contact_sheet(
     check_unicode(str(out), "the path")
     check_seed(seed)
     dataset = open_cache(cache, data_root=data_root)
+    if not dataset.cache.spec.has_targets:
+        raise dataset.cache.no_targets()
     if not among_images:
         roots = dataset.roots or dataset.cache.find_data_roots()
         check_apart(Path(out), [root for _, root in roots])

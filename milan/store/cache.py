@@ -285,7 +285,7 @@ class TargetCache:
             else f"--objective rils, or milan extract-targets … --extend --out {self.path}",
         )
 
-    def no_text_features(self, what: str = "a text tower's features") -> CacheError:
+    def no_text_features(self, what: str = "text features of a teacher") -> CacheError:
         """The error for what needs texts as a teacher sees them, which this layer has not."""
         return CacheError(
             f"{self.path} has no {what}",

@@ -17,11 +17,14 @@ from helpers import ROOT, Notes, log_of, run_here, tree, weights
 from safetensors.torch import load_file
 
 import milan
+from milan.config import PretrainConfig
 from milan.errors import MilanError
 from milan.models.rils import load_rils
+from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import read_run
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
+from milan.training.build import run_order, untold_rows
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify
 
@@ -139,6 +142,26 @@ def test_tokens_beside_a_teachers_targets(captions: Path, tokens: Path, tmp_path
         cache.token_ids(cache.captioned), TargetCache(tokens).token_ids(cache.captioned)
     )
     assert TargetCache(out).read(np.array([0]), np.array([0])).codes is not None
+
+
+def test_images_without_a_sentence_are_left_out(captions: Path, tmp_path: Path) -> None:
+    """Neither captions nor a class: not trained on, not validated, and counted."""
+    table = pq.read_table(captions).drop_columns("label").replace_schema_metadata(None)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    extract_targets(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "t.zarr"), **TOKENS)
+    cache = TargetCache(tmp_path / "t.zarr")
+    config = PretrainConfig(objective="rils", batch_size=8)
+    order, bare = run_order(config, cache), row_of(cache, BARE)
+    assert untold_rows(config, cache).tolist() == [bare]
+    assert sorted([*order.train_rows, *order.validation_rows]) == [
+        row for row in range(24) if row != bare
+    ]
+    with pytest.raises(MilanError, match="no targets of a teacher"):
+        contact_sheet(tmp_path / "t.zarr", out=tmp_path / "elsewhere.png", among_images=True)
+    bare_data = table.set_column(1, "caption", pa.nulls(24, pa.string()))
+    pq.write_table(bare_data, tmp_path / "pairs.parquet")
+    with pytest.raises(MilanError, match="neither captions nor class names"):
+        extract_targets(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "u.zarr"), **TOKENS)
 
 
 def test_captions_of_tars_and_json(tmp_path: Path) -> None:

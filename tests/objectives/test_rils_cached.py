@@ -143,7 +143,7 @@ def test_classes_may_be_the_sentences(told: Path) -> None:
         ({"objective_args": {"rows": "some"}}, "objective.rows some; expected: masked or all"),
         ({"objective_args": {"teacher_tau": 0}}, "teacher_tau 0; expected: at least 0.0001"),
         ({"gather": "full"}, "gather with objective rils-cached"),
-        ({"cache": "plain"}, "has no a text tower|has no text|text tower's features"),
+        ({"cache": "plain"}, "has no text features of a teacher; .*--texts"),
     ],
 )
 def test_what_it_cannot_have(
