@@ -110,7 +110,8 @@ def test_config_lists_every_key(command: str, kind: type, key: str) -> None:
     shown = run_here("config", command).out
     listed = re.findall(r"^│ ([\w.]+) ", shown, re.MULTILINE)
     names = [field.name for field in dataclasses.fields(kind)]
-    names = [{"model_args": "model.KEY", "decoder": "decoder.KEY"}.get(n, n) for n in names]
+    by_key = {f"{n}_args": f"{n}.KEY" for n in ("model", "objective")} | {"decoder": "decoder.KEY"}
+    names = [by_key.get(name, name) for name in names]
     assert listed == names
     assert key in listed
 
