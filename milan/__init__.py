@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from milan.core.progress import NoProgress
     from milan.data.dataset import CachedDataset, open_cache
     from milan.errors import MilanError
-    from milan.evaluation.evaluate import evaluate
-    from milan.evaluation.linear_probe import linear_probe
-    from milan.evaluation.protocols import (
+    from milan.evaluation.config import (
         DetectConfig,
         EvaluationConfig,
         FinetuneConfig,
         SegmentConfig,
     )
+    from milan.evaluation.evaluate import evaluate
+    from milan.evaluation.linear_probe import linear_probe
     from milan.inference.neighbours import neighbours
     from milan.inference.predict import predict
     from milan.models.classifier import load_classifier
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CachedDataset": "milan.data.dataset",
-    "DetectConfig": "milan.evaluation.protocols",
-    "EvaluationConfig": "milan.evaluation.protocols",
+    "DetectConfig": "milan.evaluation.config",
+    "EvaluationConfig": "milan.evaluation.config",
     "ExtractConfig": "pipeline.config",
-    "FinetuneConfig": "milan.evaluation.protocols",
+    "FinetuneConfig": "milan.evaluation.config",
     "MilanError": "milan.errors",
     "NoProgress": "milan.core.progress",
     "PretrainConfig": "milan.config",
-    "SegmentConfig": "milan.evaluation.protocols",
+    "SegmentConfig": "milan.evaluation.config",
     "TargetCache": "milan.store.cache",
     "contact_sheet": "milan.reporting.contact_sheet",
     "detect": "milan.training.detect",

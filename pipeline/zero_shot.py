@@ -22,8 +22,9 @@ from milan.core.device import MEAN, STD, normalise, pick_device
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop, on_stop_signals
 from milan.errors import ConfigError, DataError, MilanError
+from milan.evaluation.config import ZeroShotConfig
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import PROTOCOLS, ZeroShotConfig
+from milan.evaluation.protocols import PROTOCOLS
 from milan.images.splits import TEST, TRAIN, VALIDATION, WantedSplit
 from milan.inference.config import ImagesConfig
 from milan.inference.pictures import Pictures

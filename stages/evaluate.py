@@ -11,7 +11,8 @@ from typing import Any
 import typer
 
 from milan.core.signals import REQUEUE
-from milan.evaluation.protocols import EvaluationConfig, Protocol, SupervisedConfig
+from milan.evaluation.config import EvaluationConfig, SupervisedConfig
+from milan.evaluation.protocols import Protocol
 from stages.options import settings_command
 
 _SHARED = {

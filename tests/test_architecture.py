@@ -12,7 +12,7 @@ import pytest
 
 import milan
 from milan.config import PretrainConfig
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
 from pipeline.config import ExtractConfig
 from stages.options import field_docs
 

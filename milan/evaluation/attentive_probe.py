@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.errors import ConfigError
+from milan.evaluation.config import AttentiveProbeConfig
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Share
 from milan.evaluation.heads import Head, Steps, at_most, best_of, of_step, scores_of
 from milan.evaluation.linear_probe import judged, mean_and_std
 from milan.evaluation.patches import file_rows
-from milan.evaluation.protocols import AttentiveProbeConfig
 
 _GRID = {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 0.1)}
 _OTHERWISE = {"lr": 1e-2, "weight_decay": 0.1}  # with too few images to choose

@@ -11,7 +11,7 @@ from milan.core.paths import AnyPath, as_data_error, as_path, folders_in, names_
 from milan.core.progress import Progress
 from milan.errors import DataError, nearest
 from milan.evaluation.coco import COCO, BoxSet, check_dense, read_coco
-from milan.evaluation.protocols import DetectConfig
+from milan.evaluation.config import DetectConfig
 from milan.images.manifest import resolve_data
 from milan.images.splits import TEST, VALIDATION, WantedSplit, find_splits, take_split
 

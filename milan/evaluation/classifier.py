@@ -14,10 +14,10 @@ from milan.core.device import normalise, pick_device
 from milan.core.launch import as_rank
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
+from milan.evaluation.config import ClassificationConfig, EvaluationConfig
 from milan.evaluation.corruptions import Corruption, robustness
 from milan.evaluation.features import Context, Labelled, features_of
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import ClassificationConfig, EvaluationConfig
 from milan.evaluation.splits import open_splits
 from milan.models.classifier import load_classifier
 from milan.models.state_dict import weights_digest

@@ -24,7 +24,8 @@ import numpy as np
 from milan.core.atomic import write_text
 from milan.core.progress import Progress
 from milan.errors import ConfigError
-from milan.evaluation.protocols import ClassificationConfig, Column
+from milan.evaluation.config import ClassificationConfig
+from milan.evaluation.protocols import Column
 from milan.images.manifest import Manifest
 
 _LINES = "the name of an image in each line"

@@ -21,17 +21,12 @@ from milan.core.signals import Stop
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError
 from milan.evaluation.classifier import classifier_robustness
+from milan.evaluation.config import ClassificationConfig, EvaluationConfig, LabelledConfig
 from milan.evaluation.draws import over_draws
 from milan.evaluation.evaluation import FACTS, Measurement, drawn
 from milan.evaluation.features import Context, features_folder
 from milan.evaluation.frozen import Frozen, frozen_encoder
-from milan.evaluation.protocols import (
-    ClassificationConfig,
-    EvaluationConfig,
-    LabelledConfig,
-    Protocol,
-    get_protocol,
-)
+from milan.evaluation.protocols import Protocol, get_protocol
 from milan.evaluation.splits import open_draws
 from milan.evaluation.table import write_table
 from milan.models.weights import find_weights

@@ -15,6 +15,7 @@ from milan.core.config_fields import names_in
 from milan.core.progress import NoProgress
 from milan.core.units import parse_bytes
 from milan.errors import DataError
+from milan.evaluation.config import ClassificationConfig, EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.draws import over_draws
 from milan.evaluation.features import Context, Features, Labelled
@@ -22,7 +23,7 @@ from milan.evaluation.frozen import Frozen
 from milan.evaluation.meaning import chance, doubts
 from milan.evaluation.outcome import Outcome
 from milan.evaluation.patches import features_for
-from milan.evaluation.protocols import ClassificationConfig, EvaluationConfig, Protocol
+from milan.evaluation.protocols import Protocol
 from milan.evaluation.splits import Split
 
 _MEMORY = 1_000_000_000  # bytes of features kept by a rank on a CPU

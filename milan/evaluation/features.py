@@ -43,9 +43,9 @@ from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped, Wait
 from milan.errors import DataError, ImageFault
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import EvaluationConfig
 from milan.evaluation.splits import LabelledSet, Split
 from milan.images.decode import content_digest, decode
 from milan.images.source import ImageSource

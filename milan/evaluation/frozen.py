@@ -12,7 +12,7 @@ import torch
 
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
 from milan.models.encoder import (
     create_vit,
     encode,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from milan.core.device import has_float64
 from milan.core.progress import Progress
 from milan.core.waiting import Stopped
+from milan.evaluation.config import EvaluationConfig, LinearProbeConfig
 from milan.evaluation.corruptions import Corruption, robustness
 from milan.evaluation.evaluate import evaluate
 from milan.evaluation.evaluation import Evaluation
@@ -19,7 +20,7 @@ from milan.evaluation.features import Context, Piece, Share
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.heads import scores_of
 from milan.evaluation.outcome import TOP, Answers, Outcome
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, LinearProbeConfig
+from milan.evaluation.protocols import PROTOCOLS
 from milan.evaluation.published_probes import fit_dinov2, fit_published
 
 _L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # strengths tried on a tenth of the training images

@@ -15,7 +15,7 @@ from milan.core import rng
 from milan.core.machine import cpu_count
 from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError, ImageFault
-from milan.evaluation.protocols import SegmentConfig
+from milan.evaluation.config import SegmentConfig
 from milan.evaluation.splits import all_among, identity_of
 from milan.images.decode import decode_pixels
 from milan.images.manifest import resolve_data

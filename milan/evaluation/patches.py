@@ -21,10 +21,10 @@ from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.errors import ConfigError, DataError
 from milan.evaluation import features as kept
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.features import Context, Features, content_of, decoded, features_of
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import EvaluationConfig
 from milan.evaluation.splits import LabelledSet
 
 _SMALLER = 8

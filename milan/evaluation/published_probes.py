@@ -22,9 +22,9 @@ from torch import nn
 
 from milan.core.device import has_float64
 from milan.core.distributed import Ranks
+from milan.evaluation.config import LinearProbeConfig
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.heads import Head, Steps, at_most, best_of, of_step
-from milan.evaluation.protocols import LinearProbeConfig
 
 _LARGE = 1024  # width of ViT-L, from which on MILAN's learning rate is another
 _RATES = tuple(

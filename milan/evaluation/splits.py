@@ -14,8 +14,8 @@ from milan.core import rng
 from milan.core.paths import AnyPath, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, DataError, nearest
+from milan.evaluation.config import ClassificationConfig, LabelledConfig
 from milan.evaluation.draws import draw_rows
-from milan.evaluation.protocols import ClassificationConfig, LabelledConfig
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource

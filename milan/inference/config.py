@@ -7,7 +7,7 @@ from pathlib import Path
 
 from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.errors import ConfigError
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
 
 
 @dataclass(frozen=True)

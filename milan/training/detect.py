@@ -28,7 +28,7 @@ from milan.errors import DataError, ImageFault
 from milan.evaluation.average_precision import AveragePrecision
 from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import BoxSet
-from milan.evaluation.protocols import DetectConfig
+from milan.evaluation.config import DetectConfig
 from milan.models.detector import DETECTOR, Detector, DetectorSpec, detector_encoder, interpolated
 from milan.models.weights import Weights
 from milan.reporting.boxes import SHOWN, sheet_of_boxes

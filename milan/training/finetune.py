@@ -28,9 +28,9 @@ from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.errors import DataError
+from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.meaning import chance
 from milan.evaluation.outcome import TOP, Answers, Outcome
-from milan.evaluation.protocols import FinetuneConfig
 from milan.evaluation.splits import Split, open_splits
 from milan.models.classifier import CLASSIFIER, describe_input, new_weights, seeded_classifier
 from milan.models.weights import Weights

@@ -29,9 +29,9 @@ from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import DataError
+from milan.evaluation.config import SegmentConfig
 from milan.evaluation.iou import Agreement, Areas, agreement, areas, confusion, require_torchmetrics
 from milan.evaluation.masked import MaskedData, open_masked
-from milan.evaluation.protocols import SegmentConfig
 from milan.images.masks import IGNORED
 from milan.models.segmenter import (
     SEGMENTER,

@@ -22,7 +22,7 @@ from milan.core.progress import Progress
 from milan.data.loader import BatchSource
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
-from milan.evaluation.protocols import SupervisedConfig, teacher_refused
+from milan.evaluation.config import SupervisedConfig, teacher_refused
 from milan.models.export import read_about
 from milan.models.weights import Weights, find_weights, misfit, resampled
 from milan.training.loop import Context

@@ -32,7 +32,7 @@ from milan.data.loader import batch_loader, batch_wait
 from milan.data.order import Order
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
-from milan.evaluation.protocols import SupervisedConfig
+from milan.evaluation.config import SupervisedConfig
 from milan.models.export import save_encoder
 from milan.models.weights import Weights
 from milan.reporting.log import RunLog, read_log, write_curves

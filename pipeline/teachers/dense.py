@@ -9,7 +9,7 @@ from torch import nn
 
 from milan.core.atomic import digest_of
 from milan.errors import ConfigError
-from milan.evaluation.protocols import SegmentConfig
+from milan.evaluation.config import SegmentConfig
 from milan.models.weights import Weights
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.frozen import FEATURES, Frozen
-from milan.evaluation.protocols import EvaluationConfig
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 

@@ -18,7 +18,7 @@ from milan.config import PretrainConfig
 from milan.core.config_fields import is_auto
 from milan.core.config_resolver import deviations, from_call, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
 from milan.reporting.contact_sheet import contact_sheet
 from pipeline.config import ExtractConfig
 from pipeline.verify import Audit

@@ -19,7 +19,7 @@ from milan.errors import DataError
 from milan.evaluation.average_precision import AveragePrecision
 from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import BoxSet, read_coco
-from milan.evaluation.protocols import DetectConfig
+from milan.evaluation.config import DetectConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ import torch
 from helpers import Notes, make_photos
 
 from milan.errors import ConfigError, MilanError
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.draws import drawn_places, over_draws
 from milan.evaluation.evaluate import evaluate
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import Column, EvaluationConfig
+from milan.evaluation.protocols import Column
 from milan.training.finetune import finetune
 
 

@@ -24,18 +24,14 @@ from milan.core.signals import Stop
 from milan.errors import ConfigError, DataError, MilanError
 from milan.evaluation import features
 from milan.evaluation.attentive_probe import ClassQueries, OneQuery
+from milan.evaluation.config import AttentiveProbeConfig, EvaluationConfig, LinearProbeConfig
 from milan.evaluation.evaluate import evaluate
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.heads import Head, Steps, best_of, train_heads
 from milan.evaluation.linear_probe import judged, linear_probe, measure
-from milan.evaluation.protocols import (
-    PROTOCOLS,
-    AttentiveProbeConfig,
-    EvaluationConfig,
-    LinearProbeConfig,
-)
+from milan.evaluation.protocols import PROTOCOLS
 from milan.evaluation.published_probes import WholeBatchNorm, fit_dinov2, fit_published
 from milan.evaluation.shuffled import Shuffled
 from milan.models.export import load_encoder

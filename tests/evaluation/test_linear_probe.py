@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, DataError, MilanError
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.evaluate import evaluate
 from milan.evaluation.features import Context, Piece
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.linear_probe import LogisticRegression, linear_probe
 from milan.evaluation.meaning import chance, doubts
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS
 
 # --- the classifier -------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from helpers import SCENE_COLOURS, VOID, Notes, draw_masks
 from PIL import Image
 
 from milan.errors import DataError
+from milan.evaluation.config import SegmentConfig
 from milan.evaluation.masked import open_masked
-from milan.evaluation.protocols import SegmentConfig
 from milan.images.masks import IGNORED, MaskCoding, Palette
 
 

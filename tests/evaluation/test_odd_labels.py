@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from milan.errors import MilanError
+from milan.evaluation.config import ClassificationConfig, SupervisedConfig
 from milan.evaluation.evaluate import evaluate
-from milan.evaluation.protocols import PROTOCOLS, ClassificationConfig, SupervisedConfig
+from milan.evaluation.protocols import PROTOCOLS
 
 SMALL: dict[str, Any] = {
     "model": "vit_tiny_patch16_224", "baseline": "none",

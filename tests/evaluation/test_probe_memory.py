@@ -12,10 +12,11 @@ import pytest
 import torch
 from helpers import FORK
 
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS
 
 WIDTH, CLASSES = 512, 5
 FROZEN: list[tuple[str, dict[str, Any]]] = [

@@ -13,13 +13,15 @@ from helpers import STUDENT, make_photos, run_here
 
 import milan
 from milan.errors import ConfigError
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, find_protocol, get_protocol
+from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS, find_protocol, get_protocol
 from milan.reporting.report import check_alike
 
 NEAREST_MEAN = '''
 from dataclasses import dataclass
 
-from milan.evaluation.protocols import Column, EvaluationConfig, Protocol
+from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.protocols import Column, Protocol
 
 
 @dataclass(frozen=True)

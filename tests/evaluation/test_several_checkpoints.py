@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from milan.core.device import MEAN, STD
 from milan.errors import MilanError
+from milan.evaluation.config import EvaluationConfig, FinetuneConfig
 from milan.evaluation.evaluate import evaluate
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig, FinetuneConfig
+from milan.evaluation.protocols import PROTOCOLS
 from milan.models.decoder import Decoder
 from milan.models.encoder import build_encoder
 from milan.models.export import ENCODER, save_encoder

@@ -12,7 +12,7 @@ import pytest
 from helpers import Notes, run_here
 
 from milan.errors import DataError
-from milan.evaluation.protocols import EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.splits import open_splits
 from milan.images.manifest import Manifest, build_manifest, describe_source
 from milan.images.splits import TEST, VALIDATION, WantedSplit, find_splits

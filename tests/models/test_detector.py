@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from milan.errors import CacheError, ConfigError
-from milan.evaluation.protocols import DetectConfig
+from milan.evaluation.config import DetectConfig
 from milan.models.detector import (
     STRIDES,
     Detector,

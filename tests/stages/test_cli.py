@@ -21,7 +21,8 @@ from helpers import Ran, run_here, tree
 
 from milan.config import PretrainConfig
 from milan.errors import MilanError
-from milan.evaluation.protocols import PROTOCOLS, EvaluationConfig
+from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.protocols import PROTOCOLS
 from pipeline.config import ExtractConfig
 
 COMMANDS = (

@@ -23,7 +23,7 @@ from milan.errors import CacheError, ConfigError, DataError, TrainError
 from milan.evaluation.average_precision import AveragePrecision
 from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import read_coco
-from milan.evaluation.protocols import DetectConfig
+from milan.evaluation.config import DetectConfig
 from milan.models.detector import DETECTOR, find_boxes, load_detector
 from milan.training.detect import detect
 from milan.training.detect_data import BoxImages

@@ -21,7 +21,7 @@ from milan.core.device import MEAN, STD, normalise
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError, DataError, TrainError
-from milan.evaluation.protocols import FinetuneConfig
+from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.splits import open_splits
 from milan.models.classifier import CLASSIFIER, load_classifier
 from milan.models.weights import Weights, find_weights

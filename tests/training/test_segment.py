@@ -19,8 +19,8 @@ from milan.core.device import MEAN, STD, normalise
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind
 from milan.errors import CacheError, ConfigError, DataError
+from milan.evaluation.config import SegmentConfig
 from milan.evaluation.masked import open_masked
-from milan.evaluation.protocols import SegmentConfig
 from milan.images.masks import IGNORED
 from milan.models.encoder import build_encoder
 from milan.models.export import ENCODER, save_encoder

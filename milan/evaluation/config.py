@@ -1,0 +1,555 @@
+"""Settings of the evaluation protocols, and those that they share. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from milan.core.config_fields import check_choice, check_fields, names_in, seed_setting, setting
+from milan.core.config_resolver import load_recipe
+from milan.core.units import parse_bytes
+from milan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    """Settings of all that learns from labelled images: which encoder and images, results where."""
+
+    checkpoint: str = setting("runs/pretrain", identity=False, several=True)
+    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it), or teacher, of
+    which only features are measured. Several, with commas between, make one table."""
+    data: str = setting("imagenet", identity=False)
+    """Labelled images to fit on."""
+    val_data: str | None = setting(None, identity=False)
+    """Labelled images to measure on; default: a fifth of --data, by seed."""
+    data_root: str | None = setting(None, identity=False)
+    """Where data names are looked up."""
+    split: str | None = setting(None, identity=False)
+    """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
+    val_split: str | None = setting(None, identity=False)
+    """Which split of --val-data; default: validation, else test, if any."""
+    out: str | None = setting(None, identity=False)
+    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder. Of
+    several checkpoints the table: JSON, or CSV if it ends so."""
+    like: str | None = setting(None, identity=False)
+    """With random: a run, timm:NAME or published:FILE, whose encoder's shape is taken."""
+    model: str = setting("vit_base_patch16_224", identity=False)
+    """With random and no --like, and of published weights: a ViT of timm."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: --set model.embed_dim=128."""
+    crop_share: float = setting(0.875, unit="share", above=0, most=1)
+    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    batch_size: int = setting(256, unit="images", least=1)
+    """Images at once."""
+    num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
+    """Decoding threads; auto: the cores, at most 16."""
+    limit: int | None = setting(None, identity=False, unit="images", least=1)
+    """Only so many images of each set."""
+    device: str = setting("auto", identity=False)
+    """auto, cuda, cpu, ..."""
+    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
+    """Ranks on this machine; auto: one a GPU."""
+    seed: int = seed_setting()
+    """Of random weights and of the splits."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        check_fields(self)
+
+    @property
+    def folder(self) -> Path:
+        """Of what evaluations of the checkpoint leave: the run's, else runs/<checkpoint>."""
+        name, folder = self.checkpoint, Path(self.checkpoint)
+        if name in ("random", "teacher") or name.startswith("timm:"):  # never paths
+            return Path("runs") / name.replace(":", "-")
+        if name.partition(":")[0] == "published":
+            file = name.partition(":")[2]
+            return Path(f"runs/published-{Path(file).stem}" if file else "runs/published")
+        return folder.parent if folder.is_file() else folder
+
+    def each(self) -> list[Self]:
+        """These settings for each checkpoint, checked. Raises ConfigError, also if one is twice."""
+        names = names_in(self.checkpoint)
+        if len(names) == 1:
+            self.check()
+            return [self]
+        configs = [replace(self, checkpoint=name, out=None) for name in names]
+        places: dict[Path, str] = {}
+        for config in configs:
+            config.check()
+            place = config.folder.resolve()
+            if place in places:
+                raise ConfigError(
+                    f"checkpoints {places[place]} and {config.checkpoint} are the same, or leave "
+                    f"their metrics in the same folder, {config.folder}",
+                    expected="each checkpoint once",
+                )
+            places[place] = config.checkpoint
+        return configs
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(LabelledConfig):
+    """Settings of what learns classes: of which of the training images, and how it is measured."""
+
+    fraction: float | None = setting(None, identity=False, unit="share", above=0, below=1)
+    """Only this share of each class's training images, and at least one."""
+    shots: int | None = setting(None, identity=False, unit="images", least=1)
+    """Only so many training images of each class."""
+    draws: int = setting(1, identity=False, unit="draws", least=1, most=30)
+    """Of --fraction or --shots: so many draws, each learnt from; metrics are means over them."""
+    first_draw: int = setting(0, identity=False, unit="number", least=0)
+    """The number of the first draw."""
+    train_list: str | None = setting(None, identity=False, several=True)
+    """Only the training images that a file names, a line each. Several files are several draws."""
+    save_lists: str | None = setting(None, identity=False)
+    """A folder for the lists of images that were drawn: draw-0.txt, ..."""
+    corruptions: bool = setting(False, identity=False)
+    """Measure on corrupted validation images too: noise, blur, ..., at five severities."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        chosen = {
+            name: value
+            for name in ("fraction", "shots", "train_list")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(chosen) > 1:
+            raise ConfigError(
+                " and ".join(f"{name} {value}" for name, value in chosen.items()),
+                expected="one of them: each says which images are learnt from",
+            )
+        if self.draws > 1 and not chosen.keys() & {"fraction", "shots"}:
+            raise ConfigError(
+                f"draws {self.draws} without fraction or shots",
+                expected="something to draw; each file of train_list is a draw by itself",
+                fix="--shots 10",
+            )
+        if self.save_lists and not chosen:
+            raise ConfigError(
+                f"save_lists {self.save_lists} of all images", fix="--shots 10, or --fraction 0.01"
+            )
+
+    def each_draw(self) -> list[Self]:
+        """These settings for each draw."""
+        if self.train_list is not None:
+            return [replace(self, train_list=name) for name in names_in(self.train_list)]
+        return [replace(self, draws=1, first_draw=self.first_draw + i) for i in range(self.draws)]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(ClassificationConfig):
+    """Settings of the protocols that look at features of a frozen network."""
+
+    features: str | None = None
+    """Where features are kept for the next evaluation, float32, or none; default:
+    frozen_features/ in the run's folder."""
+    baseline: str = setting("random", choices=("random", "none"))
+    """What is measured beside the checkpoint: random, the same network as timm initialises it."""
+    memory: str | None = setting(None, auto=True)
+    """Features that each rank keeps in memory between two passes, such as 8GB; auto: half of a
+    GPU's free memory, 1GB on a CPU. Others are read from disk again."""
+    teacher: str | None = None
+    """With checkpoint teacher: its name or config, as in extract-targets."""
+    pretrained: str | None = setting(None, auto=True)
+    """With checkpoint teacher: its weights, as in extract-targets."""
+    teacher_norm: str | None = setting(None, auto=True)
+    """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.memory is not None:
+            parse_bytes(self.memory)
+
+    @property
+    def feature_set(self) -> str:
+        """Which features are looked at: a name of milan.evaluation.frozen.FEATURES."""
+        return "pooled"
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """How many bytes of features of a data set are kept on disk; None: all, however many."""
+        return None
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig(EvaluationConfig):
+    """What `milan linear-probe` does."""
+
+    protocol: str = setting("logistic", choices=("logistic", "published", "dinov2"))
+    """logistic: a converged logistic regression on standardised features; published: the class
+    token, normalised, by LARS (MILAN, MAE); dinov2: the best of 13 learning rates, of the last
+    block or 4, with the mean of patches or without."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
+    """Passes; auto: with published 100 (MAE: 90), with dinov2 as many as take 12,500 steps (10 of
+    ImageNet), at most 100."""
+    step_images: int | None = setting(None, unit="images", auto=True, least=1)
+    """Images of a step, over all devices; auto: with published 16384, or a 78th of the images, with
+    dinov2 1024, or a 20th; at least 64."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate of published; auto: 3.2, from a width of 1024 on 1.28 (MILAN's of ViT-B
+    and ViT-L); MAE: 6.4."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range or without effect."""
+        super().check()
+        without_effect = {
+            "logistic": ("epochs", "step_images", "lr"), "published": (), "dinov2": ("lr",)
+        }[self.protocol]  # fmt: skip
+        for name in without_effect:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} with protocol {self.protocol}, which has none",
+                    fix="--protocol published",
+                )
+
+    @property
+    def feature_set(self) -> str:
+        """The last blocks for the grid of DINOv2."""
+        return "blocks" if self.protocol == "dinov2" else "pooled"
+
+
+@dataclass(frozen=True)
+class AttentiveProbeConfig(EvaluationConfig):
+    """What `milan attentive-probe` does."""
+
+    queries: str = setting("class", choices=("class", "one"))
+    """class: a learnt query and a weight vector for each class; one: a single learnt query."""
+    heads: int = setting(4, unit="heads", least=1)
+    """Of the single query, each with a share of the channels."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
+    """Passes; auto: as many as take 12,500 steps, at most 20."""
+    step_images: int | None = setting(None, unit="images", auto=True, least=1)
+    """Images of a step, over all devices; auto: 256, or a 78th of the images; at least 64."""
+    keep: str = "20GB"
+    """Patches kept on disk for each network and set of images, float16; larger ones are computed in
+    every pass."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        parse_bytes(self.keep)
+
+    @property
+    def feature_set(self) -> str:
+        """All patches of the last block."""
+        return "patches"
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """`keep` as a number."""
+        return parse_bytes(self.keep)
+
+
+@dataclass(frozen=True)
+class FewShotConfig(LinearProbeConfig):
+    """Settings of `milan few-shot`: the linear probe's, with other defaults."""
+
+    shots: int | None = setting(10, identity=False, unit="images", least=1)
+    """Only so many training images of each class."""
+    draws: int = setting(3, identity=False, unit="draws", least=1, most=30)
+    """So many draws, each learnt from; metrics are means over them."""
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(LabelledConfig):
+    """Settings of the protocols that train the encoder together with a new head."""
+
+    section: ClassVar[str]
+    """Of the parameter file and of recipes: the protocol's name."""
+
+    recipe: str = setting("vit_base", identity=False)
+    """A published recipe, from which all else deviates: vit_base, vit_large."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Edge of the images; auto: the encoder's. Positions are resampled."""
+    epochs: int = setting(100, unit="epochs", least=1)
+    """Passes over the images."""
+    warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: a twentieth of the epochs (5 of 100)."""
+    batch_size: int = setting(1024, unit="images", least=1)
+    """Images of a step, over all devices."""
+    micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
+    """Images at once on a device, at most; auto: by the device."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: by the batch size, 4e-4 for 1024 images (MILAN)."""
+    min_lr: float = setting(1e-6, unit="a step", least=0)
+    """Learning rate at the end."""
+    layer_decay: float = setting(0.65, unit="times", above=0, most=1)
+    """Learning rate of a block, as a share of the next one's."""
+    weight_decay: float = setting(0.05, unit="times lr", least=0)
+    """AdamW's; none for biases, norms, positions and tokens."""
+    drop_path: float = setting(0.1, unit="share", least=0, below=1)
+    """Probability that the last block is skipped; earlier ones less."""
+    hflip: float = setting(0.5, unit="share", least=0, most=1)
+    """Probability that a training image is mirrored."""
+    ema: float | None = setting(None, unit="share", least=0, below=1)
+    """Decay of a moving average of the weights, such as 0.9999, which is then measured and kept."""
+    clip_grad: float | None = setting(None, unit="norm", above=0)
+    """Largest norm of a step's gradients; default: no clipping, as published."""
+    precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
+    """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
+    tf32: bool = setting(True, identity=False)
+    """Multiply float32 in TF32, where precision is fp32 on CUDA; sums stay float32."""
+    compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
+    """torch.compile of the network; auto: on CUDA, and without it where it fails."""
+    num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
+    """Loader workers of each rank; auto: its share of the cores but one."""
+    report_to: str = setting("tensorboard", identity=False)
+    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
+    log_every: int = setting(10, identity=False, unit="steps", least=1)
+    """Steps between lines of the log."""
+    max_restarts: int = setting(3, identity=False, unit="times", least=0)
+    """How often all ranks restart from the last checkpoint after one crashed."""
+    overwrite: bool = setting(False, identity=False)
+    """Replace a run of other settings."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.checkpoint == "teacher" and not self.takes_teacher:
+            raise teacher_refused()
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
+                expected="less than the epochs",
+            )
+
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether the checkpoint may be the teacher."""
+        return False
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run: beside its metrics, without .json."""
+        return Path(self.out).with_suffix("") if self.out else self.folder / self.section
+
+
+def teacher_refused() -> ConfigError:
+    """The error for a teacher that would be trained."""
+    return ConfigError(
+        "checkpoint teacher: its network is not trained here",
+        expected="a run, timm:NAME, published[:FILE] or random",
+        fix="--checkpoint timm:vit_base_patch16_clip_224.openai, the published teacher",
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig, ClassificationConfig):
+    """What `milan finetune` does; defaults are the published ViT-B/16 recipe (MILAN)."""
+
+    section = "finetune"
+
+    pooling: str = setting("mean", choices=("mean", "token"))
+    """What the head sees: the mean of patches, or the class token."""
+    scale: tuple[float, float] = setting((0.08, 1.0), unit="share", above=0, most=1)
+    """Area of a training crop, as a share of the image."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment, AugMix or AutoAugment as timm names policies; none."""
+    erasing: float = setting(0.25, unit="share", least=0, most=1)
+    """Probability that a rectangle of a training image is replaced by noise."""
+    mixup: float = setting(0.8, unit="alpha", least=0)
+    """Mixup of pairs of training images; 0: none. With cutmix each half of the time."""
+    cutmix: float = setting(1.0, unit="alpha", least=0)
+    """CutMix; 0: none."""
+    smoothing: float = setting(0.1, unit="share", least=0, below=1)
+    """Label smoothing."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller share first"
+            )
+
+
+@dataclass(frozen=True)
+class DetectConfig(SupervisedConfig):
+    """What `milan detect` does; defaults are ViTDet's for ViT-B (arXiv 2203.16527)."""
+
+    section = "detect"
+
+    data: str = setting("coco", identity=False)
+    """Images with COCO's JSON in the folder or in its annotations/, or the JSON."""
+    annotations: str | None = setting(None, identity=False)
+    """COCO's JSON of the images to train on, if not in the folder of --data."""
+    val_data: str | None = setting(None, identity=False)
+    """Images to measure on, with their JSON; default: the validation images of --data, else a
+    fifth by seed."""
+    val_annotations: str | None = setting(None, identity=False)
+    """Their JSON, if it is elsewhere."""
+    masks: str = setting("auto", choices=("auto", "none"))
+    """Masks too, if the annotations have them (auto), or boxes alone (none)."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Edge of the square that images are scaled and padded to; auto: 1024. Positions are
+    resampled."""
+    warmup_epochs: float | None = setting(0.14, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: a twentieth of the epochs. As published 250 of 184,375 steps."""
+    batch_size: int = setting(64, unit="images", least=1)
+    """Images of a step, over all devices."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: by the batch size, 1e-4 for 64 images."""
+    schedule: str = setting("steps", choices=("steps", "cosine"))
+    """Learning rate: a tenth after 89 % and a hundredth after 96 % of the run (steps), or half a
+    cosine."""
+    layer_decay: float = setting(0.7, unit="times", above=0, most=1)
+    """Learning rate of a block, as a share of the next one's."""
+    weight_decay: float = setting(0.1, unit="times lr", least=0)
+    """AdamW's; none for biases, norms and positions."""
+    scale: tuple[float, float] = setting((0.1, 2.0), unit="times", above=0)
+    """Training images are scaled by a factor in this range; what is larger is cropped."""
+    window: int = setting(14, unit="patches", least=0)
+    """Edge of the windows that all but four blocks attend in; 0: every block sees the image."""
+    width: int = setting(256, unit="channels", least=8)
+    """Of the feature pyramid and the heads."""
+    anchor_scale: float = setting(8.0, unit="strides", above=0)
+    """Edge of the anchors on each level of the pyramid (strides 4 to 64): 8 is 32 to 512 pixels."""
+    proposals: int = setting(1000, unit="regions", least=1)
+    """What the box head looks at in an image, at most."""
+    samples: int = setting(512, unit="regions", least=1)
+    """What it learns from in an image."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super().check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller factor first"
+            )
+        if self.crop_share != DetectConfig.crop_share:
+            raise ConfigError(
+                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+            )
+
+
+@dataclass(frozen=True)
+class ZeroShotConfig(LabelledConfig):
+    """Settings of classification by words alone. All images of --val-data are measured, else of
+    --data, for nothing is fitted."""
+
+    cache: str | None = None
+    """The store whose class texts are compared with; default: the one that the run was trained
+    on. Of a store without texts the teacher's text tower is used."""
+    teacher: str | None = None
+    """The teacher that is measured beside, and whose text tower gives the texts of classes that the
+    store lacks; default: the store's, if its weights are at hand."""
+    pretrained: str | None = setting(None, auto=True)
+    """Its weights, as in extract-targets."""
+    teacher_norm: str | None = setting(None, auto=True)
+    """imagenet, own or auto, as in extract-targets."""
+    pictures: int = setting(6, unit="classes", least=0, most=12)
+    """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
+
+
+@dataclass(frozen=True)
+class SegmentConfig(SupervisedConfig):
+    """What `milan segment` does; numbers that are not given are the published ones of `protocol`
+    (milan/recipes: segment_linear, segment_upernet)."""
+
+    section = "segment"
+
+    checkpoint: str = setting("runs/pretrain", identity=False)
+    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it); teacher, with
+    protocol linear."""
+    data: str = setting("ade20k", identity=False)
+    """A folder with images and masks in it, or Parquet files with both."""
+    val_data: str | None = setting(None, identity=False)
+    """Images with masks to measure on; default: a fifth of --data, by seed."""
+    crop_share: float = setting(0.875, unit="share", above=0, most=1)
+    """Not taken: whole images are measured."""
+    protocol: str = setting("linear", choices=("linear", "upernet"))
+    """linear: BatchNorm and a 1x1 convolution on the frozen encoder (DINOv3); upernet: UPerNet's
+    decoder on blocks 4, 6, 8 and 12, all weights trained (MILAN, MAE)."""
+    masks: str | None = setting(None, identity=False, auto=True)
+    """Folder of the masks, beside images in --data; auto: annotations, masks or labels."""
+    mask_column: str = setting("mask", identity=False)
+    """Of Parquet files: the column of the masks."""
+    classes: str | None = setting(None, identity=False)
+    """A text file of class names, a line each, that of class 0 first; default: numbers."""
+    palette: str | None = setting(None, identity=False)
+    """A text file that says what the colours of masks mean: red green blue name, a line each."""
+    ignore: int = setting(255, unit="number", least=-1)
+    """Number, in masks, of pixels that do not count; -1: none."""
+    reduce_zero_label: bool = False
+    """Pixels of number 0 do not count, and 1 is the first class (ADE20K)."""
+    size: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Height of crops and windows; auto: 512, or the next multiple of the patch."""
+    width: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Width of crops and windows; auto: as high as wide."""
+    scale: tuple[float, float] = setting((0.5, 2.0), unit="times", above=0)
+    """Training images, times the smallest size that a crop fits in."""
+    distortion: float = setting(0.5, unit="share", least=0, most=1)
+    """Probability of each change of brightness, contrast, saturation and hue."""
+    channels: int | None = setting(None, unit="numbers", auto=True, least=1)
+    """Width of UPerNet's decoder; auto: the encoder's."""
+    auxiliary: float = setting(0.4, unit="times", least=0)
+    """Weight of the loss of UPerNet's auxiliary classifier."""
+    epochs: int | None = setting(None, unit="epochs", auto=True, least=1)  # type: ignore[assignment]
+    """Passes over the images; auto: 32 (linear), 127 (upernet)."""
+    batch_size: int | None = setting(None, unit="images", auto=True, least=1)  # type: ignore[assignment]
+    """Images of a step, over all devices; auto: 16."""
+    lr: float | None = setting(None, unit="a step", auto=True, above=0)
+    """Peak learning rate; auto: by the batch size, for 16 images 1e-3 (linear), 1e-4 (upernet)."""
+    warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
+    """Linear warm-up; auto: 1.2 of the published epochs, less of fewer."""
+    min_lr: float | None = setting(None, unit="a step", auto=True, least=0)  # type: ignore[assignment]
+    """Learning rate at the end; auto: 0."""
+    layer_decay: float | None = setting(None, unit="times", auto=True, above=0, most=1)  # type: ignore[assignment]
+    """Learning rate of a block, as a share of the next one's; auto: 0.65 (upernet)."""
+    weight_decay: float | None = setting(None, unit="times lr", auto=True, least=0)  # type: ignore[assignment]
+    """AdamW's; auto: 1e-3 (linear), 0.05 (upernet)."""
+    drop_path: float | None = setting(None, unit="share", auto=True, least=0, below=1)  # type: ignore[assignment]
+    """Probability that the last block is skipped; auto: 0.1 (upernet)."""
+    teacher: str | None = setting(None, identity=False)
+    """With checkpoint teacher: its name or config, as in extract-targets."""
+    pretrained: str | None = setting(None, identity=False, auto=True)
+    """With checkpoint teacher: its weights, as in extract-targets."""
+    teacher_norm: str | None = setting(None, identity=False, auto=True)
+    """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
+    baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
+    """What is trained beside the checkpoint: random, the same network as timm initialises it;
+    auto: random (linear), none (upernet)."""
+
+    @property
+    def takes_teacher(self) -> bool:
+        """A frozen encoder may be any."""
+        return self.protocol == "linear"
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range."""
+        super(SegmentConfig, self.published()).check()
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(
+                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller number first"
+            )
+        if self.crop_share != SegmentConfig.crop_share:
+            raise ConfigError(
+                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+            )
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run: of each protocol its own, or beside its metrics."""
+        own = self.folder / self.section / self.protocol
+        return Path(self.out).with_suffix("") if self.out else own
+
+    def recipe_values(self) -> dict[str, Any]:
+        """field -> the published value. Raises ConfigError."""
+        check_choice("protocol", self.protocol, ("linear", "upernet"))
+        return load_recipe(SegmentConfig, self.recipe, f"segment_{self.protocol}")
+
+    def published(self) -> SegmentConfig:
+        """With the published numbers where none are given. Raises ConfigError."""
+        values = self.recipe_values()
+        batch, epochs = self.batch_size or values["batch_size"], self.epochs or values["epochs"]
+        values |= {
+            "lr": values["lr"] * batch / values["batch_size"],
+            "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
+        }
+        missing = {name: v for name, v in values.items() if getattr(self, name) is None}
+        baseline = self.baseline or ("random" if self.protocol == "linear" else "none")
+        return replace(self, **missing, baseline=baseline)
