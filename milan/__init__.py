@@ -90,6 +90,7 @@ _SHOW_PROGRESS = (
     "embed",
     "neighbours",
     "segment",
+    "zero_shot",
     "verify",
     "repair",
 )
@@ -120,6 +121,7 @@ __all__ = [
     "predict",
     "embed",
     "neighbours",
+    "zero_shot",
     "segment",
     "SegmentConfig",
     "load_segmenter",

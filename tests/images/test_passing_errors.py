@@ -182,7 +182,7 @@ def test_whoever_reads_images_ends(
         "changed images": lambda: changed_images(
             dataset, at[0], stop=Stop(), progress=NoProgress()
         ),
-        "probe": lambda: _central_square(dataset.source, 32, 0.875, 0, square),
+        "probe": lambda: _central_square(dataset.source, 32, 0.875, None, 0, square),
         "audit": lambda: verify(store, audit=Audit(4)),
     }
     square = np.empty((32, 32, 3), np.uint8)

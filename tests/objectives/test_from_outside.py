@@ -89,7 +89,7 @@ def test_two_ranks_train_it(outside: Path, store: Path, tmp_path: Path, forked_r
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mila", "objective 'mila'; expected: one of milan, pixels, rils, or package"),
+        ("mila", "objective 'mila'; expected: one of milan, pixels, rils, rils-cached, or package"),
         ("no_such_module:Class", "No module named 'no_such_module'"),
         ("outside_objective:Missing", "has no attribute 'Missing'"),
         ("outside_objective:NOT_ONE", "is no subclass of"),

@@ -21,7 +21,7 @@ from helpers import Ran, run_here, tree
 
 from milan.config import PretrainConfig
 from milan.errors import MilanError
-from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.config import LinearProbeConfig
 from milan.evaluation.protocols import PROTOCOLS
 from pipeline.config import ExtractConfig
 
@@ -103,7 +103,7 @@ def test_the_examples_of_the_help_are_command_lines() -> None:
     ("command", "kind", "key"),
     [
         ("extract-targets", ExtractConfig, "views"), ("pretrain", PretrainConfig, "window_rows"),
-        ("linear-probe", EvaluationConfig, "crop_share"), ("extract", ExtractConfig, "batch_size"),
+        ("linear-probe", LinearProbeConfig, "crop_share"), ("extract", ExtractConfig, "batch_size"),
     ],
 )  # fmt: skip
 def test_config_lists_every_key(command: str, kind: type, key: str) -> None:
