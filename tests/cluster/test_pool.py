@@ -399,6 +399,7 @@ def test_joining_a_cluster(
     assert ray.cluster_resources()["CPU"] >= 1
 
 
+@pytest.mark.soak
 def test_a_killed_worker_changes_no_byte(
     cluster: str, many: Path, teacher_files: dict[str, str], tmp_path: Path
 ) -> None:

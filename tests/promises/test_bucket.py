@@ -180,6 +180,7 @@ def test_stored_views_and_bad_images(
     assert all((near[i]["image"] == far[i]["image"]).all() for i in range(4))
 
 
+@pytest.mark.soak
 def test_a_store_grows(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, tmp_path: Path
 ) -> None:
@@ -291,6 +292,7 @@ def test_damage_is_found_and_mended(
     assert len(put_again) == 16
 
 
+@pytest.mark.soak
 def test_a_server_that_is_down_is_no_damage(remote: str, s3: Proxy) -> None:
     """Else repair would throw away good shards. One line says what happened."""
     cache = TargetCache(remote)
@@ -625,6 +627,7 @@ def test_a_plan_writes_nothing(
         extract_targets(str(photos), out="memory://x/t.zarr", **settings)
 
 
+@pytest.mark.soak
 def test_a_restored_image_becomes_a_row(tmp_path: Path, url: str, settings: dict[str, Any]) -> None:
     """The finished store of a bucket grows by it, and no object is replaced but the index."""
     data = make_photos(tmp_path / "photos", count=3)

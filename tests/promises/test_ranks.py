@@ -76,7 +76,7 @@ def alone(finished_run: Callable[..., Path]) -> Path:
     return finished_run(**TWO | {"devices": 1, "micro_batch": 4})
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_one_two_one(
     parallel: str, alone: Path, store: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

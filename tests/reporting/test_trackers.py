@@ -59,6 +59,7 @@ def test_tensorboard_catches_up(
     assert not [tag for tag in tags if tag.startswith(("train/val", "train/knn"))]
 
 
+@pytest.mark.soak
 def test_mlflow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run in a real database beside the folder; each step once, settings and pictures."""
     tracking = pytest.importorskip("mlflow.tracking")

@@ -247,6 +247,7 @@ def _read_at_random(store: Path, folder: Path, seed: int) -> None:
         assert same(near, plain, ROWS[[at]], VIEWS[[at]])
 
 
+@pytest.mark.soak
 def test_two_runs_share_a_folder(copied: Path, cache: TargetCache, tmp_path: Path) -> None:
     """Right values in both while they evict each other's shards; the limit holds for both."""
     context = multiprocessing.get_context("forkserver")

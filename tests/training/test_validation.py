@@ -235,10 +235,11 @@ FSDP = {
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param({"micro_batch": 1}, id="ddp", marks=pytest.mark.soak),
+        pytest.param({"micro_batch": 1}, id="ddp"),
         pytest.param(FSDP, id="fsdp"),
     ],
 )
+@pytest.mark.soak
 def test_three_ranks_judge_as_one(more: dict[str, Any], store: Path, tmp_path: Path) -> None:
     """Eight held-out rows over three ranks, of which one repeats a row: the figures of one."""
     run = {**WATCHED, "epochs": 8, "batch_size": 6, "clip_grad": more.get("clip_grad")}
