@@ -602,6 +602,7 @@ def test_a_shard_is_made_again_from_where_its_images_lie(
     TargetCache(damaged)
 
 
+@pytest.mark.soak
 def test_training_reads_them_in_workers(stores: dict[str, Path], store: Path) -> None:
     """The loader's own processes connect anew; the stream is that of the local folder."""
     streams = []

@@ -462,6 +462,7 @@ def killed_at(
     extract_targets(str(photos), out=out, **settings)
 
 
+@pytest.mark.soak
 def test_a_killed_driver_is_no_obstacle(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, tmp_path: Path
 ) -> None:
@@ -518,7 +519,7 @@ def test_faults_that_pass(
     assert same_store(url, store)
 
 
-@pytest.mark.parametrize("fault", ["500", "corrupt"])
+@pytest.mark.parametrize("fault", ["500", pytest.param("corrupt", marks=pytest.mark.soak)])
 def test_faults_that_stay(
     s3: Proxy, photos: Path, settings: dict[str, Any], url: str, store: Path, fault: str
 ) -> None:

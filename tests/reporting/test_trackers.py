@@ -124,6 +124,7 @@ def records_of(path: Path) -> Iterator[bytes]:
             record = b""
 
 
+@pytest.mark.soak
 def test_wandb_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call leaves a part, all of one id; each step is in one of them, or said alike."""
     pytest.importorskip("wandb")
