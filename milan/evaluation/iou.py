@@ -74,7 +74,7 @@ def agreement(counts: np.ndarray, images: Areas, *, seed: int = 0) -> Agreement:
     matrix = torch.from_numpy(counts)
 
     def figure(kind: Any, **how: Any) -> Any:
-        metric = kind(classes, **how)
+        metric = kind(classes, sync_on_compute=False, **how)  # the matrix is of all ranks
         metric.update(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         metric.confmat = matrix
         return metric.compute()

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from milan.errors import CacheError
 from milan.models.encoder import create_vit
-from milan.models.export import read_about
+from milan.models.export import load_whole, read_about
 
 CLASSIFIER = "classifier.safetensors"
 """The file in the folder of a fine-tuning."""
@@ -61,11 +59,7 @@ def load_classifier(folder: str | Path) -> Any:
     vit = create_classifier(
         about["model"], about["model_args"], size=size, classes=len(names), pooling=about["pooling"]
     )
-    try:
-        vit.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CacheError(f"{path} does not fit {about['model']}: {first}") from None
+    load_whole(vit, path, about["model"])
     describe_input(vit, about["mean"], about["std"], size=size, crop_share=about["crop_share"])
     vit.class_names = names
     return vit.eval()

@@ -22,8 +22,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import LayerNorm2d, resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +36,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from milan.core.device import MEAN, STD
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
-from milan.models.export import read_about
+from milan.models.export import load_whole, read_about
 from milan.models.weights import POSITIONS, State
 
 DETECTOR = "detector.safetensors"
@@ -341,10 +339,9 @@ def load_detector(folder: str | Path) -> Detector:
     spec = DetectorSpec(**{name: about[name] for name in names})
     try:
         detector = Detector(detector_encoder(spec), spec)
-        detector.load_state_dict(load_file(path), strict=True)
-    except (ConfigError, SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CacheError(f"{path} does not fit {spec.model}: {first}") from None
+    except ConfigError as error:
+        raise CacheError(f"{path} does not fit {spec.model}: {error}") from None
+    load_whole(detector, path, spec.model)
     return detector.eval()
 
 

@@ -52,6 +52,15 @@ def _same_header(data: bytes) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded + data[8 + length :]
 
 
+def load_whole(network: Any, file: Path, model: str) -> None:
+    """Load all weights of a network from its file, of a ViT `model`. Raises CacheError."""
+    try:
+        network.load_state_dict(load_file(file), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CacheError(f"{file} does not fit {model}: {first}") from None
+
+
 def read_about(run: str | Path) -> dict[str, Any]:
     """What an encoder.safetensors (or the run that holds it) says of itself in its header."""
     path = encoder_file(run)

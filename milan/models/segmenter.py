@@ -16,15 +16,13 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from milan.core.device import normalise
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import VIT_MODULES, create_vit, module_of
-from milan.models.export import read_about
+from milan.models.export import load_whole, read_about
 
 SEGMENTER = "segmenter.safetensors"
 """The file in the folder of a segmentation."""
@@ -230,11 +228,7 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     set_window(encoder, window)
     head = build_head(about["protocol"], encoder, len(names), channels=about["channels"])
     segmenter = Segmenter(prepared(encoder, head), head, window=window, frozen=True)
-    try:
-        segmenter.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CacheError(f"{path} does not fit {about['model']}: {first}") from None
+    load_whole(segmenter, path, about["model"])
     segmenter.class_names, segmenter.colours = names, about["colours"]
     segmenter.mean, segmenter.std = tuple(about["mean"]), tuple(about["std"])
     return segmenter.eval().requires_grad_(False)

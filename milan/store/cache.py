@@ -273,9 +273,12 @@ class TargetCache:
         ids = self.texts(rows).ids
         return ids if ids.ndim == 3 else ids[:, None]
 
+    def _other_layers(self) -> list[TargetCache]:
+        return [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
+
     def no_targets(self) -> CacheError:
         """The error for what needs a teacher's targets, which this layer has not."""
-        others = [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
+        others = self._other_layers()
         told = next((cache.layer for cache in others if cache.spec.has_targets), None)
         return CacheError(
             f"{self.path} has no targets of a teacher" + (f" in {self.layer}" if others else ""),
@@ -295,7 +298,7 @@ class TargetCache:
 
     def no_texts(self) -> CacheError:
         """The error for what needs texts, which this layer has not."""
-        others = [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
+        others = self._other_layers()
         told = next((cache.layer for cache in others if cache.spec.texts), None)
         return CacheError(
             f"{self.path} has no texts" + (f" in layer {self.layer}" if others else ""),
