@@ -1,6 +1,7 @@
 """A training step from the cache, against itself with the teacher online and the published step.
 
     python -m benchmarks.step [--batch 64] [--micro N] [--rounds 7] [--precision fp32 bf16]
+        [--decode-fraction 0.25]
 
 Both sides have a ViT-B student with the published decoder and random weights: only speed is
 measured. The published step (`benchmarks/published.py`) gets normalised images. Ours gets a batch
@@ -129,9 +130,10 @@ def ours(
     device: torch.device,
     *,
     micro: int | None = None,
+    **settings: Any,
 ) -> Callable[[], None]:
     """The step of `milan pretrain`, on one batch of random targets."""
-    return case(precision, size, tower, patch, device, micro=micro).run(size)
+    return case(precision, size, tower, patch, device, micro=micro, **settings).run(size)
 
 
 def online(
@@ -174,6 +176,7 @@ def main() -> None:
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--micro", type=int, help="default: as pretraining uses")
+    flags.add_argument("--decode-fraction", type=float, default=1.0, help="of ours")
     flags.add_argument("--published-micro", type=int, help="default: the batch at once")
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     flags.add_argument("--pairs", nargs="+", type=int, default=[0, 1, 2], help="indexes of PAIRS")
@@ -189,7 +192,7 @@ def main() -> None:
     for precision in args.precision:
         for tower, patch in (PAIRS[i] for i in args.pairs):
             arguments = (precision, args.batch, tower, patch, device)
-            cached = ours(*arguments, micro=args.micro)
+            cached = ours(*arguments, micro=args.micro, decode_fraction=args.decode_fraction)
             seconds = interleaved(
                 {
                     "published": published(*arguments, micro=args.published_micro),
@@ -208,6 +211,7 @@ def main() -> None:
             print(row, flush=True)
     command = f"python -m benchmarks.step --batch {args.batch}"
     command += f" --micro {args.micro}" if args.micro else ""
+    command += f" --decode-fraction {args.decode_fraction}" if args.decode_fraction < 1 else ""
     command += f" --published-micro {args.published_micro}" if args.published_micro else ""
     command += (
         f" --rounds {args.rounds} --clock {args.clock} --precision {' '.join(args.precision)}"

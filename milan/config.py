@@ -59,6 +59,9 @@ class PretrainConfig:
     """semantic or random; auto: the objective's (semantic for milan, random for others)."""
     mask_ratio: float = setting(0.75, unit="share", above=0, below=1)
     """Share of patches that are masked."""
+    decode_fraction: float = setting(1.0, unit="share", above=0, most=1)
+    """Share of the masked patches that a step decodes, drawn by address; the others cost nothing
+    and are in no loss. Published: 1."""
     init: str | None = None
     """Start from weights: another run's encoder (its folder), timm:NAME, or published[:FILE]."""
 

@@ -1,4 +1,4 @@
-"""The decoder: predicts every token from the visible ones, by prompting (MILAN) or plainly (MAE).
+"""The decoder: predicts tokens from the visible ones, by prompting (MILAN) or plainly (MAE).
 
 B views, N patches = V visible + M masked, T = 1 + N tokens with the class token first (T = N
 where the encoder has none), E encoder width, D decoder width, C target width.
@@ -106,7 +106,7 @@ def _mae_block(width: int, heads: int, mlp_ratio: float) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """Predicts all T tokens from the encoded visible ones.
+    """Predicts all T tokens from the encoded visible ones, or those that `Mask.chosen` leaves.
 
     kind `prompt` (MILAN, section 3.2): visible tokens are fixed prompts, only masked tokens are
     updated. kind `mae`: every token is updated by plain self-attention (MAE). Without
@@ -149,7 +149,10 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(embed_dim, target_width)
 
     def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
-        """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first."""
+        """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first.
+
+        Where the mask chooses D masked patches, the others are in no block, and T = 1 + V + D.
+        """
         z = self.embed(latent)
         b, _, d = z.shape
         # Tokens are kept as [class, visible | masked]; attention does not care for their order,
@@ -161,7 +164,7 @@ class Decoder(nn.Module):
         # autocast, as in the published code.
         position = self.pos_embed.expand(b, -1, -1)
         prompts = z + position.gather(1, order[..., None].expand(-1, -1, d))
-        masked = self.mask_token + position.gather(1, mask.masked[..., None].expand(-1, -1, d) + 1)
+        masked = self.mask_token + position.gather(1, mask.decoded[..., None].expand(-1, -1, d) + 1)
         if self.kind == "prompt":
             for block in self.blocks if masked.shape[1] else ():  # else nothing to update
                 masked = run_block(block, prompts, masked, recompute=recompute)
@@ -170,6 +173,6 @@ class Decoder(nn.Module):
             tokens = torch.cat([prompts, masked], dim=1)
             for block in self.blocks:
                 tokens = run_block(block, tokens, recompute=recompute)
-        raster = torch.cat([order, mask.masked + 1], dim=1).argsort(dim=1)
+        raster = torch.cat([order, mask.decoded + 1], dim=1).argsort(dim=1)
         prediction = self.pred(self.norm(tokens))
         return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))

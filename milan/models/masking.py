@@ -1,8 +1,8 @@
-"""Which patches the student sees.
+"""Which patches the student sees, and which it decodes.
 
 True or "masked" means hidden from the student. A draw is a plain function of uniform noise at an
 address, so a resumed or re-sharded run draws the same mask. B views, N patches = V visible + M
-masked.
+masked, of which D are decoded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,25 @@ class Mask(NamedTuple):
     """[B, V]"""
     masked: torch.Tensor
     """[B, M]"""
+    chosen: torch.Tensor | None = None
+    """[B, D]: the masked patches that are decoded; None: all are, as published."""
+
+    @property
+    def decoded(self) -> torch.Tensor:
+        """[B, D]: the masked patches that are decoded."""
+        return self.masked if self.chosen is None else self.chosen
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """[B, V + D]: the patches that a decoder predicts, in the order of its tokens."""
+        return torch.cat([self.visible, self.decoded], dim=1).sort(dim=1).values
+
+    @property
+    def decoded_at(self) -> torch.Tensor:
+        """[B, D]: where the decoded patches are among those that are predicted."""
+        if self.chosen is None:
+            return self.masked
+        return torch.searchsorted(self.predicted, self.chosen)
 
     def boolean(self) -> torch.Tensor:
         """[B, N], True = masked."""
@@ -60,3 +79,16 @@ def importance_mask(attention: torch.Tensor, noise: torch.Tensor, *, visible: in
 def random_mask(noise: torch.Tensor, *, visible: int) -> Mask:
     """Choose visible patches uniformly (MAE): the race with equal weights."""
     return importance_mask(torch.ones_like(noise), noise, visible=visible)
+
+
+def decode_share(mask: Mask, noise: torch.Tensor, share: float) -> Mask:
+    """The mask with a `share` of its masked patches decoded, and the others left out of the step:
+    D = M share, rounded, at least 1 (partial prediction; CrossMAE, arXiv 2401.14391).
+
+    They are chosen uniformly, by the low bits of the `noise` [B, N] float32 whose high bits drew
+    the mask: 2^-12 is the coarsest grid of what is left, and ties go to the lower index.
+    """
+    count = max(1, round(mask.masked.shape[1] * share))
+    low = (noise * 4096).frac().gather(1, mask.masked)
+    at = low.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    return mask._replace(chosen=mask.masked.gather(1, at))

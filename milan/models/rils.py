@@ -80,10 +80,10 @@ class RilsStudent(Student):
 
     def forward(self, images: torch.Tensor, mask: Mask, ids: torch.Tensor) -> JointOutput:  # type: ignore[override]
         """Normalised images [B, 3, S, S] and the token ids [B, L] of a caption each."""
-        predicted = _rows(self._patches(super().forward(images, mask)), mask.masked)
+        predicted = _rows(self._patches(super().forward(images, mask)), mask.decoded_at)
         whole = self._patches(encode(self.encoder, images, recompute=self.recompute))
         # The target comes from the same weights as the prediction, and teaches them nothing.
-        target = _rows(whole.detach(), mask.masked) @ self.image_projection.detach()
+        target = _rows(whole.detach(), mask.decoded) @ self.image_projection.detach()
         return JointOutput(
             whole.mean(dim=1) @ self.image_projection,
             self.text(ids),

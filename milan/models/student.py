@@ -35,7 +35,7 @@ class Student(nn.Module):
         return self.encoder.patch_embed.num_patches
 
     def forward(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Normalised images [B, 3, S, S] to predictions [B, T, C]."""
+        """Normalised images [B, 3, S, S] to predictions [B, T, C], fewer where the mask chooses."""
         latent = encode(self.encoder, images, mask.visible, recompute=self.recompute)
         prefix, registers = self.encoder.num_prefix_tokens, self.encoder.num_reg_tokens
         if registers:  # they are no part of the picture: nothing is predicted from them

@@ -23,7 +23,7 @@ from milan.core.distributed import SINGLE, Ranks
 from milan.data.loader import Batch
 from milan.errors import ConfigError
 from milan.models.decoder import decoder_arguments
-from milan.models.masking import Mask, importance_mask, random_mask, visible_count
+from milan.models.masking import Mask, decode_share, importance_mask, random_mask, visible_count
 from milan.models.student import Student
 from milan.objectives.resample import resampled_attention
 from milan.store.cache import TargetCache
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     """What a student predicts for a micro-batch, and what it was given."""
 
     tokens: torch.Tensor
-    """[B, T, C]"""
+    """[B, T, C]; T = 1 + V + D where the mask chooses D masked patches."""
     images: torch.Tensor
     """[B, 3, S, S] normalised."""
     mask: Mask
@@ -45,8 +45,12 @@ class Prediction(NamedTuple):
 
     @property
     def patches(self) -> torch.Tensor:
-        """[B, N, C]: the tokens without the class token."""
-        return self.tokens[:, -self.batch.noise.shape[1] :]
+        """[B, N, C]: the tokens without the class token; of V + D patches where D are chosen."""
+        return self.of_patches(self.tokens)
+
+    def of_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] without the class token, if there is one."""
+        return tokens[:, -(self.mask.visible.shape[1] + self.mask.decoded.shape[1]) :]
 
     @property
     def patch_size(self) -> int:
@@ -147,12 +151,15 @@ class Objective(ABC):
         """
 
     def mask(self, batch: Batch) -> Mask:
-        """Which patches are masked; a pure function of the batch's noise and attention."""
+        """Which patches are masked and decoded, by the batch's noise and attention alone."""
         patches = batch.noise.shape[1]
         visible = visible_count(patches, self.mask_ratio)
         if self.draw == "random":
-            return random_mask(batch.noise, visible=visible)
-        return importance_mask(attention_of(batch), batch.noise, visible=visible)
+            mask = random_mask(batch.noise, visible=visible)
+        else:
+            mask = importance_mask(attention_of(batch), batch.noise, visible=visible)
+        share = self.config.decode_fraction
+        return mask if share == 1 else decode_share(mask, batch.noise, share)
 
     def predict(self, network: nn.Module, batch: Batch) -> Prediction:
         """Mask a micro-batch and let `network`, the student, predict; all on one device.

@@ -17,8 +17,27 @@ def feature_regression(prediction: torch.Tensor, features: torch.Tensor) -> torc
     `prediction`, `features` [B, T, C], any float dtype; computed in float32. Only directions
     matter; visible, masked and class tokens count alike. Scalar in [0, 4].
     """
-    cosine = F.cosine_similarity(prediction.float(), features.float(), dim=-1, eps=1e-12)
-    return (2 - 2 * cosine).mean()
+    return _distance(prediction, features).mean()
+
+
+def image_regression(prediction: Prediction, features: torch.Tensor) -> torch.Tensor:
+    """`feature_regression` of each image, [B], for features [B, T, C] of the predicted tokens.
+
+    Where D of M masked patches are decoded, each counts M / D times: the mean over draws is what
+    the same predictions of all tokens have.
+    """
+    distance, mask = _distance(prediction.tokens, features), prediction.mask
+    if mask.chosen is None:
+        return distance.mean(dim=1)
+    left_out = mask.masked.shape[1] - mask.chosen.shape[1]
+    decoded = prediction.of_patches(distance).gather(1, mask.decoded_at)
+    total = distance.sum(dim=1) + left_out * decoded.mean(dim=1)
+    return total / (distance.shape[1] + left_out)
+
+
+def _distance(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """2 - 2 cos of each token, [B, T] float32."""
+    return 2 - 2 * F.cosine_similarity(prediction.float(), features.float(), dim=-1, eps=1e-12)
 
 
 class FeatureRegression(Objective):
@@ -37,30 +56,47 @@ class FeatureRegression(Objective):
 
         Of another grid than the student's they are resampled: as unit vectors, for only directions
         count, and a long one must not drown its neighbours. A student without class token predicts
-        patches only.
+        patches only. Those of patches that are not decoded are left out.
         """
-        batch, patches = prediction.batch, prediction.batch.noise.shape[1]
+        batch, mask = prediction.batch, prediction.mask
+        patches = batch.noise.shape[1]
         assert batch.codes is not None
-        features = self.cache.codec.decode(batch.codes, batch.scale)
-        if features.shape[1] != 1 + patches:
+        codes, scale, resample = batch.codes, batch.scale, batch.codes.shape[1] != 1 + patches
+        at = None
+        if mask.chosen is not None:
+            at = F.pad(1 + mask.predicted, (1, 0))
+            if not resample:  # decode those alone
+                codes, scale = _tokens(codes, at), None if scale is None else scale.gather(1, at)
+        features = self.cache.codec.decode(codes, scale)
+        if resample:
             features = resampled_features(F.normalize(features, dim=-1), patches)
+            features = features if at is None else _tokens(features, at)
         return features[:, -prediction.tokens.shape[1] :]
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
-        """`feature_regression`."""
-        return feature_regression(prediction.tokens, self.features(prediction))
+        """`feature_regression`; the mean of `image_regression` where not all is decoded."""
+        return self._regression(prediction, self.features(prediction))
+
+    def _regression(self, prediction: Prediction, features: torch.Tensor) -> torch.Tensor:
+        if prediction.mask.chosen is None:
+            return feature_regression(prediction.tokens, features)
+        return image_regression(prediction, features).mean()
 
     def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:
         """The loss, and the mean cosine to the teacher over masked patches."""
         features = self.features(prediction)
         cosine = F.cosine_similarity(prediction.tokens.float(), features.float(), dim=-1)
-        masked = prediction.mask.boolean()
         return {
-            "loss": feature_regression(prediction.tokens, features),
-            "cosine": cosine[:, -masked.shape[1] :][masked].mean(),
+            "loss": self._regression(prediction, features),
+            "cosine": prediction.of_patches(cosine).gather(1, prediction.mask.decoded_at).mean(),
         }
 
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
         """The features of the patches, the teacher's and the student's."""
-        patches = prediction.patches.float()
-        return self.features(prediction)[:, -patches.shape[1] :].float(), patches
+        features = prediction.of_patches(self.features(prediction))
+        return features.float(), prediction.patches.float()
+
+
+def _tokens(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows `at` [B, K] of [B, T, C]."""
+    return table.gather(1, at[..., None].expand(-1, -1, table.shape[2]))

@@ -23,11 +23,13 @@ class PixelRegression(Objective):
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`pixel_regression`."""
+        mask, at = prediction.mask, None
+        hidden = mask.boolean()
+        if mask.chosen is not None:
+            at = mask.predicted
+            hidden = hidden.gather(1, at)
         return pixel_regression(
-            prediction.tokens,
-            prediction.images,
-            prediction.mask.boolean(),
-            patch=prediction.patch_size,
+            prediction.patches, prediction.images, hidden, patch=prediction.patch_size, at=at
         )
 
     def picture(self, prediction: Prediction) -> tuple[None, torch.Tensor]:
@@ -46,15 +48,23 @@ def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def pixel_regression(
-    prediction: torch.Tensor, images: torch.Tensor, masked: torch.Tensor, *, patch: int
+    prediction: torch.Tensor,
+    images: torch.Tensor,
+    masked: torch.Tensor,
+    *,
+    patch: int,
+    at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
 
     `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
     normalised, `masked` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
+    `at` [B, K] names the patches that are predicted, if not all N: `masked` is theirs then.
     """
     target, mean, deviation = _patches(images, patch)
     target = (target - mean) / deviation
+    if at is not None:
+        target = target.gather(1, at[..., None].expand(-1, -1, target.shape[2]))
     error = (prediction[:, -target.shape[1] :].float() - target).square().mean(dim=-1)
     return (error * masked).sum() / masked.sum()
 

@@ -144,7 +144,7 @@ class SentenceReconstruction(Objective):
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
         """Masked patches in the joint space, target and prediction; visible ones are zeros."""
         output, count = prediction.joint, prediction.batch.noise.shape[1]
-        place = prediction.mask.masked[..., None].expand_as(output.predicted)
+        place = prediction.mask.decoded[..., None].expand_as(output.predicted)
         blank = torch.zeros(len(place), count, place.shape[2], device=place.device)
         target, predicted = (
             blank.scatter(1, place, nn.functional.normalize(part.float(), dim=-1))

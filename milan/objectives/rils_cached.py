@@ -19,7 +19,7 @@ from milan.errors import ConfigError
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, Prediction
-from milan.objectives.features import FeatureRegression
+from milan.objectives.features import FeatureRegression, image_regression
 from milan.objectives.sentences import sentence_divergence, unit
 from milan.store.similarity import Similarities, similarities, text_bank
 
@@ -151,9 +151,6 @@ class CachedSentences(FeatureRegression):
         images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
         plain = Prediction(network(images, mask), images, mask, batch)
         features = self.features(plain)
-        cosine = nn.functional.cosine_similarity(
-            plain.tokens.float(), features.float(), dim=-1, eps=1e-12
-        )
         assert batch.texts is not None
         assert batch.ids is not None
         own = caption_numbers(batch.ids)
@@ -161,13 +158,12 @@ class CachedSentences(FeatureRegression):
             own = self._on(own.device, 2)[batch.rows]
         predicted, target = plain.tokens, features
         if self._argument("rows", "masked") == "masked":
-            count = batch.noise.shape[1]
-            at = mask.masked[..., None].expand(-1, -1, features.shape[2])
-            predicted, target = (part[:, -count:].gather(1, at) for part in (predicted, target))
+            at = mask.decoded_at[..., None].expand(-1, -1, features.shape[2])
+            predicted, target = (plain.of_patches(t).gather(1, at) for t in (predicted, target))
         decoded = self.cache.codec.decode(batch.codes, batch.scale)  # type: ignore[arg-type]
         output = CachedOutput(
             predicted, target, decoded[:, 0], batch.texts, own,
-            (2 - 2 * cosine).mean(dim=1),
+            image_regression(plain, features),
         )  # fmt: skip
         return plain._replace(joint=output)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Settings:
         """All settings by name, as run.json keeps them."""
         filled = {name: value for name, value in vars(self).items() if name != "config"}
         return asdict(self.config) | filled | more
+
+    def whole(self) -> Settings:
+        """The same, but that all masked patches are decoded."""
+        return replace(self, config=replace(self.config, decode_fraction=1.0))
 
     def objective(self, cache: TargetCache, ranks: Ranks = SINGLE) -> Objective:
         """The objective, for the images and targets of a store."""

@@ -267,7 +267,8 @@ def _fit(
         return feeding.figures()
 
     plan = ValidationPlan(config, order, ranks, micro_batch, objective.compared)
-    alone = settings.objective(dataset.cache)  # validation compares what it has gathered
+    # Validation compares what it has gathered, and decodes all.
+    alone = settings.whole().objective(dataset.cache)
     validation = Validation(plan, student, alone, dataset, device, settings.precision)
 
     def batches_from(step: int) -> Any:

@@ -245,6 +245,11 @@ def identity_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({name: values[name] for name in identity_names(kind)}))
 
 
+def stored_identity(run: Path, kind: type) -> dict[str, Any]:
+    """The identity of the run in a folder; a setting that is newer than the run has its default."""
+    return identity_of(kind, vars(kind())) | read_run(run)["identity"]
+
+
 def compared(before: dict[str, Any], now: dict[str, Any]) -> Differing:
     """What differs between two identities; what only the old one has does not count."""
     return {k: (before.get(k), now[k]) for k in now if before.get(k) != now[k]}

@@ -17,7 +17,7 @@ from milan.models.decoder import PUBLISHED
 from milan.reporting.run_files import read_run, update_run
 from milan.store.cache import TargetCache
 from milan.training.loop import Context
-from milan.training.run import Differing, compared, identity_of
+from milan.training.run import Differing, compared, identity_of, stored_identity
 
 
 def decoder_of(run: Path) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> Diff
         cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
     except CacheError:
         cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
-    before = {"objective_args": {}} | content["identity"]  # of a run from before there were any
+    before = stored_identity(run, PretrainConfig)
     now = identity_with(values, cache)
     if before["cache"] != now["cache"]:
         before, now = before | content["targets"], now | _summary_of(cache)

@@ -36,7 +36,7 @@ from milan.evaluation.config import SupervisedConfig
 from milan.models.export import save_encoder
 from milan.models.weights import Weights
 from milan.reporting.log import RunLog, read_log, write_curves
-from milan.reporting.run_files import METRICS, read_metrics, read_run
+from milan.reporting.run_files import METRICS, read_metrics
 from milan.reporting.trackers import check_trackers, open_trackers
 from milan.training import checkpoint
 from milan.training.build import divisor, precision_of
@@ -53,6 +53,7 @@ from milan.training.run import (
     locked,
     restart_arguments,
     start_run,
+    stored_identity,
 )
 from milan.training.supervised import Plan, Supervised, SupervisedTask, parameter_groups
 
@@ -128,7 +129,7 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
     start = ranks.on_rank0(
         lambda: decide(
             run,
-            lambda: compared(read_run(run)["identity"], identity),
+            lambda: compared(stored_identity(run, work.kind), identity),
             resume="auto",
             overwrite=config.overwrite,
             progress=progress,
