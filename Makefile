@@ -6,15 +6,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test soak lint format types bench gpu-check clean
+.PHONY: install demo test soak lint format types bench docs gpu-check clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml milan/images/resize.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq --editable '.[dvc,test,dev]'
+	$(BIN)/python -m pip install -qq --editable '.[dvc,test,docs,dev]'
 	touch $@
 
 demo: install
@@ -36,6 +37,10 @@ format: install
 types: install
 	mypy
 
+docs: install
+	mkdocs build --strict --quiet
+	@echo 'site/index.html; with its search: python -m http.server --directory site'
+
 gpu-check: install
 	python -m benchmarks.gpu_check
 
@@ -43,4 +48,4 @@ bench: install
 	python -m benchmarks
 
 clean:
-	rm -rf demo/targets.zarr runs report
+	rm -rf demo/targets.zarr runs report site

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from milan.training.pretrain import pretrain
     from milan.training.segment import segment
 
-    # Of the pipeline, which milan never imports: loaded by name when it is asked for.
-    ExtractConfig: Any
-    embed: Any
-    zero_shot: Any
-    extract_targets: Any
-    verify: Any
-    repair: Any
+    # For type checkers alone: milan never imports the pipeline, it loads these by name.
+    from pipeline.config import ExtractConfig
+    from pipeline.embed import embed
+    from pipeline.extract import extract_targets
+    from pipeline.repair import repair
+    from pipeline.verify import verify
+    from pipeline.zero_shot import zero_shot
 
 _HOME = {
     "CachedDataset": "milan.data.dataset",

@@ -36,7 +36,7 @@ def extract_targets(
     dry_run: bool = False,
     agree: Callable[[Tables], bool] | None = None,
     **settings: Any,
-) -> dict:
+) -> dict[str, Any]:
     """Run the teacher over K views of every image and leave a finished store.
 
     `data` and `settings` are the command's arguments (ExtractConfig's fields). To continue a run

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     pytest.importorskip("setuptools", reason="pip install milan-pretrain[test]")
     copy = tmp_path_factory.mktemp("wheel") / "checkout"
     unwanted = shutil.ignore_patterns(
-        ".*", "*.egg-info", "__pycache__", "build", "runs", "*.zarr", "*.so"
+        ".*", "*.egg-info", "__pycache__", "build", "runs", "site", "*.zarr", "*.so"
     )
     shutil.copytree(ROOT, copy, ignore=unwanted)
     done = subprocess.run(
@@ -51,10 +51,11 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: ZipFile) -> None:
         path.relative_to(ROOT).as_posix() for p in PACKAGES for path in (ROOT / p).rglob("*.py")
     }
     recipes = {f"milan/recipes/{path.name}" for path in (ROOT / "milan/recipes").iterdir()}
+    typed = {"milan/py.typed", "pipeline/py.typed"}  # milan's public names are also the pipeline's
     # C and what it was compiled to: nothing where there is no compiler.
     compiled = {name for name in held if name.startswith("milan/images/_resize.")}
     assert len(compiled) == (1 if shutil.which("cc") else 0)
-    assert held == ours | recipes | compiled | {"milan/py.typed", "milan/images/resize.c"}
+    assert held == ours | recipes | compiled | typed | {"milan/images/resize.c"}
     # Installed, they would hide a program's own folder called so.
     assert not held & {"pipeline/__init__.py", "stages/__init__.py"}
     for module in held:
@@ -144,7 +145,8 @@ def test_the_targets_can_be_made() -> None:
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "docs/decisions.md",
-                                  ".pre-commit-config.yaml", "pyproject.toml"])  # fmt: skip
+                                  ".pre-commit-config.yaml", "pyproject.toml", "SECURITY.md",
+                                  "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"])  # fmt: skip
 def test_files_people_look_for(name: str) -> None:
     """They are there and say something."""
     assert len((ROOT / name).read_text()) > 200

@@ -1,4 +1,4 @@
-"""The Python interface: the README's own lines, the loader, the encoder as timm loads it."""
+"""The Python interface: the lines of docs/python.md, the loader, the encoder as timm loads it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from milan.models.encoder import encode
 from milan.store.cache import TargetCache
 from pipeline.config import ExtractConfig
 
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+"""From images to an encoder; the encoder without milan; a loop of one's own."""
 SMALL: dict[str, Any] = {**STUDENT, "batch_size": 8, "num_workers": 0}
 
 
@@ -41,16 +43,14 @@ def run(finished_run: Callable[..., Path]) -> Path:
     return finished_run(epochs=2)
 
 
-def test_the_lines_of_the_readme(
+def test_the_lines_of_the_docs(
     photos: Path,
     teacher_files: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Run as they stand there; only the sizes of things are small ones here."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    blocks.sort(key=lambda block: "milan.pretrain(" not in block)
+    blocks = BLOCKS[:2]
     small = partial(milan.extract_targets, executor="local", shard_size=8, **teacher_files)
     monkeypatch.setattr(milan, "extract_targets", small)
     shortened = milan.pretrain
@@ -66,7 +66,7 @@ def test_the_lines_of_the_readme(
     names: dict[str, Any] = {"__name__": "__main__"}
     encoders = []
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "docs/python.md", "exec"), names)
         encoders.append(names["encoder"])
     assert len(names["views"]) == 48
     ours, theirs = (encoder.eval() for encoder in encoders)
@@ -76,7 +76,7 @@ def test_the_lines_of_the_readme(
 
 def test_the_loop_of_the_docs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands there, and it learns: the loss is that of one pass over 48 views."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    (block,) = BLOCKS[2:]
     assert len([line for line in block.splitlines() if "import" not in line and line]) <= 10
     (tmp_path / "targets.zarr").symlink_to(store)
     monkeypatch.chdir(tmp_path)
