@@ -19,9 +19,9 @@ from pipeline.config import ExtractConfig
 from pipeline.estimate.cost import Tables, measure_cost
 from pipeline.extraction.hardware import plan_workers
 from pipeline.extraction.plan import plan
-from pipeline.extraction.run import check_space, fill_store
+from pipeline.extraction.run import LESS, fill_store
 from pipeline.extraction.worker import BLOCKS_AT_ONCE
-from pipeline.writing.backend import location_of
+from pipeline.writing.backend import check_space, location_of
 from pipeline.writing.disk import as_store_error
 from pipeline.writing.store import Store
 
@@ -75,7 +75,7 @@ def extract_targets(
     )
     new = [p.spec for p in work.parts if not (out / p.name / "zarr.json").exists()]
     needed = sum(s.total_bytes() for s in new)  # generations that have begun were agreed to
-    check_space(work.location, needed)
+    check_space(work.location, needed, fix=LESS)
     if dry_run:
         summary["costs"] = measure_cost(work, workers, progress)
         return summary

@@ -141,7 +141,7 @@ def verify(
                 verdict.count("images x views", cache.rows * cache.views)
             except CacheError as error:
                 verdict.add_damage(str(error))
-    listed = {entry.path for entry in index.generations}
+    listed = {entry.path for entry in index.generations} | {*index.pruned}
     for name in sorted(folders_in(store / GENERATIONS)):
         if name[:1].isdecimal() and f"{GENERATIONS}/{name}" not in listed:
             verdict.incomplete.append(f"{GENERATIONS}/{name} is begun and not in the index")

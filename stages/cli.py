@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from milan.core.watchdog import watched
 from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
-from stages import artifacts, extract_targets, plan, pretrain, settings, use
+from stages import artifacts, extract_targets, plan, pretrain, settings, store, use
 from stages.evaluate import evaluation_command
 from stages.options import Command, Interrupted
 from stages.process import explain, prepare_process
@@ -107,6 +107,7 @@ for _command, _help, _example in (
     app.command(
         _example.split()[0], short_help=_help, epilog=f"Example: milan {_example}", cls=Command
     )(_command)  # fmt: skip
+app.add_typer(store.app, name="store")
 
 
 @app.callback(invoke_without_command=True)

@@ -75,6 +75,8 @@ PIPELINE = {
     "zero_shot": "teachers",
     "verify": "config teachers writing cluster extraction estimate",
     "extract": "config teachers writing cluster extraction estimate",
+    "copy_store": "writing",
+    "prune": "writing",
     "repair": "config teachers writing cluster extraction estimate verify",
 }
 ROOMS = {"milan": MILAN, "pipeline": PIPELINE}

@@ -6,7 +6,6 @@ verified by milan.store.generation.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,7 +18,7 @@ from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
 from milan.store.codecs import Codec, codec_of
-from milan.store.format import MANIFEST, TEXT, TEXT_IDS, Index, canonical
+from milan.store.format import MANIFEST, TEXT, TEXT_IDS, Index, content_digest
 from milan.store.generation import Generation, first_with, not_found, read_array
 from milan.store.texts import Prototypes, Texts, read_prototypes, read_texts
 
@@ -49,16 +48,21 @@ class TargetCache:
     ) -> None:
         self.path = as_path(path)
         index = Index.read(self.path)
-        entries = index.generations
-        if pinned is not None and pinned > len(entries):
+        if pinned is not None and pinned > index.count:
             raise CacheError(
-                f"{self.path} has {len(entries)} generations",
+                f"{self.path} has {index.count} generations",
                 expected=f"the {pinned} that it had",
                 fix="restore the store, or start anew with another --out",
             )
-        self.pinned = pinned or len(entries)
-        """How many generations of the store are visible."""
-        self.layers = list(dict.fromkeys(entry.layer for entry in entries[: self.pinned]))
+        self.pinned = pinned or index.count
+        """How many of the generations that were ever begun are visible."""
+        entries = index.first(self.pinned)
+        self.layers = list(dict.fromkeys(entry.layer for entry in entries))
+        if not entries:
+            raise CacheError(
+                f"{self.path}: the first {pinned} generations were pruned",
+                fix="a copy of the store that has them, or start anew with another --out",
+            )
         self.layer = layer or self.layers[0]
         if self.layer not in self.layers:
             raise CacheError(
@@ -66,7 +70,7 @@ class TargetCache:
                 expected="one of " + ", ".join(self.layers),
                 fix=nearest(self.layer, self.layers),
             )
-        chosen = [entry for entry in entries[: self.pinned] if entry.layer == self.layer]
+        chosen = [entry for entry in entries if entry.layer == self.layer]
         self.generations = [Generation(self.path, entry) for entry in chosen]
         self.spec = self.generations[0].spec
         self.attributes = self.generations[0].attributes
@@ -79,7 +83,7 @@ class TargetCache:
         self.dropped = dropped[dropped < self.rows]
         """Rows whose images are gone (extract-targets --drop-missing), ascending; int64."""
         self._check_tiling()
-        self.digest = hashlib.sha256(canonical([entry.digest for entry in chosen])).hexdigest()
+        self.digest = content_digest(chosen)
         """SHA-256 over the generations' digests: the content's identity, which runs refer to."""
         self.view_spec = ViewSpec.from_law(self.spec.view_law)
         self.codec: Codec = codec_of(self.spec.codec).restored(self._tables())
@@ -411,7 +415,7 @@ class TargetCache:
 def class_names(path: AnyPath, pinned: int | None = None) -> list[str] | None:
     """The names of the class numbers in a store, of all its layers; None if there are none."""
     manifests: dict[str, Manifest] = {}  # layers over the same rows have the same
-    for entry in Index.read(path).generations[:pinned]:
+    for entry in Index.read(path).first(pinned):
         if entry.views[0] == 0 and entry.files[MANIFEST] not in manifests:
             manifests[entry.files[MANIFEST]] = Generation(path, entry).manifest()
     return Manifest.join(list(manifests.values())).classes

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -285,13 +286,19 @@ class Entry:
     files: dict[str, str]
     """SHA-256 of every file beside shards and records, by path inside the generation."""
 
+    @property
+    def number(self) -> int:
+        """Of its folder: generations are numbered in the order in which they are begun."""
+        return int(self.path.rpartition("/")[2])
+
     @classmethod
     def parse(cls, value: dict[str, Any]) -> Entry:
         """An entry of index.json. Raises KeyError, TypeError, ValueError for what is none."""
         entry = cls(**{**value, "rows": tuple(value["rows"]), "views": tuple(value["views"])})
-        numbers = (*entry.rows, *entry.views, entry.shards, entry.bytes, entry.bad)
+        sizes = (entry.shards, entry.bytes, entry.bad)
+        numbers = (entry.number, *entry.rows, *entry.views, *sizes)
         texts = (entry.path, entry.layer, entry.fingerprint, entry.digest, *entry.files.values())
-        if len(numbers) != 7 or not all(type(number) is int for number in numbers):
+        if len(numbers) != 8 or not all(type(number) is int for number in numbers):
             raise ValueError("a number is missing")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a name or digest is missing")
@@ -305,6 +312,18 @@ class Index:
     generations: tuple[Entry, ...]
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Layer -> rows, ascending, whose images are gone: they have targets, and are left out."""
+    pruned: tuple[str, ...] = ()
+    """Paths of generations that do not count any more, or not yet; their numbers stay taken."""
+
+    @property
+    def count(self) -> int:
+        """How many generations were ever begun: the number of the next one, and what runs pin."""
+        numbers = [int(path.rpartition("/")[2]) for path in self.pruned]
+        return 1 + max([*numbers, *(entry.number for entry in self.generations)])
+
+    def first(self, pinned: int | None) -> tuple[Entry, ...]:
+        """The generations there are of the first `pinned` that were begun; all if None."""
+        return tuple(e for e in self.generations if pinned is None or e.number < pinned)
 
     def to_bytes(self) -> bytes:
         """The content of index.json."""
@@ -312,6 +331,7 @@ class Index:
         content = {"format": FORMAT, "version": VERSION, "generations": entries}
         dropped = {layer: rows for layer, rows in self.dropped.items() if rows}
         content |= {"dropped": dropped} if dropped else {}
+        content |= {"pruned": list(self.pruned)} if self.pruned else {}
         return canonical(content | {"digest": hashlib.sha256(canonical(content)).hexdigest()})
 
     @classmethod
@@ -333,6 +353,9 @@ class Index:
             }
             if any(row < 0 for rows in dropped.values() for row in rows):
                 raise ValueError("a dropped row below 0")
+            pruned = tuple(str(path) for path in index.get("pruned", []))
+            if any(not path.rpartition("/")[2].isdecimal() for path in pruned):
+                raise ValueError("a pruned generation without a number")
             stated = index.pop("digest", None)  # none in one from before it had a digest
             if stated is not None and stated != hashlib.sha256(canonical(index)).hexdigest():
                 raise ValueError("its digest differs")
@@ -343,7 +366,12 @@ class Index:
                 fix="a copy of it; for a store that never grew, delete it and run the same "
                 "extract-targets line: its shards stay",
             ) from None
-        return cls(tuple(entries), dropped)
+        return cls(tuple(entries), dropped, pruned)
+
+
+def content_digest(entries: Iterable[Entry]) -> str:
+    """SHA-256 over the digests of a layer's generations, in their order: what runs refer to."""
+    return hashlib.sha256(canonical([entry.digest for entry in entries])).hexdigest()
 
 
 def _check_version(where: Any, version: Any) -> None:

@@ -410,7 +410,7 @@ def _note_settings(
         f"{cache.spec.codec}, teacher {about['name']} ({about['pretrained']}{random}), "
         f"{cache.digest[:12]}"
     )
-    newest = len(Index.read(cache.path).generations)
+    newest = Index.read(cache.path).count
     if cache.pinned < newest:
         progress.note(
             f"pinned: the first {cache.pinned} of {newest} generations, as the run knows them; "

@@ -142,7 +142,7 @@ def parts_of(
     stored.check_missing(index.dropped.get(rows[0].entry.layer, []))
     stored.check_images(more_views=min(stored_views) < wanted.views)
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
-    free_names = _free_names(len(existing))
+    free_names = _free_names(index.count)
     lacking = [
         (next(free_names), g, manifest, has)
         for g, manifest, has in zip(rows, manifests, stored_views, strict=True)

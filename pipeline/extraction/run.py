@@ -35,9 +35,11 @@ from pipeline.extraction.plan import Plan, teacher_spec
 from pipeline.extraction.rewriting import written_again
 from pipeline.extraction.worker import BLOCKS_AT_ONCE, Extractor
 from pipeline.teachers.load import Teacher
-from pipeline.writing.backend import Location
+from pipeline.writing.backend import check_space
 from pipeline.writing.store import Store, Writer, group_attributes
 
+LESS = "fewer --views, --codec int8, --limit, or --out on a larger disk"
+"""What to do where a store does not fit."""
 _ATTEMPTS = 3  # of one block, before the run gives it up
 
 
@@ -68,7 +70,8 @@ def fill_store(
             part = _as_it_was(work, store, entry, part, writer)
         todo = writer.missing()
         shards = int(todo.sum())
-        check_space(work.location, part.spec.total_bytes() * shards // part.spec.shards)
+        needed = part.spec.total_bytes() * shards // part.spec.shards
+        check_space(work.location, needed, fix=LESS)
         if 0 < shards < part.spec.shards:
             finished = part.spec.shards - shards
             progress.note(f"resuming: {finished} of {part.spec.shards} shards are there")
@@ -162,17 +165,6 @@ def read_codec(root: AnyPath, spec: CacheSpec) -> Codec:
     names = sorted(folders_in(folder)) if folder.is_dir() else []
     tables = {n: read_array(folder / n) for n in names}
     return codec_of(spec.codec).restored(tables)
-
-
-def check_space(location: Location, needed: int) -> None:
-    """Raises CacheError if `needed` bytes and 2 % more are not free, where free space is known."""
-    free = location.free_bytes()
-    if free is not None and needed * 1.02 > free:
-        raise CacheError(
-            f"the store needs {format_bytes(needed)}, and the disk of {location.path} has "
-            f"{format_bytes(free)} free",
-            fix="fewer --views, --codec int8, --limit, or --out on a larger disk",
-        )
 
 
 def rows_of(spec: CacheSpec, todo: np.ndarray) -> int:

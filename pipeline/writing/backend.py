@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from milan.core.paths import AnyPath, Url, as_path
-from milan.errors import ConfigError
+from milan.core.units import format_bytes
+from milan.errors import CacheError, ConfigError
 from pipeline.writing.bucket import BucketLocation
 from pipeline.writing.disk import DiskLocation
 
@@ -109,6 +110,11 @@ class Backend(Protocol):
         Leftovers of a killed run under this name are removed first.
         """
 
+    def remove_generation(self, name: str) -> None:
+        """Remove all files of a generation that no index lists; what a kill leaves is removed by
+        the next call.
+        """
+
     def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> AnyPath:
         """The location where a worker stages the shards of one attempt at a block."""
 
@@ -139,9 +145,20 @@ def location_of(where: str | AnyPath) -> Location:
     if path.text.startswith("s3://"):
         return BucketLocation(path)
     raise ConfigError(
-        f"--out {where}", expected="a path, or a URL of s3://",
-        fix="extract to a disk, and copy the finished store",
+        f"a store cannot be written to {where}", expected="a path, or a URL of s3://",
+        fix="write to a disk, and copy the finished store with the server's own tool",
     )  # fmt: skip
+
+
+def check_space(location: Location, needed: int, *, fix: str) -> None:
+    """Raises CacheError if `needed` bytes and 2 % more are not free, where free space is known."""
+    free = location.free_bytes()
+    if free is not None and needed * 1.02 > free:
+        raise CacheError(
+            f"the store needs {format_bytes(needed)}, and the disk of {location.path} has "
+            f"{format_bytes(free)} free",
+            fix=fix,
+        )
 
 
 def open_backend(where: str | AnyPath, run: str) -> Backend:

@@ -17,16 +17,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from milan.core.paths import AnyPath, Url, files_below, names_in
 from milan.errors import CacheError, MilanError
-from milan.store.format import GENERATION, GENERATIONS, LOGS
+from milan.store.format import GENERATION, GENERATIONS, INDEX, LOGS
 from pipeline.writing.lease import Lease
 from pipeline.writing.s3 import delete, get, has_content, head, put
 
+_REQUESTS = 16  # at once
 _LOG_EVERY = 30.0  # seconds between two PUTs of the log
 
 
@@ -85,7 +87,8 @@ class Bucket:
                              fix="--out …")  # fmt: skip
         names = set(names_in(store)) - {""}
         ours = {".lock", "zarr.json", GENERATIONS, LOGS}
-        if not names <= ours and head(store / GENERATION / "zarr.json") is None:
+        finished = {INDEX, GENERATIONS} <= names
+        if not (names <= ours or finished or head(store / GENERATION / "zarr.json")):
             raise CacheError(
                 f"{store} is a folder with other content", expected="a new or empty folder",
                 fix="--out another.zarr",
@@ -139,6 +142,12 @@ class Bucket:
         for file in sorted(files, key=lambda file: (file == "zarr.json", file)):
             self.write(f"{name}/{file}", (folder / file).read_bytes())
         shutil.rmtree(folder)
+
+    def remove_generation(self, name: str) -> None:
+        """Object by object, some at a time."""
+        with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="remove") as pool:
+            for _ in pool.map(self.remove, [f"{name}/{file}" for file in self.file_names(name)]):
+                pass
 
     def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> Url:
         """The generation itself: workers put their shards under their final names."""

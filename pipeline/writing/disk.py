@@ -15,7 +15,7 @@ from pathlib import Path
 from milan.core.atomic import cannot_write, lock_folder, sync_folder
 from milan.core.paths import AnyPath
 from milan.errors import CacheError
-from milan.store.format import GENERATION, GENERATIONS, LOG
+from milan.store.format import GENERATION, GENERATIONS, INDEX, LOG
 
 STAGING = ".staging"
 
@@ -125,6 +125,12 @@ class Disk:
         os.replace(folder, root)
         sync_folder(root.parent)
 
+    def remove_generation(self, name: str) -> None:
+        """By a rename into staging, which the next run would empty."""
+        os.replace(self.path / name, self.staging / f"{Path(name).name}.pruned")
+        sync_folder((self.path / name).parent)
+        shutil.rmtree(self.staging / f"{Path(name).name}.pruned")
+
     def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> Path:
         """A private folder with the metadata of the arrays."""
         root = self.path / generation
@@ -174,9 +180,9 @@ class Disk:
 def _is_store(path: Path) -> bool:
     # A run that was killed right after its start leaves only its lock and its staging.
     names = {entry.name for entry in path.iterdir()}
-    return (path / GENERATION / "zarr.json").exists() or names <= {
-        ".lock", STAGING, "zarr.json", GENERATIONS, LOG
-    }  # fmt: skip
+    ours = {".lock", STAGING, "zarr.json", GENERATIONS, LOG}
+    first = (path / GENERATION / "zarr.json").exists()  # it may be pruned
+    return first or {INDEX, GENERATIONS} <= names or names <= ours
 
 
 def write_whole(path: Path, data: bytes, *, temporary_folder: Path) -> None:

@@ -20,11 +20,12 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from milan.core.paths import AnyPath, read_file
+from milan.core.paths import AnyPath, folders_in, read_file
 from milan.errors import CacheError
 from milan.images.manifest import Manifest
 from milan.store.format import (
@@ -70,13 +71,24 @@ class Store:
         `initial` computes what a new one starts with: attributes, tables, files. Raises CacheError,
         with the fields that differ, if the existing one has another spec.
         """
+
+        def build(folder: Path) -> None:
+            attributes, tables, files = initial()
+            create_arrays(folder, spec, attributes, tables)
+            for file, data in files.items():
+                (folder / file).write_bytes(data)
+
+        return self.begin(name, spec, build)
+
+    def begin(self, name: str, spec: CacheSpec, build: Callable[[Path], None]) -> Writer:
+        """The same; `build` fills the empty folder of a new one with all but shards."""
         root = self.path / name
         if (root / "zarr.json").exists():
             existing, _ = read_group(root)
             if existing.fingerprint() != spec.fingerprint():
                 raise self._begun_differently(name, existing, spec)
         else:
-            self._create(name, spec, *initial())
+            self._create(name, build)
         return Writer(self, name, spec)
 
     def _begun_differently(self, name: str, existing: CacheSpec, spec: CacheSpec) -> CacheError:
@@ -95,25 +107,21 @@ class Store:
             "lost" + (f", the rest of {self.path} stays" if whole else ""),
         )
 
-    def _create(
-        self,
-        name: str,
-        spec: CacheSpec,
-        attributes: dict,
-        tables: dict[str, np.ndarray],
-        files: dict[str, bytes],
-    ) -> None:
+    def _create(self, name: str, build: Callable[[Path], None]) -> None:
         # Built in staging: a group without its manifest or arrays never exists in the store.
         folder = self.backend.staging / "generation"
         folder.mkdir(parents=True)
-        create_arrays(folder, spec, attributes, tables)
-        for file, data in files.items():
-            (folder / file).write_bytes(data)
+        build(folder)
         for group in ("zarr.json", f"{GENERATIONS}/zarr.json"):
             if self.backend.read(group) is None:
                 meta = {"zarr_format": 3, "node_type": "group", "attributes": {}}
                 self.backend.write(group, json.dumps(meta, indent=2).encode())
         self.backend.add_generation(folder, name)
+
+    def begun(self) -> set[str]:
+        """The paths of all generations that have a folder, whether they count or not."""
+        folder = self.path / GENERATIONS
+        return {f"{GENERATIONS}/{n}" for n in folders_in(folder)} if folder.is_dir() else set()
 
     def entries(self) -> tuple[Entry, ...]:
         """The committed generations, oldest first."""
@@ -124,9 +132,29 @@ class Store:
 
         A repaired one replaces its earlier entry.
         """
-        index = self._read_index()
-        listed = {entry.path: entry for entry in (*index.generations, *entries)}
-        self._replace_index(index, replace(index, generations=tuple(listed.values())))
+
+        def listed(index: Index) -> Index:
+            by_path = {entry.path: entry for entry in (*index.generations, *entries)}
+            return replace(index, generations=tuple(by_path.values()))
+
+        self.replace_index(listed)
+
+    def put_index(self, data: bytes) -> None:
+        """Write the index of a store with the same generations, byte for byte."""
+        if self.backend.read(INDEX) != data:
+            self.backend.write(INDEX, data)
+
+    def replace_index(self, change: Callable[[Index], Index]) -> Index:
+        """Write what `change` makes of the index of a finished store; returns it."""
+        before = self._read_index()
+        index = change(before)
+        self._replace_index(before, index)
+        return index
+
+    def remove_pruned(self) -> None:
+        """Remove what is left of generations that do not count (Index.pruned)."""
+        for name in sorted(self.begun() & {*self._index().pruned}):
+            self.backend.remove_generation(name)
 
     def drop(self, dropped: dict[str, list[int]]) -> None:
         """List rows whose images are gone (Index.dropped), if the store is finished."""
