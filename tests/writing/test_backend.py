@@ -160,5 +160,6 @@ def test_a_location_is_asked_without_a_lock(
 
 def test_a_url_without_a_backend_is_refused() -> None:
     """Stores are read from more places than they are written to."""
-    with pytest.raises(ConfigError, match=r"--out memory://x/t\.zarr; expected: a path, or a URL"):
+    told = r"cannot be written to memory://x/t\.zarr; expected: a path, or a URL"
+    with pytest.raises(ConfigError, match=told):
         location_of("memory://x/t.zarr")
