@@ -3,7 +3,8 @@
 A CLIP's features, of its class token and of its patches, are in the space of its text tower: they
 are what a store keeps (ln_post and proj, docs/cache-format.md). The student predicts them, so its
 predictions are compared with the texts of classes without any training. What the encoder itself
-outputs is in no such space: the decoder of the run is needed.
+outputs is in no such space: the decoder of the run is needed. A student that has a text tower of
+its own, RILS's, is compared with that one's texts (pipeline.own_words).
 
 B images, N patches, P classes, C channels.
 """
@@ -31,11 +32,13 @@ from milan.inference.pictures import Pictures
 from milan.inference.words import Seen, look
 from milan.models.masking import Mask
 from milan.models.published import load_published
+from milan.models.rils import RilsStudent
 from milan.models.weights import published_file
 from milan.reporting.dense import DenseMap, draw_dense
 from milan.reporting.panels import save_picture
 from milan.store.cache import TargetCache
 from milan.training.trained import TrainedStudent, load_student
+from pipeline.own_words import class_texts, joint_student, joint_view, templates_of
 from pipeline.teachers.frozen import frozen_view
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
@@ -51,7 +54,8 @@ def zero_shot(
     """Classify images by the student's predicted features against the texts of their classes.
 
     `checkpoint` and `settings` are the command's arguments (ZeroShotConfig's fields); the
-    checkpoint is a run with its decoder, published:FILE, random with `like`, or teacher. Returns,
+    checkpoint is a run with its decoder, a run of RILS or a file in RILS's layout, published:FILE,
+    random with `like`, or teacher. Returns,
     in percent, top1 and top5 (None with 5 classes and less) of the class token (`token_`, None for
     a student without) and of the mean of all patches, each scaled to length 1 (`mean_`), with 95 %
     intervals; chance, counts, and the same of the teacher as `baseline`, if it is at hand; draws
@@ -67,18 +71,11 @@ def zero_shot(
     cache = _store(config, trained, progress)
     pictures = _pictures(config, progress)
     names = _class_names(pictures)
-    told = cache.prototypes if cache and cache.spec.has_targets else None  # else token ids alone
-    known = told.classes if told else []
-    lacking = [name for name in names if name not in known]
-    teacher = _teacher(config, cache, lacking, device, progress)
-    texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)
-    networks = [frozen_view(teacher)] if teacher else []
-    if trained:
-        networks.insert(0, _predictor(trained, config, device))
-    if not networks:
-        raise ConfigError("checkpoint teacher without a teacher", fix="--teacher NAME")
-    for network in networks:
-        _check_width(network, texts, device)
+    if trained and isinstance(trained.student, RilsStudent):
+        texts = class_texts(trained.student, names, cache, config).to(device)
+        networks = [joint_view(trained.student.to(device), config.checkpoint)]
+    else:
+        networks, texts = _by_teacher(trained, names, cache, config, device, progress)
     # One image of each of the first classes.
     shown = np.unique(pictures.labels, return_index=True)[1][: config.pictures].tolist()
     with on_stop_signals(stop.request):
@@ -104,6 +101,33 @@ def zero_shot(
     return metrics
 
 
+def _by_teacher(
+    trained: TrainedStudent | None,
+    names: list[str],
+    cache: TargetCache | None,
+    config: ZeroShotConfig,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[list[Frozen], torch.Tensor]:
+    """(the student if there is one, and the teacher if it is at hand; texts [P, C] of the teacher).
+
+    Raises MilanError.
+    """
+    told = cache.prototypes if cache and cache.spec.has_targets else None  # else token ids alone
+    known = told.classes if told and config.templates == "stored" else []
+    lacking = [name for name in names if name not in known]
+    teacher = _teacher(config, cache, lacking, device, progress)
+    texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)
+    networks = [frozen_view(teacher)] if teacher else []
+    if trained:
+        networks.insert(0, _predictor(trained, config, device))
+    if not networks:
+        raise ConfigError("checkpoint teacher without a teacher", fix="--teacher NAME")
+    for network in networks:
+        _check_width(network, texts, device)
+    return networks, texts
+
+
 # --- the student, its store, the teacher ----------------------------------------------------------
 
 
@@ -127,7 +151,7 @@ def _student(config: ZeroShotConfig, progress: Progress) -> TrainedStudent | Non
         if not config.like:
             raise ConfigError("checkpoint random without like", fix="--like runs/pretrain")
         return load_student(config.like, drawn=config.seed)
-    return load_student(name, progress=progress)
+    return joint_student(name) or load_student(name, progress=progress)
 
 
 def _store(
@@ -212,7 +236,8 @@ def _texts(
         number = {name: i for i, name in enumerate(stored.classes)}
         return stored.features[[number[name] for name in names]]
     if teacher and teacher.texts:
-        return teacher.texts.prototypes(names)["prototypes/features"]
+        made = teacher.texts.prototypes(names, templates_of(config.templates))
+        return made["prototypes/features"]
     raise ConfigError(
         f"{config.checkpoint} comes without texts of classes",
         expected="its store (--cache), or a teacher with a text tower",

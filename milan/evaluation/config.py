@@ -146,6 +146,9 @@ class EvaluationConfig(ClassificationConfig):
     features: str | None = None
     """Where features are kept for the next evaluation, float32, or none; default:
     frozen_features/ in the run's folder."""
+    pooling: str = setting("auto", choices=("auto", "both", "mean"))
+    """What stands for an image: class token and mean of patches (both), or the mean; auto: what the
+    run's objective trained, of others both."""
     baseline: str = setting("random", choices=("random", "none"))
     """What is measured beside the checkpoint: random, the same network as timm initialises it."""
     memory: str | None = setting(None, auto=True)
@@ -232,6 +235,10 @@ class AttentiveProbeConfig(EvaluationConfig):
         """Raises ConfigError for the first value out of its range."""
         super().check()
         parse_bytes(self.keep)
+        if self.pooling != "auto":
+            raise ConfigError(
+                f"pooling {self.pooling}", expected="none: queries look at the patches"
+            )
 
     @property
     def feature_set(self) -> str:
@@ -441,6 +448,9 @@ class ZeroShotConfig(LabelledConfig):
     """Its weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, auto=True)
     """imagenet, own or auto, as in extract-targets."""
+    templates: str = setting("stored", choices=("stored", "openai"))
+    """The sentences of a class: the 7 that stores have, or the 80 of OpenAI's CLIP, which take a
+    text tower: the student's own, or the teacher's."""
     pictures: int = setting(6, unit="classes", least=0, most=12)
     """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
 

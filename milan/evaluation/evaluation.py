@@ -124,7 +124,10 @@ class Measurement:
         return merged
 
 
-FACTS = ("chance", "classes", "features", "train_images", "val_images", "repeated_images")
+FACTS = (
+    "chance", "classes", "features", "features_are", "train_images", "val_images",
+    "repeated_images",
+)  # fmt: skip
 
 
 def _facts(evaluation: Evaluation) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         round(chance(train.labels, val.labels), 2),
         evaluation.classes,
         train.features.width,
+        evaluation.frozen.words,
         len(train),
         len(val),
         _repeated(evaluation),

@@ -33,7 +33,7 @@ FEATURES = {
 """Sets of features, as EvaluationConfig.feature_set names them, in words that are part of a
 network's identity."""
 _BLOCKS = 4
-_TOKEN, _MEAN = "class token", "mean of patches"
+TOKEN, MEAN_OF_PATCHES = "class token", "mean of patches"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Frozen:
     `features` are the first and the mean of the others. None: it gives features only."""
     parts: tuple[str, ...] = ("features",)
     """What the F features are, part by part, all of one width; first those of blocks, in order."""
+    directions: bool = True
+    """Whether the length of a patch says nothing: then a mean is that of unit vectors, in texts'
+    space."""
+
+    @property
+    def words(self) -> str:
+        """What its features are, in words."""
+        return " and ".join(dict.fromkeys(self.parts))
 
 
 def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
@@ -67,8 +75,9 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             "checkpoint teacher without a network",
             expected="frozen=pipeline.teachers.frozen.frozen_teacher(config, device)",
         )
+    trained = "both"
     if name == "random":
-        vit, built = _random(config)
+        vit, built, trained = _random(config)
     elif name.startswith(_TIMM):
         vit, built = pretrained_vit(name.removeprefix(_TIMM)), {"timm": name}
     elif _is_published(name):
@@ -76,27 +85,34 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     else:
         vit, about = load_encoder(name), read_about(name)
         built = {"model": about["model"], "model_args": about["model_args"]}
+        trained = about.get("pooling", trained)
     data_config = timm.data.resolve_model_data_config(vit)
     size = _edge(name, data_config["input_size"])
     own_pass = "timm" in built
     tokens_of = _timm_tokens(name, vit, size) if own_pass else partial(encode, vit)
     vit = vit.eval().requires_grad_(False)
     wanted = config.feature_set
+    mean_alone = vit.cls_token is None or _pooling(config, trained) == "mean"
     identity = built | {
         "weights": weights_digest(vit),
         "mean": list(data_config["mean"]),
         "std": list(data_config["std"]),
         "size": size,
-        "features": FEATURES[wanted],
+        "features": FEATURES[wanted]
+        if wanted == "patches" or vit.cls_token is None or not mean_alone
+        else f"{MEAN_OF_PATCHES} alone, {wanted}",
     }
-    token = (_TOKEN,) if vit.cls_token is not None else ()
+    token = () if mean_alone else (TOKEN,)
     if wanted == "blocks":
         with torch.inference_mode():
             blocks = len(_last_blocks(vit, tokens_of, torch.zeros(1, 3, size, size)))
-        parts = (*token * blocks, _MEAN) if token else (_MEAN,) * blocks
+        parts = (*token * blocks, MEAN_OF_PATCHES) if token else (MEAN_OF_PATCHES,) * blocks
     else:
-        parts = (*token, _MEAN) if wanted == "pooled" else ("patches",)
+        parts = (*token, MEAN_OF_PATCHES) if wanted == "pooled" else ("patches",)
     vit = vit.to(device)
+
+    def pooled(every: torch.Tensor) -> torch.Tensor:
+        return pooled_features(vit, every, mean_alone=mean_alone)
 
     def found(pixels: torch.Tensor) -> torch.Tensor:
         return tokens_of(normalise(pixels, data_config["mean"], data_config["std"]))
@@ -110,13 +126,13 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         if wanted == "patches":
             return tokens(pixels)[1].half()
         if wanted == "pooled":
-            return pooled_features(vit, found(pixels)).float()
+            return pooled(found(pixels)).float()
         images = normalise(pixels, data_config["mean"], data_config["std"])
         every = _last_blocks(vit, tokens_of, images)
         if not token:
-            return torch.cat([pooled_features(vit, block) for block in every], dim=1).float()
+            return torch.cat([pooled(block) for block in every], dim=1).float()
         first = [block[:, 0] for block in every[:-1]]
-        return torch.cat([*first, pooled_features(vit, every[-1])], dim=1).float()
+        return torch.cat([*first, pooled(every[-1])], dim=1).float()
 
     return Frozen(features, size, name, identity, tokens, parts)
 
@@ -204,21 +220,27 @@ def _described(vit: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
     return vit
 
 
-def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any]]:
-    """(a ViT as timm initialises it, what it was built by)."""
-    like = config.like or ""
+def _pooling(config: EvaluationConfig, trained: str) -> str:
+    """mean or both, where `trained` is what the pretraining trained."""
+    return trained if config.pooling == "auto" else config.pooling
+
+
+def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str]:
+    """(a ViT as timm initialises it, what it was built by, the pooling of what it is like)."""
+    like, pooling = config.like or "", "both"
     if _is_published(like):
         weights = find_weights(like, flag="--like", model=config.model)
         name, args, size = weights.model, dict(weights.args), weights.size
     elif like and not like.startswith(_TIMM):
         about = read_about(like)
         name, args, size = about["model"], about["model_args"], about["input_size"]
+        pooling = about.get("pooling", pooling)
     else:
         name, args = config.model, dict(config.model_args)
         size = args.pop("img_size", 224)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if like.startswith(_TIMM):
-            return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}
+            return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}, pooling
         vit = create_vit(name, img_size=size, args=args)
-    return _described(vit, MEAN, STD), {"model": name, "model_args": args}
+    return _described(vit, MEAN, STD), {"model": name, "model_args": args}, pooling

@@ -94,7 +94,8 @@ class EmbedConfig(ImagesConfig):
             "device", "devices", "crop_share", "features", "like", "model", "seed", "teacher",
             "pretrained", "teacher_norm",
         )  # fmt: skip
-        return EvaluationConfig(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        return EvaluationConfig(**given, pooling="both")  # --pooling takes its part of them
 
 
 @dataclass(frozen=True)

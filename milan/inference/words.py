@@ -94,11 +94,12 @@ def look(
             pixels = torch.from_numpy(np.stack([p.prepared[network.size] for p in batch]))
             with torch.inference_mode():
                 first, patches = network.tokens(pixels.to(device))
-                patches = F.normalize(patches.float(), dim=-1)
-                one.add(labels, {"token": first, "mean": patches.mean(dim=1)}, texts)
+                unit = F.normalize(patches.float(), dim=-1)
+                mean = (unit if network.directions else patches.float()).mean(dim=1)
+                one.add(labels, {"token": first, "mean": mean}, texts)
                 for i, picture in enumerate(batch):
                     if picture.row in shown:
-                        cosines = (patches[i] @ texts.T).cpu().numpy()
+                        cosines = (unit[i] @ texts.T).cpu().numpy()
                         one.maps[picture.row] = picture.prepared[network.size], cosines
         done += len(batch)
         progress.advance(done + len(pictures.rejected))

@@ -194,13 +194,14 @@ def encode(
     return vit.fc_norm(vit.norm(x))
 
 
-def pooled_features(vit: Any, tokens: torch.Tensor) -> torch.Tensor:
+def pooled_features(vit: Any, tokens: torch.Tensor, *, mean_alone: bool = False) -> torch.Tensor:
     """What a probe sees of `encode`'s tokens: class token and mean of patches, [B, 2 E].
 
-    Without a class token the mean alone, [B, E].
+    Without a class token, and where nothing else is wanted, the mean alone, [B, E].
     """
     patches = tokens[:, vit.num_prefix_tokens :].mean(dim=1)
-    return patches if vit.cls_token is None else torch.cat([tokens[:, 0], patches], dim=1)
+    alone = mean_alone or vit.cls_token is None
+    return patches if alone else torch.cat([tokens[:, 0], patches], dim=1)
 
 
 def _embedded(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,14 @@ E encoder width, D joint width of images and texts.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from milan.errors import ConfigError
@@ -46,7 +48,7 @@ class JointOutput(NamedTuple):
     texts: torch.Tensor
     """[B, D]"""
     predicted: torch.Tensor
-    """[B, M, D]: masked patches, as the decoder predicts them."""
+    """[B, M, D]: masked patches, as the decoder predicts them; M = 0 without a reconstruction."""
     target: torch.Tensor
     """[B, M, D]: the same patches, of the whole image; without gradient."""
     scale: torch.Tensor
@@ -58,13 +60,22 @@ class JointOutput(NamedTuple):
 class RilsStudent(Student):
     """A Student whose decoder predicts the encoder's own features, joined to a text tower.
 
-    The class token is in no loss: an image is the mean of its patches.
+    The class token is in no loss: an image is the mean of its patches. One that does not
+    `reconstruct` is a plain CLIP: it sees no masked image, and its decoder does not learn.
     """
 
     text: TextEncoder
+    tokenizer = ""
+    """A digest of the tokenizer whose ids the text tower reads, where it is known."""
 
     def __init__(
-        self, encoder: Any, decoder: Decoder, text: TextEncoder, *, recompute: bool = False
+        self,
+        encoder: Any,
+        decoder: Decoder,
+        text: TextEncoder,
+        *,
+        recompute: bool = False,
+        reconstruct: bool = True,
     ) -> None:
         super().__init__(encoder, decoder, recompute=recompute)
         width = encoder.embed_dim
@@ -73,33 +84,33 @@ class RilsStudent(Student):
                 f"a decoder that predicts {decoder.pred.out_features} channels",
                 expected=f"the encoder's {width}, which one projection serves",
             )
-        self.text = text
+        self.text, self.reconstruct = text, reconstruct
+        if not reconstruct:
+            decoder.requires_grad_(False)
         self.image_projection = nn.Parameter(torch.empty(width, text.shape.joint))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
         nn.init.normal_(self.image_projection, std=width**-0.5)
 
     def forward(self, images: torch.Tensor, mask: Mask, ids: torch.Tensor) -> JointOutput:  # type: ignore[override]
         """Normalised images [B, 3, S, S] and the token ids [B, L] of a caption each."""
-        predicted = _rows(self._patches(super().forward(images, mask)), mask.decoded_at)
+        predicted = None
+        if self.reconstruct:
+            predicted = _rows(self._patches(super().forward(images, mask)), mask.decoded_at)
         whole = self._patches(encode(self.encoder, images, recompute=self.recompute))
         # The target comes from the same weights as the prediction, and teaches them nothing.
         target = _rows(whole.detach(), mask.decoded) @ self.image_projection.detach()
         return JointOutput(
             whole.mean(dim=1) @ self.image_projection,
             self.text(ids),
-            predicted @ self.image_projection,
+            (whole[:, :0] if predicted is None else predicted) @ self.image_projection,
             target,
             self.logit_scale.exp(),
             caption_numbers(ids),
         )
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, D], not normalised: what is compared with `encode_text`."""
-        return self.pooled_features(images) @ self.image_projection
-
-    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, D], not normalised."""
-        return self.text(ids)
+    def encode_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, N, D], not normalised: each patch of whole images; an image is their mean."""
+        return self._patches(encode(self.encoder, images)) @ self.image_projection
 
     def pooled_features(self, images: torch.Tensor) -> torch.Tensor:
         """The mean of patches [B, E]: the class token was never trained."""
@@ -142,6 +153,18 @@ def published_name(ours: str) -> str:
     return ours
 
 
+def published_shape(student: RilsStudent) -> dict[str, str]:
+    """What weights under RILS's names do not tell, for the header of their file."""
+    shape = {
+        "heads": student.encoder.blocks[0].attn.num_heads,
+        "decoder_heads": student.decoder.arguments["num_heads"],
+        "text_heads": student.text.shape.heads,
+        "quick_gelu": student.text.shape.quick_gelu,
+        "tokenizer": student.tokenizer,
+    }
+    return {name: json.dumps(value) for name, value in shape.items()}
+
+
 def published_state(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a RilsStudent, by name, under RILS's names.
 
@@ -163,12 +186,15 @@ def load_rils(source: str | Path | Mapping[str, Any]) -> RilsStudent:
     """A student with the weights of a checkpoint in RILS's layout, in eval mode.
 
     `source`: a file (.pt, .pth, .safetensors), or a state dict. Sizes are read off the weights;
-    heads, which are not in them, are 64 channels wide. Raises ConfigError if they do not fit.
+    heads, which are not in them, are those of the file's header (`published_shape`), else 64
+    channels wide. Raises ConfigError if they do not fit.
     """
     read = read_published(source)
     try:
         state = {name: torch.as_tensor(value) for name, value in unwrapped(read).items()}
-        student = _of_shape(state)
+        shape = _header(source)
+        student = _of_shape(state, shape)
+        student.tokenizer = shape.get("tokenizer", "")
         theirs: dict[str, torch.Tensor] = {}
         used = set[str]()
         for ours in student.state_dict():
@@ -196,12 +222,21 @@ def load_rils(source: str | Path | Mapping[str, Any]) -> RilsStudent:
     return student.eval()
 
 
-def _of_shape(state: Mapping[str, torch.Tensor]) -> RilsStudent:
-    """A student of the sizes of a published state dict."""
+def _header(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """What `published_shape` wrote; empty for what others wrote."""
+    if not isinstance(source, str | Path) or Path(source).suffix != ".safetensors":
+        return {}
+    with safe_open(source, framework="pt") as file:
+        about = file.metadata() or {}
+    return {name: json.loads(value) for name, value in about.items()} if "heads" in about else {}
+
+
+def _of_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> RilsStudent:
+    """A student of the sizes of a published state dict, and of what its header says."""
     width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
     grid = round((state["visual.pos_embed"].shape[1] - 1) ** 0.5)
     hidden = state["visual.blocks.0.mlp.fc1.weight"].shape[0]
-    heads = HEADS.get(width, max(1, width // 64))
+    heads = shape.get("heads", HEADS.get(width, max(1, width // 64)))
     vocabulary, text_width = state["token_embedding.weight"].shape
     encoder = build_encoder(
         "vit_base_patch16_224",
@@ -215,7 +250,8 @@ def _of_shape(state: Mapping[str, torch.Tensor]) -> RilsStudent:
         },
     )
     decoder_width = state["visual.decoder_embed.weight"].shape[0]
-    arguments = rils_decoder(decoder_width, HEADS.get(decoder_width, max(1, decoder_width // 64)))
+    usual = HEADS.get(decoder_width, max(1, decoder_width // 64))
+    arguments = rils_decoder(decoder_width, shape.get("decoder_heads", usual))
     arguments["depth"] = _count(state, "visual.decoder_blocks.")
     arguments["mlp_ratio"] = (
         state["visual.decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width
@@ -232,9 +268,10 @@ def _of_shape(state: Mapping[str, torch.Tensor]) -> RilsStudent:
             vocabulary=vocabulary,
             context=state["positional_embedding"].shape[0],
             width=text_width,
-            heads=max(1, text_width // 64),
+            heads=shape.get("text_heads", max(1, text_width // 64)),
             layers=_count(state, "transformer.resblocks."),
             joint=state["text_projection"].shape[1],
+            quick_gelu=shape.get("quick_gelu", True),
         )
     )
     return RilsStudent(encoder, decoder, text)

@@ -80,6 +80,9 @@ class Objective(ABC):
     """Whether a batch has to bring the token ids of a caption for each image."""
     needs_texts: ClassVar[bool] = False
     """Whether a batch has to bring a text's features for each image, and its token ids."""
+    pooling: ClassVar[str] = "both"
+    """What of the encoder's tokens was trained to stand for an image: both (class token and mean of
+    patches) or mean. Frozen evaluations look at it."""
     compared: ClassVar[int | None] = None
     """None: images are independent. Else the loss compares all images of a step (`joint_loss`), and
     validation so many of them."""

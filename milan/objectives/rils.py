@@ -21,7 +21,13 @@ from milan.core.device import MEAN, STD, normalise
 from milan.data.loader import Batch
 from milan.errors import ConfigError, DataError
 from milan.models.decoder import decoder_arguments
-from milan.models.rils import JointOutput, RilsStudent, published_state, rils_decoder
+from milan.models.rils import (
+    JointOutput,
+    RilsStudent,
+    published_shape,
+    published_state,
+    rils_decoder,
+)
 from milan.models.student import Student
 from milan.models.text_encoder import TextEncoder, TextShape
 from milan.objectives.arguments import check_arguments
@@ -50,6 +56,7 @@ class SentenceReconstruction(Objective):
     needs_features = False
     needs_tokens = True
     compared = 256
+    pooling = "mean"
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
@@ -88,7 +95,19 @@ class SentenceReconstruction(Objective):
     def complete(self, student: Student) -> RilsStudent:
         """With a text tower of the shape that the store's tokens, or --text-tower, ask for."""
         text = TextEncoder(self._text_shape())
-        return RilsStudent(student.encoder, student.decoder, text, recompute=student.recompute)
+        whole = RilsStudent(
+            student.encoder, student.decoder, text, recompute=student.recompute,
+            reconstruct=self.sentence_loss.weight > 0,
+        )  # fmt: skip
+        assert self.cache.spec.texts is not None
+        whole.tokenizer = self.cache.spec.texts["tokenizer"]
+        return whole
+
+    def notes(self) -> list[str]:
+        """A weight of 0 is another system."""
+        if self.sentence_loss.weight:
+            return []
+        return ["objective.weight=0: plain CLIP; no masked image is seen, the decoder stays as is"]
 
     def after_step(self, student: nn.Module) -> None:
         """Keep the scale of the contrastive loss in its bounds."""
@@ -97,12 +116,13 @@ class SentenceReconstruction(Objective):
 
     def leave(self, run: Path, student: nn.Module) -> None:
         """The student under its published names."""
+        assert isinstance(student, RilsStudent)
         temporary = run / f".{WEIGHTS}.tmp"
         state = {
             name: value.contiguous()
             for name, value in published_state(student.state_dict()).items()
         }
-        save_file(state, temporary)
+        save_file(state, temporary, metadata=published_shape(student))
         temporary.replace(run / WEIGHTS)
 
     def _text_shape(self) -> TextShape:
@@ -142,12 +162,15 @@ class SentenceReconstruction(Objective):
         return self.joint_loss(prediction.joint).loss
 
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masked patches in the joint space, target and prediction; visible ones are zeros."""
+        """Masked patches in the joint space, target and prediction; visible ones are zeros, and so
+        is what a plain CLIP does not predict."""
         output, count = prediction.joint, prediction.batch.noise.shape[1]
-        place = prediction.mask.decoded[..., None].expand_as(output.predicted)
+        place = prediction.mask.decoded[..., None].expand_as(output.target)
         blank = torch.zeros(len(place), count, place.shape[2], device=place.device)
         target, predicted = (
-            blank.scatter(1, place, nn.functional.normalize(part.float(), dim=-1))
+            blank.scatter(
+                1, place[:, : part.shape[1]], nn.functional.normalize(part.float(), dim=-1)
+            )
             for part in (output.target, output.predicted)
         )
         return target, predicted

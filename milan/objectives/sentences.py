@@ -155,7 +155,8 @@ class SentenceLoss:
         Parts: `clip`; `recon`, the mean KL before its weight; `accuracy`, the share of images whose
         own caption is retrieved; `accepted`, the same with equal captions; `prototypes`, the mean
         of exp(entropy) of the target; `duplicates`, the share of sentences that are in the batch
-        already. Of a single sentence all are 0 but `accuracy`, `accepted` and `prototypes`.
+        already. Of a single sentence all are 0 but `accuracy`, `accepted` and `prototypes`. Without
+        predicted patches (plain CLIP) there is neither `recon` nor `prototypes`.
         """
         images, texts = unit(output.images), unit(output.texts)
         grows = self.gather == "full"
@@ -165,10 +166,28 @@ class SentenceLoss:
         first = ranks.rank * len(images)
         contrast = contrastive(images, texts, all_images, all_texts, output.scale, first=first)
         accepted = numbers[contrast.retrieved] == output.captions
+        own = first + torch.arange(len(images), device=images.device)
+        ordered, kind = numbers.sort().values, images.dtype
+        parts = {
+            "clip": contrast.loss,
+            "accuracy": (contrast.retrieved == own).to(kind).mean(),
+            "accepted": accepted.to(kind).mean(),
+            "duplicates": (ordered[1:] == ordered[:-1]).to(kind).sum() / len(ordered),
+        }
+        loss = contrast.loss
+        if output.predicted.shape[1]:
+            parts |= self._reconstruction(output, accepted, all_texts, ranks)
+            loss = loss + self.weight * parts["recon"]
+        return JointLoss(loss, {name: value.detach() for name, value in parts.items()})
+
+    def _reconstruction(
+        self, output: JointOutput, accepted: torch.Tensor, sentences: torch.Tensor, ranks: Ranks
+    ) -> dict[str, torch.Tensor]:
+        """`recon` and `prototypes` of the patches of `accepted` images [b]."""
         kl, entropy = sentence_divergence(
             output.predicted,
             output.target,
-            all_texts,
+            sentences,
             teacher_tau=self.teacher_tau,
             student_tau=self.student_tau,
             at_once=self.at_once,
@@ -177,15 +196,4 @@ class SentenceLoss:
         if self.normaliser == "global":  # this rank's part, of which the ranks' mean is taken
             patches, share = ranks.sum_of(patches), ranks.size
         recon = share * (kl * accepted[:, None]).sum() / (patches + _NO_PATCH)
-        own = first + torch.arange(len(images), device=images.device)
-        ordered = numbers.sort().values
-        parts = {
-            "clip": contrast.loss,
-            "recon": recon,
-            "accuracy": (contrast.retrieved == own).to(kl.dtype).mean(),
-            "accepted": accepted.to(kl.dtype).mean(),
-            "prototypes": entropy.exp().mean(),
-            "duplicates": (ordered[1:] == ordered[:-1]).to(kl.dtype).sum() / len(ordered),
-        }
-        loss = contrast.loss + self.weight * recon
-        return JointLoss(loss, {name: value.detach() for name, value in parts.items()})
+        return {"recon": recon, "prototypes": entropy.exp().mean()}

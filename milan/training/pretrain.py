@@ -379,6 +379,7 @@ def _finish(
         "std": STD,
         "input_size": cache.view_spec.size,
         "objective": config.objective,
+        "pooling": settings.objective(cache).pooling,
         "epochs": round(schedule.epoch(figures["step"]), 4),
         "cache": cache.digest,
         "teacher": cache.attributes["about"],

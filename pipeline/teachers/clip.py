@@ -219,6 +219,13 @@ def text_architecture(name: str) -> dict:
     return defaults | text | joint
 
 
+def openai_templates() -> tuple[str, ...]:
+    """The 80 sentences by which OpenAI's CLIP is measured on ImageNet, with {} for the class."""
+    import open_clip
+
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
 def tokenizer_of(name: str) -> Any:
     """The tokenizer of a model that `architecture_of` finds. Raises TeacherError."""
     if not name.endswith(".json"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from milan.evaluation.config import EvaluationConfig
-from milan.evaluation.frozen import FEATURES, Frozen
+from milan.evaluation.frozen import FEATURES, MEAN_OF_PATCHES, TOKEN, Frozen
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
@@ -17,10 +17,13 @@ def frozen_teacher(config: EvaluationConfig, device: torch.device) -> Frozen:
     of patch features, [B, 2C]. Raises TeacherError as load_teacher does.
     """
     spec = TeacherSpec(config.teacher or DEFAULT_TEACHER, config.pretrained, config.teacher_norm)
-    return frozen_view(load_teacher(spec, device=str(device)), config.feature_set)
+    teacher = load_teacher(spec, device=str(device))
+    return frozen_view(teacher, config.feature_set, mean_alone=config.pooling == "mean")
 
 
-def frozen_view(teacher: Teacher, feature_set: str = "pooled") -> Frozen:
+def frozen_view(
+    teacher: Teacher, feature_set: str = "pooled", *, mean_alone: bool = False
+) -> Frozen:
     """A loaded teacher as an evaluation sees it."""
     pooled = feature_set != "patches"
 
@@ -30,11 +33,15 @@ def frozen_view(teacher: Teacher, feature_set: str = "pooled") -> Frozen:
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         first, patches = tokens(pixels)
-        return torch.cat([first, patches.mean(dim=1)], dim=1) if pooled else patches.half()
+        if not pooled:
+            return patches.half()
+        mean = patches.mean(dim=1)
+        return mean if mean_alone else torch.cat([first, mean], dim=1)
 
     name = f"teacher {teacher.about['name']}"
-    identity = {
-        "teacher": teacher.identity, "features": FEATURES["pooled" if pooled else "patches"]
-    }  # fmt: skip
-    parts = ("class token", "mean of patches") if pooled else ("patches",)
+    parts: tuple[str, ...] = (TOKEN, MEAN_OF_PATCHES) if pooled else ("patches",)
+    what = FEATURES["pooled" if pooled else "patches"]
+    if pooled and mean_alone:
+        parts, what = (MEAN_OF_PATCHES,), f"{MEAN_OF_PATCHES} alone"
+    identity = {"teacher": teacher.identity, "features": what}
     return Frozen(features, teacher.size, name, identity, tokens, parts)

@@ -85,18 +85,20 @@ class TextTower:
         ]
         return torch.cat(parts).float().cpu().numpy()
 
-    def prototypes(self, classes: list[str]) -> dict[str, np.ndarray]:
+    def prototypes(
+        self, classes: list[str], templates: Sequence[str] = TEMPLATES
+    ) -> dict[str, np.ndarray]:
         """Tables of a store: `features` [P, C], `ids` [P, M, L] of classes by their names.
 
         A class is the mean of its sentences' vectors, scaled to length 1 (arXiv 2103.00020, section
         3.1.4).
         """
-        ids = self.tokenise(_prompts(classes))
-        features = self.features(ids).reshape(len(classes), len(TEMPLATES), -1)
+        ids = self.tokenise(_prompts(classes, templates))
+        features = self.features(ids).reshape(len(classes), len(templates), -1)
         mean = features.mean(axis=1)
         return {
             f"{PROTOTYPES}/features": mean / np.linalg.norm(mean, axis=1, keepdims=True),
-            f"{PROTOTYPES}/ids": ids.reshape(len(classes), len(TEMPLATES), -1),
+            f"{PROTOTYPES}/ids": ids.reshape(len(classes), len(templates), -1),
         }
 
 
@@ -118,17 +120,19 @@ class Tokens(TextTower):
             "templates": list(TEMPLATES),
         }
 
-    def prototypes(self, classes: list[str]) -> dict[str, np.ndarray]:
+    def prototypes(
+        self, classes: list[str], templates: Sequence[str] = TEMPLATES
+    ) -> dict[str, np.ndarray]:
         """`ids` [P, M, L] of classes by their names."""
-        sentences = _prompts(classes)
-        ids = self.tokenise(sentences).reshape(len(classes), len(TEMPLATES), -1)
+        sentences = _prompts(classes, templates)
+        ids = self.tokenise(sentences).reshape(len(classes), len(templates), -1)
         return {f"{PROTOTYPES}/ids": ids}
 
 
-def _prompts(classes: list[str]) -> list[str]:
+def _prompts(classes: list[str], templates: Sequence[str]) -> list[str]:
     """Each class in each template; underscores in names are read as spaces."""
     names = [name.replace("_", " ") for name in classes]
-    return [template.format(name) for name in names for template in TEMPLATES]
+    return [template.format(name) for name in names for template in templates]
 
 
 def _check_vocabulary(name: str, ids: np.ndarray, vocabulary: int) -> None:

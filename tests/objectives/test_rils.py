@@ -13,18 +13,19 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import ROOT, Notes, log_of, run_here, tree, weights
 from safetensors.torch import load_file
 
 import milan
 from milan.config import PretrainConfig
 from milan.errors import MilanError
-from milan.models.rils import load_rils
+from milan.models.rils import load_rils, published_state
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import read_run
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
-from milan.training.build import run_order, untold_rows
+from milan.training.build import resolve_defaults, run_order, student_of, untold_rows
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, verify
 
@@ -234,6 +235,28 @@ def test_ranks_train_the_same(run: Path, tokens: Path, tmp_path: Path, forked_ra
     for one, two in zip(log_of(run), log_of(tmp_path / "two"), strict=True):
         for name in one.keys() - {"images_per_second", "wait_share"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+def test_without_a_reconstruction_it_is_plain_clip(tokens: Path, tmp_path: Path) -> None:
+    """Contrastive loss alone: no masked pass, a decoder as it was drawn; a picture all the same."""
+    given = RUN | {"epochs": 1, "picture_every": 1, "objective_args": {"weight": 0}}
+    notes = Notes()
+    milan.pretrain(str(tokens), out=str(tmp_path / "clip"), progress=notes, **given)
+    assert "plain CLIP" in notes.line("objective.weight=0")
+    for line in log_of(tmp_path / "clip"):
+        assert line["loss"] == line["clip"]
+        assert not {"recon", "prototypes"} & line.keys()
+        assert "accuracy" in line
+    config = PretrainConfig(cache=str(tokens), **given)
+    cache = TargetCache(tokens)
+    drawn = published_state(
+        student_of(resolve_defaults(config, torch.device("cpu")), cache).state_dict()
+    )
+    left = load_file(tmp_path / "clip" / "rils.safetensors")
+    same = {name for name in left if torch.equal(left[name], drawn[name])}
+    assert {n for n in left if "decoder" in n or "mask_token" in n} <= same
+    assert not {n for n in left if n.startswith("visual.blocks") and n.endswith("weight")} & same
+    assert (tmp_path / "clip/sheet.png").stat().st_size > 1000
 
 
 def test_the_gather_is_part_of_a_run(run: Path, tokens: Path, tmp_path: Path) -> None:
