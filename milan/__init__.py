@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from milan.models.published import load_published
     from milan.models.segmenter import load_segmenter, predict_masks
     from milan.reporting.contact_sheet import contact_sheet
+    from milan.reports.page import report
     from milan.store.cache import TargetCache
     from milan.training.detect import detect
     from milan.training.finetune import finetune
@@ -75,6 +76,7 @@ _HOME = {
     "predict_masks": "milan.models.segmenter",
     "pretrain": "milan.training.pretrain",
     "repair": "pipeline.repair",
+    "report": "milan.reports.page",
     "segment": "milan.training.segment",
     "verify": "pipeline.verify",
     "zero_shot": "pipeline.zero_shot",
@@ -89,6 +91,7 @@ _SHOW_PROGRESS = (
     "predict",
     "embed",
     "neighbours",
+    "report",
     "segment",
     "zero_shot",
     "verify",
@@ -122,6 +125,7 @@ __all__ = [
     "embed",
     "neighbours",
     "zero_shot",
+    "report",
     "segment",
     "SegmentConfig",
     "load_segmenter",

@@ -25,18 +25,61 @@ def visualise(
 
 
 def report(
-    params: Annotated[str, typer.Option(help="The pipeline's parameter file.", show_default=False)],
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders of runs and stores to compare; NAME=PATH gives one a name.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The page.  [report.html]")] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of runs: a pipeline's parameter file, whose section report names them.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Pictures of each store.", min=0)] = 6,
+    compared: Annotated[
+        int, typer.Option(help="Images among which neighbours are sought.", min=0)
+    ] = 1000,
+    data_root: Annotated[
+        str | None, typer.Option(help="Where the images lie, if not where the store says.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cpu, ...")] = "auto",
 ) -> None:
-    """Collect a pipeline's figures: tables (report.txt), metrics.json, and pictures."""
-    from milan.reporting.report import build_report
+    """Compare runs on one page (HTML, no network): curves, evaluations, settings, pictures, cost.
+
+    With --params also a pipeline's tables (report.txt), metrics.json and pictures.
+    """
+    from milan.errors import ConfigError
     from stages import console
 
-    written = build_report(params, progress=console.ConsoleProgress())
+    if params and (what or out):
+        raise ConfigError(
+            "--params beside " + ("runs" if what else "--out"),
+            expected="one of them: the parameter file names runs, and report.out",
+        )
+    progress = console.ConsoleProgress()
+    how: dict[str, Any] = {
+        "images": images, "compared": compared, "data_root": data_root, "device": device
+    }  # fmt: skip
+    if not params:
+        from milan.reports.page import report as compare
+
+        page = compare(*what or (), out=out or "report.html", **how, progress=progress)
+        console.out.print(f"page: {page}", markup=False)
+        return
+    from milan.reports.pipeline import build_report
+
+    written = build_report(params, **how, progress=progress)
     with console.copied_to(written.folder / "report.txt"):
         for table in written.tables:
             console.table(*table)
         for picture in written.pictures:
             console.out.print(f"picture: {picture}", markup=False)
+    console.out.print(f"page: {written.page}", markup=False)
 
 
 Cache = Annotated[str, typer.Argument(help="A store.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command, _help, _example in (
+_COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (plan.plan, "Estimate the cost of an extraction.", "plan --data imagenet --budget 2TB"),
     (
         extract_targets.extract_targets,
@@ -97,13 +98,18 @@ for _command, _help, _example in (
         "Draw images, crops, attention, masks, features.",
         "visualise targets.zarr --out sheet.png",
     ),
-    (artifacts.report, "Collect a pipeline's figures and pictures.", "report --params params.yaml"),
+    (
+        artifacts.report,
+        "Compare runs on one page.",
+        "report runs/a runs/b targets.zarr --out report.html",
+    ),
     (
         settings.config,
         "List the settings of a command, with units and sources.",
         "config pretrain --set epochs=100",
     ),
-):
+)
+for _command, _help, _example in _COMMANDS:
     app.command(
         _example.split()[0], short_help=_help, epilog=f"Example: milan {_example}", cls=Command
     )(_command)  # fmt: skip

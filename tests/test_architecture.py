@@ -46,6 +46,8 @@ MILAN = {
     "reporting": "errors core images store data models evaluation",
     "inference": "errors core images store data models evaluation reporting",
     "training": "errors core config images store data models objectives evaluation reporting",
+    "reports": "errors version core images store data models objectives evaluation reporting "
+    "training",
     "__main__": "core",
 }
 # Modules of other packages that milan names by a string, where it loads them when they are needed.

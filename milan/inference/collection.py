@@ -24,6 +24,7 @@ from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.inference.config import NeighboursConfig
 from milan.inference.embeddings import ENDINGS, Embeddings
+from milan.reporting.panels import class_tokens
 from milan.store.cache import TargetCache
 from milan.store.format import INDEX
 
@@ -105,11 +106,7 @@ class _OfStore:
         return self._class_tokens(self.rows[position : position + 1])[0]
 
     def _class_tokens(self, rows: np.ndarray) -> torch.Tensor:
-        targets = self.cache.read(rows, np.zeros_like(rows))
-        assert targets.codes is not None
-        scale = None if targets.scale is None else torch.from_numpy(targets.scale[:, :1].copy())
-        codes = torch.from_numpy(targets.codes[:, :1].copy())
-        return F.normalize(self.cache.codec.decode(codes, scale)[:, 0].float(), dim=1)
+        return F.normalize(torch.from_numpy(class_tokens(self.cache, rows)), dim=1)
 
     def digests(self) -> list[str] | None:
         return self.cache.content_digests(self.rows)

@@ -70,7 +70,7 @@ def attention_column(pixels: np.ndarray, attention: np.ndarray) -> Column:
     colour = matplotlib.colormaps["inferno"]((heat - low) / np.maximum(high - low, 1e-12))
     panels = 0.65 * colour[..., :3] + 0.35 * pixels.mean(axis=-1, keepdims=True) / 255
     what = "the teacher's, of the class token: dark is little, yellow is much, within each view"
-    return Column("attention", what, _bytes(panels))
+    return Column("attention", what, as_bytes(panels))
 
 
 def visible_column(pixels: np.ndarray, masked: np.ndarray) -> Column:
@@ -88,7 +88,7 @@ def features_column(features: np.ndarray, colours: Colours, size: int) -> Column
         "the teacher's, three principal components as red, green and blue: like colours are like "
         f"features; {colours.origin}"
     )
-    return Column("features", what, upscale(_bytes(colours(features)), size))
+    return Column("features", what, upscale(as_bytes(colours(features)), size))
 
 
 class Colours:
@@ -138,6 +138,14 @@ def patch_features(cache: TargetCache, rows: np.ndarray, views: np.ndarray) -> n
     return cache.codec.decode(torch.from_numpy(targets.codes), scale)[:, 1:].numpy()
 
 
+def class_tokens(cache: TargetCache, rows: np.ndarray) -> np.ndarray:
+    """The teacher's decoded class tokens of view 0 of `rows`, [B, C] float32."""
+    targets = cache.read(rows, np.zeros_like(rows))
+    assert targets.codes is not None
+    scale = None if targets.scale is None else torch.from_numpy(targets.scale[:, :1].copy())
+    return cache.codec.decode(torch.from_numpy(targets.codes[:, :1].copy()), scale)[:, 0].numpy()
+
+
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
@@ -154,7 +162,8 @@ def upscale(cells: np.ndarray, size: int) -> np.ndarray:
     return cells[:, at][:, :, at]
 
 
-def _bytes(colours: np.ndarray) -> np.ndarray:
+def as_bytes(colours: np.ndarray) -> np.ndarray:
+    """Colours in 0..1 as uint8."""
     return (255 * colours).round().astype(np.uint8)
 
 
@@ -173,7 +182,7 @@ def sheet_of_run(shown: SheetInputs, colours: Colours | None) -> list[Column]:
         what = "the student's pixels; MAE trains those of masked patches only"
         return [*columns, Column("prediction", what, shown.prediction)]
     colours = colours or Colours(shown.features)
-    predicted = upscale(_bytes(colours(shown.prediction)), size)
+    predicted = upscale(as_bytes(colours(shown.prediction)), size)
     return [
         *columns,
         features_column(shown.features, colours, size),

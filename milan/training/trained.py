@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
+
+from milan.config import PretrainConfig
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, TrainError
 from milan.models.student import Student, build_student
-from milan.objectives.base import objective_class
+from milan.objectives.base import Objective, objective_class
 from milan.objectives.features import FeatureRegression
 from milan.reporting.run_files import RUN, read_run
+from milan.store.cache import TargetCache
 from milan.training import checkpoint
+from milan.training.build import resolve_defaults, student_of
 from milan.training.run_store import decoder_of
 
 
@@ -66,12 +71,37 @@ def load_student(
         seed=drawn or 0,
     )
     if drawn is None:
-        step = checkpoint.newest(folder, note=(progress or NoProgress()).note)
-        assert step is not None
-        checkpoint.load_weights(folder, step, student)
+        _load_newest(folder, student, progress)
     return TrainedStudent(
         student.eval().requires_grad_(False),
         settings["cache"],
         settings.get("layer"),
         targets["teacher"],
     )
+
+
+def load_trained(
+    run: Path, cache: TargetCache, device: torch.device, progress: Progress | None = None
+) -> tuple[Student, Objective]:
+    """The student of a run on its store, of any objective, by its newest checkpoint, in eval mode.
+
+    Raises TrainError for a run without a checkpoint.
+    """
+    config = config_of(run)
+    settings = resolve_defaults(replace(config, cache=str(cache.path)), device)
+    student = student_of(settings, cache, decoder=decoder_of(run))
+    _load_newest(run, student, progress)
+    return student.to(device).eval().requires_grad_(False), settings.objective(cache)
+
+
+def config_of(run: Path) -> PretrainConfig:
+    """The settings of a pretraining, every default filled in."""
+    told, names = read_run(run)["config"], {field.name for field in fields(PretrainConfig)}
+    return PretrainConfig(**{name: value for name, value in told.items() if name in names})
+
+
+def _load_newest(run: Path, student: Student, progress: Progress | None) -> None:
+    step = checkpoint.newest(run, note=(progress or NoProgress()).note)
+    if step is None:
+        raise TrainError(f"{run} has no checkpoint")
+    checkpoint.load_weights(run, step, student)

@@ -117,7 +117,7 @@ class Validation:
                         found.setdefault(name, []).append((counted, value))
                     count += counted
                 elif address.kind is Kind.PICTURE:
-                    sheet.append(self._sheet_inputs(batch))
+                    sheet.append(sheet_inputs(self.student, self.objective, batch))
                 elif knn:
                     images = normalise(batch.pixels, MEAN, STD)
                     knn.add(address, self.student.pooled_features(images).float())
@@ -168,17 +168,19 @@ class Validation:
     def _colours(self) -> Colours:
         return Colours.of_store(self.dataset.cache)
 
-    def _sheet_inputs(self, batch: Batch) -> SheetInputs:
-        prediction = self.objective.predict(self.student, batch)
-        target, predicted = self.objective.picture(prediction)
-        return SheetInputs(
-            batch.rows.cpu().numpy(),
-            batch.pixels.cpu().numpy(),
-            attention_of(batch).cpu().numpy(),
-            prediction.mask.boolean().cpu().numpy(),
-            None if target is None else target.cpu().numpy(),
-            predicted.cpu().numpy(),
-        )
+
+def sheet_inputs(student: Student, objective: Objective, batch: Batch) -> SheetInputs:
+    """What a sheet shows of a micro-batch: targets, and what the student predicts."""
+    prediction = objective.predict(student, batch)
+    target, predicted = objective.picture(prediction)
+    return SheetInputs(
+        batch.rows.cpu().numpy(),
+        batch.pixels.cpu().numpy(),
+        attention_of(batch).cpu().numpy(),
+        prediction.mask.boolean().cpu().numpy(),
+        None if target is None else target.cpu().numpy(),
+        predicted.cpu().numpy(),
+    )
 
 
 class _KNN:

@@ -15,7 +15,7 @@ import milan
 from milan.errors import ConfigError
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.protocols import PROTOCOLS, find_protocol, get_protocol
-from milan.reporting.report import check_alike
+from milan.reports.pipeline import check_alike
 
 NEAREST_MEAN = '''
 from dataclasses import dataclass

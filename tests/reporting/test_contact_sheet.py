@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import STUDENT, make_photos, run_here
+from helpers import make_photos, run_here
 from PIL import Image, ImageColor
 
 import milan
@@ -22,7 +21,6 @@ from milan.reporting import contact_sheet as visualise
 from milan.reporting import panels
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.panels import Colours
-from milan.reporting.report import build_report
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
@@ -227,43 +225,3 @@ def test_images_that_moved(photos: Path, teacher_files: dict[str, str], tmp_path
     done = run_here("visualise", "t.zarr", "--data-root", tmp_path / "new", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert done.out == "picture: sheet.png\n"
-
-
-def test_the_report(store: Path, photos: Path, tmp_path: Path) -> None:
-    """Tables, one JSON of figures, a CSV that DVC plots, three pictures; by the command."""
-    runs = {}
-    for objective in ("milan", "pixels"):
-        runs[objective] = str(tmp_path / objective)
-        milan.pretrain(
-            str(store), out=runs[objective], objective=objective, epochs=2, batch_size=8,
-            num_workers=0, **STUDENT,
-        )  # fmt: skip
-        assert run_here("linear-probe", "--checkpoint", runs[objective], "--data", photos).code == 0
-    section = {"out": "rep", "cache": str(store), "runs": runs, "encoders": runs}
-    protocols = "evaluation: {protocols: [linear_probe]}\n"
-    (tmp_path / "p.yaml").write_text(f"{protocols}report: {section}")
-    done = run_here("report", "--params", "p.yaml", cwd=tmp_path)
-    assert (done.code, done.err) == (0, "")
-    text = (tmp_path / "rep/report.txt").read_text()
-    assert text in done.out
-    for word in ("milan", "pixels", "top-1 %", "bytes a view", "extraction, images/s", "sheet.png"):
-        assert word in text
-    for name in ("sheet.png", "curves.png", "evaluation/linear_probe.png"):
-        with Image.open(tmp_path / "rep" / name) as picture:
-            assert np.asarray(picture.convert("L")).std() > 10
-    lines = (tmp_path / "rep/evaluation/linear_probe.csv").read_text().splitlines()
-    assert lines[0] == "encoder,metric,value"
-    assert [line.split(",")[0] for line in lines[1:]] == ["milan", "pixels"]
-    metrics = json.loads((tmp_path / "rep/metrics.json").read_text())
-    for name, run in runs.items():
-        probe = json.loads(Path(run, "linear_probe.json").read_text())
-        assert metrics["linear_probe"]["top1"][name] == probe["top1"]
-        assert metrics["linear_probe"]["top5"][name] == probe["top5"]
-        assert metrics["linear_probe"]["top1_interval"][name] == probe["top1_interval"]
-    section = f"report: {{out: {tmp_path}/rep, cache: x, runs: {{a: none}}, encoders: {{}}}}"
-    (tmp_path / "p.yaml").write_text(section)
-    with pytest.raises(milan.MilanError, match=r"has no evaluation.protocols"):
-        build_report(str(tmp_path / "p.yaml"))
-    (tmp_path / "p.yaml").write_text(protocols + section)
-    with pytest.raises(milan.MilanError, match="no metrics at none"):
-        build_report(str(tmp_path / "p.yaml"))

@@ -1,25 +1,23 @@
-"""A pipeline's report: tables, one JSON file, pictures."""
+"""A pipeline's report: tables, one JSON file, pictures, and the page."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
-from milan.core.atomic import read_with_digest, write_json
+from milan.core.atomic import write_json
 from milan.core.config_resolver import read_section
-from milan.core.paths import AnyPath, names_in, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.errors import CacheError, ConfigError
 from milan.evaluation.protocols import Column, Protocol, get_protocol
 from milan.reporting.contact_sheet import contact_sheet
-from milan.reporting.run_files import CURVES
+from milan.reporting.run_files import METRICS
+from milan.reports.page import write_page
+from milan.reports.sources import Run, extraction_speed, read_result, read_run_folder
 from milan.store.cache import TargetCache
-from milan.store.format import LOG, LOGS
 
 _OURS = "#4363d8"
 
@@ -42,15 +40,17 @@ class Report:
     folder: Path
     tables: list[Table]
     pictures: list[Path]
+    page: Path
 
 
-def build_report(params: str, *, progress: Progress | None = None) -> Report:
+def build_report(params: str, *, progress: Progress | None = None, **page: Any) -> Report:
     """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
 
     Section `report` has `out` (a folder), `runs` and `encoders` (name -> folder); the store is
     `out` of section `extract`; `protocols` and `finetuned` of section `evaluation` say which
     metrics files the encoders have. Raises ConfigError if one of these, or a metrics file, is
-    missing; of `finetuned` only encoders that have one are shown.
+    missing; of `finetuned` only encoders that have one are shown. report.html is made of the same
+    folders, `page` are arguments of milan.reports.page.write_page.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
@@ -67,9 +67,12 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
                 fix="copy them from the params.yaml of a checkout",
             )
     out = Path(section["out"])
+    called = {path: name for name, path in section["encoders"].items()}
+    called |= {path: name for name, path in section["runs"].items() if path not in called}
+    sources = {path: read_run_folder(name, Path(path)) for path, name in called.items()}
     results = {
         protocol: {
-            encoder: _read(protocol.metrics_file(folder), *(c.key for c in protocol.columns))
+            encoder: _result(protocol, sources[folder])
             for encoder, folder in section["encoders"].items()
             # The teacher is not fine-tuned.
             if protocol.name not in finetuned or protocol.metrics_file(folder).exists()
@@ -78,9 +81,12 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
     }
     for protocol, metrics in results.items():
         check_alike(protocol, metrics)
-    runs = {name: _read(Path(path) / "metrics.json") for name, path in section["runs"].items()}
+    runs = [replace(sources[path], name=name) for name, path in section["runs"].items()]
+    for run in runs:
+        if not run.figures:
+            raise ConfigError(f"no metrics at {run.folder / METRICS}", fix="dvc repro")
     cache = TargetCache(store)
-    extraction_speed = _extraction_speed(cache.path)
+    speed = extraction_speed(cache.path)
     # A folder of its own: DVC tracks it whole, whichever protocols there are.
     evaluation = out / "evaluation"
     evaluation.mkdir(parents=True, exist_ok=True)
@@ -89,20 +95,23 @@ def build_report(params: str, *, progress: Progress | None = None) -> Report:
         {
             **{p.name: _by_column(p, metrics) for p, metrics in results.items()},
             "bytes_per_view": cache.spec.view_bytes(),
-            "extract_images_per_second": extraction_speed,
-            "pretrain_images_per_second": {n: r.get("images_per_second") for n, r in runs.items()},
-            "wait_share": {n: run.get("wait_share") for n, run in runs.items()},
+            "extract_images_per_second": speed,
+            "pretrain_images_per_second": {run.name: run.images_per_second for run in runs},
+            "wait_share": {run.name: run.wait_share for run in runs},
         },
     )
     pictures = [
         contact_sheet(store, out=out / "sheet.png", images=6, among_images=True),
-        _draw_curves(section["runs"], out / "curves.png"),
+        _draw_curves(runs, out / "curves.png"),
     ]
     for protocol, metrics in results.items():
         _write_chart_data(protocol, metrics, evaluation / f"{protocol.name}.csv")
         pictures.append(_draw_chart(protocol, metrics, evaluation / f"{protocol.name}.png"))
     tables = [_protocol_table(protocol, metrics) for protocol, metrics in results.items()]
-    return Report(out, [*tables, _cost_table(cache, extraction_speed, runs)], pictures)
+    written = write_page(
+        out / "report.html", list(sources.values()), [cache.path], progress=progress, **page
+    )
+    return Report(out, [*tables, _cost_table(cache, speed, runs)], pictures, written)
 
 
 def check_alike(protocol: Protocol, metrics: Metrics) -> None:
@@ -117,35 +126,10 @@ def check_alike(protocol: Protocol, metrics: Metrics) -> None:
         )
 
 
-def _read(path: Path, *needed: str) -> dict[str, Any]:
-    """A metrics file with the figures that are needed. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"no metrics at {path}", fix="dvc repro")
-    try:
-        return read_with_digest(path, dict.fromkeys(needed, (int, float, NoneType)))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged: {error}",
-            expected="the metrics that a command wrote",
-            fix="delete it, and dvc repro, or the command that wrote it",
-        ) from None
-
-
-def _extraction_speed(store: AnyPath) -> float | None:
-    """Images a second of the last run that wrote to the store, from its log."""
-    speed = None
-    logs = [store / LOG] if isinstance(store, Path) else [
-        store / LOGS / name for name in sorted(names_in(store / LOGS))
-    ]  # fmt: skip
-    text = b"".join(read_file(log) for log in logs if log.exists())
-    for line in text.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # cut short when the run was killed
-        told = event.get("images_per_second") if isinstance(event, dict) else None
-        speed = told if isinstance(told, int | float) and told else speed
-    return speed
+def _result(protocol: Protocol, encoder: Run) -> dict[str, Any]:
+    """The metrics of an encoder, which must be there. Raises ConfigError."""
+    found = encoder.results.get(protocol.name)
+    return found or read_result(protocol, encoder.folder)
 
 
 def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]]:
@@ -175,18 +159,18 @@ def _figure(column: Column, metrics: dict[str, Any]) -> str:
     return f"{texts[0]} ({texts[1]}-{texts[2]})" if len(texts) == 3 else texts[0]
 
 
-def _cost_table(cache: TargetCache, extraction_speed: float | None, runs: Metrics) -> Table:
+def _cost_table(cache: TargetCache, speed: float | None, runs: list[Run]) -> Table:
     megabytes = cache.spec.total_bytes() / 1e6
     rows = [
         ("bytes a view", f"{cache.spec.view_bytes():,} ({cache.spec.codec})"),
         ("store", f"{cache.images:,} images x {cache.views} views, {megabytes:,.1f} MB"),
-        ("extraction, images/s", f"{extraction_speed:,.0f}" if extraction_speed else "-"),
+        ("extraction, images/s", f"{speed:,.0f}" if speed else "-"),
     ]
-    for name, run in runs.items():  # no rates: the call that wrote them found nothing to do
-        speed, waited = run.get("images_per_second"), run.get("wait_share")
-        rows.append((f"pretraining {name}, images/s", f"{speed:,.0f}" if speed else "-"))
+    for run in runs:
+        rate, waited = run.images_per_second, run.wait_share
+        rows.append((f"pretraining {run.name}, images/s", f"{rate:,.0f}" if rate else "-"))
         shown = "-" if waited is None else f"{waited:.1%}"
-        rows.append((f"pretraining {name}, data-loading time", shown))
+        rows.append((f"pretraining {run.name}, data-loading time", shown))
     return Table("Cost", ("what", ""), rows)
 
 
@@ -215,20 +199,18 @@ def _draw_chart(protocol: Protocol, metrics: Metrics, out: Path) -> Path:
     return _save(figure, out)
 
 
-def _draw_curves(runs: dict[str, str], out: Path) -> Path:
+def _draw_curves(runs: list[Run], out: Path) -> Path:
     """The loss of each run, in training and on its validation images."""
     figure, axes = _axes(4.2 * len(runs), 3, columns=len(runs))
-    for axis, (name, folder) in zip(axes, runs.items(), strict=True):
-        with open(Path(folder) / CURVES, encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+    for axis, run in zip(axes, runs, strict=True):
         for key, label, style in (
             ("loss", "training", {"color": "#9aa5b1", "lw": 1.2}),
             ("val_loss", "validation", {"color": _OURS, "lw": 1.2, "marker": "o", "ms": 3}),
         ):
-            points = [(float(x["epoch"]), float(x[key])) for x in lines if x.get(key)]
+            points = [(line["epoch"], line[key]) for line in run.log if key in line]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, **style)
-        axis.set_title(name, fontsize=10, parse_math=False)
+        axis.set_title(run.name, fontsize=10, parse_math=False)
         axis.set_xlabel("epoch")
         axis.set_ylabel("loss")
         axis.legend(frameon=False, fontsize=8)

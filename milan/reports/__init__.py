@@ -1,0 +1,1 @@
+"""Reports: runs beside each other, with their curves, evaluations, pictures, stores and cost."""

@@ -1,0 +1,338 @@
+"""`milan report`: one HTML file that compares runs; it needs no server and no network.
+
+Everything is inside: figures as JSON, pictures as data URIs, style, script, and uPlot (MIT), which
+draws the curves. The page's own policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from milan.core.device import pick_device
+from milan.core.paths import AnyPath
+from milan.core.progress import NoProgress, Progress
+from milan.errors import ConfigError, MilanError
+from milan.reporting.run_files import SHEET
+from milan.reports import figures
+from milan.reports.pictures import TEACHER, Alike, Shown, shown_of
+from milan.reports.sources import Run, find_store, read_sources
+from milan.store.cache import TargetCache
+from milan.store.describe import describe
+from milan.version import __version__
+
+_FILES = Path(__file__).parent / "page"
+_DRAWN = 12  # runs with pictures: more would make the file large
+_THUMB = 96  # pixels of a neighbour
+_LOSSLESS = 64  # pixels up to which a picture is kept as it is
+_NEAR = 6  # neighbours of each image
+_ASKED = 4  # images whose neighbours are shown
+_MOST_BYTES = 5_000_000
+_QUALITY = 85  # of JPEGs
+_OWN_PICTURES = {f"{SHEET}.png": "the sheet of the run", "predictions.png": "its predictions"}
+
+
+def report(
+    *what: str,
+    out: str | Path = "report.html",
+    images: int = 6,
+    compared: int = 1000,
+    data_root: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a page that compares runs and shows stores: `what` are their paths, or NAME=PATH.
+
+    The stores of runs are found by themselves where they are still at their places. `images` are
+    shown of each store (0: none), and neighbours sought among `compared` of its images (0: none).
+    Returns the path. Raises MilanError.
+    """
+    runs, stores = read_sources(what)
+    if not runs and not stores:
+        raise ConfigError(
+            "a report of nothing",
+            expected="folders of runs, or stores",
+            fix="milan report runs/pretrain",
+        )
+    return write_page(
+        Path(out), runs, stores, images=images, compared=compared, data_root=data_root,
+        device=device, progress=progress,
+    )  # fmt: skip
+
+
+def write_page(
+    out: Path,
+    runs: Sequence[Run],
+    stores: Sequence[AnyPath],
+    *,
+    images: int = 6,
+    compared: int = 1000,
+    data_root: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """The page of these runs, and of `stores` with those of the runs. Raises MilanError."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}", expected="a name that ends with .html",
+                          fix=f"--out {out.with_suffix('.html').name}")  # fmt: skip
+    progress = progress or NoProgress()
+    groups, notes = _by_store(runs, stores)
+    shown = []
+    for cache, its_runs in groups if images else []:
+        drawn = its_runs[:_DRAWN]
+        if len(drawn) < len(its_runs):
+            notes.append(f"Pictures are shown of the first {_DRAWN} of {len(its_runs)} runs.")
+        try:
+            shown.append(
+                shown_of(
+                    cache, drawn, images=images, compared=compared, near=_NEAR,
+                    data_root=data_root, device=pick_device(device), progress=progress,
+                )
+            )  # fmt: skip
+        except MilanError as error:
+            notes.append(f"No pictures of {cache.path}: {error.found}")
+    for one in shown:
+        notes += one.missing
+    text = _render(runs, [cache for cache, _ in groups], shown, notes)
+    data = text.encode("utf-8", "backslashreplace")  # names that are no Unicode
+    if len(data) > _MOST_BYTES and images:
+        progress.note(f"{len(data) / 1e6:.1f} MB with {images} images: half as many are shown")
+        return write_page(
+            out, runs, stores, images=images // 2, compared=compared, data_root=data_root,
+            device=device, progress=progress,
+        )  # fmt: skip
+    _write(out, data)
+    return out
+
+
+def _by_store(
+    runs: Sequence[Run], stores: Sequence[AnyPath]
+) -> tuple[list[tuple[TargetCache, list[tuple[Run, TargetCache]]]], list[str]]:
+    """(each store with the runs on it, and it as they know it; what is missing, in words)."""
+    groups: dict[tuple[str, str], tuple[TargetCache, list[tuple[Run, TargetCache]]]] = {}
+    notes = []
+    for run in runs:
+        if not run.pretrained:
+            continue
+        found = find_store(run, stores)
+        if isinstance(found, str):
+            notes.append(f"{run.name}: no pictures, for {found}. Name it: milan report … STORE")
+            continue
+        whole = TargetCache(found.path, layer=found.layer)
+        place = str(found.path.resolve()) if isinstance(found.path, Path) else str(found.path)
+        groups.setdefault((place, found.layer), (whole, []))[1].append((run, found))
+    for path in stores:
+        place = str(path.resolve()) if isinstance(path, Path) else str(path)
+        if place not in {place for place, _ in groups}:
+            cache = TargetCache(path)
+            groups[place, cache.layer] = (cache, [])
+    return list(groups.values()), notes
+
+
+def _write(out: Path, data: bytes) -> None:
+    """Write the page whole. Raises ConfigError if it cannot be written."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(out)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written: {error.strerror}",
+            expected="a file's name, on a disk with room",
+            fix="another --out",
+        ) from None
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _render(
+    runs: Sequence[Run], stores: list[TargetCache], shown: list[Shown], notes: list[str]
+) -> str:
+    import jinja2
+
+    differ, every = figures.settings_tables(runs)
+    paths = dict.fromkeys(str(cache.path) for cache in stores)
+    numbers = {run.name: at for at, run in enumerate(runs)}
+    loader = jinja2.FileSystemLoader(_FILES)
+    page = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return page.get_template("report.html.j2").render(
+        version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=[{"number": at, "name": run.name} for at, run in enumerate(runs)],
+        notes=notes,
+        overview=figures.overview(runs) if runs else None,
+        charts=figures.charts(runs),
+        names=[run.name for run in runs],
+        evaluations=figures.evaluation_tables(runs),
+        differ=differ,
+        settings=every,
+        commands=figures.commands(runs),
+        shown=[_pictures(one, numbers) for one in shown],
+        own_pictures=_own_pictures(runs, shown),
+        stores=[{"path": path, "tables": describe(path)} for path in paths],
+        costs=figures.cost_tables(runs, stores),
+        style=_inline("report.css") + _inline("uPlot.min.css"),
+        licence=_inline("uPlot.LICENSE"),
+        uplot=_inline("uPlot.iife.min.js"),
+        script=_inline("report.js"),
+    )
+
+
+def _inline(name: str) -> Any:
+    """A file of ours, put into the page as it is."""
+    from markupsafe import Markup
+
+    return Markup((_FILES / name).read_text(encoding="utf-8"))
+
+
+def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
+    """The pictures of a store as the template takes them."""
+    cosines = [p.cosine for p in shown.students.values() if p.cosine is not None]
+    low = min((float(np.percentile(c, 1)) for c in cosines), default=0.0)
+    high = max((float(np.percentile(c, 99)) for c in cosines), default=1.0)
+    images = []
+    for i, caption in enumerate(shown.captions):
+        parts = [("view", shown.pixels[i], "the pixels that the teacher saw")]
+        if shown.attention is not None and shown.target is not None:
+            parts += [
+                ("attention", shown.attention[i], "the teacher's, of the class token"),
+                ("target", shown.target[i], "the teacher's patches by colour"),
+            ]
+        panels = [_panel(*part, caption) for part in parts]
+        groups: list[dict[str, Any]] = [
+            {"run": None, "name": "teacher", "below": "", "panels": panels}
+        ]
+        for name, student in shown.students.items():
+            panels = [
+                _panel("input", student.visible[i], f"what {name} sees", caption),
+                _panel("prediction", student.predicted[i], f"what {name} predicts", caption),
+            ]
+            mean = student.mean_cosine(i)
+            if student.cosine is not None:
+                heat = _heat(student.cosine[i], low, high)
+                told = f"cosine to the target, {name}"
+                told += "" if mean is None else f": {mean:.3f} over masked patches"
+                panels.append(_panel("cosine", heat, told, caption))
+            below = "" if mean is None else f"cosine {mean:.3f} over masked patches"
+            groups.append({"run": numbers[name], "name": name, "below": below, "panels": panels})
+        images.append({"caption": caption, "groups": groups})
+    return {
+        "title": str(shown.cache.path),
+        "layer": shown.cache.layer if len(shown.cache.layers) > 1 else "",
+        "images": images,
+        "origin": shown.origin,
+        "trained_on": shown.trained_on,
+        "scale": None if not cosines else {
+            "low": f"{low:.2f}", "high": f"{high:.2f}",
+            "bar": _uri(_heat(np.linspace(low, high, 64)[None], low, high)),
+        },
+        "neighbours": _neighbours(shown, numbers),
+    }  # fmt: skip
+
+
+def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
+    """The nearest images of the first shown ones, and how teacher and students agree."""
+    if shown.bank is None or not shown.alike:
+        return None
+    bank, told = shown.bank, shown.bank_captions
+    thumbs: dict[int, dict[str, Any]] = {}
+
+    def thumb(place: int) -> dict[str, Any]:
+        if place not in thumbs:
+            picture = Image.fromarray(bank[place])
+            picture.thumbnail((_THUMB, _THUMB))
+            uri = _uri(np.asarray(picture))
+            thumbs[place] = {"uri": uri, "what": told[place]}
+        return thumbs[place]
+
+    def near(alike: Alike, i: int) -> list[dict[str, Any]]:
+        pairs = zip(alike.places[i].tolist(), alike.cosines[i].tolist(), strict=True)
+        classes = shown.bank_classes
+        return [
+            {
+                **thumb(place),
+                "cosine": f"{cosine:.2f}",
+                "same": bool(classes[i] >= 0 and classes[place] == classes[i]),
+            }
+            for place, cosine in pairs
+        ]
+
+    asked = [
+        {
+            **thumb(i),
+            "caption": shown.captions[i],
+            "of": [
+                {"run": numbers.get(name), "name": name, "near": near(alike, i)}
+                for name, alike in shown.alike.items()
+            ],
+        }
+        for i in range(min(_ASKED, len(shown.captions)))
+    ]
+    rows = []
+    for name, alike in shown.alike.items():
+        shared = figures.number(alike.shared and alike.shared[0], "{:.0f} %")
+        if alike.shared:
+            shared = figures.Cell(shared.text, shared.sort, "{1:.0f}–{2:.0f}".format(*alike.shared))
+        cells = [figures.Cell(name), shared, figures.number(alike.same_class, "{:.0f} %")]
+        rows.append(figures.Row(cells, numbers.get(name)))
+    table = figures.Grid(
+        "Ten nearest images", ["by", "shared with the teacher", "of the image's class"], rows
+    )
+    return {
+        "count": len(bank), "asked": asked, "table": table, "teacher": TEACHER in shown.alike,
+        "classes": bool((shown.bank_classes >= 0).any()),
+    }  # fmt: skip
+
+
+def _own_pictures(runs: Sequence[Run], shown: list[Shown]) -> list[dict[str, Any]]:
+    """Pictures that runs drew themselves, of runs whose students are not shown."""
+    students = {name for one in shown for name in one.students}
+    found = []
+    for at, run in enumerate(runs[:_DRAWN]):
+        for file, what in _OWN_PICTURES.items():
+            if run.name not in students and (run.folder / file).is_file():
+                try:
+                    with Image.open(run.folder / file) as picture:
+                        pixels = np.asarray(picture.convert("RGB"))
+                except OSError:
+                    continue  # it is drawn anew in the next epoch
+                found.append(
+                    {"run": at, "name": run.name, "what": what, "uri": _uri(pixels),
+                     "alt": f"{what}: {run.name}"}
+                )  # fmt: skip
+    return found
+
+
+def _panel(name: str, pixels: np.ndarray, what: str, caption: str) -> dict[str, Any]:
+    return {"name": name, "uri": _uri(pixels), "alt": f"{name}: {what}; {caption}"}
+
+
+def _heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Cosines [g, g'] as colours, uint8 [g, g', 3]: dark is low, yellow high."""
+    import matplotlib
+
+    scaled = ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+    return (255 * matplotlib.colormaps["inferno"](scaled)[..., :3]).round().astype(np.uint8)
+
+
+def _uri(pixels: np.ndarray) -> str:
+    """A picture uint8 [H, W, 3] as a data URI: small ones as PNG, others as JPEG."""
+    file, small = io.BytesIO(), max(pixels.shape[:2]) <= _LOSSLESS
+    if small:
+        Image.fromarray(pixels).save(file, format="png", optimize=True)
+    else:
+        Image.fromarray(pixels).save(file, format="jpeg", quality=_QUALITY)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

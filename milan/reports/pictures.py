@@ -1,0 +1,266 @@
+"""What students predict for the same images, beside their targets; which images they find alike.
+
+All runs of a store are shown the same images, of those that none was trained on, if there are any.
+B images, N patches, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from milan.core.device import MEAN, STD, normalise
+from milan.core.progress import Progress
+from milan.data.dataset import CachedDataset
+from milan.data.loader import CachedBatches
+from milan.data.sampler import Address, Kind
+from milan.errors import MilanError
+from milan.models.student import Student
+from milan.objectives.base import Objective
+from milan.reporting.panels import (
+    Colours,
+    as_bytes,
+    attention_column,
+    caption_of,
+    class_tokens,
+    patch_features,
+    to_grid,
+    visible_column,
+)
+from milan.reports.sources import Run
+from milan.store.cache import TargetCache
+from milan.training.build import run_order
+from milan.training.trained import config_of, load_trained
+from milan.training.validation import sheet_inputs
+
+_AT_ONCE = 32  # images whose features are computed together
+_COMPARED = 10  # neighbours that teacher and student are compared by
+_ASKED = 256  # images whose neighbours are compared, at most
+
+
+@dataclass(frozen=True)
+class Panels:
+    """B images as one student saw and predicted them."""
+
+    visible: np.ndarray
+    """[B, S, S, 3] uint8, masked patches in grey."""
+    predicted: np.ndarray
+    """[B, g, g, 3] uint8 in the colours of the target, a cell a patch; or the pixels predicted."""
+    cosine: np.ndarray | None
+    """[B, g, g] between prediction and target; None for targets that are no features."""
+    masked: np.ndarray
+    """[B, g, g] bool"""
+
+    def mean_cosine(self, image: int) -> float | None:
+        """Over the masked patches of an image."""
+        if self.cosine is None or not self.masked[image].any():
+            return None
+        return float(self.cosine[image][self.masked[image]].mean())
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The nearest images of each shown one, by one network."""
+
+    places: np.ndarray
+    """[B, n] int64: places in Shown.bank, the nearest first."""
+    cosines: np.ndarray
+    """[B, n]"""
+    same_class: float | None
+    """Percent of ten neighbours that are of the image's class; None without classes."""
+    shared: tuple[float, float, float] | None = None
+    """Percent of ten neighbours that are the teacher's too, with its 95 % interval; of students."""
+
+
+@dataclass
+class Shown:
+    """What is shown of a store and of the runs on it."""
+
+    cache: TargetCache
+    runs: list[Run]
+    captions: list[str]
+    pixels: np.ndarray
+    """[B, S, S, 3] uint8: view 0 of each image."""
+    attention: np.ndarray | None
+    """[B, S, S, 3] uint8, on the views; None for a store without targets."""
+    target: np.ndarray | None
+    """[B, g, g, 3] uint8, the teacher's patches by colour."""
+    origin: str
+    """What colours are fitted to."""
+    trained_on: list[str]
+    """Names of the runs that were trained on these images."""
+    students: dict[str, Panels] = field(default_factory=dict)
+    """By the name of the run."""
+    bank: np.ndarray | None = None
+    """[m, S, S, 3] uint8: the images among which neighbours were sought, view 0."""
+    bank_captions: list[str] = field(default_factory=list)
+    bank_classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[m] int64, -1 where unknown."""
+    alike: dict[str, Alike] = field(default_factory=dict)
+    """By the name of the run; TEACHER is the teacher."""
+    missing: list[str] = field(default_factory=list)
+    """What could not be shown, and why: a sentence each."""
+
+
+TEACHER = "teacher"
+"""The key of the teacher's neighbours: no name of a run, for it has no folder."""
+
+
+def shown_of(
+    cache: TargetCache,
+    runs: list[tuple[Run, TargetCache]],
+    *,
+    images: int,
+    compared: int,
+    near: int,
+    data_root: str | None,
+    device: torch.device,
+    progress: Progress,
+) -> Shown:
+    """The pictures of a store, and of each run on it, with the store as the run knows it.
+
+    `images` are shown, and `near` neighbours of each among `compared` images (0: none). Raises
+    MilanError if images or targets cannot be read; a student that cannot be loaded is `missing`.
+    """
+    rows, trained_on = _rows(cache, runs, images)
+    first = np.zeros_like(rows)
+    dataset = CachedDataset(cache, data_root=data_root)
+    pixels = dataset.pixels(rows, first)
+    attention = target = colours = None
+    if cache.spec.has_targets:
+        colours = Colours.of_store(cache)
+        attention = attention_column(pixels, cache.read(rows, first, features=False).attention)
+        target = as_bytes(colours(patch_features(cache, rows, first)))
+    shown = Shown(
+        cache, [run for run, _ in runs], [caption_of(dataset, row, 0) for row in rows.tolist()],
+        pixels, None if attention is None else attention.panels, target,
+        colours.origin if colours else "", trained_on,
+    )  # fmt: skip
+    bank = _Bank(shown, dataset, rows, compared, near, device, progress) if compared else None
+    for run, known in runs:
+        try:
+            student, objective = load_trained(run.folder, known, device, progress)
+            inside = CachedDataset(known, data_root=data_root)
+            shown.students[run.name] = _panels(student, objective, inside, rows, colours, device)
+        except (MilanError, OSError) as error:  # one that is gone: a run may be writing now
+            why = getattr(error, "found", error)
+            shown.missing.append(f"{run.name}: no predictions and no neighbours ({why})")
+            continue
+        if bank:
+            bank.add(run.name, student)
+    return shown
+
+
+def _rows(
+    cache: TargetCache, runs: list[tuple[Run, TargetCache]], count: int
+) -> tuple[np.ndarray, list[str]]:
+    """(rows to show, names of the runs that were trained on them)."""
+    held_out = {
+        run.name: run_order(config_of(run.folder), known).validation_rows for run, known in runs
+    }
+    common = cache.good_rows()
+    for rows in held_out.values():
+        common = common[np.isin(common, rows)]
+    if not len(common):  # of other seeds, or none is held out
+        some = [rows for rows in held_out.values() if len(rows)]
+        common = some[0] if some else cache.good_rows()
+    rows = common[:count]
+    return rows, [name for name, held in held_out.items() if not np.isin(rows, held).all()]
+
+
+def _panels(
+    student: Student,
+    objective: Objective,
+    dataset: CachedDataset,
+    rows: np.ndarray,
+    colours: Colours | None,
+    device: torch.device,
+) -> Panels:
+    """The predictions of a student for view 0 of `rows`, masked as in its validation."""
+    source = CachedBatches(
+        dataset, objective.config.seed, objective.needs_features, student.patches,
+        objective.needs_tokens, objective.needs_texts,
+    )  # fmt: skip
+    batch = source.load(Address(Kind.PICTURE, 0, rows, np.zeros_like(rows)))
+    with torch.inference_mode():
+        seen = sheet_inputs(student, objective, batch.to(device))
+    visible = visible_column(seen.pixels, seen.masked).panels
+    masked = to_grid(seen.masked)
+    if seen.features is None:
+        return Panels(visible, seen.prediction, None, masked)
+    if colours is None or seen.features.shape[2] != dataset.cache.spec.channels:
+        colours = Colours(seen.features)
+    target, predicted = torch.from_numpy(seen.features), torch.from_numpy(seen.prediction)
+    cosine = F.cosine_similarity(target.float(), predicted.float(), dim=-1).numpy()
+    return Panels(visible, as_bytes(colours(seen.prediction)), to_grid(cosine), masked)
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+class _Bank:
+    """View 0 of some images of a store, the shown ones first, and who is near whom."""
+
+    def __init__(
+        self,
+        shown: Shown,
+        dataset: CachedDataset,
+        rows: np.ndarray,
+        count: int,
+        near: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        good, cache = dataset.good, dataset.cache
+        others = good[~np.isin(good, rows)][: max(0, count - len(rows))]
+        self.rows, self.asked, self.near = np.concatenate([rows, others]), len(rows), near
+        self.shown, self.device, self.progress = shown, device, progress
+        parts = [self.rows[at : at + _AT_ONCE] for at in range(0, len(self.rows), _AT_ONCE)]
+        shown.bank = np.concatenate([dataset.pixels(p, np.zeros_like(p)) for p in parts])
+        shown.bank_captions = [caption_of(dataset, row, 0) for row in self.rows.tolist()]
+        self.labels = shown.bank_classes = dataset.labels[self.rows]
+        self.teachers: np.ndarray | None = None
+        if cache.spec.has_targets:
+            tokens = np.concatenate([class_tokens(cache, part) for part in parts])
+            self.teachers = self._note(TEACHER, torch.from_numpy(tokens))
+
+    def add(self, name: str, student: Student) -> None:
+        """The neighbours by what a probe sees of a student."""
+        pixels = self.shown.bank
+        assert pixels is not None
+        found = []
+        self.progress.begin(f"features of {name}", len(pixels), "images")
+        with torch.inference_mode():
+            for at in range(0, len(pixels), _AT_ONCE):
+                part = torch.from_numpy(pixels[at : at + _AT_ONCE]).to(self.device)
+                found.append(student.pooled_features(normalise(part, MEAN, STD)).float().cpu())
+                self.progress.advance(min(at + _AT_ONCE, len(pixels)))
+        self.progress.end()
+        self._note(name, torch.cat(found))
+
+    def _note(self, name: str, vectors: torch.Tensor) -> np.ndarray:
+        """Keep who is near whom by vectors [m, F]; returns the ten nearest of each, [a, 10]."""
+        unit = F.normalize(vectors.float(), dim=1)
+        asked = max(self.asked, min(_ASKED, len(unit)))
+        cosine = unit[:asked] @ unit.T
+        cosine[torch.arange(asked), torch.arange(asked)] = -2  # not its own neighbour
+        count = min(max(self.near, _COMPARED), len(unit) - 1)
+        values, places = (part.numpy() for part in cosine.topk(count, dim=1))
+        ten = places[:, :_COMPARED]
+        known = self.labels[:asked] >= 0
+        same = (self.labels[ten] == self.labels[:asked, None])[known]
+        shared = None
+        if self.teachers is not None and count:
+            pairs = zip(ten, self.teachers, strict=True)
+            share = np.array([100 * np.isin(ours, theirs).mean() for ours, theirs in pairs])
+            spread = 1.96 * float(share.std(ddof=1)) / len(share) ** 0.5 if len(share) > 1 else 0.0
+            mean = float(share.mean())
+            shared = mean, max(0.0, mean - spread), min(100.0, mean + spread)
+        self.shown.alike[name] = Alike(
+            places[: self.asked, : self.near], values[: self.asked, : self.near],
+            100 * float(same.mean()) if same.size else None, shared,
+        )  # fmt: skip
+        return ten
