@@ -61,6 +61,8 @@ def report(
             "--params beside " + ("runs" if what else "--out"),
             expected="one of them: the parameter file names runs, and report.out",
         )
+    if not (params or what):
+        raise typer.BadParameter("folders of runs, or stores, or --params", param_hint="WHAT")
     progress = console.ConsoleProgress()
     how: dict[str, Any] = {
         "images": images, "compared": compared, "data_root": data_root, "device": device

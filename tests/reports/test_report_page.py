@@ -350,10 +350,11 @@ def test_many_runs(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_cannot_be_reported(runs: dict[str, Path], store: Path, tmp_path: Path) -> None:
     """One line, a page is not written."""
+    with pytest.raises(milan.MilanError, match=r"a report of nothing.*milan report runs/pretrain"):
+        milan.report()
     damaged = shutil.copytree(runs[ODD], tmp_path / "damaged")
     (damaged / "linear_probe.json").write_text('{"top1": 3}')
     for arguments, told in (
-        ([], "a report of nothing"),
         ([tmp_path], "holds no run, no metrics of an evaluation and no finished store"),
         (["nowhere"], "nothing is at nowhere"),
         ([damaged], "linear_probe.json is damaged: it has no usable 'top5'"),
