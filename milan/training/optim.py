@@ -68,23 +68,6 @@ class Epochs(Protocol):
 
 
 @dataclass(frozen=True)
-class EqualEpochs:
-    """Epochs of `steps` steps each: of data that does not grow."""
-
-    steps: int
-    batch_size: int
-    seed: int = 0
-
-    def first_step(self, epoch: int) -> int:
-        """The first step of an epoch."""
-        return epoch * self.steps
-
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, steps of it before this one)"""
-        return divmod(step, self.steps)
-
-
-@dataclass(frozen=True)
 class Schedule:
     """How long a run is, its learning rates, and how often it saves and logs."""
 

@@ -20,7 +20,7 @@ from milan.errors import TrainError
 from milan.reporting.log import RunLog, read_log
 from milan.training import checkpoint, loop
 from milan.training.loop import Context, fit
-from milan.training.optim import EqualEpochs, Schedule, adamw
+from milan.training.optim import Schedule, adamw
 
 CPU = torch.device("cpu")
 STEPS, BATCH = 5, 16
@@ -60,10 +60,24 @@ class Classifier:
         return {"top1": float((self.network(points).argmax(1) == labels).float().mean())}, {}
 
 
+class EqualEpochs:
+    """Epochs of STEPS steps each."""
+
+    seed, batch_size = 0, BATCH
+
+    def first_step(self, epoch: int) -> int:
+        """The first step of an epoch."""
+        return epoch * STEPS
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, steps of it before this one)"""
+        return divmod(step, STEPS)
+
+
 def schedule(epochs: int, save_every: int | None = 3) -> Schedule:
     """Five steps an epoch."""
     return Schedule(
-        data=EqualEpochs(STEPS, BATCH), epochs=epochs, accumulate=1, lr=0.1, warmup_epochs=1,
+        data=EqualEpochs(), epochs=epochs, accumulate=1, lr=0.1, warmup_epochs=1,
         min_lr=0, precision="fp32", save_every=save_every, save_minutes=None, keep=2, log_every=2,
     )  # fmt: skip
 
