@@ -103,7 +103,7 @@ def case(
     codec = CODECS["int8"].fitted(torch.randn(16 * (1 + patches), channels))
     targets: Any = SimpleNamespace(
         codec=codec,
-        spec=SimpleNamespace(channels=channels, tokens=1 + patches),
+        spec=SimpleNamespace(channels=channels, tokens=1 + patches, has_targets=True),
         view_spec=SimpleNamespace(size=224),
     )
     student = student_of(settings, targets).to(device).train()
