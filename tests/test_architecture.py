@@ -88,7 +88,7 @@ ONLY = {
     "open_clip": {"pipeline/teachers/clip.py"},
     "ray": {f"pipeline/cluster/{name}.py" for name in ("connect", "pool", "ranks")},
     "zarr": {"pipeline/writing/shards.py"},
-    "tensorstore": {"milan/store/generation.py", "pipeline/writing/shards.py"},
+    "tensorstore": {"milan/store/generation.py"},
 }
 
 

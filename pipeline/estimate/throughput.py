@@ -26,7 +26,7 @@ from pipeline.extraction.plan import Plan
 from pipeline.extraction.worker import BLOCKS_AT_ONCE, Extractor
 from pipeline.teachers.load import Teacher
 from pipeline.writing.backend import Location
-from pipeline.writing.shards import create_arrays, stage_shard
+from pipeline.writing.shards import stage_shard
 
 _SECONDS = 4.0  # a measurement that takes longer is the last one
 _VIEWS = 8  # of the first measurement, and of a forward pass on a CPU
@@ -41,7 +41,7 @@ class Throughput:
     teacher_seconds: float
     """For a view, of the teacher alone."""
     write_rate: float
-    """Bytes a second of the store's disk: written, synced and read back. inf: not known."""
+    """Bytes a second of the store's disk: written and synced. inf: not known."""
     source: str
     """Where these figures come from, for people."""
     assumed: tuple[str, ...] = ()
@@ -85,7 +85,6 @@ def measure_throughput(
             # As many blocks as a worker has: it stages one while it computes the next.
             extractor.spec = replace(spec, rows=rows, shard_size=-(-rows // BLOCKS_AT_ONCE))
             folder = scratch_folder / str(runs)
-            create_arrays(folder, extractor.spec, {}, {})
             started = time.perf_counter()
             views, blocks = list(range(spec.views)), range(extractor.spec.blocks)
             with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
@@ -188,7 +187,6 @@ def _teacher_seconds(work: Plan) -> float:
 
 def _write_rate(spec: CacheSpec, folder: Path) -> float:
     """Bytes a second of staging one shard of `spec.rows` rows of noise."""
-    create_arrays(folder, spec, {}, {})
     noise = np.random.default_rng(0)
     arrays = {}
     for name, array in spec.view_arrays().items():

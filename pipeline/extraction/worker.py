@@ -36,7 +36,7 @@ from pipeline.writing.shards import stage_shard
 
 BLOCKS_AT_ONCE: Final = 2
 """Blocks that a worker is given at a time: the shards of one are staged, the next is computed."""
-_STAGERS = 4  # shards that a worker writes at a time: a core writes some 3,000 views a second
+_STAGERS = 4  # shards that a worker writes at a time: a core writes some 6,000 views a second
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Extractor:
         self._feeding = Lock()
         self._records = Lock()
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        self._stagers = ThreadPoolExecutor(min(_STAGERS, part.spec.views), "stage")
+        self._stagers = ThreadPoolExecutor(min(_STAGERS, BLOCKS_AT_ONCE * part.spec.views), "stage")
 
     def run(self, block: int, views: list[int], folder: str) -> list[dict]:
         """Stage the shards (block, view) for `views` in `folder` (or URL); returns their records.

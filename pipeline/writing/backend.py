@@ -115,7 +115,7 @@ class Backend(Protocol):
         the next call.
         """
 
-    def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> AnyPath:
+    def staging_folder(self, generation: str, attempt: str) -> AnyPath:
         """The location where a worker stages the shards of one attempt at a block."""
 
     def commit_files(self, folder: AnyPath, generation: str, files: list[dict]) -> None:

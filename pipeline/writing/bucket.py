@@ -149,7 +149,7 @@ class Bucket:
             for _ in pool.map(self.remove, [f"{name}/{file}" for file in self.file_names(name)]):
                 pass
 
-    def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> Url:
+    def staging_folder(self, generation: str, attempt: str) -> Url:
         """The generation itself: workers put their shards under their final names."""
         return self.path / generation
 

@@ -131,13 +131,10 @@ class Disk:
         sync_folder((self.path / name).parent)
         shutil.rmtree(self.staging / f"{Path(name).name}.pruned")
 
-    def staging_folder(self, generation: str, attempt: str, arrays: Iterable[str]) -> Path:
-        """A private folder with the metadata of the arrays."""
-        root = self.path / generation
-        folder = self.staging / f"{root.name}.{attempt}"
-        for name in arrays:
-            (folder / name).mkdir(parents=True)
-            shutil.copyfile(root / name / "zarr.json", folder / name / "zarr.json")
+    def staging_folder(self, generation: str, attempt: str) -> Path:
+        """A private folder."""
+        folder = self.staging / f"{Path(generation).name}.{attempt}"
+        folder.mkdir(parents=True)
         return folder
 
     def commit_files(self, folder: AnyPath, generation: str, files: list[dict]) -> None:

@@ -1,8 +1,9 @@
 """Zarr: a generation's empty arrays, the files of a shard, an array of embeddings; only here.
 
-Arrays are created by zarr. A shard is written by tensorstore to a local folder: zarr's bytes in a
-quarter of the time (`python -m benchmarks.staging`). It is forced to the disk (fsync), read back
-for its SHA-256, and brought to where the driver commits it from (Location.upload).
+Arrays are created by zarr. A shard is written in zarr's bytes, in a fraction of zarr's time
+(`python -m benchmarks.staging`). It is forced to the disk (fsync), and brought to where the driver
+commits it from (Location.upload). Its SHA-256 is that of what was to be written: a file with other
+bytes is found out when it is verified.
 """
 
 from __future__ import annotations
@@ -10,25 +11,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from milan.core.paths import AnyPath
-from milan.store.format import PIXELS, CacheSpec
-from milan.store.generation import system_errors
+from milan.store.format import PIXELS, ArraySpec, CacheSpec
 from pipeline.writing.backend import location_of
 
 _CHUNK_BYTES, _SHARD_BYTES = 1 << 20, 64 << 20  # of an array of embeddings
-_CONTEXT: Final[dict[str, Any]] = {
-    # One core: the others decode images. Files are synced later, with all that is staged.
-    "data_copy_concurrency": {"limit": 1},
-    "file_io_concurrency": {"limit": 1},
-    "file_io_sync": False,
-}
 
 
 def create_arrays(
@@ -121,55 +116,58 @@ def stage_shard(
     """
     location = location_of(folder)
     with location.shard_folder() as local:
-        if not any(local.iterdir()):
-            create_arrays(local, spec, {}, {})
-        files = _write_shard(local, spec, block, view, arrays, pictures)
+        files = []
+        for name, path in spec.files(block, view).items():
+            encoded = pictures if name == PIXELS else _encoded(spec.arrays()[name], arrays[name])
+            if file := _write(local, path, encoded):
+                files.append(file)
         location.upload(local, files)
     return files
 
 
-def _write_shard(
-    folder: Path,
-    spec: CacheSpec,
-    block: int,
-    view: int,
-    arrays: dict[str, np.ndarray],
-    pictures: Sequence[bytes],
-) -> list[dict]:
-    _write_arrays(folder, spec, block, view, arrays)
-    paths = spec.files(block, view)
-    if PIXELS in paths and any(pictures):
-        (folder / paths[PIXELS]).parent.mkdir(parents=True, exist_ok=True)
-        (folder / paths[PIXELS]).write_bytes(b"".join(pictures))
-    files = []
-    for relative in paths.values():
-        path = folder / relative
-        if not path.exists():
-            continue  # all images of the shard were rejected: there is nothing to store
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
-    return files
+def _encoded(array: ArraySpec, values: np.ndarray) -> Iterator[bytes | memoryview]:
+    """The file of one shard of an array, in parts; no part where all `values` are fill.
+
+    Zarr's codecs `bytes` and `crc32c`, and `sharding_indexed` where the array has shards: a chunk
+    for each row, then where each begins and its size, twice 2^64 - 1 where there is none.
+    """
+    kind = np.dtype(array.dtype).newbyteorder("<")
+    rows, per_chunk = (array.shard or array.chunk)[0], array.chunk[0]
+    values = np.ascontiguousarray(values, kind).reshape(len(values), -1)
+    if per_chunk > 1:  # a chunk is whole also where there are fewer rows
+        whole = np.full((rows, values.shape[1]), array.fill, kind)
+        whole[: len(values)], values = values, whole
+    chunks = values.view(np.uint8).reshape(len(values) // per_chunk, -1)
+    fill = np.full(values.shape[1] * per_chunk, array.fill, kind).tobytes()
+    index, end = np.full((rows // per_chunk, 2), -1, "<i8"), 0
+    for number, chunk in enumerate(chunks):
+        if chunk.data != fill:
+            yield chunk.data
+            yield google_crc32c.value(chunk).to_bytes(4, "little")
+            index[number] = end, len(chunk) + 4
+            end += len(chunk) + 4
+    if array.shard and end:
+        yield index.tobytes()
+        yield google_crc32c.value(index.tobytes()).to_bytes(4, "little")
 
 
-def _write_arrays(
-    folder: Path, spec: CacheSpec, block: int, view: int, arrays: dict[str, np.ndarray]
-) -> None:
-    """Write the values of a block's rows to arrays that have no such shard yet. Raises OSError."""
-    import tensorstore
-
-    start, stop = spec.block_rows(block)
+def _write(folder: Path, path: str, parts: Iterable[bytes | memoryview]) -> dict | None:
+    """Write and sync a file; None, and no file, where all parts are empty. Raises OSError."""
+    digest, size, file = hashlib.sha256(), 0, None
     try:
-        # One write a shard, not one a chunk.
-        with system_errors(), tensorstore.Transaction() as transaction:
-            for name, values in arrays.items():
-                kvstore = {"driver": "file", "path": str((folder / name).resolve()) + "/"}
-                array = tensorstore.open(
-                    {"driver": "zarr3", "kvstore": kvstore, "context": _CONTEXT}, open=True
-                ).result()
-                rows = array.with_transaction(transaction)[start:stop]
-                (rows[:, view] if spec.arrays()[name].of_views else rows).write(values).result()
+        with ExitStack() as stack:
+            for part in filter(len, parts):
+                if file is None:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(open(folder / path, "wb"))
+                file.write(part)
+                digest.update(part)
+                size += len(part)
+            if file is None:
+                return None
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         error.filename = str(folder)
         raise
+    return {"path": path, "bytes": size, "sha256": digest.hexdigest()}

@@ -1,6 +1,6 @@
 """Writing a store: shards are staged in private, committed whole, and the index comes last.
 
-    worker   shards.stage_shard  -> .staging/<run>/<block>/…   fsync, read back, SHA-256
+    worker   shards.stage_shard  -> .staging/<run>/<block>/…   fsync, SHA-256
     driver   Writer.commit       -> generations/000/…          rename, fsync, then the record
     driver   Store.publish       -> index.json                 when no record is missing
 
@@ -240,7 +240,7 @@ class Writer:
 
     def stage(self, attempt: str) -> AnyPath:
         """The folder where a worker stages the shards of one attempt (stage_shard)."""
-        return self.store.backend.staging_folder(self.name, attempt, self.spec.arrays())
+        return self.store.backend.staging_folder(self.name, attempt)
 
     def commit(self, folder: AnyPath, record: dict) -> None:
         """Commit a staged shard: check it, move its files, and then write its record.

@@ -119,7 +119,7 @@ def test_a_shard_is_staged_and_committed(backend: Backend, where: AnyPath) -> No
     add_generation(backend)
     for attempt in ("0", "1"):  # the second as after a kill between commit and record
         backend.clear(GENERATION, list(SPEC.files(1, 0).values()))
-        folder = backend.staging_folder(GENERATION, f"00001.{attempt}", SPEC.arrays())
+        folder = backend.staging_folder(GENERATION, f"00001.{attempt}")
         files = stage_shard(folder, SPEC, 1, 0, values(1))
         assert [file["path"] for file in files] == list(SPEC.files(1, 0).values())
         backend.commit_files(folder, GENERATION, files)
@@ -127,7 +127,7 @@ def test_a_shard_is_staged_and_committed(backend: Backend, where: AnyPath) -> No
         assert list(backend.staging.iterdir()) == []
         for file in files:
             assert size_of(where / GENERATION / file["path"]) == file["bytes"]
-    staged = backend.staging_folder(GENERATION, "00000.0", SPEC.arrays())
+    staged = backend.staging_folder(GENERATION, "00000.0")
     files = stage_shard(staged, SPEC, 0, 0, values(0))
     files[-1]["bytes"] += 1
     with pytest.raises(CacheError, match="has changed since"):
