@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from milan.inference.config import EmbedConfig
 from milan.inference.embeddings import (
     COLUMN,
     ENDINGS,
+    Embeddings,
     Piece,
     read_about,
     rows_file,
@@ -98,7 +99,7 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
     shape = _shape_of(frozen, config.pooling, context.device)
     images = ranks.on_rank0(lambda: open_images(evaluation, context.progress))
     source = resolve_data(config.data, config.data_root)
-    ranks.on_rank0(lambda: check_apart(out, [] if source.is_file() else [source]))
+    ranks.on_rank0(lambda: check_apart(out, [source]))
     about = {
         "checkpoint": frozen.name,
         "pooling": config.pooling,
@@ -134,7 +135,12 @@ def _is_there(out: Path, about: dict[str, Any]) -> bool:
     """Whether the file has been written already. Raises ConfigError if it is another one."""
     there = read_about(out)
     if there and there["digest"] == about["digest"] and out.exists():
-        return True
+        with suppress(DataError):
+            Embeddings(out)
+            return True
+        if out.is_dir():
+            shutil.rmtree(out)
+        return False  # it is damaged: it is written again
     if out.exists():
         names = ("checkpoint", "pooling", "dtype", "crop_share", "images", "network")
         differs = [name for name in names if there and there.get(name) != about[name]]

@@ -116,7 +116,8 @@ def verify(
 ) -> Verdict:
     """Check a store. Reads records and shard indexes; with `deep` every byte.
 
-    Damage raises no error, it is in the verdict. Raises DataError if a server does not answer.
+    Damage raises no error, it is in the verdict. Raises DataError if a server does not answer, and
+    CacheError for an audit of a store without targets.
     """
     progress = progress or NoProgress()
     store = as_path(path)
@@ -308,6 +309,10 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
     Targets of other images (views paired in another order) must differ, or the check is void.
     """
     first = cache.generations[0]
+    if not cache.spec.has_targets:
+        raise CacheError(
+            f"{cache.path} has no targets of a teacher that could be audited", fix="without --audit"
+        )
     try:
         dataset = CachedDataset(cache, data_root=audit.data_root)
         named = audit.teacher or TeacherSpec.recorded(first.origin["teacher"])
@@ -320,9 +325,6 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
         return
     if not same_teacher(teacher, cache.spec):
         verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
-        return
-    if not cache.spec.has_targets:
-        verdict.foreign.append(f"{cache.path} has no targets of a teacher that could be audited")
         return
     rng = np.random.default_rng(audit.seed % 2**64)
     good = cache.good_rows()

@@ -35,7 +35,7 @@ from milan.models.published import load_published
 from milan.models.rils import RilsStudent
 from milan.models.weights import published_file
 from milan.reporting.dense import DenseMap, draw_dense
-from milan.reporting.panels import save_picture
+from milan.reporting.panels import check_apart, save_picture
 from milan.store.cache import TargetCache
 from milan.training.trained import TrainedStudent, load_student
 from pipeline.own_words import class_texts, joint_student, joint_view, templates_of
@@ -70,6 +70,7 @@ def zero_shot(
     trained = _student(config, progress)
     cache = _store(config, trained, progress)
     pictures = _pictures(config, progress)
+    check_apart(_picture_of(config), [pictures.place])
     names = _class_names(pictures)
     if trained and isinstance(trained.student, RilsStudent):
         texts = class_texts(trained.student, names, cache, config).to(device)
@@ -113,7 +114,9 @@ def _by_teacher(
 
     Raises MilanError.
     """
-    told = cache.prototypes if cache and cache.spec.has_targets else None  # else token ids alone
+    if cache and not cache.spec.has_targets:
+        raise cache.no_targets()
+    told = cache.prototypes if cache else None
     known = told.classes if told and config.templates == "stored" else []
     lacking = [name for name in names if name not in known]
     teacher = _teacher(config, cache, lacking, device, progress)
@@ -344,5 +347,9 @@ def _draw(
         maps,
         [names[number] for number in numbers],
     )
-    path = PROTOCOLS["zero_shot"].metrics_path(config).with_suffix(".png")
-    return str(save_picture(page, path))
+    return str(save_picture(page, _picture_of(config)))
+
+
+def _picture_of(config: ZeroShotConfig) -> Path:
+    """Where the dense maps go: beside the metrics."""
+    return PROTOCOLS["zero_shot"].metrics_path(config).with_suffix(".png")

@@ -186,6 +186,6 @@ def _print_verdict(verdict: Any) -> None:
             f"sizes and indexes; every byte: milan verify --deep {verdict.path}",
             markup=False,
         )
-    if verdict.code == 3 and verdict.shards:
+    if verdict.code == 3 and verdict.shards and verdict.repairable:
         console.out.print(f"try: milan repair {verdict.path}", markup=False)
     raise typer.Exit(verdict.code)

@@ -164,6 +164,17 @@ def read_file(where: AnyPath, *, first: int = 0, size: int | None = None) -> byt
     return answered(where, read)
 
 
+def read_lines(where: str | AnyPath, what: str) -> list[str]:
+    """The lines of a small text, which should be `what`. Raises DataError; waits for no pipe."""
+    path = as_path(where)
+    try:
+        return read_file(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is not UTF-8 text", expected=what) from None
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror}", expected=what) from None
+
+
 def read_parts(where: AnyPath, parts: Sequence[tuple[int, int]]) -> list[bytes]:
     """Parts of a file, each (first byte, bytes); it is opened once. Raises as read_file does."""
     files = _files(where)
@@ -192,8 +203,11 @@ def size_of(where: AnyPath) -> int | None:
     """Bytes of a file; None if there is none. Raises as read_file does."""
     try:
         return answered(where, lambda: _files(where).size_of(where))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if missing or error.errno == errno.ENAMETOOLONG:  # no file can be called so
+            return None
+        raise
 
 
 def sizes_below(root: AnyPath) -> Callable[[str], int | None]:

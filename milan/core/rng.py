@@ -44,6 +44,11 @@ def bits(seed: int, purpose: int, address: tuple[int, ...], count: int) -> np.nd
     return _thread.generator.random_raw(count)
 
 
+def generator(seed: int) -> np.random.Generator:
+    """A generator of numpy's, for what need not be addressed: a bootstrap. Any seed of 64 bits."""
+    return np.random.Generator(np.random.Philox(seed % 2**64))
+
+
 def uniforms(seed: int, purpose: int, address: tuple[int, ...], count: int) -> np.ndarray:
     """`count` numbers in (0, 1), 53 bits each, never 0 nor 1; float64."""
     # Half a step up: the logarithm of a draw is finite and strictly negative.

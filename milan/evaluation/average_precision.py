@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert
 
+from milan.core import rng
 from milan.evaluation.coco import BoxSet, check_dense, mask_functions
 
 _KINDS = {"box": "bbox", "mask": "segm"}
@@ -108,7 +109,7 @@ class AveragePrecision:
         for kind in self.kinds:
             evaluation = self._matched(_KINDS[kind])
             matches, values = evaluation._evalImgs_cpp, list[float]()
-            generator = np.random.Generator(np.random.Philox(seed))
+            generator = rng.generator(seed)
             for _ in range(resamples):
                 drawn = generator.integers(0, count, count).tolist()
                 chosen = [matches[k * count + image] for k in range(classes) for image in drawn]

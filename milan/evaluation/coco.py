@@ -25,6 +25,7 @@ from milan.errors import ConfigError, DataError
 
 COCO = "COCO's JSON: images, annotations and categories (cocodataset.org/#format-data)"
 _EDGE = 1.0  # pixels that boxes may reach beyond the image by rounding
+_LONGEST = 1 << 20  # pixels of an edge: no decoder gives more
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,19 @@ class _Reader:
         names = tuple(entry["file_name"] for entry in images.values())
         shapes = np.array([(e["height"], e["width"]) for e in images.values()], np.int64)
         root = self._root(names)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(
+                f"{self.file} has {len(twice):,} files twice among its images, the first is "
+                f"{twice[0]!r}",
+                expected="one entry an image: of two, each would lack the other's boxes",
+                fix="move the boxes of both to one of them",
+            )
         numbers = {entry["id"]: n for n, entry in enumerate(content["categories"])}
+        if len(numbers) < len(content["categories"]):
+            raise DataError(
+                f"{self.file} has categories of the same id",
+                expected="an id for each: which class a box is of is not known else",
+            )
         classes = tuple(str(entry["name"]) for entry in content["categories"])
         for name in classes:
             check_unicode(name, "the category", fix="another name in the JSON")
@@ -180,7 +193,7 @@ class _Reader:
             data = read_file(self.file)
         try:
             content = json.loads(data)
-        except ValueError as error:  # UnicodeDecodeError is one
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
             raise DataError(f"{self.file} is no JSON: {error}", expected=COCO) from None
         needed: dict[str, dict[str, Any]] = {
             "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
@@ -195,6 +208,7 @@ class _Reader:
                 odd = [
                     key for key, kind in keys.items()
                     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind)
+                    or (key in ("height", "width") and not 0 < entry[key] <= _LONGEST)
                 ]  # fmt: skip
                 if odd:
                     raise DataError(
@@ -251,7 +265,7 @@ class _Reader:
         """
         for entry in entries:
             box = entry["bbox"]
-            if len(box) != 4 or not all(isinstance(x, int | float) for x in box):
+            if len(box) != 4 or not all(_is_number(x) for x in box):
                 raise DataError(
                     f"annotation {entry.get('id')} of {self.file} has the box {box}",
                     expected="four numbers: left, top, width, height in pixels",
@@ -307,22 +321,27 @@ class _Reader:
         self, entry: dict[str, Any], shape: tuple[int, int], convert: Callable[..., Any]
     ) -> bytes:
         """Of one mask: polygons, or run lengths, of an image of (height, width) `shape`."""
-        told, (height, width) = entry["segmentation"], shape
-        why = ""
-        if isinstance(told, dict):
-            if list(told.get("size", ())) != [height, width]:
-                why = f"is {told.get('size')} pixels, and its image {[height, width]}"
-            elif isinstance(runs := told.get("counts"), list) and sum(runs) != height * width:
+        given, (height, width) = entry["segmentation"], shape
+        why, runs = "", given.get("counts") if isinstance(given, dict) else given
+        if isinstance(given, dict):
+            if given.get("size") != [height, width]:
+                why = f"is {given.get('size')} pixels, and its image {[height, width]}"
+            elif isinstance(runs, list) and not all(_is_number(run) and run >= 0 for run in runs):
+                why = "has runs that are no numbers of pixels"
+            elif isinstance(runs, list) and sum(runs) != height * width:
                 why = f"has runs of {sum(runs):,} pixels, and its image {height * width:,}"
-        elif not isinstance(told, list) or any(
+        elif not isinstance(given, list) or any(
             not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2
-            for polygon in told
+            for polygon in given
         ):
             why = "has a polygon of less than three corners"
         if not why:
             try:
-                counts = convert(told, width, height)["counts"]
-                return counts.encode() if isinstance(counts, str) else bytes(counts)
+                counts = convert(given, width, height)["counts"]
+                found = counts.encode() if isinstance(counts, str) else bytes(counts)
+                if not isinstance(runs, list):  # the library takes any letters for run lengths
+                    mask_functions().decode({"size": [height, width], "counts": found})
+                return found
             except Exception as error:  # of a library in C++: any
                 why = f"cannot be read: {str(error).splitlines()[0][:100]}"
         raise DataError(
@@ -332,6 +351,11 @@ class _Reader:
         )
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value of the JSON is a number that a float can be; a whole one may be larger."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def _number(value: Any) -> float:
     """A number of the JSON; 0 for anything else."""
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if _is_number(value) else 0.0

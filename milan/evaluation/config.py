@@ -56,6 +56,12 @@ class LabelledConfig:
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         check_fields(self)
+        if self.out and Path(self.out).is_dir():
+            raise ConfigError(
+                f"out {self.out} is a folder",
+                expected="a file for the metrics (JSON)",
+                fix=f"--out {Path(self.out) / 'metrics.json'}",
+            )
 
     @property
     def folder(self) -> Path:

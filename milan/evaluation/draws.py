@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from milan.core.atomic import write_text
+from milan.core.paths import read_lines
 from milan.core.progress import Progress
 from milan.errors import ConfigError
 from milan.evaluation.config import ClassificationConfig
@@ -128,14 +129,8 @@ def _tell_small_classes(
 def _listed(
     file: Path, names: list[str], rows: np.ndarray, config: ClassificationConfig
 ) -> np.ndarray:
-    """Those of `rows` that a file names: by key, or by the last parts of it. Raises ConfigError."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ConfigError(f"no list at {file}", fix="--train-list FILE") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{file} cannot be read: {why}", expected=_LINES) from None
+    """Those of `rows` that a file names: by key, or by the last parts of it. Raises MilanError."""
+    lines = read_lines(file, _LINES)
     wanted = dict.fromkeys(line.strip() for line in lines if line.strip() and line[0] != "#")
     if not wanted:
         raise ConfigError(f"{file} names no image", expected=_LINES)

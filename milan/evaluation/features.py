@@ -159,7 +159,6 @@ def _locked(place: Path, context: Context) -> Iterator[None]:
     locks: list[Any] = []
 
     def acquire() -> None:
-        place.mkdir(parents=True, exist_ok=True)
         wait = Wait(
             f"the features in {place}, which another evaluation computes",
             limit=_LOCK_WAIT, error=DataError, progress=context.progress,
@@ -167,7 +166,10 @@ def _locked(place: Path, context: Context) -> Iterator[None]:
         )  # fmt: skip
         while not locks and not context.stop.by:
             try:
+                place.mkdir(parents=True, exist_ok=True)
                 locks.append(lock_folder(place))
+            except FileNotFoundError:  # another call was done with the folder, and removed it
+                wait.check()
             except BlockingIOError:
                 wait.check()
                 time.sleep(0.2)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from milan.core import rng
 from milan.errors import ConfigError
 from milan.images.masks import IGNORED
 
@@ -100,7 +101,7 @@ def agreement(counts: np.ndarray, images: Areas, *, seed: int = 0) -> Agreement:
 def _interval(images: Areas, *, seed: int) -> tuple[float, float]:
     """The 95 % interval of the mean IoU, in percent: images are drawn again and again."""
     count, classes = images.both.shape
-    generator = np.random.Generator(np.random.Philox(seed))
+    generator = rng.generator(seed)
     both, union = (
         images.both.astype(float),
         (images.truth + images.named - images.both).astype(float),

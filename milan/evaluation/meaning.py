@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from milan.core import rng
+
 _ENOUGH = 400  # validation images: two standard errors are then 5 points at most
 
 
@@ -26,9 +28,7 @@ def accuracy_interval(correct: np.ndarray, *, seed: int = 0) -> tuple[float, flo
     if correct.all() or not correct.any():
         least = round(100 * 0.025 ** (1 / len(correct)), 2)
         return (least, 100.0) if correct.all() else (0.0, round(100 - least, 2))
-    draws = np.random.Generator(np.random.Philox(seed)).binomial(
-        len(correct), correct.mean(), size=10_000
-    )
+    draws = rng.generator(seed).binomial(len(correct), correct.mean(), size=10_000)
     low, high = np.percentile(100 * draws / len(correct), [2.5, 97.5])
     return round(float(low), 2), round(float(high), 2)
 

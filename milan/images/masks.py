@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from milan.core.paths import AnyPath, answered, files_below, folders_in
+from milan.core.paths import AnyPath, answered, files_below, folders_in, read_lines
 from milan.errors import DataError, ImageFault
 from milan.images.classes import class_name
 from milan.images.decode import orientation_of
@@ -97,13 +97,7 @@ def read_names(path: str) -> tuple[str, ...]:
 
 
 def _lines(path: str, what: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", expected=what) from None
-    except UnicodeError:
-        raise DataError(f"{path} is not UTF-8 text", expected=what) from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in read_lines(path, what) if line.strip()]
     if not lines:
         raise DataError(f"{path} is empty", expected=what)
     return lines

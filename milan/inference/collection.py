@@ -7,6 +7,7 @@ file of embeddings: the image's embedding. So a store can be searched before any
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from milan.images.manifest import build_manifest, resolve_data
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.inference.config import NeighboursConfig
-from milan.inference.embeddings import ENDINGS, Embeddings
+from milan.inference.embeddings import ENDINGS, Embeddings, rows_file
 from milan.reporting.panels import class_tokens
 from milan.store.cache import TargetCache
 from milan.store.format import INDEX
@@ -42,6 +43,10 @@ class Collection(Protocol):
     """[m]"""
     classes: list[str | None]
     """[m]: the class of each image, where it has one."""
+
+    @property
+    def places(self) -> list[AnyPath]:
+        """What is read: folders and files in which and over which nothing is written."""
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """The vectors [b, F], of length 1, float32 on the CPU, in order; some at once."""
@@ -98,6 +103,13 @@ class _OfStore:
         self.keys = [keys[row] for row in self.rows.tolist()]
         self.classes = _named(labels[self.rows].tolist(), self.cache.manifest.classes)
 
+    @property
+    def places(self) -> list[AnyPath]:
+        images = list[AnyPath]()
+        with suppress(DataError):  # pairs are found without the images
+            images = self.cache.image_places(self.data_root)
+        return [self.cache.path, *images]
+
     def pieces(self) -> Iterator[torch.Tensor]:
         for at in range(0, len(self.rows), _ROWS):
             yield self._class_tokens(self.rows[at : at + _ROWS])
@@ -143,9 +155,16 @@ class _OfFile:
         numbers = [None if label is None else str(label) for label in columns["label"]]
         self.classes = [a or b for a, b in zip(names, numbers, strict=True)]
 
+    @property
+    def places(self) -> list[AnyPath]:
+        images = list[AnyPath]()
+        with suppress(DataError):  # pairs are found without the images
+            images = [resolve_data(self.data_root or self.file.about["data"])]
+        return [self.file.path, rows_file(self.file.path), *images]
+
     def pieces(self) -> Iterator[torch.Tensor]:
         for values in self.file.pieces():
-            yield F.normalize(torch.from_numpy(np.ascontiguousarray(values)), dim=1)
+            yield F.normalize(torch.from_numpy(np.array(values)), dim=1)
 
     def vector(self, position: int) -> torch.Tensor:
         return F.normalize(torch.from_numpy(self.file.vector(position).copy()), dim=0)

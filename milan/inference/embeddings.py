@@ -29,6 +29,7 @@ ENDINGS = (".parquet", ".npy", ".zarr")
 COLUMN = "embedding"
 """The name of the column, and of the Zarr array."""
 _ABOUT = b"milan_embedding"
+_ANEW = "the milan embed line that made it: it writes it anew"
 _PIECE = 8192  # vectors read at once
 _IDENTITY = pa.schema([("key", pa.string()), ("label", pa.int64()), ("class", pa.string())])
 
@@ -56,8 +57,11 @@ def rows_file(path: Path) -> Path:
 
 def read_about(path: Path) -> dict[str, Any] | None:
     """What a file says it was made by; None if it is no file of embeddings."""
+    file = rows_file(path)
+    if not file.is_file():  # a pipe might never answer
+        return None
     try:
-        metadata = pq.read_schema(rows_file(path)).metadata or {}
+        metadata = pq.read_schema(file).metadata or {}
         return json.loads(metadata[_ABOUT])
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
@@ -127,7 +131,7 @@ class Embeddings:
                 f"{path} has embeddings {found}, and {rows_file(self.path).name} says "
                 f"{tuple(about['shape'])}",
                 expected="both as milan embed wrote them",
-                fix="the same milan embed line, with another --out",
+                fix=_ANEW,
             )
 
     @cached_property
@@ -148,7 +152,11 @@ class Embeddings:
             with system_errors():
                 return open_array(self.path / COLUMN)
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{self.path} cannot be read: {str(error)[:200]}") from None
+            raise DataError(
+                f"{self.path} is damaged: {str(error)[:200]}",
+                expected="the file as milan embed wrote it",
+                fix=_ANEW,
+            ) from None
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The embeddings [b, ...] in float32, in order, some thousand at once."""

@@ -23,7 +23,7 @@ from milan.evaluation.knn import Nearest
 from milan.inference.collection import Collection, open_collection
 from milan.inference.config import NeighboursConfig
 from milan.inference.tables import check_ending, written
-from milan.reporting.panels import Tile, draw_tiles, save_picture, thumbnail
+from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture, thumbnail
 
 _BLOCK = 4096  # vectors compared with as many others at once: 64 MB of cosines
 _PAIRS = 10  # an image, on average: more are no list that anybody reads
@@ -59,6 +59,7 @@ def neighbours(
     check_ending(config.path, (".csv", ".parquet") if config.duplicates else (".png", ".jpg"))
     progress, device = progress or NoProgress(), pick_device(config.device)
     images = open_collection(config)
+    check_apart(config.path, images.places)
     progress.note(f"compared: {images.what}, of {len(images.rows):,} images")
     if config.duplicates:
         return _duplicates(images, config, device, progress)

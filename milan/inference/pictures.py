@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from milan.core.ahead import Ahead
 from milan.core.machine import cpu_count
-from milan.core.paths import AnyPath
 from milan.core.progress import Progress
 from milan.errors import DataError, ImageFault
 from milan.images.decode import decode_pixels
@@ -48,7 +47,8 @@ class Pictures:
         `wanted`: the split that is taken; default: that of the settings, by extraction's rule.
         """
         self.config, self.progress = config, progress
-        source = resolve_data(config.data, config.data_root)
+        self.place = source = resolve_data(config.data, config.data_root)
+        """The folder or file of the images, in which and over which nothing is written."""
         wanted = wanted or WantedSplit(config.split)
         self.manifest = build_manifest(source, seed=0, limit=config.limit, split=wanted)
         for line in describe_source(self.manifest, wanted.flag):
@@ -60,12 +60,6 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.manifest)
-
-    @property
-    def folders(self) -> list[AnyPath]:
-        """The folder of the images, in which nothing should be written; none if one file is all."""
-        listing = self.manifest.listing
-        return [listing.root] if listing and listing.file is None else []
 
     def sample(self, count: int) -> frozenset[int]:
         """So many rows, always the same: the manifest's order is a shuffled one."""

@@ -34,6 +34,8 @@ PREDICTORS = {
 }
 """What a training leaves -> module:function, a Predictor. Imported when it is used."""
 
+_BESIDE = _SHEET, _METRICS, _REJECTED = ".png", ".json", ".bad-images.csv"
+
 
 @dataclass
 class Job:
@@ -82,7 +84,8 @@ def predict(
     file = _file_of(config.checkpoint)
     device = pick_device(config.device)
     pictures = Pictures(config, progress)
-    check_apart(Path(config.out), pictures.folders)
+    for ending in (Path(config.out).suffix, *_BESIDE):
+        check_apart(config.beside(ending), [pictures.place])
     job = Job(file, config, pictures, device, progress)
     module, _, function = PREDICTORS[file.name].partition(":")
     progress.begin("predictions", len(pictures), "images")
@@ -99,7 +102,7 @@ def predict(
         "rejected": _write_rejected(job),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    write_json(config.beside(".json"), metrics)
+    write_json(config.beside(_METRICS), metrics)
     return metrics
 
 
@@ -142,12 +145,12 @@ def _draw(job: Job) -> str | None:
     if not tiles:
         return None
     title = f"{len(tiles)} of {len(job.pictures):,} images of {job.config.data}, by {job.file}"
-    return str(save_picture(draw_tiles(title, tiles), job.config.beside(".png")))
+    return str(save_picture(draw_tiles(title, tiles), job.config.beside(_SHEET)))
 
 
 def _write_rejected(job: Job) -> str | None:
     """The list of images that cannot be read, if there are any; an old one is removed."""
-    path, pictures = job.config.beside(".bad-images.csv"), job.pictures
+    path, pictures = job.config.beside(_REJECTED), job.pictures
     if not pictures.rejected:
         path.unlink(missing_ok=True)
         return None

@@ -55,10 +55,19 @@ def _same_header(data: bytes) -> bytes:
 def load_whole(network: Any, file: Path, model: str) -> None:
     """Load all weights of a network from its file, of a ViT `model`. Raises CacheError."""
     try:
-        network.load_state_dict(load_file(file), strict=True)
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict(unwrapped(load_file(file)), strict=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise CacheError(f"{file} does not fit {model}: {first}") from None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of weights is there, as long as its header says."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_about(run: str | Path) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def read_about(run: str | Path) -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise CacheError(
             f"{path} is damaged: {error}",
-            fix="the run's milan pretrain line: it writes it anew",
+            fix="the line of the training that wrote it: it writes it anew",
         ) from None
     if not about.keys() >= {"model", "model_args", "mean", "std", "input_size"}:
         raise CacheError(
@@ -101,7 +110,7 @@ def encoder_weights(run: str | Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, ValueError) as error:
         raise CacheError(
             f"{path} is damaged: {error}",
-            fix="the run's milan pretrain line: it writes it anew",
+            fix="the line of the training that wrote it: it writes it anew",
         ) from None
 
 

@@ -58,8 +58,7 @@ def contact_sheet(
     if not dataset.cache.spec.has_targets:
         raise dataset.cache.no_targets()
     if not among_images:
-        roots = dataset.roots or dataset.cache.find_data_roots()
-        check_apart(Path(out), [root for _, root in roots])
+        check_apart(Path(out), dataset.cache.image_places(data_root))
     store = dataset.cache
     usable = dataset.good
     chosen = rng.permutation(seed, rng.SAMPLE, (1,), len(usable))[: max(1, images)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -277,25 +278,36 @@ def draw_tiles(title: str, tiles: list[Tile], *, across: int = 6) -> np.ndarray:
 
 
 def check_apart(out: Path, roots: Sequence[AnyPath]) -> None:
-    """Raises DataError if `out` lies in one of the folders of the images."""
+    """Raises DataError if `out` lies in one of the folders of the images, or is a file that is
+    read."""
     for root in roots:
-        if is_local(root) and out.resolve().is_relative_to(root.resolve()):
+        if not is_local(root) or not out.resolve().is_relative_to(root.resolve()):
+            continue
+        if out.resolve() == root.resolve():
             raise DataError(
-                f"{out} lies in the folder of the images, {root}",
-                expected="a place where it is not taken for an image",
-                fix=f"--out {root.resolve().parent / out.name}",
+                f"--out {out} is what is read",
+                expected="another place: nothing is written over it",
+                fix=f"--out {out.with_stem(out.stem + '-2')}",
             )
+        raise DataError(
+            f"{out} lies in the folder of the images, {root}",
+            expected="a place where it is not taken for an image",
+            fix=f"--out {root.resolve().parent / out.name}",
+        )
 
 
 def save_picture(page: np.ndarray, path: Path) -> Path:
-    """Write a page; the ending says the format. Raises CacheError if it cannot be written."""
+    """Write a page; the ending says the format. What was there stays until it is whole. Raises
+    CacheError if it cannot be written."""
     from PIL import Image
 
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(page).save(path)
+        Image.fromarray(page).save(part)
+        os.replace(part, path)
     except (OSError, ValueError) as error:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or error
         raise CacheError(
             f"{path} cannot be written: {why}",

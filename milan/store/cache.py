@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from milan.core.paths import AnyPath, as_path, map_files, sizes_below
 from milan.errors import CacheError, DataError, nearest
@@ -162,6 +163,21 @@ class TargetCache:
             raise not_found(self.path, given, paths.take(good[:1]).to_pylist())
         return found
 
+    def image_places(self, data_root: str | None = None) -> list[AnyPath]:
+        """What the images are read from: their folders, or the one file that holds all of them.
+
+        Raises DataError as find_data_roots.
+        """
+        roots, table = self.find_data_roots(data_root), self.manifest.table
+        ends = [first for first, _ in roots[1:]] + [len(table)]
+        places: list[AnyPath] = []
+        for (first, root), end in zip(roots, ends, strict=True):
+            part = table.slice(first, end - first)
+            paths = pc.unique(part["path"]).to_pylist()
+            inside = part["group"].null_count + part["offset"].null_count < 2 * len(part)
+            places.append(root / paths[0] if inside and len(paths) == 1 else root)
+        return places
+
     @staticmethod
     def _recorded_roots(generation: Generation, *, needed: bool) -> list[AnyPath]:
         try:
@@ -280,8 +296,11 @@ class TargetCache:
     def _other_layers(self) -> list[TargetCache]:
         return [TargetCache(self.path, layer=name) for name in self.layers if name != self.layer]
 
-    def no_targets(self) -> CacheError:
-        """The error for what needs a teacher's targets, which this layer has not."""
+    def no_targets(self, fix: str = "") -> CacheError:
+        """The error for what needs a teacher's targets, which this layer has not.
+
+        `fix` is what else may be done, where another layer does not have them.
+        """
         others = self._other_layers()
         told = next((cache.layer for cache in others if cache.spec.has_targets), None)
         return CacheError(
@@ -289,7 +308,7 @@ class TargetCache:
             expected="a store that a teacher has seen",
             fix=f"--layer {told}"
             if told
-            else f"--objective rils, or milan extract-targets … --extend --out {self.path}",
+            else f"{fix}milan extract-targets … --extend --out {self.path}",
         )
 
     def no_text_features(self, what: str = "text features of a teacher") -> CacheError:

@@ -111,7 +111,7 @@ def student_of(
     config, size = settings.config, cache.view_spec.size
     needed = objective_class(config.objective).needs_features or settings.masking == "semantic"
     if needed and not cache.spec.has_targets:
-        raise cache.no_targets()
+        raise cache.no_targets("--objective rils, or ")
     if config.model_args.get("img_size", size) != size:
         raise ConfigError(
             f"model argument img_size={config.model_args['img_size']}",

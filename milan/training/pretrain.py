@@ -20,6 +20,7 @@ from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks, parallelise
 from milan.core.launch import as_rank, launch
+from milan.core.paths import as_path
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import parse_bytes
@@ -59,6 +60,7 @@ from milan.training.memory import trial_batch
 from milan.training.optim import Schedule, adamw
 from milan.training.run import (
     Start,
+    check_place,
     continue_run,
     decide,
     locked,
@@ -169,6 +171,7 @@ def _train(
     differs = deviations(
         config, recipe=load_recipe(PretrainConfig, config.recipe, "pretrain"), leave=_PLACES
     )
+    ranks.on_rank0(lambda: check_place(run, [as_path(config.cache)]))
     # What this call does is decided under the lock: a call before it may have trained until now.
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
     start = ranks.on_rank0(
@@ -196,6 +199,8 @@ def _train(
         values = settings.values(micro_batch=micro_batch)
         kept = {**store_of_run(cache), "decoder": student.decoder.arguments, **initial}
         identity = identity_with(values, cache)
+        images = cache.image_places(config.data_root) if dataset.roots else []
+        ranks.on_rank0(lambda: check_place(run, images))
         ranks.on_rank0(lambda: start_run(run, identity, values, differs, **kept))
     else:
         progress.note(f"resuming: {run} at step {step}")

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from typing import Any
 
 from milan.core.atomic import cannot_write, ensure_writable, lock_folder
 from milan.core.config_fields import identity_names
+from milan.core.paths import AnyPath, is_local
 from milan.core.progress import Progress
 from milan.data.changed_images import CSV
 from milan.errors import TrainError
@@ -39,6 +40,7 @@ from milan.reporting.run_files import (
     update_run,
     write_run,
 )
+from milan.store.format import INDEX
 from milan.training import checkpoint
 
 _LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
@@ -74,7 +76,8 @@ def decide(
     has_run, saved = (run / RUN).exists(), checkpoint.steps(run)
     # Results of a run, or files that are not ours: lost, if this run began here at step 0.
     results = [ENCODER, METRICS]
-    results += [] if has_run else [LOG, CURVES, TENSORBOARD, checkpoint.FOLDER]
+    if not has_run:
+        results += [LOG, CURVES, TENSORBOARD, checkpoint.FOLDER, f"{SHEET}.png", CSV, *SUPERVISED]
     present = [name for name in results if (run / name).exists()]
     if present and not (saved and has_run) and not overwrite and resume == "auto":
         raise TrainError(
@@ -126,6 +129,21 @@ def _steps_of(run: Path, step: int) -> int | None:
     """How many steps the run has to which the whole checkpoint of `step` belongs."""
     told = checkpoint.read_state(run, step).get("steps")  # a checkpoint of an older version: None
     return told or read_metrics(run).get("steps")
+
+
+def check_place(run: Path, places: Iterable[AnyPath]) -> None:
+    """Raises TrainError if a run's folder is one of `places`, which it reads: a folder of
+    images with a run in it is no data any more; or if it is inside a store."""
+    ours = run.resolve()
+    for place in places:
+        if not is_local(place) or not ours.is_relative_to(place.resolve()):
+            continue
+        if ours == place.resolve() or (place / INDEX).exists():
+            raise TrainError(
+                f"{run} is {'in ' * (ours != place.resolve())}what the run reads, {place}",
+                expected="a folder of its own",
+                fix="--out another folder",
+            )
 
 
 def start_run(

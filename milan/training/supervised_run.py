@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -25,15 +25,17 @@ from milan.core.device import pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
 from milan.core.launch import as_rank, launch
 from milan.core.machine import cpu_count
+from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped
 from milan.data.loader import batch_loader, batch_wait
 from milan.data.order import Order
 from milan.data.sampler import StepSampler
-from milan.errors import ConfigError
+from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
-from milan.models.export import save_encoder
+from milan.images.manifest import resolve_data
+from milan.models.export import is_whole, save_encoder
 from milan.models.weights import Weights
 from milan.reporting.log import RunLog, read_log, write_curves
 from milan.reporting.run_files import METRICS, read_metrics
@@ -46,6 +48,7 @@ from milan.training.machine_errors import as_train_error
 from milan.training.optim import Schedule
 from milan.training.run import (
     Differing,
+    check_place,
     compared,
     continue_run,
     decide,
@@ -63,6 +66,8 @@ _PLACES = (
     "corruptions",
 )  # fmt: skip
 """Settings that no recipe has."""
+_SPEED = ("images_per_second", "seconds")
+"""Of the metrics, what a call that trains nothing does not know."""
 
 
 def train_supervised(
@@ -112,6 +117,7 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
     """One rank's part of a run; its lock is released when `until_end` closes."""
     config, run, ranks, progress = work.config, context.run, context.ranks, context.progress
     differs = deviations(config, recipe=work.recipe(), leave=(*_PLACES, *work.places))
+    ranks.on_rank0(lambda: check_place(run, _data_of(config)))
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
     data = ranks.on_rank0(lambda: work.open_data(progress))
     if config.batch_size > data.train_count:
@@ -157,8 +163,14 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
         figures = trainer.fit(start.step)
         if not figures["finished"]:
             return {"stopped_by": figures.get("stopped_by", "the end of this call")}
-        if not task.measured and read_metrics(run).get("step") != figures["step"]:
-            trainer.measure()  # it was killed between its last step and its metrics
+        before = read_metrics(run)
+        if not task.measured:
+            # It was killed between its last step and its metrics, or somebody lost the file.
+            whole = before.get("step") == figures["step"] and is_whole(run / work.file)
+            if not ranks.on_rank0(lambda: whole):
+                progress.note(f"written again: {run / work.file}")
+                trainer.measure()
+                figures = figures | {k: before[k] for k in _SPEED if k in before}
         if task.measured:
             state = checkpoint.whole_weights(task.kept, ranks)
             ranks.on_rank0(lambda: _finish(work, task, weights, figures, state))
@@ -166,6 +178,15 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
         progress.note(f"nothing is left to do: {run} is at its last step")
     metrics = ranks.on_rank0(lambda: read_metrics(run))
     return {name: value for name, value in metrics.items() if name not in ("step", "steps")}
+
+
+def _data_of(config: SupervisedConfig) -> list[AnyPath]:
+    """Where the images are, as far as names say it."""
+    found = list[AnyPath]()
+    for name in filter(None, (config.data, config.val_data)):
+        with suppress(DataError):
+            found.append(resolve_data(name, config.data_root))
+    return found
 
 
 def _compiled(task: SupervisedTask) -> Any:
@@ -323,8 +344,7 @@ def _finish(
         "rejected_images": len(task.rejected),
         "epochs": config.epochs,
         "run": str(run),
-        **{k: figures[k] for k in ("step", "steps", "finished", "images_per_second", "seconds")
-           if k in figures},
+        **{k: figures[k] for k in ("step", "steps", "finished", *_SPEED) if k in figures},
     })  # fmt: skip
 
 

@@ -126,6 +126,16 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (put("annotations", segmentation=[[1, 2, 3, 4]]), "polygon of less than three corners"),
     (put("annotations", segmentation={"size": [9, 9], "counts": [81]}), r"is \[9, 9\] pixels"),
     (put("annotations", segmentation={"size": [96, 128], "counts": [81]}), "has runs of 81 pixels"),
+    (put("annotations", segmentation={"size": None, "counts": [81]}), "is None pixels"),
+    (put("annotations", segmentation={"size": [96, 128], "counts": ["a"]}), "no numbers of pixels"),
+    (put("annotations", segmentation={"size": [96, 128], "counts": [-1, 12289]}), "no numbers of"),
+    (put("annotations", segmentation={"size": [96, 128], "counts": "zz"}), "2 .* cannot be read"),
+    (put("annotations", bbox=[0, 0, 10**400, 3]), "expected: four numbers"),
+    (put("images", height=10**30), "entry 1 of images in .* has no usable height"),
+    (put("images", width=0), "entry 1 of images in .* has no usable width"),
+    (put("images", file_name="a" * 300), "1 of 12 images of .* are not in .*, the first is 'aaa"),
+    (put("images", file_name="scene 00.png"), "has 1 files twice among its images, the first is"),
+    (put("categories", id=3), "has categories of the same id"),
 ]
 
 
@@ -140,7 +150,9 @@ def test_what_is_refused(number: int, tmp_path: Path, scenes: Path) -> None:
 
 def test_what_is_no_json(tmp_path: Path, scenes: Path) -> None:
     folder = changed(tmp_path / "a", scenes, lambda content: None)
-    for data, said in ((b"\xff\xfe", "is no JSON"), (b"{", "is no JSON")):
+    for data, said in (
+        (b"\xff\xfe", "is no JSON"), (b"{", "is no JSON"), (b"[" * 100_000, "is no JSON")
+    ):  # fmt: skip
         (folder / "annotations.json").write_bytes(data)
         with pytest.raises(DataError, match=said):
             open_boxes(DetectConfig(data=str(folder)), NoProgress())

@@ -195,9 +195,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a share above all": (lambda f: {"fraction": 1.5}, "fraction 1.5; expected: .*less than 1"),
     "no shot": (lambda f: {"shots": 0}, "shots 0"),
     "lists of all": (lambda f: {"save_lists": str(f / "x")}, "of all images"),
-    "no list": (lambda f: {"train_list": "nowhere.txt"}, "no list at nowhere.txt"),
+    "no list": (lambda f: {"train_list": "nowhere.txt"}, "nowhere.txt cannot be read: No such"),
     "a list of nothing": (listing("# a comment", ""), "names no image"),
-    "a list that is no text": (binary, "it is not UTF-8 text"),
+    "a list that is no text": (binary, "is not UTF-8 text"),
     "a list of other images": (
         listing("class 0/cat.jpg"), r"1 of 1 names in .* are no training images, the first is 'cl"
     ),

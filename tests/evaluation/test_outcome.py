@@ -13,6 +13,7 @@ from helpers import run_here
 
 from milan.core.distributed import Ranks
 from milan.errors import DataError
+from milan.evaluation.iou import Areas, agreement
 from milan.evaluation.meaning import accuracy_interval
 from milan.evaluation.outcome import Answers
 
@@ -72,6 +73,16 @@ def test_ranks_see_their_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone.of_all()
     assert together.predicted.tolist() == expected.predicted.tolist()
     assert together.in_top5.tolist() == expected.in_top5.tolist()
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_intervals_take_any_seed(seed: int) -> None:
+    """Those that settings allow, as every draw does."""
+    low, high = accuracy_interval(np.arange(40) % 2 == 0, seed=seed)
+    assert low < 50 < high
+    areas = Areas(*(np.array([[3, 1], [1, 2]]),) * 3)
+    low, high = agreement(np.array([[4, 0], [0, 3]]), areas, seed=seed).interval
+    assert low <= high
 
 
 def test_intervals_hold_what_they_promise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from milan.images.decode import decode_pixels
 from milan.images.source import ImageSource
 from milan.images.views import centre_view, render
 from milan.inference.embeddings import Embeddings
+from milan.inference.neighbours import neighbours
 from milan.models.encoder import encode
 from pipeline import embed as module
 from pipeline.embed import embed
@@ -137,6 +139,11 @@ def test_it_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     embed(str(run), out=str(tmp_path / "e.npy"), progress=again, **given)
     assert reads[0] == 0
     assert "nothing is left to do" in again.line("nothing")
+    (tmp_path / "e.npy").write_bytes((tmp_path / "alone.npy").read_bytes()[:-9])  # cut
+    with pytest.raises(MilanError, match=r"e\.npy is damaged.*it writes it anew"):
+        neighbours(str(tmp_path / "e.npy"), duplicates=True)
+    embed(str(run), out=str(tmp_path / "e.npy"), **given)
+    assert (tmp_path / "e.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
 
     kept = str(tmp_path / "kept")
     evaluate("knn", str(run), data=str(data), features=kept, baseline="none")
@@ -145,6 +152,24 @@ def test_it_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         embed(str(run), data=str(data), out=str(tmp_path / f"{pooling}.npy"), pooling=pooling,
               features=kept)  # fmt: skip
     assert reads[0] == 0
+
+
+def test_another_call_removed_what_it_was_done_with(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two calls for one file the second waits; then the folder of its lock is gone."""
+    data, lock, tried = make_photos(tmp_path / "data", count=2), features.lock_folder, list[Path]()
+
+    def locked(folder: Path) -> Any:
+        tried.append(folder)
+        if len(tried) == 1:
+            shutil.rmtree(folder.parent)
+        return lock(folder)
+
+    monkeypatch.setattr(features, "lock_folder", locked)
+    embed(str(run), data=str(data), out=str(tmp_path / "e.npy"), pooling="patches")
+    assert len(tried) == 2
+    assert len(np.load(tmp_path / "e.npy")) == 2
 
 
 def test_ranks_give_the_same_file(

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from milan.core.paths import LFS_POINTER
 from milan.errors import CacheError, ConfigError, TeacherError
+from milan.models.classifier import create_classifier
 from milan.models.encoder import build_encoder
-from milan.models.export import load_encoder, save_encoder
+from milan.models.export import load_encoder, load_whole, save_encoder
 from milan.models.published import load_published
 from milan.models.state_dict import inner_state, unwrapped
 from pipeline.teachers.weights import read_weights
@@ -69,6 +70,19 @@ def test_teachers_and_encoders(wrapper: str, tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, path, metadata=header)
     with pytest.raises(CacheError, match="does not fit vit_base_patch16_224"):
         load_encoder(path)
+
+
+def test_a_whole_network(tmp_path: Path) -> None:
+    """A classifier that was saved again by another tool; so segmenters and detectors are loaded."""
+    vit = create_classifier("vit_base_patch16_224", SMALL, size=32, classes=3, pooling="mean")
+    for wrapper in WRAPPED.values():
+        save_file({wrapper.format(k): v for k, v in vit.state_dict().items()}, tmp_path / "a")
+        other = create_classifier("vit_base_patch16_224", SMALL, size=32, classes=3, pooling="mean")
+        load_whole(other, tmp_path / "a", "a ViT")
+        assert torch.equal(other.head.weight, vit.head.weight)
+    save_file({"head.weight": torch.zeros(1), "module.head.weight": torch.ones(1)}, tmp_path / "a")
+    with pytest.raises(CacheError, match="is there twice"):
+        load_whole(vit, tmp_path / "a", "a ViT")
 
 
 def test_git_lfs_pointers_in_place_of_weights(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import milan
 from milan.config import PretrainConfig
 from milan.errors import MilanError
+from milan.inference.neighbours import neighbours
 from milan.models.rils import load_rils, published_state
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import read_run
@@ -27,7 +28,8 @@ from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
 from milan.training.build import resolve_defaults, run_order, student_of, untold_rows
 from pipeline.extract import extract_targets
-from pipeline.verify import GOOD, verify
+from pipeline.verify import GOOD, Audit, verify
+from pipeline.zero_shot import zero_shot
 
 DEMO = ROOT / "demo" / "teacher"
 CONTEXT = 24
@@ -157,8 +159,16 @@ def test_images_without_a_sentence_are_left_out(captions: Path, tmp_path: Path) 
     assert sorted([*order.train_rows, *order.validation_rows]) == [
         row for row in range(24) if row != bare
     ]
-    with pytest.raises(MilanError, match="no targets of a teacher"):
-        contact_sheet(tmp_path / "t.zarr", out=tmp_path / "elsewhere.png", among_images=True)
+    store = str(tmp_path / "t.zarr")
+    for do in (
+        lambda: contact_sheet(store, out=tmp_path / "elsewhere.png", among_images=True),
+        lambda: neighbours(store, query="0", out=str(tmp_path / "n.png")),
+        lambda: verify(store, audit=Audit(2)),
+        lambda: zero_shot("teacher", cache=store, data=str(tmp_path / "pairs.parquet")),
+    ):
+        with pytest.raises(MilanError, match="no targets of a teacher") as error:
+            do()
+        assert "rils" not in str(error.value)
     bare_data = table.set_column(1, "caption", pa.nulls(24, pa.string()))
     pq.write_table(bare_data, tmp_path / "pairs.parquet")
     with pytest.raises(MilanError, match="neither captions nor class names"):

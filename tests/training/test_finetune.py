@@ -175,12 +175,16 @@ def test_resumed_it_is_the_same_run(data: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_a_run_killed_before_its_metrics(data: dict[str, str], tmp_path: Path) -> None:
-    """The classifier is measured again, and not trained."""
+    """The classifier is measured again, and not trained; also where its file was lost or cut."""
     figures = run(data, tmp_path)
     weights = (tmp_path / "a" / CLASSIFIER).read_bytes()
     for name in ("metrics.json", CLASSIFIER):
         (tmp_path / "a" / name).unlink()
     again = run(data, tmp_path)
+    for damage in (Path.unlink, lambda path: path.write_bytes(weights[:-9])):
+        damage(tmp_path / "a" / CLASSIFIER)
+        assert run(data, tmp_path) == again
+        assert (tmp_path / "a" / CLASSIFIER).read_bytes() == weights
     assert {k: again[k] for k in ("top1", "val_images")} == {
         k: figures[k] for k in ("top1", "val_images")
     }
