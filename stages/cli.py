@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from milan.core.watchdog import watched
 from milan.errors import MilanError, RankError
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
-from stages import artifacts, extract_targets, plan, pretrain, settings, store, use
+from stages import artifacts, doctor, extract_targets, plan, pretrain, settings, store, use
 from stages.evaluate import evaluation_command
 from stages.options import Command, Interrupted
 from stages.process import explain, prepare_process
@@ -60,6 +60,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
+    (
+        doctor.doctor,
+        "Look whether all will work here.",
+        "doctor --data imagenet --out targets.zarr",
+    ),
     (plan.plan, "Estimate the cost of an extraction.", "plan --data imagenet --budget 2TB"),
     (
         extract_targets.extract_targets,

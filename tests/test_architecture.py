@@ -79,6 +79,7 @@ PIPELINE = {
     "verify": "config teachers writing cluster extraction estimate",
     "extract": "config teachers writing cluster extraction estimate",
     "copy_store": "writing",
+    "doctor": "config teachers writing cluster extraction estimate",
     "prune": "writing",
     "repair": "config teachers writing cluster extraction estimate verify",
 }

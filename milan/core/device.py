@@ -51,6 +51,26 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+def try_device(device: torch.device) -> None:
+    """Compute something small on `device`. Raises ConfigError if this torch cannot.
+
+    A GPU may be there, and torch may have been built without kernels for it, or another process
+    may have all of its memory.
+    """
+    try:
+        ones = torch.ones(32, 32, device=device)
+        works = float((ones @ ones).sum()) == 32.0**3
+        why = "" if works else "it computes wrong numbers"
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0][:200]
+    if why:
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+        raise ConfigError(
+            f"{device} cannot be used: {why} ({built})",
+            fix="a torch that fits the GPU and its driver (pytorch.org), or --device cpu",
+        )
+
+
 def ranks_here(name: str, device: torch.device, count: int | None) -> int:
     """How many ranks this machine gets: one a GPU, or `count` if that many were asked for.
 

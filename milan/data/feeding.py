@@ -51,10 +51,15 @@ def loader_workers(
     rooms = {
         "cores": cores,
         "memory": free_memory() // 2 // ranks_here // (_OWN_BYTES + ready * batch),
-        "open files": (open_files() - _OTHER_FILES) // (_OWN_FILES + ready),
+        "open files": workers_with_files(cores),
     }
     limit = min(rooms, key=lambda what: rooms[what])
     return Workers(max(1, rooms[limit]), limit)
+
+
+def workers_with_files(cores: int) -> int:
+    """For how many loader workers, of so many cores, this process may open files."""
+    return (open_files() - _OTHER_FILES) // (_OWN_FILES + batches_ahead(cores))
 
 
 def batches_ahead(workers: int) -> int:
@@ -131,8 +136,9 @@ class Feeding:
         """One line: enough, or what is missing and what to do."""
         kind = "stored views" if self.stored_views else "originals"
         device = f"the device{' of each rank' if self.ranks_here > 1 else ''}"
+        rate = f"{self.device_rate:,.0f}" if self.device_rate >= 10 else f"{self.device_rate:.2g}"
         rates = (
-            f"{device} takes {self.device_rate:,.0f} images/s, a core loads "
+            f"{device} takes {rate} images/s, a core loads "
             f"{self.loading.per_core:,.0f} ({kind}): {self.cores:,.2g} cores are needed"
         )
         many = self.workers.count > 1

@@ -319,7 +319,7 @@ class _Loader(DataLoader):
         prefetcher = Prefetcher(self.windows())
         prefetcher.start()
         others = multiprocessing.active_children()
-        _check_locks(self.multiprocessing_context, self.num_workers)
+        check_locks(self.multiprocessing_context, self.num_workers)
         number = next(_numbers)
         channel = SharedBatch.channels[number] = FileChannel()
         self.dataset.channel = number, channel
@@ -358,7 +358,7 @@ class _Loader(DataLoader):
                 self.wait.check()
 
 
-def _check_locks(context: Any, workers: int) -> None:
+def check_locks(context: Any, workers: int) -> None:
     """Raises TrainError if there is no room for the locks of a DataLoader's queues.
 
     It would fail half made, with a traceback of its own. Each lock is a file in shared memory.

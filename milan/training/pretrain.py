@@ -17,7 +17,7 @@ from milan.config import PretrainConfig
 from milan.core.atomic import write_json
 from milan.core.config_fields import check_choice
 from milan.core.config_resolver import deviations, from_call, load_recipe
-from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32
+from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32, try_device
 from milan.core.distributed import Ranks, parallelise
 from milan.core.launch import as_rank, launch
 from milan.core.paths import as_path
@@ -158,6 +158,7 @@ def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress
         as_rank(given, device, stop=stop, progress=progress) as (ranks, own),
         ExitStack() as until_end,
     ):
+        try_device(own)
         context = Context(Path(config.out), own, ranks, progress, stop)
         with as_train_error(context.run, None):
             return _train(resolve_defaults(config, own, ranks), call, context, until_end)

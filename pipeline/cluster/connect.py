@@ -99,6 +99,37 @@ def cluster_nodes(address: str | None) -> list[tuple[int, int]]:
     return nodes
 
 
+def ask_every_node(
+    address: str | None, asked: RemoteClass, method: str, *arguments: Any, seconds: float
+) -> dict[str, Any]:
+    """host -> what `method` of an instance of `asked` says on that node of the cluster.
+
+    A node that does not answer in time, or on which the class cannot be built, has a MilanError.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with connected(address):
+        start, answers, actors = asked.starter(num_cpus=0), dict[str, Any](), dict[str, Any]()
+        for node in ray.nodes():
+            if node["Alive"]:
+                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                host = node["NodeManagerHostname"]
+                name = host if host not in actors else f"{host} ({node['NodeManagerAddress']})"
+                actors[name] = start(scheduling_strategy=strategy)
+        tasks = {actor.call.remote(method, *arguments): name for name, actor in actors.items()}
+        ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+        for task in ready:
+            try:
+                answers[tasks[task]] = value_of(ray.get(task))
+            except (MilanError, ray.exceptions.RayError) as error:
+                answers[tasks[task]] = MilanError(last_line(error))
+        for task in late:
+            answers[tasks[task]] = MilanError(f"no answer within {seconds:g} s")
+        for actor in actors.values():
+            ray.kill(actor)
+    return dict(sorted(answers.items()))
+
+
 def _probe(address: str) -> None:
     """Raise OSError unless Ray answers at host:port; Ray itself would try for a quarter of an hour.
 

@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 
 from milan.core.machine import cpu_count
+from milan.core.paths import AnyPath
 from milan.data.feeding import cores_needed
 from milan.errors import ImageFault
 from milan.images.decode import decode
+from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from pipeline.extraction.plan import Plan
@@ -51,14 +53,20 @@ def training_cores(train: float | None) -> int:
 
 
 def measure_decoding(work: Plan) -> Decoding | None:
-    """Both ways on the first images (rows are shuffled); None if none of them can be decoded.
+    """Both ways on the first images (rows are shuffled); None if none of them can be decoded."""
+    spec, manifest = work.parts[0].spec, work.parts[0].manifest
+    stored_as = STORED_VIEWS if spec.stored_views == "none" else spec.stored_views
+    return decoding_of(manifest, work.root, ViewSpec.from_law(spec.view_law), stored_as)
+
+
+def decoding_of(
+    manifest: Manifest, root: AnyPath, view_spec: ViewSpec, stored_as: str = STORED_VIEWS
+) -> Decoding | None:
+    """The same of the images of a manifest below `root`, with views of `view_spec`.
 
     In processor time of this thread, without waiting for the disk or for other processes.
     """
-    spec, manifest = work.parts[0].spec, work.parts[0].manifest
-    stored_as = STORED_VIEWS if spec.stored_views == "none" else spec.stored_views
-    view_spec = ViewSpec.from_law(spec.view_law)
-    source = ImageSource(manifest, work.root)
+    source = ImageSource(manifest, root)
     original, stored, sizes = 0.0, 0.0, list[int]()
     began = time.perf_counter()
     for row in range(min(_MAX_IMAGES, len(manifest))):

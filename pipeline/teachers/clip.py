@@ -21,6 +21,7 @@ from pipeline.teachers.text_tower import TextTower, no_texts
 from pipeline.teachers.timm_vit import check_module, check_tiling, known_vits, resize
 from pipeline.teachers.towers import Family, Loaded, NativeTower, TimmTower, Tower, refuse
 from pipeline.teachers.weights import (
+    Weights,
     do_not_fit,
     not_here,
     published_licence,
@@ -30,6 +31,7 @@ from pipeline.teachers.weights import (
 )
 
 _PUBLISHED: Final = ("hf-hub:", "local-dir:")
+_FILES: Final = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # What OpenAI's converted checkpoints hold beside weights; their models run QuickGELU.
 _OPENAI_KEYS: Final = ("input_resolution", "context_length", "vocab_size")
 # Keys of vision_cfg that do not change what a frozen tower of given weights and size computes.
@@ -318,6 +320,32 @@ def _may_be_teacher(name: str) -> bool:
         return False
 
 
+def weights_of(spec: TeacherSpec) -> Weights:
+    """Where `load_clip` takes the weights from. Raises TeacherError."""
+    import open_clip
+
+    pretrained = _pretrained(spec)
+    kind, _, address = spec.name.partition(":")
+    if spec.name.startswith(_PUBLISHED):
+        if kind == "local-dir":
+            return Weights(spec.name, Path(address).expanduser())
+        return Weights(spec.name, None, address, _FILES)
+    _, _, source = _local_or_named_config(spec.name, texts=False)
+    if pretrained == "none":
+        return Weights(spec.name)
+    entry = open_clip.get_pretrained_cfg(spec.name, pretrained) if not source else {}
+    if not entry:
+        tags = [] if source else open_clip.list_pretrained_tags_by_model(spec.name)
+        return Weights(spec.name, weight_file(spec.name, pretrained, tags))
+    what = f"{pretrained} of {spec.name}"
+    repository, file = os.path.split(entry.get("hf_hub", ""))
+    if repository:
+        return Weights(what, None, repository, (file,) if file else _FILES)
+    url = entry.get("url", "")
+    cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
+    return Weights(what, cached) if cached.is_file() else Weights(what, url=url)
+
+
 def _download(name: str, tag: str, entry: dict, *, offline: bool) -> Path:
     import open_clip
 
@@ -398,4 +426,4 @@ def _size_options(name: str, config: dict, img_size: int | None) -> dict[str, in
     return {"force_image_size": img_size}
 
 
-FAMILY: Final = Family(lambda name: True, load_clip)
+FAMILY: Final = Family(lambda name: True, load_clip, weights_of)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from milan.core.device import MEAN, STD, autocast, normalise, pick_device
+from milan.core.device import MEAN, STD, autocast, normalise, pick_device, try_device
 from milan.errors import TeacherError
 from milan.models.state_dict import weights_digest
 from pipeline.teachers import clip, no_teacher, timm_vit
@@ -79,6 +79,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     chosen_device = pick_device(device)
+    try_device(chosen_device)
     if spec.norm not in (None, "imagenet", "own"):
         raise TeacherError(f"--teacher-norm {spec.norm}", expected="imagenet or own")
     if spec.precision not in ("auto", "fp32", "bf16", "fp16"):

@@ -15,6 +15,7 @@ from pipeline.teachers import clip
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import Tokens
 from pipeline.teachers.towers import Family, Loaded, Tower
+from pipeline.teachers.weights import Weights
 
 PREFIX: Final = "none:"
 
@@ -52,4 +53,9 @@ def load(spec: TeacherSpec) -> Loaded:
     return Loaded(NoTower(size), {}, own, "none", "none needed", [], texts)
 
 
-FAMILY: Final = Family(lambda name: name.startswith(PREFIX), load)
+def weights_of(spec: TeacherSpec) -> Weights:
+    """None: only the tokenizer is needed."""
+    return Weights(f"no weights of {spec.name.removeprefix(PREFIX)}")
+
+
+FAMILY: Final = Family(lambda name: name.startswith(PREFIX), load, weights_of)

@@ -23,12 +23,15 @@ from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import no_texts
 from pipeline.teachers.towers import Family, Loaded, TimmTower, check_vit, patch_of, refuse
 from pipeline.teachers.weights import (
+    Weights,
     do_not_fit,
     not_here,
     read_weights,
     stated_licence,
     weight_file,
 )
+
+_FILES: Final = ("model.safetensors", "pytorch_model.bin")  # as timm looks for them
 
 # Modules of timm whose models may have tokens. Others are refused before they are built, for some
 # have billions of weights.
@@ -64,32 +67,10 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
     name (the nearest are named), weights that are not here, or that do not fit to the last tensor,
     a model without usable tokens, and for texts, which it has not.
     """
-    name, pretrained = spec.name, spec.pretrained
+    name = spec.name
     if spec.texts:
         raise no_texts(f"--teacher {name}")
-    model, _, tag = name.removeprefix("timm:").partition(".")
-    if not timm.is_model(model):
-        near = nearest(model, known_vits()) or "vit_base_patch14_dinov2"
-        raise TeacherError(
-            f"unknown teacher {name!r}",
-            expected="timm:NAME of a ViT",
-            fix=" or ".join(f"--teacher timm:{name}" for name in near.split(" or ")),
-        )
-    check_module(name, model)
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
-    if tag and tag not in tags:
-        raise TeacherError(
-            f"unknown teacher {name!r}",
-            expected=f"a tag of timm:{model}: " + ", ".join(tags),
-            fix=f"--teacher timm:{model}." + (nearest(tag, tags, count=1) or tags[0])
-            if tags
-            else "",
-        )
-    if pretrained in tags:
-        if tag and tag != pretrained:
-            raise TeacherError(f"--pretrained {pretrained} with --teacher {name}: two tags")
-        tag, pretrained = str(pretrained), None
-    cfg = get_pretrained_cfg(f"{model}.{tag}" if tag else model) or PretrainedCfg()
+    model, tag, tags, pretrained, cfg = _choice(spec)
     state, label, licence = None, "none", "none (random weights)"
     if pretrained is None:
         label = tag or cfg.tag or "its own"
@@ -125,6 +106,52 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
     tower = TimmTower(name, trunk, trunk, nn.Identity(), pooling)
     own = {"mean": cfg.mean, "std": cfg.std}
     return Loaded(tower, {"timm_model_name": model}, own, label, licence, [])
+
+
+def _choice(spec: TeacherSpec) -> tuple[str, str, list[str], str | None, Any]:
+    """(model, tag, its tags, file or `none` or None: the tag's weights, timm's config of the tag).
+
+    Raises TeacherError.
+    """
+    name, pretrained = spec.name, spec.pretrained
+    model, _, tag = name.removeprefix("timm:").partition(".")
+    if not timm.is_model(model):
+        near = nearest(model, known_vits()) or "vit_base_patch14_dinov2"
+        raise TeacherError(
+            f"unknown teacher {name!r}",
+            expected="timm:NAME of a ViT",
+            fix=" or ".join(f"--teacher timm:{name}" for name in near.split(" or ")),
+        )
+    check_module(name, model)
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise TeacherError(
+            f"unknown teacher {name!r}",
+            expected=f"a tag of timm:{model}: " + ", ".join(tags),
+            fix=f"--teacher timm:{model}." + (nearest(tag, tags, count=1) or tags[0])
+            if tags
+            else "",
+        )
+    if pretrained in tags:
+        if tag and tag != pretrained:
+            raise TeacherError(f"--pretrained {pretrained} with --teacher {name}: two tags")
+        tag, pretrained = str(pretrained), None
+    cfg = get_pretrained_cfg(f"{model}.{tag}" if tag else model) or PretrainedCfg()
+    return model, tag, tags, pretrained, cfg
+
+
+def weights_of(spec: TeacherSpec) -> Weights:
+    """Where `load_timm_vit` takes the weights from. Raises TeacherError."""
+    model, tag, tags, pretrained, cfg = _choice(spec)
+    what = f"{tag or cfg.tag or 'its own'} of timm:{model}"
+    if pretrained == "none":
+        return Weights(f"timm:{model}")
+    if pretrained is not None:
+        return Weights(spec.name, weight_file(spec.name, pretrained, tags))
+    if not cfg.hf_hub_id:
+        _published(cfg, what, spec.offline)  # raises
+    names = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _FILES
+    return Weights(what, None, cfg.hf_hub_id, names)
 
 
 def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
@@ -170,4 +197,4 @@ def check_tiling(size: int, patch: int) -> None:
         )
 
 
-FAMILY: Final = Family(lambda name: name.startswith("timm:"), load_timm_vit)
+FAMILY: Final = Family(lambda name: name.startswith("timm:"), load_timm_vit, weights_of)

@@ -31,6 +31,7 @@ from milan.core.device import kept_copy
 from milan.errors import TeacherError
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TextTower
+from pipeline.teachers.weights import Weights
 
 CLASS_TOKEN: Final = {
     "token": "the class token",
@@ -70,6 +71,8 @@ class Family:
     """Whether the teacher of this name is of the family."""
     load: Callable[[TeacherSpec], Loaded]
     """Builds the teacher; raises TeacherError, with the nearest names for an unknown one."""
+    weights: Callable[[TeacherSpec], Weights] | None = None
+    """Says where `load` would take the weights from; raises the same errors. None: it cannot."""
 
 
 class Tower(ABC):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,11 +12,60 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from milan.core.units import format_bytes
 from milan.errors import TeacherError, nearest
 from milan.models.state_dict import check_fetched, inner_state, unwrapped
 
+_ANSWER = 5.0  # seconds in which a hub has to say whether it has a file
 # By the start of the tag.
 _LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metaclip": "CC-BY-NC-4.0"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a teacher come from, before any is loaded."""
+
+    what: str
+    """For people."""
+    file: Path | None = None
+    """On this machine; None: they are to be fetched, or random."""
+    repository: str = ""
+    """Of the hub, with one of `names` in it."""
+    names: tuple[str, ...] = ()
+    url: str = ""
+    """Where they are published outside the hub."""
+
+
+def find_weights(weights: Weights, *, offline: bool) -> str:
+    """Says where they are, or that they can be fetched; fetches nothing. Raises TeacherError."""
+    import huggingface_hub as hub
+
+    if weights.file:
+        return f"{weights.what}: {weights.file}"
+    if not (weights.repository or weights.url):
+        return f"{weights.what}: drawn at random"
+    wanted = weights.url
+    if weights.repository:
+        wanted = f"{weights.names[0]} of https://huggingface.co/{weights.repository}"
+        for name in weights.names:
+            if isinstance(cached := hub.try_to_load_from_cache(weights.repository, name), str):
+                return f"{weights.what}: {cached}"
+    if offline:
+        raise not_here(weights.what, wanted, offline=True)
+    error: Exception | None = None
+    for name in weights.names or ("",):
+        try:
+            if name:
+                url = hub.hf_hub_url(weights.repository, name)
+                size = hub.get_hf_file_metadata(url, timeout=_ANSWER).size
+            else:
+                request = urllib.request.Request(weights.url, method="HEAD")
+                with urllib.request.urlopen(request, timeout=_ANSWER) as answer:
+                    size = int(answer.headers.get("Content-Length") or 0)
+            return f"{weights.what}: {format_bytes(size or 0)} will be fetched"
+        except Exception as failed:  # hub clients raise many kinds; all mean: cannot be fetched
+            error = failed
+    raise not_here(weights.what, wanted, offline=False, error=error)
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

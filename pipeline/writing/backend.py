@@ -39,6 +39,12 @@ class Location(Protocol):
         location cannot be written. DataError if a server does not answer.
         """
 
+    def check(self) -> None:
+        """Try what writing a store here takes, and remove it again.
+
+        Raises CacheError where something fails, DataError if a server does not answer.
+        """
+
     def free_bytes(self) -> int | None:
         """Bytes that can still be written there; None if no limit is known."""
 

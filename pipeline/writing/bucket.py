@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,7 +26,7 @@ from pathlib import Path
 from milan.core.paths import AnyPath, Url, files_below, names_in
 from milan.errors import CacheError, MilanError
 from milan.store.format import GENERATION, GENERATIONS, INDEX, LOGS
-from pipeline.writing.lease import Lease
+from pipeline.writing.lease import Lease, check_conditions
 from pipeline.writing.s3 import delete, get, has_content, head, put
 
 _REQUESTS = 16  # at once
@@ -43,6 +44,15 @@ class BucketLocation:
     def open(self, run: str) -> Bucket:
         """Lock the prefix."""
         return Bucket(self.path, run)
+
+    def check(self) -> None:
+        """Put an object on conditions, and remove it."""
+        probe = self.path / f".milan-check-{uuid.uuid4().hex}"
+        try:
+            put(probe, b"x", over=None)
+            check_conditions(self.path, probe, b"xy")
+        finally:
+            delete(probe)
 
     def free_bytes(self) -> None:
         """None: a bucket has no limit."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,21 @@ class DiskLocation:
     def open(self, run: str) -> Disk:
         """Lock the folder, which is made if need be."""
         return Disk(self.path, run)
+
+    def check(self) -> None:
+        """Write, force, rename and lock a file beside where the store will be; leaves nothing."""
+        for folder in (self.path, *self.path.absolute().parents):
+            if os.path.exists(folder) and not os.path.isdir(folder):
+                raise _is_a_file(folder)
+        try:
+            with tempfile.TemporaryDirectory(
+                prefix=".milan-check-", dir=self.scratch_parent()
+            ) as name:
+                folder = Path(name)
+                write_whole(folder / "index", b"x", temporary_folder=folder)
+                lock_folder(folder).close()
+        except OSError as error:
+            raise _not_writable(self.path, error) from None
 
     def free_bytes(self) -> int | None:
         """Of the file system; None for one without a size, which is no disk."""
@@ -64,9 +80,7 @@ class Disk:
         """Take the lock. Raises CacheError: other content, locked, or not writable."""
         self.path = store
         if os.path.exists(store) and not store.is_dir():
-            raise CacheError(
-                f"{store} is a file", expected="a folder for the store", fix="--out another.zarr"
-            )
+            raise _is_a_file(store)
         if os.path.isdir(store) and any(store.iterdir()) and not _is_store(store):
             raise CacheError(
                 f"{store} is a folder with other content", expected="a new or empty folder",
@@ -82,9 +96,7 @@ class Disk:
                 fix="wait for it, or stop it and run this line again",
             ) from None
         except OSError as error:
-            raise CacheError(
-                f"{store} cannot be written: {error.strerror}", fix="--out a folder of your own"
-            ) from None
+            raise _not_writable(store, error) from None
         # Absolute: the workers of a cluster have other working directories.
         self.staging = store.absolute() / STAGING / run
         # We hold the lock, so every other staging folder was left by a run that was killed.
@@ -172,6 +184,18 @@ class Disk:
         """Remove this run's staging and release the lock."""
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
         self._lock.close()
+
+
+def _is_a_file(path: Path) -> CacheError:
+    return CacheError(
+        f"{path} is a file", expected="a folder for the store", fix="--out another.zarr"
+    )
+
+
+def _not_writable(store: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"{store} cannot be written: {error.strerror}", fix="--out a folder of your own"
+    )
 
 
 def _is_store(path: Path) -> bool:

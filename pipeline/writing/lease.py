@@ -35,7 +35,7 @@ class Lease:
         self.seconds, self.renewals = SECONDS, 0
         self.until, self.lost = 0.0, ""
         self.etag = self._take()
-        self._check_server()
+        check_conditions(store, self.where, self._text() + b" ")
         self._ended = Event()
         self._thread = Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
@@ -71,16 +71,6 @@ class Lease:
             raise self._in_use(*(get(self.where) or (b"", None)))
         self.until = began + self.seconds - _MARGIN
         return etag
-
-    def _check_server(self) -> None:
-        """Raises CacheError if the server ignores conditions of a PUT: no lock is safe then."""
-        other = self._text() + b" "
-        if put(self.where, other, over=None) or put(self.where, other, over='"none"'):
-            raise CacheError(
-                f"the server of {self.store} ignores the conditions of a PUT",
-                expected="S3 with If-None-Match and If-Match",
-                fix="another server or a newer one; pip install --upgrade s3fs botocore",
-            )
 
     def _renew(self) -> None:
         answered, began = True, 0.0
@@ -120,6 +110,19 @@ class Lease:
             expected="one extraction at a time into a store",
             fix="wait for it, or stop it and run this line again; if it was killed, its lock ends "
             f"in {seconds:.0f} s",
+        )
+
+
+def check_conditions(store: Url, where: Url, other: bytes) -> None:
+    """Put `other` over the object at `where`, which must fail.
+
+    Raises CacheError if the server ignores conditions of a PUT: no lock is safe then.
+    """
+    if put(where, other, over=None) or put(where, other, over='"none"'):
+        raise CacheError(
+            f"the server of {store} ignores the conditions of a PUT",
+            expected="S3 with If-None-Match and If-Match",
+            fix="another server or a newer one; pip install --upgrade s3fs botocore",
         )
 
 

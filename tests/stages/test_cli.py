@@ -26,7 +26,7 @@ from milan.evaluation.protocols import PROTOCOLS
 from pipeline.config import ExtractConfig
 
 COMMANDS = (
-    "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
+    "doctor", "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
     "visualise", "report", "config", "predict", "embed", "neighbours", "zero-shot",
 )  # fmt: skip
 STUDENT_FLAGS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milan.core.paths import AnyPath, Url, files_below, read_file, size_of
+from milan.core.paths import AnyPath, Url, files_below, names_in, read_file, size_of
 from milan.errors import CacheError, ConfigError
 from milan.images.views import ViewSpec
 from milan.store.format import GENERATION, LOG, LOGS, CacheSpec
@@ -156,6 +156,16 @@ def test_a_location_is_asked_without_a_lock(
     assert location.relative_root(Url("s3://models/photos")) is None
     assert not where.exists()
     assert list(files_below(tmp_path)) == []
+
+
+def test_a_check_leaves_nothing(location: Location, where: AnyPath) -> None:
+    """Of what writing takes; a store that is there is not touched."""
+    location.check()
+    assert not where.exists()
+    location.open("run").close()
+    before = sorted(names_in(where))
+    location.check()
+    assert sorted(names_in(where)) == before
 
 
 def test_a_url_without_a_backend_is_refused() -> None:

@@ -1,0 +1,41 @@
+"""`milan doctor`: will an extraction and a pretraining work here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from pipeline.config import ExtractConfig
+from stages.options import settings_command
+
+PANELS: dict[str, tuple[str, ...]] = {
+    "Data": ("data", "split", "data_root"),
+    "Teacher": ("teacher", "pretrained", "targets", "offline"),
+    "Store": ("out", "store_views"),
+    "Machine": ("address", "device"),
+}
+
+
+@settings_command(ExtractConfig, PANELS, "extract")
+def doctor(*, flags: dict[str, Any], params: str | None, sets: list[str] | None) -> None:
+    """Look at machine, disk or bucket, teacher, data and cluster, in some seconds.
+
+    Leaves nothing behind. Exit code 1 if something will not work.
+    """
+    from milan.core.config_resolver import collect
+    from pipeline.doctor import FAILS, diagnose
+    from stages import console
+
+    given = collect(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
+    given.values.setdefault("data", "")
+    config = given.build()
+    config.check()
+    with console.ConsoleProgress() as progress:
+        findings = diagnose(config, progress=progress)
+    rows = [(f.what, f.state, f.found, f.remedy) for f in findings]
+    console.table("Doctor", ("what", "", "found", "try"), rows, text=True)
+    failed = sum(finding.state == FAILS for finding in findings)
+    if failed:
+        console.err.print(f"milan: {failed} of {len(findings)} findings fail", markup=False)
+        raise typer.Exit(1)
