@@ -93,6 +93,14 @@ class ExtractConfig:
         allowed_bad(self.max_bad, 1)
 
 
+@dataclass(frozen=True)
+class DoctorConfig(ExtractConfig):
+    """The settings of `milan doctor`: those of an extraction, of which none is needed."""
+
+    data: str = ""
+    """A path, a URL (s3://…), or a name below --data-root; looked at if it is named."""
+
+
 def allowed_bad(text: str, rows: int) -> int:
     """How many of `rows` files may be rejected by `--max-bad text`. Raises ConfigError."""
     text = str(text).strip()

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from pipeline.config import ExtractConfig
+from pipeline.config import DoctorConfig
 from stages.options import settings_command
 
 PANELS: dict[str, tuple[str, ...]] = {
@@ -17,19 +17,17 @@ PANELS: dict[str, tuple[str, ...]] = {
 }
 
 
-@settings_command(ExtractConfig, PANELS, "extract")
+@settings_command(DoctorConfig, PANELS, "extract")
 def doctor(*, flags: dict[str, Any], params: str | None, sets: list[str] | None) -> None:
     """Look at machine, disk or bucket, teacher, data and cluster, in some seconds.
 
     Leaves nothing behind. Exit code 1 if something will not work.
     """
-    from milan.core.config_resolver import collect
+    from milan.core.config_resolver import resolve
     from pipeline.doctor import FAILS, diagnose
     from stages import console
 
-    given = collect(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
-    given.values.setdefault("data", "")
-    config = given.build()
+    config = resolve(DoctorConfig, section="extract", params=params, sets=sets, flags=flags)
     config.check()
     with console.ConsoleProgress() as progress:
         findings = diagnose(config, progress=progress)

@@ -5,6 +5,7 @@ Implements Location and Backend of pipeline.writing.backend, where each method i
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -35,10 +36,11 @@ class DiskLocation:
 
     def check(self) -> None:
         """Write, force, rename and lock a file beside where the store will be; leaves nothing."""
-        for folder in (self.path, *self.path.absolute().parents):
-            if os.path.exists(folder) and not os.path.isdir(folder):
-                raise _is_a_file(folder)
+        if os.path.isfile(self.path):
+            raise _is_a_file(self.path)
         try:
+            if any(os.path.isfile(folder) for folder in self.path.absolute().parents):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             with tempfile.TemporaryDirectory(
                 prefix=".milan-check-", dir=self.scratch_parent()
             ) as name:

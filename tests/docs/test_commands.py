@@ -48,9 +48,12 @@ def only_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def commands() -> dict[str, Any]:
-    """All commands of milan by name."""
+    """All commands of milan by name, such as `pretrain` and `store prune`."""
     group: Any = typer.main.get_command(cli.app)
-    return {name: group.get_command(typer.Context(group), name) for name in group.commands}
+    found = {name: group.get_command(typer.Context(group), name) for name in group.commands}
+    for name, one in list(found.items()):
+        found |= {f"{name} {below}": inner for below, inner in getattr(one, "commands", {}).items()}
+    return found
 
 
 @cache
@@ -71,6 +74,8 @@ def check(words: list[str]) -> None:
     """Parse a simple command as far as it can be done without doing anything."""
     if "milan" in words:  # torchrun and srun may stand before it
         name, *arguments = words[words.index("milan") + 1 :]
+        if f"{name} {arguments[0] if arguments else ''}" in commands():
+            name, arguments = f"{name} {arguments[0]}", arguments[1:]
         found = commands()[name]
         with found.make_context(name, list(arguments)) as context:
             if {"params", "sets"} <= {p.name for p in found.params} and name != "config":
