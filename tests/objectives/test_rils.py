@@ -164,7 +164,7 @@ def test_images_without_a_sentence_are_left_out(captions: Path, tmp_path: Path) 
         lambda: contact_sheet(store, out=tmp_path / "elsewhere.png", among_images=True),
         lambda: neighbours(store, query="0", out=str(tmp_path / "n.png")),
         lambda: verify(store, audit=Audit(2)),
-        lambda: zero_shot("teacher", cache=store, data=str(tmp_path / "pairs.parquet")),
+        lambda: zero_shot("teacher", cache=store, data=str(captions)),
     ):
         with pytest.raises(MilanError, match="no targets of a teacher") as error:
             do()
