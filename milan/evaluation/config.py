@@ -72,6 +72,8 @@ class LabelledConfig:
         if name.partition(":")[0] == "published":
             file = name.partition(":")[2]
             return Path(f"runs/published-{Path(file).stem}" if file else "runs/published")
+        if folder.is_file() and folder.suffix != ".safetensors":  # of others: not where it lies
+            return Path("runs") / folder.name.partition(".")[0]
         return folder.parent if folder.is_file() else folder
 
     def each(self) -> list[Self]:

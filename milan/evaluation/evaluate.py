@@ -224,6 +224,8 @@ def _measure_all(
     """Metrics of each checkpoint. Images are listed once; a baseline is measured once a shape."""
     for config in configs:  # a bad one is found before hours of work
         network = loaders.network(config, context)
+        if network.said:
+            context.progress.note(f"{config.checkpoint} was read {network.said}")
     # One rank lists the images: what the others listed might be something else by then.
     splits = context.ranks.on_rank0(lambda: open_draws(configs[0], context.progress))
     known: dict[str, dict[str, Any]] = {}  # by the network's identity

@@ -22,7 +22,7 @@ from milan.models.encoder import (
 )
 from milan.models.export import load_encoder, read_about
 from milan.models.state_dict import weights_digest
-from milan.models.weights import find_weights, misfit
+from milan.models.weights import find_weights, is_foreign
 
 _TIMM = "timm:"
 FEATURES = {
@@ -55,6 +55,8 @@ class Frozen:
     directions: bool = True
     """Whether the length of a patch says nothing: then a mean is that of unit vectors, in texts'
     space."""
+    said: str = ""
+    """How a checkpoint of others was read, in a line."""
 
     @property
     def words(self) -> str:
@@ -75,13 +77,13 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             "checkpoint teacher without a network",
             expected="frozen=pipeline.teachers.frozen.frozen_teacher(config, device)",
         )
-    trained = "both"
+    trained, said = "both", ""
     if name == "random":
         vit, built, trained = _random(config)
     elif name.startswith(_TIMM):
         vit, built = pretrained_vit(name.removeprefix(_TIMM)), {"timm": name}
-    elif _is_published(name):
-        vit, built = _published(config)
+    elif is_foreign(name):
+        vit, built, said = _foreign(config)
     else:
         vit, about = load_encoder(name), read_about(name)
         built = {"model": about["model"], "model_args": about["model_args"]}
@@ -134,7 +136,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         first = [block[:, 0] for block in every[:-1]]
         return torch.cat([*first, pooled(every[-1])], dim=1).float()
 
-    return Frozen(features, size, name, identity, tokens, parts)
+    return Frozen(features, size, name, identity, tokens, parts, said=said)
 
 
 def _last_blocks(
@@ -195,22 +197,13 @@ def _timm_tokens(model: str, vit: Any, size: int) -> Callable[[torch.Tensor], to
     return tokens
 
 
-def _is_published(name: str) -> bool:
-    return name.partition(":")[0] == "published"
-
-
-def _published(config: EvaluationConfig) -> tuple[Any, dict[str, Any]]:
-    """(the ViT of the published weights, what it was built by)."""
+def _foreign(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str]:
+    """(the ViT in a checkpoint of others, what it was built by, how it was read)."""
     weights = find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
     vit = create_vit(weights.model, img_size=weights.size, args=weights.args)
-    if odd := misfit(weights.encoder, vit):
-        raise ConfigError(
-            f"the weights of {config.checkpoint} do not fit {weights.model}: {odd}",
-            expected="the ViT that they are of",
-            fix="--model, such as vit_large_patch16_224",
-        )
     vit.load_state_dict(weights.encoder)
-    return _described(vit, weights.mean, weights.std), {"model": weights.model, "model_args": {}}
+    built = {"model": weights.model, "model_args": weights.args}
+    return _described(vit, weights.mean, weights.std), built, weights.said
 
 
 def _described(vit: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -228,7 +221,7 @@ def _pooling(config: EvaluationConfig, trained: str) -> str:
 def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str]:
     """(a ViT as timm initialises it, what it was built by, the pooling of what it is like)."""
     like, pooling = config.like or "", "both"
-    if _is_published(like):
+    if is_foreign(like):
         weights = find_weights(like, flag="--like", model=config.model)
         name, args, size = weights.model, dict(weights.args), weights.size
     elif like and not like.startswith(_TIMM):

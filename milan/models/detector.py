@@ -37,7 +37,8 @@ from milan.core.device import MEAN, STD
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
 from milan.models.export import load_whole, read_about
-from milan.models.weights import POSITIONS, State
+from milan.models.layouts import State
+from milan.models.weights import POSITIONS
 
 DETECTOR = "detector.safetensors"
 """The file in the folder of a detection run."""

@@ -22,6 +22,7 @@ from milan.models.state_dict import check_fetched, unwrapped
 
 ENCODER = "encoder.safetensors"
 """The file in a run's folder."""
+_NEEDED = {"model", "model_args", "mean", "std", "input_size"}
 
 
 def save_encoder(path: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
@@ -82,11 +83,20 @@ def read_about(run: str | Path) -> dict[str, Any]:
             f"{path} is damaged: {error}",
             fix="the line of the training that wrote it: it writes it anew",
         ) from None
-    if not about.keys() >= {"model", "model_args", "mean", "std", "input_size"}:
+    if not about.keys() >= _NEEDED:
         raise CacheError(
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
         )
     return about
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file says of itself what `save_encoder` writes; a damaged one may be."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).keys() >= _NEEDED
+    except (SafetensorError, OSError):
+        return path.name == ENCODER
 
 
 def encoder_file(run: str | Path) -> Path:

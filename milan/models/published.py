@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from milan.errors import ConfigError
+from milan.models.checkpoint_file import read_checkpoint
 from milan.models.decoder import PUBLISHED, Decoder
 from milan.models.encoder import build_encoder
-from milan.models.state_dict import check_fetched, inner_state, unwrapped
+from milan.models.foreign import HEADS
+from milan.models.state_dict import unwrapped
 from milan.models.student import Student
 
-HEADS: Final = {384: 6, 768: 12, 1024: 16, 1280: 16}
-"""Encoder width -> heads, of published models (MILAN, models_milan.py; RILS, models_rils.py)."""
 _RENAMED = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -49,9 +46,8 @@ def load_published(
     decoder_depth, decoder_num_heads, target_dim, norm_eps); left out, sizes are read off the
     weights and heads are the published models'. Raises ConfigError if they do not fit.
     """
-    read = read_published(source)
     try:
-        state = {k: torch.as_tensor(v) for k, v in unwrapped(read).items()}
+        state = state_of(source)
         shape = _published_shape(state) | dict(config or {})
         vit = build_encoder(
             "vit_base_patch16_224",
@@ -90,30 +86,11 @@ def load_published(
     return student.eval()
 
 
-def read_published(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict in a published file, loaded safely; or the given one. Raises ConfigError."""
-    if not isinstance(source, str | Path):
-        return dict(source)
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"no checkpoint at {path}", expected="a .pth or .safetensors file")
-    check_fetched(path, ConfigError)
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ConfigError(f"{path} is damaged: {error}") from None
-    # Published files carry their command line, an argparse.Namespace; nothing else may run.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            read = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip and torch each have their own
-            first = (str(error) or type(error).__name__).splitlines()[0][:160]
-            raise ConfigError(f"{path} cannot be loaded safely: {first}") from None
-    state = inner_state(read)
-    if not (isinstance(state, dict) and any(isinstance(v, torch.Tensor) for v in state.values())):
-        raise ConfigError(f"{path} holds no state dict", expected="named tensors, or `model`")
-    return state
+def state_of(source: str | Path | Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by name, or those given. Raises ConfigError, ValueError."""
+    if isinstance(source, str | Path):
+        return read_checkpoint(source).state
+    return {name: torch.as_tensor(value) for name, value in unwrapped(dict(source)).items()}
 
 
 def _published_shape(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from torch import nn
 from milan.errors import ConfigError
 from milan.models.decoder import Decoder
 from milan.models.encoder import build_encoder, encode
+from milan.models.foreign import HEADS
 from milan.models.masking import Mask
-from milan.models.published import HEADS, read_published
-from milan.models.state_dict import unwrapped
+from milan.models.published import state_of
 from milan.models.student import Student
 from milan.models.text_encoder import TextEncoder, TextShape, caption_numbers
 
@@ -189,9 +189,8 @@ def load_rils(source: str | Path | Mapping[str, Any]) -> RilsStudent:
     heads, which are not in them, are those of the file's header (`published_shape`), else 64
     channels wide. Raises ConfigError if they do not fit.
     """
-    read = read_published(source)
     try:
-        state = {name: torch.as_tensor(value) for name, value in unwrapped(read).items()}
+        state = state_of(source)
         shape = _header(source)
         student = _of_shape(state, shape)
         student.tokenizer = shape.get("tokenizer", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from milan.errors import MilanError
 # DistributedDataParallel and DataParallel wrap the model as a whole.
 _ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _IN_FRONT = "module"
+_PAGES = (b"<!doctype html", b"<html", b"<?xml")
 _CONTAINERS = ("state_dict", "model", "module")
 T = TypeVar("T")
 
@@ -43,10 +44,52 @@ def inner_state(content: Any) -> Any:
 
 
 def check_fetched(file: Path, kind: type[MilanError]) -> None:
-    """Raises `kind` for a Git LFS pointer in place of a file of weights; OSError."""
+    """Raises `kind` for a Git LFS pointer or a web page in place of a file of weights; OSError."""
     with open(file, "rb") as handle:
-        if handle.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise kind(f"{file} is a Git LFS pointer", expected="the weights", fix="git lfs pull")
+        start = handle.read(max(512, len(LFS_POINTER)))
+    if start.startswith(LFS_POINTER):
+        raise kind(f"{file} is a Git LFS pointer", expected="the weights", fix="git lfs pull")
+    if start.lstrip().lower().startswith(_PAGES):
+        raise kind(
+            f"{file} is a web page",
+            expected="the weights: a page that asks first was saved in their place",
+            fix="fetch it by a browser, and look at its size",
+        )
+
+
+def misfit(state: Mapping[str, Any], network: Any, *, leave: Sequence[str] = ()) -> str:
+    """What of a state dict does not fit a network, in words, the first few names of each kind;
+    empty if all does.
+
+    Weights whose name begins with one of `leave` may lack, or be there for nothing.
+    """
+    there = network.state_dict()
+    kinds: dict[str, list[str]] = {"shape": [], "lacks": [], "more": []}
+    for name in sorted(there.keys() | state.keys()):
+        if name.startswith(tuple(leave)):
+            continue
+        if name not in state:
+            kinds["lacks"].append(name)
+        elif name not in there:
+            kinds["more"].append(name)
+        elif state[name].shape != there[name].shape:
+            theirs, ours = (" x ".join(map(str, t[name].shape)) for t in (state, there))
+            kinds["shape"].append(f"{name} is {theirs} in it, and {ours} in the model")
+    said = [listed(kinds["shape"], 2)] if kinds["shape"] else []
+    if lacks := kinds["lacks"]:
+        said.append(f"{listed(lacks)} {'is' if len(lacks) == 1 else 'are'} not in it")
+    if more := kinds["more"]:
+        said.append(
+            f"{listed(more)} {'is' if len(more) == 1 else 'are'} in it, and not in the model"
+        )
+    return "; ".join(said)
+
+
+def listed(names: Iterable[str], count: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - count:,} more" if len(every) > count else ""
+    return ", ".join(every[:count]) + more
 
 
 def weights_digest(network: nn.Module, *, without: tuple[str, ...] = ()) -> str:

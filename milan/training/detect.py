@@ -30,7 +30,7 @@ from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import BoxSet
 from milan.evaluation.config import DetectConfig
 from milan.models.detector import DETECTOR, Detector, DetectorSpec, detector_encoder, interpolated
-from milan.models.weights import Weights
+from milan.models.foreign import Weights
 from milan.reporting.boxes import SHOWN, sheet_of_boxes
 from milan.reporting.run_files import SHEET
 from milan.training.detect_data import BoxBatch, BoxImages, read_image

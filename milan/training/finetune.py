@@ -33,7 +33,7 @@ from milan.evaluation.meaning import chance
 from milan.evaluation.outcome import TOP, Answers, Outcome
 from milan.evaluation.splits import Split, open_splits
 from milan.models.classifier import CLASSIFIER, describe_input, new_weights, seeded_classifier
-from milan.models.weights import Weights
+from milan.models.foreign import Weights
 from milan.training.finetune_data import Augmentation, LabelledBatch, LabelledImages, seeded
 from milan.training.loop import Context
 from milan.training.supervised import (

@@ -1,8 +1,9 @@
-"""Initial weights of a run (`--init`): another run's encoder, a model of timm, the published ones.
+"""Initial weights of a run (`--init`): another run's encoder, a model of timm, others' checkpoint.
 
 RUN                  encoder.safetensors of a run's folder, or the file itself
 timm:NAME            pretrained weights of timm
-published[:FILE]     a checkpoint of MILAN's authors; its decoder too, where it fits
+FILE or FOLDER       a checkpoint of others (milan.models.layouts); its decoder too, where it fits
+published[:FILE]     the same, where MILAN's authors' one is placed if no file is given
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD
 from milan.core.progress import Progress
 from milan.errors import ConfigError
+from milan.models.foreign import Weights
+from milan.models.layouts import State
+from milan.models.state_dict import misfit
 from milan.models.student import Student
-from milan.models.weights import State, Weights, find_weights, misfit, resampled
+from milan.models.weights import find_weights, resampled
 
 
 def initialise_from(config: PretrainConfig, student: Student, progress: Progress) -> dict[str, Any]:
@@ -42,6 +46,8 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
         else:
             decoder += ": the published one has another shape"
     progress.note(f"initial weights: encoder of {config.init}{note}; decoder {decoder}")
+    if found.said:
+        progress.note(f"{config.init} was read {found.said}")
     return {"initial": {"encoder": config.init, "decoder": decoder}}
 
 
@@ -65,6 +71,13 @@ def _fitting(found: Weights, encoder: Any, config: PretrainConfig) -> State:
             f"the weights of {config.init} do not fit {config.model}: {odd}",
             expected="an encoder of the same shape",
             fix=f"--model {found.flags}",
+        )
+    mine = encoder.blocks[0].attn.num_heads
+    if found.heads and found.heads != mine:
+        raise ConfigError(
+            f"the weights of {config.init} are of {found.heads} heads, {config.model} has {mine}",
+            expected="the same number: the shapes fit, the results would be others",
+            fix=f"--set model.num_heads={found.heads}",
         )
     return {name: tensor.clone() for name, tensor in state.items()}
 

@@ -33,6 +33,7 @@ from milan.evaluation.config import SegmentConfig
 from milan.evaluation.iou import Agreement, Areas, agreement, areas, confusion, require_torchmetrics
 from milan.evaluation.masked import MaskedData, open_masked
 from milan.images.masks import IGNORED
+from milan.models.foreign import Weights
 from milan.models.segmenter import (
     SEGMENTER,
     Segmenter,
@@ -43,7 +44,6 @@ from milan.models.segmenter import (
     set_window,
     slide,
 )
-from milan.models.weights import Weights
 from milan.reporting.mask_sheet import MaskRow, class_colours, mask_sheet
 from milan.reporting.run_files import SHEET
 from milan.training.loop import Context

@@ -24,7 +24,9 @@ from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.config import SupervisedConfig, teacher_refused
 from milan.models.export import read_about
-from milan.models.weights import Weights, find_weights, misfit, resampled
+from milan.models.foreign import Weights
+from milan.models.state_dict import misfit
+from milan.models.weights import find_weights, is_foreign, resampled
 from milan.training.loop import Context
 
 
@@ -248,7 +250,7 @@ def initial_weights(config: SupervisedConfig) -> Weights:
                 f"model.img_size {size}", expected="one number of pixels: images are square"
             )
         return Weights({}, config.model, config.size or size, args)
-    if config.like.startswith(("timm:", "published")):
+    if config.like.startswith("timm:") or is_foreign(config.like):
         found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
         return replace(found, encoder={})
     about = read_about(config.like)

@@ -36,7 +36,7 @@ from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
 from milan.images.manifest import resolve_data
 from milan.models.export import is_whole, save_encoder
-from milan.models.weights import Weights
+from milan.models.foreign import Weights
 from milan.reporting.log import RunLog, read_log, write_curves
 from milan.reporting.run_files import METRICS, read_metrics
 from milan.reporting.trackers import check_trackers, open_trackers
@@ -355,6 +355,8 @@ def _note(plan: Plan, data: Any, weights: Weights, differs: Differing, context: 
         f"training: {config.checkpoint} ({weights.model}) at {plan.size} pixels on {count:,} "
         f"images of {len(data.classes):,} classes, validated on {data.val_count:,}"
     )
+    if weights.said:
+        progress.note(f"{config.checkpoint} was read {weights.said}")
     changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(

@@ -10,7 +10,7 @@ from torch import nn
 from milan.core.atomic import digest_of
 from milan.errors import ConfigError
 from milan.evaluation.config import SegmentConfig
-from milan.models.weights import Weights
+from milan.models.foreign import Weights
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 

@@ -165,16 +165,6 @@ def test_one_that_cannot_be(case: str, protocol: str, place: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_published_weights_of_another_model(place: Path) -> None:
-    """Said with what to type."""
-    with pytest.raises(MilanError, match="do not fit vit_small_patch16_224") as refused:
-        evaluate(
-            "knn", f"published:{place / 'milan.safetensors'}", data="nowhere",
-            model="vit_small_patch16_224",
-        )  # fmt: skip
-    assert refused.value.fix.startswith("--model")
-
-
 @pytest.mark.parametrize(
     ("config", "found"),
     [

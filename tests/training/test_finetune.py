@@ -24,7 +24,8 @@ from milan.errors import ConfigError, DataError, TrainError
 from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.splits import open_splits
 from milan.models.classifier import CLASSIFIER, load_classifier
-from milan.models.weights import Weights, find_weights
+from milan.models.foreign import Weights
+from milan.models.weights import find_weights
 from milan.training.finetune import classifier_of, finetune
 from milan.training.finetune_data import Augmentation, LabelledImages
 from milan.training.supervised import parameter_groups

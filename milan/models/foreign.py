@@ -1,0 +1,183 @@
+"""An encoder in a checkpoint of others: which ViT of timm has such weights, read off them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milan.core.device import MEAN, STD
+from milan.errors import ConfigError
+from milan.models.checkpoint_file import CheckpointFile, read_checkpoint
+from milan.models.encoder import create_vit
+from milan.models.layouts import Layout, State, layout_of, split_up
+from milan.models.state_dict import listed, misfit
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Encoder width -> heads, of published models (MAE, models_mae.py; MILAN, models_milan.py; RILS,
+models_rils.py)."""
+_KNOWN = {
+    (192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
+    (768, 12, 16): "vit_base_patch16_224", (768, 12, 32): "vit_base_patch32_224",
+    (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 14): "vit_huge_patch14_224",
+}  # fmt: skip
+"""(width, depth, patch) -> the ViT of timm."""
+_HEAD = ("head.",)
+_CENTRE = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder's weights, and what they are the weights of."""
+
+    encoder: State
+    model: str
+    """The ViT of timm that has such weights."""
+    size: int
+    """Edge of the images that it was trained on, in pixels."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the ViT."""
+    decoder: State | None = None
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+    heads: int | None = None
+    """Of attention, where known: no shape tells them."""
+    said: str = ""
+    """How a checkpoint of others was read, in a line."""
+
+    @property
+    def flags(self) -> str:
+        """The model and its arguments, as --model and --set take them."""
+        sets = (f" --set model.{name}={value}" for name, value in self.args.items())
+        return self.model + "".join(sets)
+
+
+def read_foreign(path: str | Path) -> Weights:
+    """The encoder in a checkpoint of others, in any of milan.models.layouts, and its decoder.
+
+    Sizes are read off the weights; a folder's config.json states heads and normalisation. Raises
+    ConfigError for a file that is no checkpoint, an unknown layout, and for weights that are not
+    those of a plain ViT, all of them: it lists what lacks and what is too much.
+    """
+    file = read_checkpoint(path)
+    layout = layout_of(file.state.keys(), path)
+    encoder, decoder, left = split_up(file.state, layout, path)
+    left += [name for name in encoder if name.startswith(_HEAD)]
+    encoder = {name: tensor for name, tensor in encoder.items() if not name.startswith(_HEAD)}
+    model, args, size, heads = _shape(encoder, file, path)
+    with torch.device("meta"):  # nothing is drawn
+        vit = create_vit(model, img_size=size, args=args)
+    if odd := misfit(encoder, vit):
+        raise ConfigError(
+            f"{path}, in {layout.title} layout, is no whole ViT: {odd}",
+            expected=f"every weight of {model}, and no other",
+        )
+    mean, std, assumed = _normalisation(file, layout)
+    said = [f"in {layout.title} layout ({layout.seen})"]
+    if heads is None:
+        said.append(f"heads are not in it: {vit.blocks[0].attn.num_heads} assumed")
+    if assumed:
+        said.append(f"normalisation is not in it: {assumed} assumed")
+    if left:
+        said.append(f"left out: {listed(left)}")
+    if file.others:
+        said.append(f"also in the file: {listed(file.others, 8)}")
+    return Weights(
+        encoder, model, size, args, decoder or None, mean, std,
+        vit.blocks[0].attn.num_heads if heads else None, "; ".join(said),
+    )  # fmt: skip
+
+
+def _shape(
+    state: State, file: CheckpointFile, path: str | Path
+) -> tuple[str, dict[str, Any], int, int | None]:
+    """(ViT of timm, its arguments, edge of its images, heads if they are known)."""
+    try:
+        width, channels, patch, patch_wide = state["patch_embed.proj.weight"].shape
+        positions = state["pos_embed"].shape[1]
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        lacks = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path} is no plain ViT with absolute positions: {lacks}",
+            expected="patch_embed.proj [E, 3, P, P], pos_embed [1, N + 1, E], blocks.i.mlp.fc1",
+        ) from None
+    if (channels, patch) != (3, patch_wide):
+        raise ConfigError(
+            f"{path} has patches of {channels} x {patch} x {patch_wide}", expected="3 x P x P"
+        )
+    token, registers = "cls_token" in state, state.get("reg_token", torch.empty(1, 0)).shape[1]
+    tried = (token + registers, int(token), 0)
+    prefix = next((p for p in tried if _edge(positions - p)), -1)
+    if prefix < 0:
+        raise ConfigError(
+            f"{path} has {positions} positions", expected="those of a square grid of patches"
+        )
+    size = _edge(positions - prefix) * patch
+    if "architecture" in file.config:  # timm says it all
+        model = str(file.config["architecture"]).partition(".")[0]
+        args = dict(file.config.get("model_args") or {})
+        args.pop("img_size", None)
+        return model, {k: v for k, v in args.items() if k != "num_classes"}, size, -1
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    stated = _stated_heads(file, path)
+    heads = stated or HEADS.get(width) or max(1, width // 64)
+    args = {}
+    if (model := _KNOWN.get((width, depth, patch), "")) == "" or heads != HEADS.get(width):
+        args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        model = "vit_base_patch16_224"
+    if hidden != 4 * width:
+        args["mlp_ratio"] = hidden / width
+    if "blocks.0.attn.qkv.bias" not in state:
+        args["qkv_bias"] = False
+    if "blocks.0.ls1.gamma" in state:
+        args["init_values"] = 1e-5  # of no effect: the weights replace it
+    if "blocks.0.attn.q_norm.weight" in state:
+        args["qk_norm"] = True
+    if "norm_pre.weight" in state:
+        args["pre_norm"] = True
+    if registers:
+        args["reg_tokens"] = registers
+    if prefix < token + registers:
+        args["no_embed_class"] = True
+    averages = "fc_norm.weight" in state and "norm.weight" not in state
+    if averages or not token:
+        args["global_pool"] = "avg"
+    if not token:
+        args |= {"class_token": False, "fc_norm": averages}
+    return model, args, size, stated or (heads if width in HEADS else None)
+
+
+def _edge(patches: int) -> int:
+    """The edge of a square grid; 0 if they form none."""
+    edge = round(max(patches, 0) ** 0.5)
+    return edge if edge**2 == patches else 0
+
+
+def _stated_heads(file: CheckpointFile, path: str | Path) -> int | None:
+    """The heads that transformers' config.json states. Raises ConfigError for what timm's ViT does
+    otherwise."""
+    if "num_attention_heads" not in file.config:
+        return None
+    if (activation := file.config.get("hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f"{path} has activation {activation}", expected="gelu, as timm's ViTs")
+    return int(file.config["num_attention_heads"])
+
+
+def _normalisation(
+    file: CheckpointFile, layout: Layout
+) -> tuple[Sequence[float], Sequence[float], str]:
+    """(mean, deviation, in words what was assumed because the file says nothing)."""
+    stated = file.config.get("pretrained_cfg") or {}
+    for mean, std in (
+        (stated.get("mean"), stated.get("std")),
+        (file.processor.get("image_mean"), file.processor.get("image_std")),
+    ):
+        if mean and std:
+            return tuple(mean), tuple(std), ""
+    if layout.centred:
+        return _CENTRE, _CENTRE, "0.5 and 0.5"
+    return MEAN, STD, "ImageNet's"
