@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from milan.evaluation.evaluate import evaluate
     from milan.evaluation.linear_probe import linear_probe
+    from milan.exchange.config import ExportConfig
+    from milan.exchange.export import export
     from milan.inference.neighbours import neighbours
     from milan.inference.predict import predict
     from milan.models.classifier import load_classifier
@@ -50,6 +52,7 @@ _HOME = {
     "CachedDataset": "milan.data.dataset",
     "DetectConfig": "milan.evaluation.config",
     "EvaluationConfig": "milan.evaluation.config",
+    "ExportConfig": "milan.exchange.config",
     "ExtractConfig": "pipeline.config",
     "FinetuneConfig": "milan.evaluation.config",
     "MilanError": "milan.errors",
@@ -61,6 +64,7 @@ _HOME = {
     "detect": "milan.training.detect",
     "embed": "pipeline.embed",
     "evaluate": "milan.evaluation.evaluate",
+    "export": "milan.exchange.export",
     "extract_targets": "pipeline.extract",
     "find_boxes": "milan.models.detector",
     "finetune": "milan.training.finetune",
@@ -90,6 +94,7 @@ _SHOW_PROGRESS = (
     "detect",
     "predict",
     "embed",
+    "export",
     "neighbours",
     "report",
     "segment",
@@ -110,6 +115,8 @@ __all__ = [
     "pretrain",
     "PretrainConfig",
     "load_encoder",
+    "export",
+    "ExportConfig",
     "load_published",
     "linear_probe",
     "evaluate",

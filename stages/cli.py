@@ -95,6 +95,11 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
         "Find the images most like one, or near-duplicates.",
         "neighbours targets.zarr 17 --out neighbours.png",
     ),
+    (
+        use.export,
+        "Write a network for timm, transformers, ONNX, ...",
+        "export runs/pretrain --format timm --out my-encoder",
+    ),
     (artifacts.inspect, "Describe a store.", "inspect targets.zarr"),
     (artifacts.verify, "Check a store.", "verify targets.zarr --deep --audit 100"),
     (artifacts.repair, "Rewrite the damaged shards of a store.", "repair targets.zarr"),

@@ -12,6 +12,7 @@ from milan.config import PretrainConfig
 from milan.core.config_fields import AUTO
 from milan.errors import ConfigError, nearest
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
+from milan.exchange.config import ExportConfig
 from milan.inference.config import EmbedConfig, NeighboursConfig, PredictConfig
 from pipeline.config import ExtractConfig
 from stages.options import Params, Sets, field_docs
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "predict": (PredictConfig, "predict"),
     "embed": (EmbedConfig, "embed"),
     "neighbours": (NeighboursConfig, "neighbours"),
+    "export": (ExportConfig, "export"),
 }
 """command -> its settings, and their section of a parameter file."""
 

@@ -1,4 +1,4 @@
-"""Commands that use a finished network or store: predict, embed, neighbours."""
+"""Commands that use a finished network or store: predict, embed, neighbours, export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from milan.core.signals import REQUEUE
+from milan.exchange.config import ExportConfig
 from milan.inference.config import EmbedConfig, NeighboursConfig, PredictConfig
 from stages.options import settings_command
 
@@ -118,3 +119,32 @@ def neighbours(
     cells = [tuple("" if row[c] is None else row[c] for c in columns) for row in shown]
     console.table("Nearest images", columns, cells, text=True)
     console.out.print(f"picture: {found['sheet']}", markup=False)
+
+
+@settings_command(ExportConfig, {"Export": ("format", "out", "size")}, "export")
+def export(
+    *,
+    checkpoint: Annotated[
+        str, typer.Argument(help="The folder of a pretraining or fine-tuning, or a checkpoint.")
+    ],
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+) -> None:
+    """Write a network as another library opens it: weights, configuration, model card.
+
+    Mean, deviation, size, class token and pooling are written too.
+    """
+    from milan.core.config_resolver import resolve
+    from milan.core.units import format_bytes
+    from milan.exchange.export import export as run
+    from stages import console
+
+    given = flags | {"checkpoint": checkpoint}
+    config = resolve(ExportConfig, section="export", params=params, sets=sets, flags=given)
+    with console.ConsoleProgress() as progress:
+        written = run(config, progress=progress)
+    rows = [(name, format_bytes(size)) for name, size in written["files"].items()]
+    title = f"{written['folder']}: {written['network']} for {written['format']}"
+    console.table(title, ("file", ""), rows)
+    console.out.print(written["use"], markup=False, highlight=False)

@@ -48,6 +48,7 @@ MILAN = {
     "training": "errors core config images store data models objectives evaluation reporting",
     "reports": "errors version core images store data models objectives evaluation reporting "
     "training",
+    "exchange": "errors core store models evaluation reporting training",
     "__main__": "core",
 }
 # Modules of other packages that milan names by a string, where it loads them when they are needed.

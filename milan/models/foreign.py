@@ -26,6 +26,7 @@ _KNOWN = {
 }  # fmt: skip
 """(width, depth, patch) -> the ViT of timm."""
 _HEAD = ("head.",)
+_EPS = 1e-6  # of timm's ViTs
 _CENTRE = (0.5, 0.5, 0.5)
 
 
@@ -79,6 +80,8 @@ def read_foreign(path: str | Path) -> Weights:
     said = [f"in {layout.title} layout ({layout.seen})"]
     if heads is None:
         said.append(f"heads are not in it: {vit.blocks[0].attn.num_heads} assumed")
+    if (eps := file.config.get("layer_norm_eps", _EPS)) != _EPS:
+        said.append(f"norms have eps {eps:g} there, and {_EPS:g} here")
     if assumed:
         said.append(f"normalisation is not in it: {assumed} assumed")
     if left:

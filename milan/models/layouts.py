@@ -140,6 +140,7 @@ _TRANSFORMERS_DECODER = Names(
     "decoder.decoder_layers.",
     _HUGGING_BLOCK,
     _HUGGING_NEW,
+    "decoder.decoder_encoder.layer.",  # as transformers 5 writes them
 )  # fmt: skip
 TORCHVISION = Names(
     {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding",

@@ -28,6 +28,7 @@ from pipeline.config import ExtractConfig
 COMMANDS = (
     "doctor", "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
     "visualise", "report", "config", "predict", "embed", "neighbours", "zero-shot",
+    "export",
 )  # fmt: skip
 STUDENT_FLAGS = (
     "--set", "model.patch_size=8", "--set", "model.embed_dim=32", "--set", "model.depth=2",
