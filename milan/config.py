@@ -63,7 +63,8 @@ class PretrainConfig:
     """Share of the masked patches that a step decodes, drawn by address; the others cost nothing
     and are in no loss. Published: 1."""
     init: str | None = None
-    """Start from weights: another run's encoder (its folder), timm:NAME, or published[:FILE]."""
+    """Start from weights: another run's encoder (its folder), timm:NAME, a checkpoint of others,
+    or published[:FILE]."""
 
     # The schedule
     epochs: int = setting(400, unit="epochs", least=1)

@@ -17,8 +17,8 @@ class LabelledConfig:
     """Settings of all that learns from labelled images: which encoder and images, results where."""
 
     checkpoint: str = setting("runs/pretrain", identity=False, several=True)
-    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it), or teacher, of
-    which only features are measured. Several, with commas between, make one table."""
+    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it), or
+    teacher, of which only features are measured. Several, with commas between, make one table."""
     data: str = setting("imagenet", identity=False)
     """Labelled images to fit on."""
     val_data: str | None = setting(None, identity=False)
@@ -33,7 +33,7 @@ class LabelledConfig:
     """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder. Of
     several checkpoints the table: JSON, or CSV if it ends so."""
     like: str | None = setting(None, identity=False)
-    """With random: a run, timm:NAME or published:FILE, whose encoder's shape is taken."""
+    """With random: a run, timm:NAME or a checkpoint of others, whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)
     """With random and no --like, and of published weights: a ViT of timm."""
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -471,8 +471,8 @@ class SegmentConfig(SupervisedConfig):
     section = "segment"
 
     checkpoint: str = setting("runs/pretrain", identity=False)
-    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it); teacher, with
-    protocol linear."""
+    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it); with
+    protocol linear, teacher."""
     data: str = setting("ade20k", identity=False)
     """A folder with images and masks in it, or Parquet files with both."""
     val_data: str | None = setting(None, identity=False)

@@ -58,7 +58,8 @@ class EmbedConfig(ImagesConfig):
     """What `milan embed` does."""
 
     checkpoint: str = setting("runs/pretrain", identity=False)
-    """A run's folder, timm:NAME, published:FILE, random (as timm initialises it), or teacher."""
+    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it), or
+    teacher."""
     out: str = setting("embeddings.parquet", identity=False)
     """The file: .parquet, or .npy or .zarr with keys and labels beside it (rows.parquet)."""
     pooling: str = setting("mean", choices=("mean", "token", "patches"))

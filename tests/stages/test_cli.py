@@ -133,7 +133,7 @@ def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
     assert rows["lr"] == ("auto", "a step", "p.yaml")
     assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
     assert rows["mask_ratio"] == ("0.75", "share", "default")
-    assert run_here("config").out.count("parameter file") == 5 + len(PROTOCOLS)
+    assert run_here("config").out.count("parameter file") == 6 + len(PROTOCOLS)
     wrong = run_here("config", "pretrian")
     assert (wrong.code, wrong.err.split("try: ")[1]) == (1, "milan config pretrain\n")
 
