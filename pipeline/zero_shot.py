@@ -33,7 +33,7 @@ from milan.inference.words import Seen, look
 from milan.models.masking import Mask
 from milan.models.published import load_published
 from milan.models.rils import RilsStudent
-from milan.models.weights import is_foreign, published_file
+from milan.models.weights import published_file
 from milan.reporting.dense import DenseMap, draw_dense
 from milan.reporting.panels import check_apart, save_picture
 from milan.store.cache import TargetCache
@@ -146,10 +146,8 @@ def _student(config: ZeroShotConfig, progress: Progress) -> TrainedStudent | Non
             expected="a run with its decoder, published:FILE, or teacher",
             fix=f"--checkpoint teacher --teacher {name}, if it is a CLIP of open_clip",
         )
-    if is_foreign(name):
-        path = published_file(config.model)
-        if kind != "published" or file:
-            path = Path(file if kind == "published" else name)
+    if kind == "published":
+        path = Path(file) if file else published_file(config.model)
         student = load_published(path).requires_grad_(False)
         return TrainedStudent(student, "", None, "")
     if name == "random":

@@ -17,8 +17,8 @@ from milan.models.weights import find_weights, is_foreign, resampled
 from milan.training.trained import load_student
 
 _OTHERS = ("segmenter.safetensors", "detector.safetensors")
-_TRAINED_TOKENS = ("milan",)
-"""Objectives whose loss sees the class token."""
+_NO_TOKEN = ("pixels", "rils")
+"""Objectives whose loss does not see the class token."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def _source(
         args["global_pool"] = POOLING[about["pooling"]]
     elif "objective" in about and "global_pool" not in args:
         # The norm stays where training had it: before the average.
-        seen = about["objective"] in _TRAINED_TOKENS and trained.cls_token is not None
-        args |= {"global_pool": "token"} if seen else {"global_pool": "avg", "fc_norm": False}
+        unseen = about.get("pooling") == "mean" or about["objective"] in _NO_TOKEN
+        mean = unseen or trained.cls_token is None
+        args |= {"global_pool": "avg", "fc_norm": False} if mean else {"global_pool": "token"}
     own = about["input_size"]
     vit = create_vit(about["model"], img_size=size or own, args=args)
     if classes:
