@@ -41,7 +41,7 @@ from milan.store.format import (
 from milan.store.generation import Generation
 from milan.store.texts import read_texts
 from pipeline.extraction.worker import same_teacher
-from pipeline.teachers.load import load_teacher
+from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 
 GOOD, CORRUPT, INCOMPLETE, FOREIGN = 0, 3, 4, 5
@@ -303,6 +303,17 @@ def _check_texts(generation: Generation, rows: np.ndarray) -> list[str]:
     return ["has texts that are not of length 1"]
 
 
+def teacher_of(cache: TargetCache, named: TeacherSpec | None, device: str) -> Teacher:
+    """The teacher of a store: the recorded one, or as it is `named` now. Raises MilanError."""
+    first = cache.generations[0]
+    named = named or TeacherSpec.recorded(first.origin["teacher"])
+    spec = named.as_stored(first.spec.teacher, texts=bool(first.spec.texts))
+    teacher = load_teacher(spec, device=device)
+    if not same_teacher(teacher, cache.spec):
+        raise TeacherError(f"teacher {teacher.about['name']} is not the one of the store")
+    return teacher
+
+
 def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: Progress) -> None:
     """Compare the teacher with the stored targets of random views, and then of random texts.
 
@@ -315,16 +326,11 @@ def _audit_views(cache: TargetCache, verdict: Verdict, audit: Audit, progress: P
         )
     try:
         dataset = CachedDataset(cache, data_root=audit.data_root)
-        named = audit.teacher or TeacherSpec.recorded(first.origin["teacher"])
-        spec = named.as_stored(first.spec.teacher, texts=bool(first.spec.texts))
-        teacher = load_teacher(spec, device=audit.device)
+        teacher = teacher_of(cache, audit.teacher, audit.device)
     except MachineError:
         raise
     except (CacheError, DataError, TeacherError) as error:
         verdict.foreign.append(str(error))
-        return
-    if not same_teacher(teacher, cache.spec):
-        verdict.foreign.append(f"teacher {teacher.about['name']} is not the one of the store")
         return
     rng = np.random.default_rng(audit.seed % 2**64)
     good = cache.good_rows()

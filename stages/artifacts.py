@@ -6,22 +6,101 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.config import ExtractConfig
+from stages.options import settings_command
 
+LAW = ("data", "split", "data_root", "views", "img_size", "scale", "ratio", "hflip", "seed")
+Teacher = Annotated[
+    str | None, typer.Option(help="The teacher's name or config, if its files moved since.")
+]
+Pretrained = Annotated[str | None, typer.Option(help="Its weights, as extract-targets takes them.")]
+_SHOWN_AT = 224  # pixels of a view that no teacher has given a size
+
+
+@settings_command(ExtractConfig, {"Views of a store to come": LAW}, "extract")
 def visualise(
-    cache: Annotated[str, typer.Argument(help="A finished store.")],
+    *,
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    cache: Annotated[str | None, typer.Argument(help="A finished store.")] = None,
     out: Annotated[str, typer.Option(help="The picture (PNG).")] = "sheet.png",
     images: Annotated[int, typer.Option(help="How many images.", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="Of the choice of images and of the masks.")] = 0,
-    data_root: Annotated[
-        str | None, typer.Option(help="Where the images lie, if not where the store says.")
-    ] = None,
+    masks: Annotated[int, typer.Option(help="Masks of each, by as many seeds.", min=1)] = 3,
+    codec_error: Annotated[
+        bool,
+        typer.Option(
+            "--codec-error",
+            help="What the codec changed, in place of masks: runs the store's teacher again.",
+        ),
+    ] = False,
+    teacher: Teacher = None,
+    pretrained: Pretrained = None,
+    device: Annotated[str, typer.Option(help="Of the teacher: auto, cuda, cpu, ...")] = "auto",
 ) -> None:
-    """Draw a sheet: image with the crops of its views, a view, attention, a mask, features."""
-    from milan.reporting.contact_sheet import contact_sheet
+    """Draw a sheet of a store: image with the crops of its views, a view, attention, masks,
+    features; or, with --data or --params, the views that a store would have.
+
+    --seed is that of the choice of images and of the first mask; with --data that of the store.
+    """
+    from milan.errors import ConfigError
     from stages import console
 
-    path = contact_sheet(cache, out=out, images=images, seed=seed, data_root=data_root)
+    progress = console.ConsoleProgress()
+    law = {f"--{n.replace('_', '-')}": flags[n] for n in LAW if n not in ("data_root", "seed")}
+    given = [name for name, value in (law | {"--params": params, "--set": sets}).items() if value]
+    if not (cache or given):
+        raise typer.BadParameter("a store, or --data", param_hint="CACHE")
+    if cache and given:
+        raise ConfigError(
+            f"{given[0]} beside a store, whose views are drawn already",
+            expected="a store, or --data and a law",
+            fix=f"milan visualise {cache}",
+        )
+    if cache is None:
+        path = _views_to_come(flags, params, sets, out, images, progress)
+    else:
+        shown: dict[str, Any] = {"out": out, "images": images, "seed": flags["seed"] or 0}
+        shown["data_root"] = flags["data_root"]
+        if codec_error:
+            path = _codec_sheet(cache, _teacher(teacher, pretrained), device, shown)
+        else:
+            from milan.reporting.contact_sheet import contact_sheet
+
+            path = contact_sheet(cache, masks=masks, **shown)
     console.out.print(f"picture: {path}", markup=False)
+
+
+def _codec_sheet(cache: str, named: Any, device: str, shown: dict[str, Any]) -> Any:
+    from milan.reporting.contact_sheet import codec_sheet
+    from milan.store.cache import TargetCache
+    from pipeline.verify import teacher_of
+
+    teacher = teacher_of(TargetCache(cache), named, device)
+    return codec_sheet(cache, lambda pixels: teacher.targets(pixels)[0], **shown)
+
+
+def _views_to_come(
+    flags: dict[str, Any],
+    params: str | None,
+    sets: list[str] | None,
+    out: str,
+    images: int,
+    progress: Any,
+) -> Any:
+    from milan.core.config_resolver import resolve
+    from milan.images.views import ViewSpec
+    from milan.reporting.view_sheet import view_sheet
+
+    config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
+    config.check()
+    # Crops are the same at any size: no teacher is needed to know it.
+    size = config.img_size or _SHOWN_AT
+    law = ViewSpec(size, config.scale, config.ratio, config.hflip, config.seed)
+    return view_sheet(
+        config.data, law, config.views, out=out, images=images, split=config.split,
+        data_root=config.data_root, progress=progress,
+    )  # fmt: skip
 
 
 def report(
@@ -88,10 +167,6 @@ Cache = Annotated[str, typer.Argument(help="A store.")]
 DataRoot = Annotated[
     str | None, typer.Option(help="Where the images lie, if not where the store says.")
 ]
-Teacher = Annotated[
-    str | None, typer.Option(help="The teacher's name or config, if its files moved since.")
-]
-Pretrained = Annotated[str | None, typer.Option(help="Its weights, as extract-targets takes them.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, cpu, ...")]
 
 

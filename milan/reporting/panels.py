@@ -83,6 +83,14 @@ def visible_column(pixels: np.ndarray, masked: np.ndarray) -> Column:
     )
 
 
+def heat_column(name: str, explanation: str, values: np.ndarray, most: float, size: int) -> Column:
+    """Values of patches [B, N] from 0 to `most` in one colour map, dark to yellow."""
+    import matplotlib
+
+    colour = matplotlib.colormaps["inferno"]((to_grid(values) / most).clip(0, 1))
+    return Column(name, explanation, upscale(as_bytes(colour[..., :3]), size))
+
+
 def features_column(features: np.ndarray, colours: Colours, size: int) -> Column:
     """The teacher's features of the patches [B, N, C]."""
     what = (

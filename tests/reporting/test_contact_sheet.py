@@ -18,13 +18,14 @@ from milan.core.rng import mask_noise
 from milan.images.views import View
 from milan.models.masking import importance_mask
 from milan.reporting import contact_sheet as visualise
-from milan.reporting import panels
+from milan.reporting import panels, view_sheet
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.panels import Colours
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 
-NAMES = ["image and crops", "view", "attention", "visible patches", "features"]
+MASKS = [f"visible patches, seed {seed}" for seed in range(3)]
+NAMES = ["image and crops", "view", "attention", *MASKS, "features"]
 
 
 class Page(NamedTuple):
@@ -48,6 +49,7 @@ def sheet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Page
         assert contact_sheet(store, out=tmp_path / "sheet.png", **settings).exists()
         return drawn[-1]
 
+    draw.pages = drawn  # type: ignore[attr-defined]
     return draw
 
 
@@ -68,8 +70,8 @@ def test_a_sheet_is_a_picture(store: Path, sheet: Callable[..., Page], tmp_path:
     assert 500 < height < 1500
     assert pixels.std() > 20
     assert list(page.columns) == NAMES
+    assert [name for name, column in page.columns.items() if not column.explanation] == MASKS[1:]
     for column in page.columns.values():
-        assert column.explanation
         for panel in column.panels:
             assert panel.std() > 2, column.name
     assert "dashed if flipped" in page.columns["image and crops"].explanation
@@ -121,11 +123,11 @@ def test_patches_lie_where_they_belong(
         order = np.argsort(attention[0])
         assert (np.diff(patches.ravel()[order]) > -1).all(), "more attention is brighter"
 
-        noise = mask_noise(1, np.zeros(1, int), at, which, 16)
-        mask = importance_mask(torch.from_numpy(attention), torch.from_numpy(noise), visible=4)
-        shown = page.columns["visible patches"].panels[i]
         colours = page.columns["features"].panels[i]
-        for patch in range(16):
+        for seed, patch in np.ndindex(3, 16):
+            noise = mask_noise(1 + seed, np.zeros(1, int), at, which, 16)
+            mask = importance_mask(torch.from_numpy(attention), torch.from_numpy(noise), visible=4)
+            shown = page.columns[f"visible patches, seed {1 + seed}"].panels[i]
             top, left = patch // 4 * 8, patch % 4 * 8
             square = (slice(top, top + 8), slice(left, left + 8))
             if patch in mask.visible[0].tolist():
@@ -225,3 +227,65 @@ def test_images_that_moved(photos: Path, teacher_files: dict[str, str], tmp_path
     done = run_here("visualise", "t.zarr", "--data-root", tmp_path / "new", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert done.out == "picture: sheet.png\n"
+
+
+def test_what_the_codec_changed(
+    finished_store: Callable[..., Path], sheet: Callable[..., Page], tmp_path: Path
+) -> None:
+    """The teacher's features now, the stored ones, and how far apart they are, patch by patch."""
+    store, errors = finished_store(), {}
+    done = run_here("visualise", store, "--codec-error", "--images", 3, "--out", tmp_path / "e.png")
+    assert (done.code, done.err) == (0, "")
+    with Image.open(tmp_path / "e.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+    for name, noise in (("as stored", 0.0), ("one patch differs", 5.0)):
+        views = milan.open_cache(store)
+
+        def teacher(pixels: np.ndarray, noise: float = noise, views: Any = views) -> torch.Tensor:
+            items = [views[i] for i in range(len(views))]
+            seen = {item["image"].permute(1, 2, 0).numpy().tobytes(): item for item in items}
+            found = torch.stack([seen[view.tobytes()]["features"] for view in pixels])
+            found[1, 1 + 6, 0] += noise * found[1, 1 + 6].norm()
+            return found
+
+        visualise.codec_sheet(store, teacher, out=tmp_path / "sheet.png", images=3)
+        page = sheet.pages[-1]
+        assert list(page.columns) == ["view", "teacher", "store", "codec error"]
+        errors[name] = page.columns["codec error"].panels.astype(int).sum(axis=-1)
+    changed = errors["one patch differs"]
+    assert changed.max() == changed[1, 8, 16]
+    assert np.argwhere(changed > 300).min(axis=0).tolist() == [1, 8, 16]  # row 1, column 2
+    assert np.argwhere(changed > 300).max(axis=0).tolist() == [1, 15, 23]
+
+
+def test_views_before_there_is_a_store(
+    photos: Path, store: Path, cache: TargetCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rows and pixels that an extraction stores; nothing else is written."""
+    drawn: list[tuple[str, list[panels.Column], list[str]]] = []
+    monkeypatch.setattr(
+        view_sheet, "draw_page", lambda *page: drawn.append(page) or panels.draw_page(*page)
+    )
+    done = run_here(
+        "visualise", "--data", photos, "--views", 2, "--img-size", 32, "--images", 3, cwd=tmp_path
+    )
+    assert (done.code, done.err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    (title, columns, captions), *_ = drawn
+    assert title.startswith("24 images, 2 views of each: a view has ")
+    views = milan.open_cache(store)
+    for row in range(3):
+        assert captions[row].startswith(f"row {row}: {cache.manifest.key(row)}, ")
+        for number in range(2):
+            stored = views.pixels(np.array([row]), np.array([number]))[0]
+            np.testing.assert_array_equal(columns[1 + number].panels[row], stored)
+    assert "20% to 100% of the image's area" in columns[1].explanation
+    for arguments, told in (
+        (["--data", photos, "--out", photos / "x.png"], "lies in the folder of the images"),
+        ([store, "--scale", "0.5,1"], "--scale beside a store"),
+        (["--data", photos, "--scale", "0,1"], "scale"),
+    ):
+        refused = run_here("visualise", *arguments, cwd=tmp_path)
+        assert refused.code == 1
+        assert told in refused.err
+        assert refused.err.count("\n") == 1
