@@ -47,8 +47,9 @@ def view_sheet(
     manifest = build_manifest(resolve_data(data, data_root), seed=law.seed, split=wanted)
     for line in describe_source(manifest, wanted.flag):
         progress.note(line)
-    if manifest.listing and manifest.listing.file is None:
-        check_apart(Path(out), [manifest.root])
+    listing = manifest.listing
+    assert listing is not None
+    check_apart(Path(out), [listing.root / listing.file if listing.file else listing.root])
     source = ImageSource(manifest, manifest.root)
     edge, shown, captions, shares = law.size * zoom_of(law.size), [], [], []
     for row in range(len(manifest)):
