@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,14 @@ import torch
 
 from milan.core.atomic import digest_of
 from milan.core.config_resolver import from_call
-from milan.core.device import pick_device, ranks_here
-from milan.core.distributed import Ranks
-from milan.core.launch import as_rank, launch
-from milan.core.progress import NoProgress, Progress
+from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError, DataError
 from milan.evaluation.features import Context, Features, features_folder, features_of
 from milan.evaluation.frozen import Frozen, frozen_encoder
+from milan.evaluation.ranks import on_ranks
 from milan.evaluation.splits import LabelledSet, open_images
 from milan.images.manifest import resolve_data
 from milan.inference.config import EmbedConfig
@@ -68,27 +67,7 @@ def embed(
     config = from_call(EmbedConfig, "checkpoint", checkpoint, settings, "embed")
     config.check()
     check_ending(Path(config.out), ENDINGS)
-    device, given = pick_device(config.device), Ranks.from_environment()
-    count = 1 if given else ranks_here(config.device, device, config.devices)
-    stop = stop or Stop()
-    stop.kept = "features that were computed stay"
-    progress = progress if progress and not (given and given.rank) else NoProgress()
-    try:
-        if count > 1:
-            return launch(
-                embed, {"checkpoint": config}, ranks=count, restarts=0, restart_arguments=dict,
-                progress=progress,
-            )  # fmt: skip
-        with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
-            figures = _embed(config, Context(own, ranks, progress, stop))
-            return figures if ranks.is_rank0 else {}
-    except Stopped as stopped:
-        return {"stopped_by": stopped.by}
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"the device's memory is full with {config.batch_size} images at once",
-            fix=f"--batch-size {max(1, config.batch_size // 2)}",
-        ) from None
+    return on_ranks(partial(_embed, config), config, stop=stop, progress=progress)
 
 
 def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:

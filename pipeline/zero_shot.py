@@ -63,8 +63,6 @@ def zero_shot(
     """
     config = from_call(ZeroShotConfig, "checkpoint", checkpoint, settings, "zero_shot")
     config.check()
-    if config.devices not in (None, 1):
-        raise ConfigError(f"devices {config.devices}", expected="1: zero-shot is one pass")
     progress, began = progress or NoProgress(), time.perf_counter()
     device, stop = pick_device(config.device), stop or Stop()
     trained = _student(config, progress)

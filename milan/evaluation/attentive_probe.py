@@ -2,7 +2,8 @@
 they find.
 
 Networks that were trained by masking say of an image by its patches what others say by a class
-token. So attention gathers it, trained with the classifier; the network is not.
+token. So attention gathers it, trained with the classifier; the network is not. With `tokens: all`
+the class token, by which a CLIP was trained, is among the x_n too.
 
     class   each class c has a query q_c and weights w_c, as wide as a patch:
             score_c = sum_n softmax_n(q_c . x_n / sqrt(E)) (w_c . x_n) + b_c
@@ -76,7 +77,8 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     module, chosen = best_of(
         evaluation, grid, make, steps, "attentive classifiers", otherwise=_OTHERWISE
     )
-    settings = {"queries": config.queries, "epochs": epochs, "step_images": step_images, **chosen}
+    settings = {"queries": config.queries, "tokens": config.tokens, "epochs": epochs}
+    settings |= {"step_images": step_images, **chosen}
     val = Share(evaluation.val, evaluation.context, change=standardise)
     return {**judged(evaluation, val, scores_of(module)), **settings}
 

@@ -114,7 +114,8 @@ class ClassificationConfig(LabelledConfig):
     save_lists: str | None = setting(None, identity=False)
     """A folder for the lists of images that were drawn: draw-0.txt, ..."""
     corruptions: bool = setting(False, identity=False)
-    """Measure on corrupted validation images too: noise, blur, ..., at five severities."""
+    """Measure on corrupted validation images too: noise, blur, ..., at five severities. After
+    fine-tuning on one device, otherwise on all."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -231,6 +232,8 @@ class AttentiveProbeConfig(EvaluationConfig):
     """class: a learnt query and a weight vector for each class; one: a single learnt query."""
     heads: int = setting(4, unit="heads", least=1)
     """Of the single query, each with a share of the channels."""
+    tokens: str = setting("patches", choices=("patches", "all"))
+    """What queries look at: patches, or all: with the class token, where there is one."""
     epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
     """Passes; auto: as many as take 12,500 steps, at most 20."""
     step_images: int | None = setting(None, unit="images", auto=True, least=1)
@@ -250,8 +253,8 @@ class AttentiveProbeConfig(EvaluationConfig):
 
     @property
     def feature_set(self) -> str:
-        """All patches of the last block."""
-        return "patches"
+        """Patches of the last block, or all its tokens."""
+        return "patches" if self.tokens == "patches" else "tokens"
 
     @property
     def kept_bytes(self) -> int | None:
@@ -459,6 +462,8 @@ class ZeroShotConfig(LabelledConfig):
     templates: str = setting("stored", choices=("stored", "openai"))
     """The sentences of a class: the 7 that stores have, or the 80 of OpenAI's CLIP, which take a
     text tower: the student's own, or the teacher's."""
+    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1, most=1)
+    """1: it is one pass, on one device."""
     pictures: int = setting(6, unit="classes", least=0, most=12)
     """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
 

@@ -9,14 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from milan.core.atomic import digest_of, write_json
 from milan.core.config_resolver import from_call
-from milan.core.device import pick_device, ranks_here
-from milan.core.distributed import Ranks
-from milan.core.launch import as_rank, launch
-from milan.core.progress import NoProgress, Progress
+from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError
@@ -27,6 +22,7 @@ from milan.evaluation.evaluation import FACTS, Measurement, drawn
 from milan.evaluation.features import Context, features_folder
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.protocols import Protocol, get_protocol
+from milan.evaluation.ranks import on_ranks
 from milan.evaluation.splits import open_draws
 from milan.evaluation.table import write_table
 from milan.models.weights import find_weights
@@ -75,39 +71,14 @@ def evaluate(
         except Stopped as stopped:
             return {"stopped_by": stopped.by}
         return _whole(metrics, config, write)
-    device = pick_device(config.device)
-    given = Ranks.from_environment()
     if frozen and ((config.devices or 1) > 1 or len(configs) > 1):
         found = f"devices {config.devices}" if len(configs) == 1 else f"{len(configs)} checkpoints"
         raise ConfigError(
             f"{found} with a network of this process", expected="devices=1, one checkpoint"
         )
-    count = 1 if given or frozen else ranks_here(config.device, device, config.devices)
-    stop = stop or Stop()
-    stop.kept = "features that were computed stay"
-    progress = progress if progress and not (given and given.rank) else NoProgress()
-    try:
-        if count > 1:
-            return launch(
-                partial(evaluate, protocol),
-                {"checkpoint": config, "load_teacher": load_teacher, "write": write},
-                ranks=count,
-                restarts=0,
-                restart_arguments=dict,
-                progress=progress,
-            )
-        with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
-            context = Context(own, ranks, progress, stop)
-            loaders = _Loaders(frozen, load_teacher)
-            metrics = _measure_all(protocol, configs, loaders, context, write=write)
-            return _whole(metrics, config, write) if ranks.is_rank0 else {}
-    except Stopped as stopped:
-        return {"stopped_by": stopped.by}
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"the device's memory is full with {config.batch_size} images at once",
-            fix=f"--batch-size {max(1, config.batch_size // 2)}, or --memory 1GB",
-        ) from None
+    work = partial(_measure_all, protocol, configs, _Loaders(frozen, load_teacher), write=write)
+    metrics = on_ranks(work, config, alone=bool(frozen), stop=stop, progress=progress)
+    return metrics if "stopped_by" in metrics or not metrics else _whole(metrics, config, write)
 
 
 def _whole(metrics: dict[str, Any], config: LabelledConfig, write: bool) -> dict[str, Any]:
@@ -221,7 +192,7 @@ def _measure_all(
     *,
     write: bool,
 ) -> dict[str, Any]:
-    """Metrics of each checkpoint. Images are listed once; a baseline is measured once a shape."""
+    """Metrics of each checkpoint. Images are listed once, a baseline is measured once a shape."""
     for config in configs:  # a bad one is found before hours of work
         network = loaders.network(config, context)
         if network.said:

@@ -29,9 +29,12 @@ FEATURES = {
     "pooled": "class token and mean of patches",
     "blocks": "class tokens of the last 4 blocks and mean of patches",
     "patches": "patches, float16",
+    "tokens": "class token and patches, float16",
 }
 """Sets of features, as EvaluationConfig.feature_set names them, in words that are part of a
 network's identity."""
+TOKENS = ("patches", "tokens")
+"""Those of them that are not pooled: [B, T, E]."""
 _BLOCKS = 4
 TOKEN, MEAN_OF_PATCHES = "class token", "mean of patches"
 
@@ -110,7 +113,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             blocks = len(_last_blocks(vit, tokens_of, torch.zeros(1, 3, size, size)))
         parts = (*token * blocks, MEAN_OF_PATCHES) if token else (MEAN_OF_PATCHES,) * blocks
     else:
-        parts = (*token, MEAN_OF_PATCHES) if wanted == "pooled" else ("patches",)
+        parts = (*token, MEAN_OF_PATCHES) if wanted == "pooled" else (wanted,)
     vit = vit.to(device)
 
     def pooled(every: torch.Tensor) -> torch.Tensor:
@@ -125,8 +128,9 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         return first, every[:, vit.num_prefix_tokens :]
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        if wanted == "patches":
-            return tokens(pixels)[1].half()
+        if wanted in TOKENS:
+            first, patches = tokens(pixels)
+            return tokens_side_by_side(None if mean_alone else first, patches, wanted)
         if wanted == "pooled":
             return pooled(found(pixels)).float()
         images = normalise(pixels, data_config["mean"], data_config["std"])
@@ -137,6 +141,15 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         return torch.cat([*first, pooled(every[-1])], dim=1).float()
 
     return Frozen(features, size, name, identity, tokens, parts, said=said)
+
+
+def tokens_side_by_side(
+    first: torch.Tensor | None, patches: torch.Tensor, wanted: str
+) -> torch.Tensor:
+    """The `wanted` one of TOKENS, float16 [B, T, E], of class token [B, E], if any, and patches."""
+    if wanted == "patches" or first is None:
+        return patches.half()
+    return torch.cat([first[:, None], patches], dim=1).half()
 
 
 def _last_blocks(

@@ -40,6 +40,8 @@ class PredictConfig(ImagesConfig):
 
     checkpoint: str = "runs/pretrain/finetune"
     """The folder of a finished training for a task, or its .safetensors file."""
+    device: str = setting("auto", identity=False)
+    """auto, cuda, cpu, ...; one, however many there are."""
     out: str = "predictions.csv"
     """The table, .csv or .parquet; the contact sheet (.png), the metrics (.json) and the rejected
     files (.bad-images.csv) lie beside it."""
@@ -121,7 +123,7 @@ class NeighboursConfig:
     data_root: str | None = None
     """Where the images lie, if not where the store or the file says."""
     device: str = "auto"
-    """auto, cuda, cpu, ..."""
+    """auto, cuda, cpu, ...; one, however many there are."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""

@@ -47,16 +47,16 @@ def build_report(params: str, *, progress: Progress | None = None, **page: Any) 
     """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
 
     Section `report` has `out` (a folder), `runs` and `encoders` (name -> folder); the store is
-    `out` of section `extract`; `protocols` and `finetuned` of section `evaluation` say which
-    metrics files the encoders have. Raises ConfigError if one of these, or a metrics file, is
-    missing; of `finetuned` only encoders that have one are shown. report.html is made of the same
+    `out` of section `extract`; `protocols`, `finetuned` and `by_words` of section `evaluation` say
+    which metrics files the encoders have. Raises ConfigError if one of these, or a metrics file, is
+    missing; of the last two only encoders that have one are shown. report.html is made of the same
     folders, `page` are arguments of milan.reports.page.write_page.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
     measured = read_section(params, "evaluation")
     names: Any = measured.get("protocols")
-    finetuned = measured.get("finetuned") or []
+    some = [*(measured.get("finetuned") or []), *(measured.get("by_words") or [])]
     store: Any = section.get("cache") or read_section(params, "extract").get("out")
     needed = {f"report.{key}": section.get(key) for key in ("out", "runs", "encoders")}
     for key, value in (needed | {"evaluation.protocols": names, "extract.out": store}).items():
@@ -74,10 +74,10 @@ def build_report(params: str, *, progress: Progress | None = None, **page: Any) 
         protocol: {
             encoder: _result(protocol, sources[folder])
             for encoder, folder in section["encoders"].items()
-            # The teacher is not fine-tuned.
-            if protocol.name not in finetuned or protocol.metrics_file(folder).exists()
+            # The teacher is not fine-tuned, and pixels have no words.
+            if protocol.name not in some or protocol.metrics_file(folder).exists()
         }
-        for protocol in map(get_protocol, [*names, *finetuned])
+        for protocol in map(get_protocol, [*names, *some])
     }
     for protocol, metrics in results.items():
         check_alike(protocol, metrics)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from milan.evaluation.config import EvaluationConfig
-from milan.evaluation.frozen import FEATURES, MEAN_OF_PATCHES, TOKEN, Frozen
+from milan.evaluation.frozen import (
+    FEATURES,
+    MEAN_OF_PATCHES,
+    TOKEN,
+    TOKENS,
+    Frozen,
+    tokens_side_by_side,
+)
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 
@@ -25,7 +32,7 @@ def frozen_view(
     teacher: Teacher, feature_set: str = "pooled", *, mean_alone: bool = False
 ) -> Frozen:
     """A loaded teacher as an evaluation sees it."""
-    pooled = feature_set != "patches"
+    kind = feature_set if feature_set in TOKENS else "pooled"
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         every, _ = teacher.targets(pixels)
@@ -33,15 +40,15 @@ def frozen_view(
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         first, patches = tokens(pixels)
-        if not pooled:
-            return patches.half()
+        if kind in TOKENS:
+            return tokens_side_by_side(None if mean_alone else first, patches, kind)
         mean = patches.mean(dim=1)
         return mean if mean_alone else torch.cat([first, mean], dim=1)
 
     name = f"teacher {teacher.about['name']}"
-    parts: tuple[str, ...] = (TOKEN, MEAN_OF_PATCHES) if pooled else ("patches",)
-    what = FEATURES["pooled" if pooled else "patches"]
-    if pooled and mean_alone:
+    parts: tuple[str, ...] = (kind,) if kind in TOKENS else (TOKEN, MEAN_OF_PATCHES)
+    what = FEATURES[kind]
+    if kind == "pooled" and mean_alone:
         parts, what = (MEAN_OF_PATCHES,), f"{MEAN_OF_PATCHES} alone"
     identity = {"teacher": teacher.identity, "features": what}
     return Frozen(features, teacher.size, name, identity, tokens, parts)

@@ -245,8 +245,9 @@ def test_features_of_blocks_and_patches(finished_run: Callable[..., Path]) -> No
         "pooled": frozen_encoder(EvaluationConfig(run), CPU.device),
         "blocks": frozen_encoder(LinearProbeConfig(run, protocol="dinov2"), CPU.device),
         "patches": frozen_encoder(AttentiveProbeConfig(run), CPU.device),
+        "tokens": frozen_encoder(AttentiveProbeConfig(run, tokens="all"), CPU.device),
     }
-    assert len({str(frozen.identity) for frozen in found.values()}) == 3
+    assert len({str(frozen.identity) for frozen in found.values()}) == 4
     assert found["pooled"].identity["features"] == "class token and mean of patches"  # type: ignore[index]
     x = {name: frozen.features(pixels) for name, frozen in found.items()}
     assert x["blocks"].shape == (3, 3 * 32)  # two blocks, for there are no more, and the mean
@@ -261,6 +262,8 @@ def test_features_of_blocks_and_patches(finished_run: Callable[..., Path]) -> No
     torch.testing.assert_close(
         x["patches"].float().mean(dim=1), x["pooled"][:, 32:], atol=2e-3, rtol=0
     )
+    assert torch.equal(x["tokens"][:, 1:], x["patches"])
+    torch.testing.assert_close(x["tokens"][:, 0].float(), x["pooled"][:, :32], atol=2e-3, rtol=0)
 
 
 # --- the attentive probe --------------------------------------------------------------------------

@@ -103,6 +103,25 @@ def test_random_beside_its_baseline(place: Path) -> None:
     assert notes.line("checkpoint 2 of 2: ")
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("protocol", ["knn", "linear_probe", "few_shot"])
+def test_ranks_measure_several(protocol: str, place: Path, tmp_path: Path) -> None:
+    """Two ranks, three checkpoints, their baselines and draws: the table of one rank."""
+    more = {"shots": 4, "draws": 2} if protocol == "few_shot" else {}
+    tables = {}
+    for devices in (1, 2):
+        tables[devices] = evaluate(
+            protocol, [str(place / name) for name in ("a", "b", "wide")], device="cpu",
+            data=str(place / "photos"), features=str(tmp_path / str(devices)), devices=devices,
+            **more,
+        )  # fmt: skip
+        for metrics in tables[devices].values():
+            del metrics["seconds"]
+    assert len(tables[1]) == 3
+    assert tables[1] == tables[2]
+
+
 def test_several_are_fine_tuned(place: Path, tmp_path: Path) -> None:
     """One after the other, each in the folder in which it would be alone."""
     done = run_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import timm
 import torch
 import zarr
-from helpers import Notes, make_photos, run_here
+from helpers import FORK, Notes, make_photos, run_here, until
 
 import milan
 from milan.core.device import normalise
@@ -236,3 +237,51 @@ def test_bad_input(
     assert "\n" not in str(error.value)
     assert (tmp_path / "there.npy").read_bytes() == b"mine"
     assert not list(tmp_path.glob("e*.*"))
+
+
+def embed_slowly(given: dict[str, Any]) -> None:
+    """embed in a process of its own, an image a file, in no haste."""
+
+    class Slow(Notes):
+        def advance(self, done: int, figures: str = "") -> None:
+            time.sleep(0.05)
+
+    module._FILE_BYTES = 1
+    torch.set_num_threads(1)
+    embed(**given, progress=Slow())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ending", [".parquet", ".npy", ".zarr"])
+def test_killed_at_any_moment_it_goes_on(ending: str, run: Path, tmp_path: Path) -> None:
+    """By SIGKILL, again and again: each call goes on, and the file is that of a call left alone."""
+    given: dict[str, Any] = {
+        "checkpoint": str(run), "data": str(make_photos(tmp_path / "data", count=24)),
+        "pooling": "patches", "batch_size": 1,
+    }  # fmt: skip
+    alone, out = tmp_path / f"alone{ending}", tmp_path / f"killed{ending}"
+    embed(**given, out=str(alone))
+    parts, kills, there = Path(f"{out}.parts"), 0, 0
+    for _ in range(20):
+        process = FORK.Process(target=embed_slowly, args=(given | {"out": str(out)},))
+        process.start()
+        aim = there + 1 + kills % 5
+        until(lambda: process.exitcode is not None or _count(parts) >= aim)  # noqa: B023
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        assert not out.exists()
+        kills, now = kills + 1, _count(parts)
+        assert now >= there, "what was kept is gone"
+        there = now
+    assert process.exitcode == 0
+    assert kills >= 4
+    assert not parts.exists()
+    ours, theirs = opened(out), opened(alone)
+    assert ours[0] == theirs[0]
+    assert np.array_equal(ours[1], theirs[1])
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for path in folder.rglob("*.safetensors")) if folder.exists() else 0

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors import safe_open
 
+from demo.train_clip import Options, load, normalise, predict, train
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
 from pipeline.teachers.load import Teacher, load_teacher
@@ -148,24 +150,64 @@ def test_the_teacher_loads_like_any_other(teacher: Teacher) -> None:
 
 def test_its_image_tower_is_open_clips(teacher: Teacher, zero_shot: ModuleType) -> None:
     """The class token that extraction stores is the image feature of the whole CLIP model."""
-    model, _ = zero_shot.load_teacher()
+    model, _ = load(zero_shot.TEACHER)
     images, _ = zero_shot.read_embedded(DEMO / "data/test.parquet")
     grey = torch.from_numpy(images[:16])
     features, _ = teacher.targets(grey[..., None].expand(-1, -1, -1, 3).numpy())
     with torch.inference_mode():
-        expected = model.encode_image(zero_shot.normalise(grey[:, None].float() / 255))
+        expected = model.encode_image(normalise(grey[:, None].float() / 255))
     assert (features[:, 0] - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.soak
 def test_zero_shot_accuracy(zero_shot: ModuleType) -> None:
     """Worth learning from: at least 84 % of the embedded test images, by text prompts alone."""
-    model, tokenizer = zero_shot.load_teacher()
+    model, tokenizer = load(zero_shot.TEACHER)
     images, labels = zero_shot.read_embedded(DEMO / "data/test.parquet")
     found = zero_shot.accuracy(
         model, tokenizer, torch.from_numpy(images), torch.from_numpy(labels.copy())
     )
     assert found >= 0.84
+
+
+def test_training_learns_and_goes_on(tmp_path: Path) -> None:
+    """The trainer of such teachers: dark and bright images by their words; a run that was ended
+    after an epoch goes on to the same bits."""
+    torch.set_num_threads(1)
+    vision = {"image_size": 8, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}}
+    labels = torch.arange(64) % 2
+    noise = torch.randint(0, 60, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = (noise + 180 * labels[:, None, None, None]).to(torch.uint8)
+    prompts = [["a dark thing."], ["a bright thing."]]
+
+    def run(name: str, epochs_here: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        epochs = 0
+
+        def accuracy(*clip: Any) -> float:
+            nonlocal epochs
+            if (epochs := epochs + 1) > epochs_here:
+                raise KeyboardInterrupt
+            return (predict(*clip, prompts, images) == labels).double().mean().item()
+
+        train(
+            folder, tmp_path / f"{name}.pt", images,
+            lambda rng: [prompts[c][0] for c in labels.tolist()], accuracy,
+            Options(epochs=6, whole_epochs=1, batch_size=8, lr=1e-2, threads=1),
+        )  # fmt: skip
+        return folder / "model.safetensors"
+
+    alone = run("alone", 6)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", 3)
+    assert (tmp_path / "stopped.pt").exists()
+    assert run("stopped", 3).read_bytes() == alone.read_bytes()
+    assert not (tmp_path / "stopped.pt").exists()
+    assert (predict(*load(alone.parent), prompts, images) == labels).double().mean() > 0.9
 
 
 # --- provenance -----------------------------------------------------------------------------------
@@ -193,5 +235,7 @@ def test_licence_and_provenance() -> None:
 
 def test_the_scripts_are_there() -> None:
     """What made the files can make them again."""
-    for name in ("make_data.py", "train_teacher.py", "zero_shot.py", "captions.py"):
+    for name in (
+        "make_data.py", "train_teacher.py", "train_clip.py", "zero_shot.py", "captions.py",
+    ):  # fmt: skip
         assert Path(DEMO / name).is_file()

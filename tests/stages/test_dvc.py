@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import ROOT, STUDENT, Ran, make_photos, run_here, tree
+from helpers import (
+    ROOT,
+    STUDENT,
+    VOID,
+    Ran,
+    draw_masks,
+    draw_scenes,
+    make_photos,
+    run_here,
+    tree,
+)
 
 from milan.store.cache import TargetCache
 
@@ -297,6 +307,54 @@ def test_a_protocol_is_one_word_of_the_parameters(project: Path, tmp_path: Path)
         command, outs = stages[name]
         assert command.startswith("milan knn --params params.yaml --checkpoint ")
         assert outs == [f"runs/{folder}/knn.json"]
+
+    set_params(tmp_path, {"evaluation": {"by_words": ["zero_shot"]}})
+    command, outs = list_stages(tmp_path)["by-words@zero_shot"]
+    assert command.startswith("milan zero_shot --params params.yaml --checkpoint random,runs/milan")
+    assert outs == [f"runs/{folder}/zero_shot.json" for folder in ("random", "milan", "teacher")]
+
+
+@pytest.mark.soak
+def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -> None:
+    """Frozen features, fine-tuning, segmentation, detection and words, by DVC, to the report."""
+    for name in ("data", "teacher"):
+        shutil.copytree(project / name, tmp_path / name)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(project / name, tmp_path)
+    draw_masks(tmp_path / "masked")
+    draw_scenes(tmp_path / "scenes", size=(48, 96))
+    short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0}
+    own = {
+        "segment": {"data": "masked", "ignore": VOID, "size": 32, "baseline": "none"},
+        "detect": {"data": "scenes", "size": 64, "width": 16, "proposals": 20, "samples": 16},
+        "finetune": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
+    }
+    path = tmp_path / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["evaluation"] = {
+        "protocols": ["linear_probe"], "finetuned": [*own], "by_words": ["zero_shot"]
+    }  # fmt: skip
+    params |= {name: section | short for name, section in own.items()}
+    params["zero_shot"]["val_data"] = "data/test.parquet"
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
+    done = run_dvc(tmp_path, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = ran(done)
+    assert {"finetune@segment-milan", "finetune@detect-pixels", "finetune-random@detect"} <= set(
+        stages
+    )
+    assert stages[-1] == "report"
+    report = (tmp_path / "report/report.txt").read_text()
+    for title in ("Linear probe", "Fine-tuning", "Segmentation", "Detection", "Zero-shot"):
+        assert title in report
+    figures = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert set(figures["segment"]["miou"]) == {"random encoder", "pixels (MAE)", "MILAN"}
+    assert set(figures["detect"]["box_ap"]) == {"random encoder", "pixels (MAE)", "MILAN"}
+    assert set(figures["zero_shot"]["token_top1"]) == {"random encoder", "MILAN", "teacher"}
+    for name in ("segment", "detect", "zero_shot"):
+        assert (tmp_path / f"report/evaluation/{name}.png").stat().st_size > 3000
+    assert ran(run_dvc(tmp_path, "repro")) == []
 
 
 @pytest.mark.soak
