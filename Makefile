@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml milan/images/resize.c
+$(VENV)/.installed: pyproject.toml milan/version.py milan/images/resize.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq --editable '.[dvc,test,docs,dev]'
