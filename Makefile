@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test soak lint format types bench docs gpu-check clean
+.PHONY: install demo test soak lint format types bench docs package sbom gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,14 @@ docs: install
 	mkdocs build --strict --quiet
 	@echo 'site/index.html; with its search: python -m http.server --directory site'
 
+package: # PYTHON=python3.13 TORCH=2.6.0: those versions
+	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/package
+
+sbom: install
+	mkdir -p sbom
+	cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom/sbom.cdx.json $(BIN)/python
+	pip-licenses --python $(BIN)/python --order license --with-urls --format markdown --output-file sbom/licences.md
+
 gpu-check: install
 	python -m benchmarks.gpu_check
 
@@ -48,4 +56,4 @@ bench: install
 	python -m benchmarks
 
 clean:
-	rm -rf demo/targets.zarr runs report site
+	rm -rf demo/targets.zarr runs report site sbom

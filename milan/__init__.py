@@ -147,13 +147,15 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'milan' has no attribute {name!r}")
-    from milan.core.beside import ours
-    from milan.core.progress import shown
+if not TYPE_CHECKING:  # a type checker would take any name for right
 
-    with ours():
-        value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value = shown(value) if name in _SHOW_PROGRESS else value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'milan' has no attribute {name!r}")
+        from milan.core.beside import ours
+        from milan.core.progress import shown
+
+        with ours():
+            value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value = shown(value) if name in _SHOW_PROGRESS else value
+        return value

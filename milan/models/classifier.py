@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,15 @@ from torch import nn
 from milan.errors import CacheError
 from milan.models.encoder import create_vit
 from milan.models.export import load_whole, read_about
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Classifier(VisionTransformer):
+        """What load_classifier gives, for type checkers."""
+
+        class_names: list[str]
+
 
 CLASSIFIER = "classifier.safetensors"
 """The file in the folder of a fine-tuning."""
@@ -41,7 +50,7 @@ def new_weights(pooling: str) -> tuple[str, ...]:
     return ("head.", "norm.", "fc_norm.") if pooling == "mean" else ("head.",)
 
 
-def load_classifier(folder: str | Path) -> Any:
+def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a fine-tuning (its folder, or a classifier.safetensors), in eval mode.
 
     A timm VisionTransformer: images [B, 3, S, S] to logits [B, classes];

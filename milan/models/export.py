@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,9 @@ from safetensors.torch import save as serialise
 from milan.errors import CacheError
 from milan.models.encoder import build_encoder
 from milan.models.state_dict import check_fetched, unwrapped
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 ENCODER = "encoder.safetensors"
 """The file in a run's folder."""
@@ -124,7 +127,7 @@ def encoder_weights(run: str | Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def load_encoder(run: str | Path) -> Any:
+def load_encoder(run: str | Path) -> VisionTransformer:
     """The pretrained encoder of a run (its folder, or an encoder.safetensors), in eval mode.
 
     A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
