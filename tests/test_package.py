@@ -50,12 +50,15 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: ZipFile) -> None:
     ours = {
         path.relative_to(ROOT).as_posix() for p in PACKAGES for path in (ROOT / p).rglob("*.py")
     }
-    recipes = {f"milan/recipes/{path.name}" for path in (ROOT / "milan/recipes").iterdir()}
+    data = [
+        path for room in ("recipes", "reports/page") for path in (ROOT / "milan" / room).iterdir()
+    ]
+    read = {path.relative_to(ROOT).as_posix() for path in data}
     typed = {"milan/py.typed", "pipeline/py.typed"}  # milan's public names are also the pipeline's
     # C and what it was compiled to: nothing where there is no compiler.
     compiled = {name for name in held if name.startswith("milan/images/_resize.")}
     assert len(compiled) == (1 if shutil.which("cc") else 0)
-    assert held == ours | recipes | compiled | typed | {"milan/images/resize.c"}
+    assert held == ours | read | compiled | typed | {"milan/images/resize.c"}
     # Installed, they would hide a program's own folder called so.
     assert not held & {"pipeline/__init__.py", "stages/__init__.py"}
     for module in held:
@@ -119,10 +122,7 @@ def test_the_promised_commands() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert re.search(r"^demo: install$", makefile, re.MULTILINE)
     assert re.search(r"^test: install\b", makefile, re.MULTILINE)
-    script = (ROOT / ".ci/run").read_text().splitlines()
-    assert [line for line in script if line and not line.startswith(("#", "set ", "cd "))] == [
-        "make test"
-    ]
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
     readme = (ROOT / "README.md").read_text()
     first = readme.index("make demo")
     assert first < readme.index("make test") < readme.index("milan extract-targets --data imagenet")

@@ -27,14 +27,15 @@ TEACHER = f"--teacher demo/teacher/config.json {WEIGHTS}"
 IN_PLACE_OF = {
     "--teacher timm:vit_xsmall_patch16_clip_224.tinyclip_yfcc15m": "",  # then the demo's
     "--pretrained none": WEIGHTS,
-    "timm:vit_base_patch16_224.mae": "runs/c",
-    "timm:vit_small_patch14_dinov2.lvd142m": "runs/c",
+    "timm:vit_base_patch16_224.mae": "runs/other",
+    "timm:vit_small_patch14_dinov2.lvd142m": "runs/other",
     "/network/": "network/",
     "/nvme/": "nvme/",
     "~/Pictures": "photos",
 }
 """Weights of the hub and places of a cluster -> what is here."""
 SMALL = {
+    "doctor": TEACHER,
     "extract-targets": f"{TEACHER} --executor local --limit 24 --views 1",
     "pretrain": "--epochs 1 --warmup-epochs 0 --batch-size 8 --num-workers 0 "
     "--set model.patch_size=4 --set model.embed_dim=32 --set model.depth=4 --set model.num_heads=2 "
@@ -89,7 +90,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for line in (
         "extract-targets --data imagenet --texts",
         "pretrain --cache targets.zarr",
-        *(f"pretrain --cache targets.zarr --out runs/{name}" for name in "abc"),
+        *(f"pretrain --cache targets.zarr --out runs/{name}" for name in ("a", "b", "other")),
         "finetune --data imagenet",
     ):
         typed(["milan", *line.split()], here)
