@@ -145,7 +145,6 @@ def write_mmpretrain(source: Source, folder: Path) -> Written:
         "out_type": pooled if source.classes else "raw",
         "final_norm": hasattr(vit.norm, "weight"),
         "layer_scale_init_value": 1e-5 if hasattr(vit.blocks[0].ls1, "gamma") else 0.0,
-        "init_cfg": {"type": "Pretrained", "checkpoint": _PTH, "prefix": "backbone."},
     }  # fmt: skip
     model: dict[str, Any] = {"type": "ImageClassifier", "backbone": backbone}
     if source.classes:
@@ -160,7 +159,8 @@ def write_mmpretrain(source: Source, folder: Path) -> Written:
     return Written(
         """from mmpretrain import get_model
 
-model = get_model("FOLDER/config.py", pretrained="FOLDER/model.pth")""",
+model = get_model("FOLDER/config.py", pretrained="FOLDER/model.pth")
+features = model.backbone(images)  # float32 [B, 3, S, S], normalised""",
         "mmpretrain",
         () if source.classes else ("`out_type='raw'`: class token and patches, after the norm.",),
     )

@@ -50,10 +50,12 @@ def find_weights(name: str, *, flag: str, model: str, size: int | None = None) -
     if is_foreign(name):
         return read_foreign(name)
     about = read_about(name)
+    model, edge, args = about["model"], about["input_size"], about["model_args"]
+    with torch.device("meta"):  # nothing is drawn
+        heads = create_vit(model, img_size=edge, args=args).blocks[0].attn.num_heads
     return Weights(
-        encoder_weights(name), about["model"], about["input_size"], about["model_args"],
-        mean=about["mean"], std=about["std"], heads=about["model_args"].get("num_heads"),
-    )  # fmt: skip
+        encoder_weights(name), model, edge, args, mean=about["mean"], std=about["std"], heads=heads
+    )
 
 
 def is_foreign(name: str) -> bool:

@@ -145,6 +145,8 @@ def test_what_does_not_fit(
         (f"timm:{VIT}", tiny(model_args={"depth": 2}), ConfigError, "7 more are not in it", VIT),
         (f"timm:{VIT}", tiny(model_args={"depth": 1, "init_values": 0.1}), ConfigError,
          r"blocks.0.ls1.gamma, blocks.0.ls2.gamma are not in it", VIT),
+        (f"timm:{VIT}", tiny(model_args={"depth": 1, "num_heads": 6}), ConfigError,
+         "are of 3 heads, vit_tiny_patch16_224 has 6", "--set model.num_heads=3"),
         ("timm:vit_tini", tiny(), ConfigError, "unknown", "tiny"),
         ("timm:resnet50", tiny(), ConfigError, "resnet50", ""),
         (str(tmp_path), tiny(), CacheError, "no encoder.safetensors", ""),
