@@ -1,34 +1,30 @@
 """Memory traffic and kernels of a step of ViT-B/16 on a GPU, counted without one.
 
-    python -m benchmarks.traffic [--micro 256] [--keep]
+    python -m benchmarks.traffic [--micro 256] [--decode-fraction 0.25] [--keep]
 
 A step of `milan pretrain` in bf16. Eager: it runs on tensors that have shapes and no memory; each
 operator that is no view is a kernel, which reads its inputs and writes its outputs once. Compiled:
-the same of each kernel that torch's compiler makes of student and loss, which are not run. It fuses
-as it does for a CPU, for no GPU is at hand; blocks are alike, so that two depths tell all of them.
-Predictions, not measurements: what a cache holds is not left out, nor is what products and
-attention read more than once added.
+the same of each kernel that torch's compiler makes of student and loss for an A100
+(benchmarks/gpu_kernels.py); blocks are alike, so that two depths tell all of them. Predictions, not
+measurements: what a cache holds is not left out, nor is what products read more than once added.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
-from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_kernels import CPU, GPU, Kernel, kernels_of
 from benchmarks.measure import parser, report
 from benchmarks.step import Case, case
 from milan.core.device import autocast
@@ -38,7 +34,6 @@ from milan.training.compilation import StepLoss
 from milan.training.memory import trial_batch
 from milan.training.optim import adamw, gradient_norm
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEPTHS = {"encoder": 12, "decoder": 8}
 PRODUCTS = ("mm", "addmm", "bmm", "_scaled_dot_product")
 COPIES = ("clone", "copy_", "cat", "stack", "gather", "index", "scatter")
@@ -81,17 +76,21 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def built(micro: int, *, encoder: int, decoder: int) -> Case:
-    """The student of so many blocks, with the kernels of a GPU."""
-    shape = {"model_args": {"patch_size": 16, "depth": encoder}, "decoder": {"depth": decoder}}
+def built(micro: int, fraction: float, *, encoder: int, decoder: int) -> Case:
+    """The student of so many blocks, with the kernels of a GPU; `fraction`: decode_fraction."""
+    shape: dict[str, Any] = {
+        "decode_fraction": fraction,
+        "model_args": {"patch_size": 16, "depth": encoder},
+        "decoder": {"depth": decoder},
+    }
     made = case("bf16", micro, "ViT-B/16", 16, CPU, micro=micro, **shape)
     choose_kernels(made.student, GPU, "bf16")
     return made
 
 
-def eager(micro: int) -> tuple[Traffic, Traffic, float]:
+def eager(micro: int, fraction: float) -> tuple[Traffic, Traffic, float]:
     """(a micro-batch's, an update's, products of an image in GFLOP) without compiling."""
-    made = built(1, **DEPTHS)
+    made = built(1, fraction, **DEPTHS)
     objective = made.settings.objective(made.targets)
     made.targets.codec.to(CPU)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -118,102 +117,76 @@ def _call(student: nn.Module, weights: Mapping[str, torch.Tensor], *inputs: Any)
     return functional_call(student, dict(weights), inputs)
 
 
-class _Lowered(BaseException):
-    """Both graphs are compiled; nothing runs them."""
-
-
-def lowered(compiled: Callable[..., object], *inputs: object) -> Counter[tuple[str, str]]:
-    """("bytes" or "kernels", kind) of the graphs of a compiled function and of its gradient."""
+def counted(kernels: list[Kernel]) -> Counter[tuple[str, str]]:
+    """("bytes" or "kernels", kind) of some kernels."""
     found: Counter[tuple[str, str]] = Counter()
-    lower, done = GraphLowering.codegen, list[GraphLowering]()
-
-    def counted(graph: GraphLowering) -> Any:
-        code = lower(graph)
-        for node in graph.scheduler.nodes:
-            if size := node.get_read_write_buffers_sizes():
-                name = str(getattr(node.node, "python_kernel_name", ""))
-                name = name.removesuffix(".default").rpartition(".")[2]
-                kind = kind_of(name) if node.is_extern() else "fused"
-                found["bytes", kind] += size
-                found["kernels", kind] += 1
-        done.append(graph)
-        if len(done) == 2:
-            raise _Lowered
-        return code
-
-    torch._dynamo.reset()
-    with (
-        mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=None),
-        mock.patch.object(GraphLowering, "codegen", counted),
-        torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-        autocast(CPU, "bf16"),
-        suppress(_Lowered),
-    ):
-        compiled(*inputs)
-    assert len(done) == 2
+    for kind, size in kernels:
+        found["bytes", kind] += size
+        found["kernels", kind] += 1
     return found
 
 
-def student_lowered(micro: int, **depth: int) -> Counter[tuple[str, str]]:
-    """`lowered` of the student of so many blocks."""
-    made = built(1, **depth)
+def student_kernels(micro: int, fraction: float, **depth: int) -> Counter[tuple[str, str]]:
+    """`counted` of the student of so many blocks."""
+    made = built(1, fraction, **depth)
     batch = trial_batch(micro, made.student, made.targets, CPU)
     mask = made.settings.objective(made.targets).mask(batch)
-    images = torch.zeros(micro, 3, 224, 224)
-    network = torch.compile(made.student, dynamic=False, fullgraph=True)
-    return lowered(network, images, mask)
+    return counted(kernels_of(made.student, torch.zeros(micro, 3, 224, 224), mask))
 
 
-def compiled(micro: int) -> Counter[tuple[str, str]]:
-    """`lowered` of the whole step: blocks are alike, so that two depths tell all."""
-    made = built(1, encoder=1, decoder=1)
+def compiled(micro: int, fraction: float) -> Counter[tuple[str, str]]:
+    """`counted` of the whole step: blocks are alike, so that two depths tell all."""
+    made = built(1, fraction, encoder=1, decoder=1)
     objective = made.settings.objective(made.targets)
     batch = trial_batch(micro, made.student, made.targets, CPU)
-    tokens = torch.zeros(micro, 197, 512, dtype=torch.bfloat16, requires_grad=True)
-    images = torch.zeros(micro, 3, 224, 224)
-    prediction = Prediction(tokens, images, objective.mask(batch), batch)
-    total = lowered(torch.compile(objective.loss, dynamic=False, fullgraph=True), prediction)
-    one = student_lowered(micro, encoder=1, decoder=1)
+    mask = objective.mask(batch)
+    seen = 1 + mask.visible.shape[1] + mask.decoded.shape[1]
+    tokens = torch.zeros(micro, seen, 512, dtype=torch.bfloat16, requires_grad=True)
+    prediction = Prediction(tokens, torch.zeros(micro, 3, 224, 224), mask, batch)
+    total = counted(kernels_of(objective.loss, prediction))
+    one = student_kernels(micro, fraction, encoder=1, decoder=1)
     total.update(one)
     for part, depth in DEPTHS.items():
-        two = student_lowered(micro, **{"encoder": 1, "decoder": 1} | {part: 2})
+        two = student_kernels(micro, fraction, **{"encoder": 1, "decoder": 1} | {part: 2})
         for key in one.keys() | two.keys():
             total[key] += (depth - 1) * (two[key] - one[key])
     return total
+
+
+def table(name: str, sizes: Mapping[str, int], kernels: Mapping[str, int], micro: int) -> list[str]:
+    """MB an image and kernels by kind, the largest first."""
+    lines = [f"| {name}, a micro-batch | MB an image | kernels |", "|---|---|---|"]
+    kinds = sorted(sizes, key=lambda kind: -sizes[kind])
+    for row, some in [*((kind, [kind]) for kind in kinds), ("together", kinds)]:
+        size, count = (sum(counts[kind] for kind in some) for counts in (sizes, kernels))
+        lines.append(f"| {row} | {size / micro / 1e6:.1f} | {count} |")
+    return [*lines, ""]
 
 
 def main() -> None:
     """Count and print."""
     flags = parser(__doc__.splitlines()[0])
     flags.add_argument("--micro", type=int, default=256)
+    flags.add_argument("--decode-fraction", type=float, default=1.0)
     args = flags.parse_args()
     torch.manual_seed(0)
-    step, update, work = eager(args.micro)
-    fused = compiled(args.micro)
-    lines = [
-        f"Products of an image: {work:.1f} GFLOP.",
-        "",
-        "| a micro-batch | MB an image, eager | kernels | MB an image, compiled | kernels |",
-        "|---|---|---|---|---|",
-    ]
-    kinds = ("products", "elementwise", "casts", "copies", "fused")
-    for kind in (*kinds, "together"):
-        some = kinds if kind == "together" else (kind,)
-        cells = []
-        for sizes, kernels in (
-            (step.bytes, step.kernels),
-            *[({k: fused["bytes", k] for k in kinds}, {k: fused["kernels", k] for k in kinds})],
-        ):
-            size, count = (sum(counts[k] for k in some) for counts in (sizes, kernels))
-            cells.append(f"{size / args.micro / 1e6:.1f} | {count}")
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    lines += [
-        "",
+    step, update, work = eager(args.micro, args.decode_fraction)
+    fused = compiled(args.micro, args.decode_fraction)
+    lines = [f"Products of an image: {work:.1f} GFLOP.", ""]
+    lines += table("eager", step.bytes, step.kernels, args.micro)
+    sizes, kernels = (
+        {kind: count for (what, kind), count in fused.items() if what == part}
+        for part in ("bytes", "kernels")
+    )
+    lines += table("compiled", sizes, kernels, args.micro)
+    lines.append(
         f"The update of a step: {sum(update.bytes.values()) / 1e6:,.0f} MB, "
-        f"{sum(update.kernels.values())} kernels.",
-    ]
-    report("traffic", f"python -m benchmarks.traffic --micro {args.micro}", lines, keep=args.keep)
+        f"{sum(update.kernels.values())} kernels."
+    )
+    command = f"python -m benchmarks.traffic --micro {args.micro}"
+    if args.decode_fraction < 1:
+        command += f" --decode-fraction {args.decode_fraction}"
+    report("traffic", command, lines, keep=args.keep)
 
 
 if __name__ == "__main__":
