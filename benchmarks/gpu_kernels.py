@@ -131,7 +131,7 @@ def _kind(node: Any) -> str:
         return "sums of rows for biases" if len(set(reads)) == 1 else "norms, sums between blocks"
     if has("erf"):
         return "GELU and its gradient"
-    if has("cat.", "clone", "gather", "index", "scatter", "sort"):
+    if has("cat.", "gather", "index", "scatter", "sort"):
         return "joins and gathers"
     if has("convert_element_type") and not has("add.", "mul.", "sub.", "div."):
         return "casts"

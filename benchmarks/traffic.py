@@ -5,8 +5,9 @@
 A step of `milan pretrain` in bf16. Eager: it runs on tensors that have shapes and no memory; each
 operator that is no view is a kernel, which reads its inputs and writes its outputs once. Compiled:
 the same of each kernel that torch's compiler makes of student and loss for an A100
-(benchmarks/gpu_kernels.py); blocks are alike, so that two depths tell all of them. Predictions, not
-measurements: what a cache holds is not left out, nor is what products read more than once added.
+(benchmarks/gpu_kernels.py); blocks are alike but for the first, so two depths tell all of them.
+Predictions, not measurements: what a cache holds is not left out, nor is what products read more
+than once added.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def student_kernels(micro: int, fraction: float, **depth: int) -> Counter[tuple[
 
 
 def compiled(micro: int, fraction: float) -> Counter[tuple[str, str]]:
-    """`counted` of the whole step: blocks are alike, so that two depths tell all."""
+    """`counted` of the whole step: blocks are alike but for the first, so two depths tell all."""
     made = built(1, fraction, encoder=1, decoder=1)
     objective = made.settings.objective(made.targets)
     batch = trial_batch(micro, made.student, made.targets, CPU)
@@ -144,12 +145,13 @@ def compiled(micro: int, fraction: float) -> Counter[tuple[str, str]]:
     tokens = torch.zeros(micro, seen, 512, dtype=torch.bfloat16, requires_grad=True)
     prediction = Prediction(tokens, torch.zeros(micro, 3, 224, 224), mask, batch)
     total = counted(kernels_of(objective.loss, prediction))
-    one = student_kernels(micro, fraction, encoder=1, decoder=1)
-    total.update(one)
+    few = dict.fromkeys(DEPTHS, 2)
+    base = student_kernels(micro, fraction, **few)
+    total.update(base)
     for part, depth in DEPTHS.items():
-        two = student_kernels(micro, fraction, **{"encoder": 1, "decoder": 1} | {part: 2})
-        for key in one.keys() | two.keys():
-            total[key] += (depth - 1) * (two[key] - one[key])
+        more = student_kernels(micro, fraction, **few | {part: 3})
+        for key in base.keys() | more.keys():
+            total[key] += (depth - 2) * (more[key] - base[key])
     return total
 
 
