@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,13 @@ def finished_store(
 def store(finished_store: Callable[..., Path]) -> Path:
     """A finished int8 store of `photos`: 24 rows, 2 views, shards of 8 rows; not to be changed."""
     return finished_store()
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A copy of `store`, to be damaged; its images are found where they were."""
+    shutil.copytree(store, tmp_path / "copy.zarr")
+    return tmp_path / "copy.zarr"
 
 
 @pytest.fixture(scope="session")

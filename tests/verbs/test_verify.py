@@ -122,13 +122,6 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool, bool]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def copy(store: Path, tmp_path: Path) -> Path:
-    """The shared store, to be damaged; its images are found where they were."""
-    shutil.copytree(store, tmp_path / "copy.zarr")
-    return tmp_path / "copy.zarr"
-
-
 def read_everything(store: Path) -> None:
     """As training would, with the checks that it makes."""
     cache = TargetCache(store)

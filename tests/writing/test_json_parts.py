@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +14,6 @@ from milan.store.cache import TargetCache
 from milan.store.format import GENERATION, INDEX, read_group, record_name
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.shard_table import ShardTable
-
-
-@pytest.fixture
-def copy(store: Path, photos: Path, tmp_path: Path) -> Path:
-    """The shared real store, to be damaged."""
-    shutil.copytree(store, tmp_path / "copy.zarr")
-    return tmp_path / "copy.zarr"
 
 
 def test_an_index_without_its_parts(copy: Path, store: Path) -> None:
