@@ -347,6 +347,36 @@ def evaluate_in_small_files(protocol: str, rows: int, **arguments: Any) -> dict[
     return evaluate(PROTOCOLS[protocol], **arguments)
 
 
+def alone_and_as_ranks(
+    protocol: str, rows: int, folder: Path, checkpoint: Path, data: Path, /, **settings: Any
+) -> dict[str, dict[str, Any]]:
+    """What a protocol measures `alone` and by two `ranks`, without its seconds.
+
+    Features are kept below `folder`, by these names, in files of `rows` rows.
+    """
+    from milan.core.launch import launch
+    from milan.evaluation import features
+    from milan.evaluation.protocols import PROTOCOLS
+
+    got = {}
+    for name in ("alone", "ranks"):
+        config = PROTOCOLS[protocol].settings(
+            str(checkpoint), str(data), features=str(folder / name), batch_size=8, device="cpu",
+            **settings,
+        )  # fmt: skip
+        arguments = {"protocol": protocol, "rows": rows, "checkpoint": config}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "FILE_ROWS", rows)
+            got[name] = (
+                evaluate_in_small_files(**arguments) if name == "alone" else launch(
+                    evaluate_in_small_files, arguments, ranks=2, restarts=0,
+                    restart_arguments=dict, progress=Notes(),
+                )
+            )  # fmt: skip
+        got[name].pop("seconds")
+    return got
+
+
 class Forked:
     """`milan` with this command line in a forked process, whose ranks are forks as well.
 

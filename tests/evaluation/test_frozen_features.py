@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Notes, evaluate_in_small_files, make_photos
+from helpers import Notes, alone_and_as_ranks, make_photos
 from safetensors.torch import load, load_file
 
 from milan.core.atomic import lock_folder
-from milan.core.launch import launch
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped
 from milan.errors import DataError
@@ -179,26 +178,16 @@ def test_ranks_agree_with_one(
     data = make_photos(tmp_path / "data", count=images)
     val = make_photos(tmp_path / "val", count=31, seed=1)
     (next(val.glob("*/*.jpg"))).write_bytes(b"no image")
-    got, files = {}, {}
-    for name in ("alone", "ranks"):
-        config = PROTOCOLS[protocol].settings(
-            str(finished_run(epochs=2)), str(data), val_data=str(val),
-            features=str(tmp_path / name), batch_size=8, device="cpu", baseline=baseline,
-        )  # fmt: skip
-        arguments = {"protocol": protocol, "rows": 4, "checkpoint": config}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(features, "FILE_ROWS", 4)
-            got[name] = (
-                evaluate_in_small_files(**arguments) if name == "alone" else launch(
-                    evaluate_in_small_files, arguments, ranks=2, restarts=0,
-                    restart_arguments=dict, progress=Notes(),
-                )
-            )  # fmt: skip
-        got[name].pop("seconds")
-        files[name] = {
+    got = alone_and_as_ranks(
+        protocol, 4, tmp_path, finished_run(epochs=2), data, val_data=str(val), baseline=baseline
+    )
+    files = {
+        name: {
             path.relative_to(tmp_path / name): load_file(path)["features"]
             for path in sorted((tmp_path / name).rglob("*.safetensors"))
         }
+        for name in got
+    }
     assert got["ranks"] == got["alone"]
     assert got["alone"]["val_images"] == 30
     beside = baseline == "random"

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Notes, evaluate_in_small_files, make_photos, run_here
+from helpers import Notes, alone_and_as_ranks, make_photos, run_here
 from torch import nn
 from torch.nn import functional as F
 
 from milan.core.device import MEAN as MEAN_OF_PIXELS
 from milan.core.device import STD, normalise
 from milan.core.distributed import Ranks
-from milan.core.launch import launch
 from milan.core.signals import Stop
 from milan.errors import ConfigError, DataError, MilanError
 from milan.evaluation import features
@@ -31,7 +30,6 @@ from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.heads import Head, Steps, best_of, train_heads
 from milan.evaluation.linear_probe import judged, linear_probe, measure
-from milan.evaluation.protocols import PROTOCOLS
 from milan.evaluation.published_probes import WholeBatchNorm, fit_dinov2, fit_published
 from milan.evaluation.shuffled import Shuffled
 from milan.models.export import load_encoder
@@ -378,22 +376,9 @@ def test_ranks_train_what_one_trains(
 ) -> None:
     """Two ranks, each with its part of every step: the same figures."""
     data = make_photos(tmp_path / "data", count=33)
-    got = {}
-    for name in ("alone", "ranks"):
-        config = PROTOCOLS[protocol].settings(
-            str(finished_run(epochs=2)), str(data), features=str(tmp_path / name), batch_size=8,
-            device="cpu", baseline="none", **settings,
-        )  # fmt: skip
-        arguments = {"protocol": protocol, "rows": 8, "checkpoint": config}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(features, "FILE_ROWS", 8)
-            got[name] = (
-                evaluate_in_small_files(**arguments) if name == "alone" else launch(
-                    evaluate_in_small_files, arguments, ranks=2, restarts=0,
-                    restart_arguments=dict, progress=Notes(),
-                )
-            )  # fmt: skip
-        got[name].pop("seconds")
+    got = alone_and_as_ranks(
+        protocol, 8, tmp_path, finished_run(epochs=2), data, baseline="none", **settings
+    )
     assert got["ranks"] == got["alone"]
 
 
