@@ -67,11 +67,16 @@ def evaluation_command(protocol: Protocol) -> Callable[..., None]:
             protocol.settings, section=protocol.name, params=params, sets=sets, flags=flags
         )
         configs = config.each()
-        if config.out:
+        for path in map(protocol.metrics_path, configs):
             try:
-                ensure_writable(Path(config.out).parent)
+                if config.out or path.parent.is_dir():  # a run that is none gets no folder
+                    ensure_writable(path.parent)
             except OSError as error:
-                raise ConfigError(f"{config.out} cannot be written: {error.strerror}") from None
+                raise ConfigError(
+                    f"{path} cannot be written: {error.strerror}",
+                    expected="a place for the metrics",
+                    fix="--out FILE.json elsewhere",
+                ) from None
         kept = _kept(protocol.settings, protocol.metrics_path(configs[0]))
         load: dict[str, Any] = {}
         if any(one.checkpoint == "teacher" for one in configs):

@@ -140,7 +140,7 @@ def features_of(
         if absent:
             words = about | {"of": frozen.name, "data": str(data.source)}
             context.ranks.on_rank0(lambda: _begin(place, words))
-            _compute(frozen, data.images, files, absent, config, context, corruption)
+            _compute(frozen, data, files, absent, config, context, corruption)
         else:
             context.progress.note(f"features of {frozen.name}: those in {place}")
     context.ranks.all_reduce_sum([0.0])  # those of other ranks are there
@@ -318,7 +318,7 @@ class Decoded(NamedTuple):
 
 def _compute(
     frozen: Frozen,
-    images: ImageSource,
+    data: LabelledSet,
     files: _Files,
     absent: list[int],
     config: EvaluationConfig,
@@ -333,7 +333,7 @@ def _compute(
     what = f"features of {frozen.name}" + (f", {corruption}" if corruption else "")
     progress.begin(what, total, "images", done=done)
     ranges = [files.ranges[i] for i in mine]
-    batches = decoded(images, ranges, frozen.size, config, context, corruption)
+    batches = decoded(data, ranges, frozen.size, config, context, corruption)
     written: Future | None = None
     # Whatever ends this, what was handed to the writer is written.
     with closing(batches), ThreadPoolExecutor(1) as writer:
@@ -400,7 +400,7 @@ def _check_room(files: _Files, absent: int, content: File) -> None:
 
 
 def decoded(
-    images: ImageSource,
+    data: LabelledSet,
     files: list[np.ndarray],
     size: int,
     config: EvaluationConfig,
@@ -411,7 +411,7 @@ def decoded(
     share = max(1, cpu_count() // context.ranks.on_node)
     pool = ThreadPoolExecutor(config.num_workers or min(16, share))
     pinned = context.device.type == "cuda"
-    load = partial(_central_square, images, size, config.crop_share, corruption)
+    load = partial(_central_square, data.images, size, config.crop_share, corruption)
 
     def begin(rows: list[int]) -> tuple[list[int], torch.Tensor, list[Future]]:
         pixels = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
@@ -432,7 +432,7 @@ def decoded(
                 ahead.append((of, begin(rows)))
             if not ahead or ahead[0][0] != number:
                 return
-            yield _finished(*ahead.popleft()[1])
+            yield _finished(data.keys, *ahead.popleft()[1])
 
     try:
         for number in range(len(files)):
@@ -441,10 +441,11 @@ def decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(rows: list[int], pixels: torch.Tensor, futures: list[Future]) -> Decoded:
+def _finished(keys: Any, rows: list[int], pixels: torch.Tensor, futures: list[Future]) -> Decoded:
     answers = [future.result() for future in futures]
     good = [i for i, answer in enumerate(answers) if isinstance(answer, int)]
-    rejected = [f"row {r}: {a}" for r, a in zip(rows, answers, strict=True) if isinstance(a, str)]
+    why = zip(rows, answers, strict=True)
+    rejected = [f"{keys[row].as_py()}: {a}" for row, a in why if isinstance(a, str)]
     if rejected:
         pixels = pixels[good]
     return Decoded([rows[i] for i in good], pixels, [answers[i] for i in good], rejected)

@@ -96,7 +96,7 @@ class _Computed(Features):
         ends = [np.searchsorted(self.rows, (rows[0], rows[-1] + 1)) for rows in ranges]
         rows = [self.rows[first:last] for first, last in ends]
         files = decoded(
-            self.data.images, rows, self.frozen.size, self.config, self.context, self.corruption
+            self.data, rows, self.frozen.size, self.config, self.context, self.corruption
         )
         with closing(files):
             for batches in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -511,6 +512,22 @@ def test_a_probe_that_cannot_be_written(out: str, photos: Path, tmp_path: Path) 
         cwd=tmp_path,
     )  # fmt: skip
     said(ran, f"{out} cannot be written")
+    assert ran.out == ""
+
+
+def test_a_probe_of_a_run_that_cannot_be_written(
+    photos: Path, finished_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metrics would go into the run's folder: that is asked first, too."""
+    run = finished_run(epochs=1)
+
+    def refuse(folder: Path) -> None:
+        assert folder == run
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("milan.core.atomic.ensure_writable", refuse)
+    ran = run_here("knn", "--checkpoint", run, "--data", photos)
+    said(ran, "knn.json cannot be written: Read-only", "--out FILE.json elsewhere")
     assert ran.out == ""
 
 
