@@ -147,7 +147,7 @@ def _annotation_file(source: AnyPath, given: str | None, wanted: WantedSplit) ->
         names = ", ".join(found[i] for i in taken[:3]) + (", …" if len(taken) > 3 else "")
         raise DataError(
             f"{source} has {len(taken)} files of annotations: {names}",
-            expected="to be told which one", fix=f"--annotations {source / found[taken[0]]}",
+            expected="one of them", fix=f"--annotations {source / found[taken[0]]}",
         )  # fmt: skip
     return source / found[taken[0]]
 

@@ -137,8 +137,8 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         every = _last_blocks(vit, tokens_of, images)
         if not token:
             return torch.cat([pooled(block) for block in every], dim=1).float()
-        first = [block[:, 0] for block in every[:-1]]
-        return torch.cat([*first, pooled(every[-1])], dim=1).float()
+        before = [block[:, 0] for block in every[:-1]]
+        return torch.cat([*before, pooled(every[-1])], dim=1).float()
 
     return Frozen(features, size, name, identity, tokens, parts, said=said)
 
