@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from milan.core.atomic import is_open_file, write_text
-from milan.reporting.run_files import CURVES, LOG
+from milan.reporting.run_files import CURVES, LOG, VALIDATION
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
 """Of every line; what else a line has are validation metrics."""
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """log.jsonl, curves.csv and the trackers; a resumed run continues all of them.
+    """log.jsonl, curves.csv, validation.csv and the trackers; a resumed run continues all of them.
 
     The others can be made anew from log.jsonl.
     """
@@ -99,11 +99,15 @@ def last_metrics(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
-    """The log as CSV, which DVC plots."""
+    """The log as CSV, which DVC plots: all of it, and what validation said."""
     metrics = dict.fromkeys(key for line in lines for key in line if key not in COLUMNS)
-    columns = [*COLUMNS, *metrics]
-    rows = [columns, *([str(line.get(key, "")) for key in columns] for line in lines)]
-    write_text(run / CURVES, "".join(",".join(row) + "\n" for row in rows))
+    validated = [line for line in lines if metrics.keys() & line.keys()]
+    for name, columns, shown in (
+        (CURVES, [*COLUMNS, *metrics], lines),
+        (VALIDATION, ["step", "epoch", *metrics], validated),
+    ):
+        rows = [columns, *([str(line.get(key, "")) for key in columns] for line in shown)]
+        write_text(run / name, "".join(",".join(row) + "\n" for row in rows))
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:

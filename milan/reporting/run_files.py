@@ -3,7 +3,7 @@
 runs/pretrain/run.json       identity, settings, parts of the store, id: written once, and added
                              to when the run moves on or drops images
     checkpoints/             milan.training.checkpoint
-    log.jsonl curves.csv sheet.png tensorboard/     milan.reporting.log
+    log.jsonl curves.csv validation.csv sheet.png tensorboard/    milan.reporting.log
     encoder.safetensors metrics.json                at the end of every call
 """
 
@@ -19,6 +19,8 @@ RUN = "run.json"
 METRICS = "metrics.json"
 LOG = "log.jsonl"
 CURVES = "curves.csv"
+VALIDATION = "validation.csv"
+"""Of the lines of validation alone: a plot of curves.csv would have gaps."""
 SHEET = "sheet"
 """A picture's name: the newest is sheet.png in the run's folder."""
 TENSORBOARD = "tensorboard"

@@ -35,6 +35,7 @@ from milan.reporting.run_files import (
     SHEET,
     SUPERVISED,
     TENSORBOARD,
+    VALIDATION,
     read_metrics,
     read_run,
     update_run,
@@ -77,7 +78,8 @@ def decide(
     # Results of a run, or files that are not ours: lost, if this run began here at step 0.
     results = [ENCODER, METRICS]
     if not has_run:
-        results += [LOG, CURVES, TENSORBOARD, checkpoint.FOLDER, f"{SHEET}.png", CSV, *SUPERVISED]
+        results += [LOG, CURVES, VALIDATION, TENSORBOARD, checkpoint.FOLDER, f"{SHEET}.png", CSV]
+        results += SUPERVISED
     present = [name for name in results if (run / name).exists()]
     if present and not (saved and has_run) and not overwrite and resume == "auto":
         raise TrainError(
@@ -157,7 +159,7 @@ def start_run(
     """
     for folder in (checkpoint.FOLDER, TENSORBOARD):
         shutil.rmtree(run / folder, ignore_errors=True)
-    for name in (LOG, CURVES, METRICS, f"{SHEET}.png", ENCODER, CSV, *SUPERVISED):
+    for name in (LOG, CURVES, VALIDATION, METRICS, f"{SHEET}.png", ENCODER, CSV, *SUPERVISED):
         (run / name).unlink(missing_ok=True)
     content = {
         "id": uuid.uuid4().hex[:12],

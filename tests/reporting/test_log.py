@@ -19,8 +19,8 @@ def watched(finished_run: Callable[..., Path]) -> Path:
     return finished_run(**WATCHED)
 
 
-def curves_of(run: Path) -> list[dict[str, str]]:
-    with open(run / "curves.csv", newline="") as file:
+def curves_of(run: Path, name: str = "curves.csv") -> list[dict[str, str]]:
+    with open(run / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -36,6 +36,10 @@ def test_the_log_alone_gives_the_curves(watched: Path, store: Path, tmp_path: Pa
         {k: v for k, v in row.items() if v} for row in rows
     ]
     assert {"val_loss", "val_cosine", "knn_top1"} <= rows[0].keys()
+    # A plot of validation has a point for each of its lines, and no gaps.
+    shown = [(line["epoch"], line["val_loss"]) for line in lines if "val_loss" in line]
+    validation = curves_of(run, "validation.csv")
+    assert shown == [(float(row["epoch"]), float(row["val_loss"])) for row in validation]
     done = tmp_path / "done"
     shutil.copytree(watched, done)
     (done / "curves.csv").unlink()

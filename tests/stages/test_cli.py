@@ -435,7 +435,7 @@ def test_the_files_left(project: tuple[Path, dict[str, Ran]]) -> None:
     assert sorted(p.name for p in (folder / "runs/pretrain").iterdir()) == [
         ".lock", "checkpoints", "curves.csv", "encoder.safetensors", "frozen_features",
         "linear_probe", "linear_probe.json", "log.jsonl", "metrics.json", "run.json", "sheet.png",
-        "tensorboard",
+        "tensorboard", "validation.csv",
     ]  # fmt: skip
     steps = sorted(p.name for p in (folder / "runs/pretrain/checkpoints").iterdir())
     assert steps == ["step-00000003", "step-00000006"]
