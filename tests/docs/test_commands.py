@@ -23,7 +23,15 @@ TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULT
 SHELL = {".", "[", "apt-get", "cd", "dpkg", "exit", "export", "mkdir", "pid=$!", "scontrol", "trap"}
 SHELL |= {"code=$?", "dvc", "docker", "git", "kill", "python3", "ray", "sbatch", "wait"}
 """Other commands that a block may begin with."""
-OTHERS = {"--version", "--no-scm", "--shm-size", "--no-python", "--nproc-per-node"}
+OTHERS = {
+    "--version",
+    "--no-scm",
+    "--queue",
+    "--temp",
+    "--shm-size",
+    "--no-python",
+    "--nproc-per-node",
+}
 """Flags of other programs, in running text."""
 EXAMPLES = {"feature-rank"}
 """Commands that a page shows how to add."""
