@@ -52,7 +52,8 @@ class PretrainConfig:
     """rils: whether images and captions learn where they are compared with (full); auto: detached,
     as published on several devices."""
     text_tower: str | None = setting(None, auto=True)
-    """rils: the text tower's architecture, an open_clip name; auto: that of the store's tokens."""
+    """rils: the text tower's architecture, an open_clip name; or a checkpoint whose weights it
+    starts from, of open_clip or RILS; auto: the architecture of the store's tokens."""
     decoder_kind: str | None = setting(None, auto=True)
     """prompt or mae; auto: the objective's (prompt for milan, mae for others)."""
     masking: str | None = setting(None, choices=("semantic", "random"), auto=True)

@@ -23,7 +23,9 @@ def visualise(
     flags: dict[str, Any],
     params: str | None,
     sets: list[str] | None,
-    cache: Annotated[str | None, typer.Argument(help="A finished store.")] = None,
+    cache: Annotated[
+        str | None, typer.Argument(help="A finished store, or a run of rils or rils-cached.")
+    ] = None,
     out: Annotated[str, typer.Option(help="The picture (PNG).")] = "sheet.png",
     images: Annotated[int, typer.Option(help="How many images.", min=1)] = 8,
     masks: Annotated[int, typer.Option(help="Masks of each, by as many seeds.", min=1)] = 3,
@@ -39,7 +41,8 @@ def visualise(
     device: Annotated[str, typer.Option(help="Of the teacher: auto, cuda, cpu, ...")] = "auto",
 ) -> None:
     """Draw a sheet of a store: image with the crops of its views, a view, attention, masks,
-    features; or, with --data or --params, the views that a store would have.
+    features; or, with --data or --params, the views that a store would have. Of a run: the
+    sentences nearest to masked patches, student beside target.
 
     --seed is that of the choice of images and of the first mask; with --data that of the store.
     """
@@ -62,13 +65,25 @@ def visualise(
     else:
         shown: dict[str, Any] = {"out": out, "images": images, "seed": flags["seed"] or 0}
         shown["data_root"] = flags["data_root"]
-        if codec_error:
+        if _is_run(cache):
+            from milan.training.sentence_sheet import sentence_sheet
+
+            path = sentence_sheet(cache, **shown)
+        elif codec_error:
             path = _codec_sheet(cache, _teacher(teacher, pretrained), device, shown)
         else:
             from milan.reporting.contact_sheet import contact_sheet
 
             path = contact_sheet(cache, masks=masks, **shown)
     console.out.print(f"picture: {path}", markup=False)
+
+
+def _is_run(place: str) -> bool:
+    from pathlib import Path
+
+    from milan.reporting.run_files import RUN
+
+    return (Path(place) / RUN).is_file()
 
 
 def _codec_sheet(cache: str, named: Any, device: str, shown: dict[str, Any]) -> Any:

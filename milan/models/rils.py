@@ -221,6 +221,33 @@ def load_rils(source: str | Path | Mapping[str, Any]) -> RilsStudent:
     return student.eval()
 
 
+def load_text_tower(source: str | Path, usual: TextShape) -> TextEncoder:
+    """The text tower in a checkpoint of RILS or of open_clip (.pt, .pth, .safetensors).
+
+    Sizes are read off the weights. Heads and activation are those of a header of ours, else those
+    of `usual` if that is as wide, else CLIP's. Raises ConfigError if it has none that fits.
+    """
+    read, shape = read_published(source), _header(source)
+    try:
+        state = {
+            name.removeprefix("text."): torch.as_tensor(value).float()
+            for name, value in unwrapped(read).items()
+        }
+        if not shape and state["positional_embedding"].shape[1] == usual.width:
+            shape = {"text_heads": usual.heads, "quick_gelu": usual.quick_gelu}
+        tower = TextEncoder(_text_shape(state, shape))
+        theirs = {name: state[published_name(f"text.{name}")] for name in tower.state_dict()}
+        tower.load_state_dict(theirs, strict=True)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        missing = "it has no " if isinstance(error, KeyError) else ""
+        first = missing + str(error).strip().splitlines()[-1].strip()[:200]
+        raise ConfigError(
+            f"no text tower of CLIP's shape in {source}: {first}",
+            expected="token_embedding, transformer.resblocks.j…, ln_final, text_projection",
+        ) from None
+    return tower
+
+
 def _header(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """What `published_shape` wrote; empty for what others wrote."""
     if not isinstance(source, str | Path) or Path(source).suffix != ".safetensors":
@@ -236,7 +263,6 @@ def _of_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> Ri
     grid = round((state["visual.pos_embed"].shape[1] - 1) ** 0.5)
     hidden = state["visual.blocks.0.mlp.fc1.weight"].shape[0]
     heads = shape.get("heads", HEADS.get(width, max(1, width // 64)))
-    vocabulary, text_width = state["token_embedding.weight"].shape
     encoder = build_encoder(
         "vit_base_patch16_224",
         img_size=grid * patch,
@@ -262,18 +288,21 @@ def _of_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> Ri
         target_width=state["visual.decoder_pred.weight"].shape[0],
         **arguments,
     )
-    text = TextEncoder(
-        TextShape(
-            vocabulary=vocabulary,
-            context=state["positional_embedding"].shape[0],
-            width=text_width,
-            heads=shape.get("text_heads", max(1, text_width // 64)),
-            layers=_count(state, "transformer.resblocks."),
-            joint=state["text_projection"].shape[1],
-            quick_gelu=shape.get("quick_gelu", True),
-        )
+    return RilsStudent(encoder, decoder, TextEncoder(_text_shape(state, shape)))
+
+
+def _text_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> TextShape:
+    """The sizes of a text tower."""
+    vocabulary, width = state["token_embedding.weight"].shape
+    return TextShape(
+        vocabulary=vocabulary,
+        context=state["positional_embedding"].shape[0],
+        width=width,
+        heads=shape.get("text_heads", max(1, width // 64)),
+        layers=_count(state, "transformer.resblocks."),
+        joint=state["text_projection"].shape[1],
+        quick_gelu=shape.get("quick_gelu", True),
     )
-    return RilsStudent(encoder, decoder, text)
 
 
 def _count(state: Mapping[str, torch.Tensor], stack: str) -> int:

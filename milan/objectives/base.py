@@ -83,9 +83,6 @@ class Objective(ABC):
     pooling: ClassVar[str] = "both"
     """What of the encoder's tokens was trained to stand for an image: both (class token and mean of
     patches) or mean. Frozen evaluations look at it."""
-    compared: ClassVar[int | None] = None
-    """None: images are independent. Else the loss compares all images of a step (`joint_loss`), and
-    validation so many of them."""
 
     def __init__(
         self,
@@ -133,11 +130,6 @@ class Objective(ABC):
     def leave(self, run: Path, student: nn.Module) -> None:  # noqa: B027
         """Write what a call leaves beside the encoder; on rank 0, which under fsdp has shards."""
 
-    def joint_loss(self, joint: Any) -> JointLoss:
-        """The loss of all images of a step, from `joint` of all predictions of this rank together;
-        where `compared` is set. All ranks call it."""
-        raise NotImplementedError
-
     @abstractmethod
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """The loss of a micro-batch, a scalar: a mean over its images. Called under autocast."""
@@ -171,6 +163,22 @@ class Objective(ABC):
         """
         images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
         return Prediction(network(images, mask), images, mask, batch)
+
+
+class JointObjective(Objective):
+    """One whose loss compares all images of a step with each other, on all ranks."""
+
+    compared: ClassVar[int] = 256
+    """So many validation images are compared with each other."""
+
+    @abstractmethod
+    def joint_loss(self, joint: Any) -> JointLoss:
+        """The loss of all images of a step, from `joint` of all predictions of this rank together.
+        All ranks call it."""
+
+    def loss(self, prediction: Prediction) -> torch.Tensor:
+        """`joint_loss` of a micro-batch by itself."""
+        return self.joint_loss(prediction.joint).loss
 
 
 def attention_of(batch: Batch) -> torch.Tensor:

@@ -24,6 +24,7 @@ from milan.models.decoder import decoder_arguments
 from milan.models.rils import (
     JointOutput,
     RilsStudent,
+    load_text_tower,
     published_shape,
     published_state,
     rils_decoder,
@@ -31,7 +32,7 @@ from milan.models.rils import (
 from milan.models.student import Student
 from milan.models.text_encoder import TextEncoder, TextShape
 from milan.objectives.arguments import check_arguments
-from milan.objectives.base import JointLoss, Objective, Prediction
+from milan.objectives.base import JointLoss, JointObjective, Prediction
 from milan.objectives.sentences import NORMALISERS, SentenceLoss
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
@@ -48,14 +49,13 @@ _ARCHITECTURE = {
 """Names of open_clip -> ours."""
 
 
-class SentenceReconstruction(Objective):
+class SentenceReconstruction(JointObjective):
     """Match images with captions, and reconstruct masked patches by what they say of captions."""
 
     decoder = "mae"
     masking = "random"
     needs_features = False
     needs_tokens = True
-    compared = 256
     pooling = "mean"
 
     @classmethod
@@ -93,8 +93,9 @@ class SentenceReconstruction(Objective):
         return decoder_arguments(encoder.embed_dim, ours | given)
 
     def complete(self, student: Student) -> RilsStudent:
-        """With a text tower of the shape that the store's tokens, or --text-tower, ask for."""
-        text = TextEncoder(self._text_shape())
+        """With a text tower of the shape that the store's tokens, or --text-tower, ask for; or the
+        one in --text-tower's checkpoint."""
+        text = self._text_tower()
         whole = RilsStudent(
             student.encoder, student.decoder, text, recompute=student.recompute,
             reconstruct=self.sentence_loss.weight > 0,
@@ -125,16 +126,20 @@ class SentenceReconstruction(Objective):
         save_file(state, temporary, metadata=published_shape(student))
         temporary.replace(run / WEIGHTS)
 
-    def _text_shape(self) -> TextShape:
-        """Of the text tower. Raises ConfigError if it cannot read the store's tokens."""
+    def _text_tower(self) -> TextEncoder:
+        """Raises ConfigError if it cannot read the store's tokens."""
         name, spec = self.config.text_tower, self.cache.spec
         length, highest = _look_at(self.cache)
         assert spec.texts is not None
-        architecture = {"embed_dim": spec.channels} | spec.texts["architecture"]
-        if name:
+        architecture, made = {"embed_dim": spec.channels} | spec.texts["architecture"], None
+        file = text_tower_file(name)
+        if name and not file:
             architecture = import_module(_OPEN_CLIP).text_architecture(name)
         known = {ours: architecture.get(theirs) for theirs, ours in _ARCHITECTURE.items()}
         shape = replace(TextShape(), **{k: v for k, v in known.items() if v is not None})
+        if file:
+            made = load_text_tower(file, shape)
+            shape = made.shape
         if shape.vocabulary <= highest or shape.context < length:
             raise ConfigError(
                 f"{self.cache.path} has texts of {length} tokens with ids up to {highest:,}, and "
@@ -143,7 +148,7 @@ class SentenceReconstruction(Objective):
                 expected="a text tower of the store's tokenizer",
                 fix="without --text-tower",
             )
-        return shape
+        return made or TextEncoder(shape)
 
     # --- the loss ---------------------------------------------------------------------------------
 
@@ -156,10 +161,6 @@ class SentenceReconstruction(Objective):
     def joint_loss(self, joint: JointOutput) -> JointLoss:
         """`SentenceLoss`."""
         return self.sentence_loss(joint, self.ranks)
-
-    def loss(self, prediction: Prediction) -> torch.Tensor:
-        """`SentenceLoss` of a micro-batch by itself."""
-        return self.joint_loss(prediction.joint).loss
 
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
         """Masked patches in the joint space, target and prediction; visible ones are zeros, and so
@@ -174,6 +175,15 @@ class SentenceReconstruction(Objective):
             for part in (output.target, output.predicted)
         )
         return target, predicted
+
+
+def text_tower_file(name: str | None) -> Path | None:
+    """The checkpoint that --text-tower names: a file, or the folder of a run of rils; None for a
+    name of open_clip."""
+    path = Path(name or "")
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        return path
+    return path / WEIGHTS if name and (path / WEIGHTS).is_file() else None
 
 
 def _look_at(cache: TargetCache) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from milan.data.loader import Batch
 from milan.errors import ConfigError
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
-from milan.objectives.base import JointLoss, Prediction
+from milan.objectives.base import JointLoss, JointObjective, Prediction
 from milan.objectives.features import FeatureRegression, image_regression
 from milan.objectives.sentences import sentence_divergence, unit
 from milan.store.similarity import Similarities, similarities, text_bank
@@ -49,12 +49,11 @@ class CachedOutput(NamedTuple):
     """[B]: MILAN's loss of each image."""
 
 
-class CachedSentences(FeatureRegression):
+class CachedSentences(JointObjective, FeatureRegression):
     """Predict what the teacher's features say of sentences, from the store alone."""
 
     masking = "random"
     needs_texts = True
-    compared = 256
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
@@ -202,10 +201,6 @@ class CachedSentences(FeatureRegression):
             parts["milan"] = joint.milan.mean()
             loss = loss + weight * parts["milan"]
         return JointLoss(loss, {name: value.detach() for name, value in parts.items()})
-
-    def loss(self, prediction: Prediction) -> torch.Tensor:
-        """`joint_loss` of a micro-batch by itself."""
-        return self.joint_loss(prediction.joint).loss
 
 
 def _different(sentences: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

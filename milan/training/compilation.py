@@ -15,7 +15,7 @@ from milan.core.device import autocast
 from milan.core.distributed import sync_gradients
 from milan.data.loader import Batch
 from milan.errors import ConfigError
-from milan.objectives.base import Objective, Prediction
+from milan.objectives.base import JointObjective, Objective, Prediction
 from milan.training.build import Settings
 from milan.training.loop import Context
 
@@ -53,7 +53,9 @@ def compile_step(
     def build() -> StepLoss:
         network: Any = compile_network(step.network, context)
         loss: Any = step.objective.loss
-        if step.objective.compared is None:  # else it compares over ranks, and in pieces
+        if not isinstance(
+            step.objective, JointObjective
+        ):  # else it compares over ranks, and in pieces
             loss = torch.compile(loss, backend=BACKEND, dynamic=False, fullgraph=True)
         return replace(step, network=network, loss=loss)
 

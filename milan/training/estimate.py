@@ -19,6 +19,7 @@ from milan.data.feeding import Feeding, loader_workers
 from milan.data.loader import training_loader
 from milan.data.sampler import StepSampler
 from milan.models.kernels import choose_kernels
+from milan.objectives.base import JointObjective
 from milan.store.cache import TargetCache
 from milan.training.build import (
     micro_batch_of,
@@ -102,6 +103,9 @@ def estimate_run(
         began = time.perf_counter()
         if work == "update":
             optimiser.step()
+        elif work == "first pass":
+            with torch.no_grad(), autocast(device, settings.precision):
+                objective.predict(step_loss.network, batch.to(device))
         else:
             with autocast(device, settings.precision):
                 loss = step_loss(batch.to(device))
@@ -111,13 +115,16 @@ def estimate_run(
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    # Of micro-batches that are compared with each other each is seen twice (JointStep).
+    twice = isinstance(objective, JointObjective) and schedule.accumulate > 1
     peak = peak_bytes(student, settings, cache, device, micro, ranks=ranks.size)
     progress.note(f"memory: {format_bytes(peak)} of tensors on each rank at the peak")
     progress.begin("time a step", _STEPS + 1, "steps")
     timings = []
     with as_train_error(Path(config.out), micro), tf32(device, settings.tf32):
         for done in range(_STEPS + 1):
-            timings.append((seconds("gradient"), seconds("update")))
+            first = seconds("first pass") if twice else 0.0
+            timings.append((first + seconds("gradient"), seconds("update")))
             optimiser.zero_grad(set_to_none=True)
             progress.advance(done + 1)
     progress.end()
@@ -136,7 +143,11 @@ def estimate_run(
         ("steps", f"{schedule.steps:,}: {config.epochs} epochs of {order.steps:,}"),
         *([("steps that are left", f"{left:,}")] if start.step else []),
         ("ranks", f"{ranks.size}, {schedule.accumulate} x {micro} images of a step each"),
-        ("a step", f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"),
+        (
+            "a step",
+            f"{step:,.2f} s, of it {update:,.3f} s for the update of the weights"
+            + twice * "; each micro-batch forwards twice, and its loss is of itself alone",
+        ),
         ("images/s", f"{config.batch_size / step:,.1f}, without data loading"),
         ("data loading", feeding.words()),
         ("time", format_duration(left * step)),

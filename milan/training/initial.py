@@ -4,6 +4,9 @@ RUN                  encoder.safetensors of a run's folder, or the file itself
 timm:NAME            pretrained weights of timm
 FILE or FOLDER       a checkpoint of others (milan.models.layouts); its decoder too, where it fits
 published[:FILE]     the same, where MILAN's authors' one is placed if no file is given
+
+A student of RILS takes decoder, text tower, projection and scale too, where they fit: of a run of
+rils, and of a checkpoint in RILS's layout.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD
 from milan.core.progress import Progress
 from milan.errors import ConfigError
+from milan.models.checkpoint_file import read_checkpoint
+from milan.models.export import is_ours
 from milan.models.foreign import Weights
 from milan.models.layouts import State
+from milan.models.rils import RilsStudent, load_rils
 from milan.models.state_dict import misfit
 from milan.models.student import Student
 from milan.models.weights import find_weights, resampled
+from milan.objectives.rils import WEIGHTS as RILS_WEIGHTS
 
 
 def initialise_from(config: PretrainConfig, student: Student, progress: Progress) -> dict[str, Any]:
@@ -33,7 +40,12 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
     if config.init is None:
         return {}
     size = student.encoder.patch_embed.img_size[0]
-    found = find_weights(config.init, flag="--init", model=config.model, size=size)
+    whole = _rils_file(config.init) if isinstance(student, RilsStudent) else None
+    if whole:
+        found, joint = _of_rils(whole)
+    else:
+        found = find_weights(config.init, flag="--init", model=config.model, size=size)
+        joint = None
     state = _fitting(found, student.encoder, config)
     note = _fold_normalisation(state, found)
     student.encoder.load_state_dict(state, strict=True)
@@ -45,10 +57,55 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
             decoder = "the published one"
         else:
             decoder += ": the published one has another shape"
-    progress.note(f"initial weights: encoder of {config.init}{note}; decoder {decoder}")
+    kept = {"encoder": config.init, "decoder": decoder}
+    if isinstance(student, RilsStudent):
+        kept["text tower"] = _joint_parts(config, student, joint)
+    told = "; ".join(f"{part} {of}" for part, of in kept.items() if part != "encoder")
+    progress.note(f"initial weights: encoder of {config.init}{note}; {told}")
     if found.said:
         progress.note(f"{config.init} was read {found.said}")
-    return {"initial": {"encoder": config.init, "decoder": decoder}}
+    return {"initial": kept}
+
+
+def _rils_file(init: str) -> Path | None:
+    """The file of a whole RILS student that `init` names, if it does."""
+    path = Path(init.removeprefix("published:"))
+    if (path / RILS_WEIGHTS).is_file():
+        return path / RILS_WEIGHTS
+    if not path.is_file() or is_ours(path):
+        return None
+    names = read_checkpoint(path).state.keys()
+    return path if "text_projection" in names and "image_projection" in names else None
+
+
+def _of_rils(file: Path) -> tuple[Weights, State]:
+    """(encoder and decoder, all other weights) of a RILS student. Raises ConfigError."""
+    student = load_rils(file)
+    vit, whole = student.encoder, student.state_dict()
+    args = {
+        "patch_size": vit.patch_embed.patch_size[0], "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks), "num_heads": vit.blocks[0].attn.num_heads,
+    }  # fmt: skip
+    heads = args["num_heads"] if student.tokenizer else None  # else nobody said it
+    weights = Weights(
+        vit.state_dict(), "vit_base_patch16_224", vit.patch_embed.img_size[0], args,
+        decoder=student.decoder.state_dict(), heads=heads,
+    )  # fmt: skip
+    joint = {n: w for n, w in whole.items() if not n.startswith(("encoder.", "decoder."))}
+    return weights, joint
+
+
+def _joint_parts(config: PretrainConfig, student: RilsStudent, joint: State | None) -> str:
+    """Give a student text tower, projection and scale, where all fit; says what was done."""
+    if config.text_tower:
+        return f"of --text-tower {config.text_tower}"
+    if joint is None:
+        return "drawn by the seed"
+    ours = student.state_dict()
+    if any(name not in ours or ours[name].shape != value.shape for name, value in joint.items()):
+        return "drawn by the seed: the one there has another shape"
+    student.load_state_dict(joint, strict=False)
+    return "and projections taken too"
 
 
 def check_absolute(init: str | None) -> None:

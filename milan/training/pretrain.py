@@ -34,6 +34,7 @@ from milan.errors import ConfigError
 from milan.models.export import ENCODER, save_encoder
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
+from milan.objectives.base import JointObjective
 from milan.reporting.log import RunLog, last_metrics, read_log, write_curves
 from milan.reporting.run_files import METRICS, read_metrics, read_run
 from milan.reporting.trackers import check_trackers, open_trackers
@@ -257,7 +258,9 @@ def _fit(
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     optimiser.register_step_post_hook(lambda *_: objective.after_step(student))
     joint = None
-    if objective.compared is not None:
+    compared = None
+    if isinstance(objective, JointObjective):
+        compared = objective.compared
         predict = partial(objective.predict, step.network)
         joint = JointStep(
             lambda batch: predict(batch).joint, objective.joint_loss, network=network,
@@ -272,7 +275,7 @@ def _fit(
         context.progress.note(f"data loading: {feeding.words()}")
         return feeding.figures()
 
-    plan = ValidationPlan(config, order, ranks, micro_batch, objective.compared)
+    plan = ValidationPlan(config, order, ranks, micro_batch, compared)
     # Validation compares what it has gathered, and decodes all.
     alone = settings.whole().objective(dataset.cache)
     validation = Validation(plan, student, alone, dataset, device, settings.precision)

@@ -26,7 +26,7 @@ from milan.errors import ConfigError
 from milan.evaluation.knn import NEIGHBOURS, nearest_neighbours
 from milan.evaluation.meaning import doubts
 from milan.models.student import Student
-from milan.objectives.base import Objective, attention_of
+from milan.objectives.base import JointObjective, Objective, attention_of
 from milan.reporting.panels import Colours, SheetInputs, caption_of, draw_page, sheet_of_run
 from milan.reporting.run_files import SHEET
 
@@ -44,7 +44,7 @@ class ValidationPlan:
     micro: int
     """Images at once on a device."""
     compared: int | None = None
-    """How many validation images are compared with each other (Objective.compared)."""
+    """How many validation images are compared with each other (JointObjective.compared)."""
 
     def addresses(self, epoch: int) -> list[Address]:
         """This rank's micro-batches after an epoch; every rank has as many."""
@@ -147,6 +147,7 @@ class Validation:
                 for c in columns
             )
         )
+        assert isinstance(self.objective, JointObjective)
         loss, parts = self.objective.joint_loss(whole)
         return {f"val_{name}": float(value) for name, value in {"loss": loss, **parts}.items()}
 

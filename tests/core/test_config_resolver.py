@@ -19,6 +19,7 @@ from milan.core.config_fields import is_auto
 from milan.core.config_resolver import deviations, from_call, load_recipe, read_section, resolve
 from milan.errors import ConfigError, nearest
 from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.protocols import get_protocol
 from milan.reporting.contact_sheet import contact_sheet
 from pipeline.config import ExtractConfig
 from pipeline.verify import Audit
@@ -369,7 +370,10 @@ def test_a_recipe_lies_below_all_else(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["vit_base", "vit_large"])
+RECIPES = sorted(path.stem for path in (Path(milan.__file__).parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_hold(name: str) -> None:
     """Every file is read, names fields that are there, and says what it costs."""
     resolve(PretrainConfig, section="pretrain", flags={"recipe": name}).check()
@@ -394,6 +398,25 @@ SECTIONS = {
     "linear_probe": (EvaluationConfig, {"data": "photos", "val_data": "others"}),
     "knn": (EvaluationConfig, {"data": "photos", "val_data": "others"}),
 }
+
+
+def test_the_variant_for_rils() -> None:
+    """demo/rils: each stage names a command and this file, whose section that command can read."""
+    place = "demo/rils/params.yaml"
+    params = yaml.safe_load((ROOT / place).read_text())
+    stages = yaml.safe_load((ROOT / "demo/rils/dvc.yaml").read_text())["stages"]
+    for name, command in (("tokens", "extract-targets"), ("pretrain", "pretrain")):
+        assert stages[name]["cmd"].startswith(f"milan {command} --params {place}")
+    kinds: dict[str, Any] = {"extract": ExtractConfig, "pretrain": PretrainConfig}
+    kinds |= {name: get_protocol(name).settings for name in params["protocols"]}
+    found = {
+        section: resolve(kind, section=section, params=str(ROOT / place))
+        for section, kind in kinds.items()
+    }
+    for settings in found.values():
+        settings.check()
+    assert (found["extract"].targets, found["pretrain"].objective) == ("none", "rils")
+    assert (ROOT / params["watched"]).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ from milan.config import PretrainConfig
 from milan.errors import MilanError
 from milan.inference.neighbours import neighbours
 from milan.models.rils import load_rils, published_state
+from milan.objectives.rils import SentenceReconstruction
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import read_run
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
 from milan.training.build import resolve_defaults, run_order, student_of, untold_rows
+from milan.training.estimate import estimate_run
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, Audit, verify
 from pipeline.zero_shot import zero_shot
@@ -274,6 +276,21 @@ def test_the_gather_is_part_of_a_run(run: Path, tokens: Path, tmp_path: Path) ->
     shutil.copytree(run, tmp_path / "run")
     with pytest.raises(MilanError, match="gather: None != full"):
         milan.pretrain(str(tokens), out=str(tmp_path / "run"), gather="full", **RUN)
+
+
+def test_a_dry_run_times_both_passes(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches are seen twice, the first time without gradient."""
+    with_gradient: list[bool] = []
+    predict = SentenceReconstruction.predict
+
+    def noted(self: Any, network: Any, batch: Any) -> Any:
+        with_gradient.append(torch.is_grad_enabled())
+        return predict(self, network, batch)
+
+    monkeypatch.setattr(SentenceReconstruction, "predict", noted)
+    told = dict(estimate_run(PretrainConfig(cache=str(tokens), **RUN)))
+    assert with_gradient[-8:] == 4 * [False, True]
+    assert "forwards twice" in told["a step"]
 
 
 # --- what it cannot train on ----------------------------------------------------------------------

@@ -109,6 +109,17 @@ def test_it_trains_and_resumes(told: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
+def test_ranks_train_the_same(told: Path, tmp_path: Path, forked_ranks: None) -> None:
+    """Two processes: the figures of one device in micro-batches, with MILAN's loss added, by gate;
+    the same sentences are drawn on each."""
+    given = RUN | {"epochs": 1, "objective_args": {"milan": 0.5, "gate": "class", "draws": 7}}
+    for name, devices in (("one", 1), ("two", 2)):
+        milan.pretrain(str(told), out=str(tmp_path / name), devices=devices, **given)
+    for one, two in zip(*(log_of(tmp_path / name) for name in ("one", "two")), strict=True):
+        for key in one.keys() - {"images_per_second", "wait_share"}:
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-5), key
+
+
 def test_temperatures_follow_from_the_store(told: Path) -> None:
     """A third of the spread, and 2.5 times that; doubts where targets would teach little."""
     found = similarities(TargetCache(told))
