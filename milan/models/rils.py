@@ -227,12 +227,9 @@ def load_text_tower(source: str | Path, usual: TextShape) -> TextEncoder:
     Sizes are read off the weights. Heads and activation are those of a header of ours, else those
     of `usual` if that is as wide, else CLIP's. Raises ConfigError if it has none that fits.
     """
-    read, shape = read_published(source), _header(source)
     try:
-        state = {
-            name.removeprefix("text."): torch.as_tensor(value).float()
-            for name, value in unwrapped(read).items()
-        }
+        shape = _header(source)
+        state = {n.removeprefix("text."): value.float() for n, value in state_of(source).items()}
         if not shape and state["positional_embedding"].shape[1] == usual.width:
             shape = {"text_heads": usual.heads, "quick_gelu": usual.quick_gelu}
         tower = TextEncoder(_text_shape(state, shape))

@@ -109,6 +109,7 @@ def test_it_trains_and_resumes(told: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.soak
 def test_ranks_train_the_same(told: Path, tmp_path: Path, forked_ranks: None) -> None:
     """Two processes: the figures of one device in micro-batches, with MILAN's loss added, by gate;
     the same sentences are drawn on each."""

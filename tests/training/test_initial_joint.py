@@ -153,7 +153,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "short texts": (_tower(context=9), "texts of 24 tokens .* reads 9 of"),
     "a wider encoder": (_encoder(embed_dim=64), "do not fit vit_base_patch16_224: "),
     "another layout": (lambda folder: {"init": str(DEMO / "model.safetensors")},
-                       "in no known layout"),
+                       "which timm's layout does not have"),
 }  # fmt: skip
 
 
