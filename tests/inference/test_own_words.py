@@ -56,7 +56,7 @@ def images_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
     return normalise(torch.from_numpy(pixels), MEAN, STD), torch.tensor(table["label"].to_pylist())
 
 
-@pytest.mark.parametrize("templates", ["stored", "openai"])
+@pytest.mark.parametrize("templates", ["stored", pytest.param("openai", marks=pytest.mark.soak)])
 def test_as_the_towers_are_alone(place: Path, templates: str) -> None:
     """Mean of patches, projected, against the mean of each class's sentences; from the loaded file
     with the heads that it was trained with, which weights do not tell."""
