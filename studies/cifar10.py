@@ -63,6 +63,7 @@ STEPS = {
     "published": _measured("linear-probe --protocol published", "linear, MILAN's protocol"),
     "dinov2": _measured("linear-probe --protocol dinov2 --epochs 20", "linear, DINOv2's protocol"),
     "attentive": _measured("attentive-probe", "attentive probe, a query a class"),
+    "all": _measured("attentive-probe --tokens all", "the same, with the class token"),
     "one": _measured("attentive-probe --queries one", "attentive probe, one query"),
     "zero-shot": Step(
         f"zero-shot --checkpoint random,runs/milan,teacher --like runs/milan {TEACHER} "

@@ -13,17 +13,17 @@ from milan.core.atomic import write_json, write_text
 def rows_of(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics of checkpoints (name -> metrics) as rows; `checkpoint` is the name of each.
 
-    Baselines come first. Checkpoints of one shape have the same baseline.
+    Baselines come first. Checkpoints of one shape have the same random one; a teacher is like none.
     """
     beside = {
-        other["like"]: {key: value for key, value in other.items() if key != "like"}
+        other.get("like", ""): {key: value for key, value in other.items() if key != "like"}
         for one in metrics.values()
         if (other := one.get("baseline"))
     }
     rows = [
         {**other, "checkpoint": other["checkpoint"] + (f", like {like}" if len(beside) > 1 else "")}
         for like, other in beside.items()
-        if not other.items() <= metrics.get(other["checkpoint"], {}).items()  # it was asked for too
+        if not any(other.items() <= one.items() for one in metrics.values())  # it was asked for too
     ]
     return rows + [{**one, "checkpoint": name} for name, one in metrics.items()]
 

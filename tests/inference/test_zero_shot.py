@@ -104,6 +104,21 @@ def test_as_each_is_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.asarray(sheet).std() > 30
 
 
+def test_several_in_one_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random, student and teacher; the teacher beside the first two is the one asked for."""
+    monkeypatch.chdir(place)
+    ran = run_here(
+        "zero-shot", "--checkpoint", "random,run,teacher", "--like", "run", "--cache", "t.zarr",
+        "--data", "clothes.parquet", "--crop-share", 1, "--pictures", 0, "--out", "all.csv",
+        *(part for name, file in TEACHER.items() for part in (f"--{name}", file)),
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    lines = (place / "all.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["checkpoint", "random", "run", "teacher"]
+    for folder in ("runs/random", "run", "runs/teacher"):
+        assert 0 <= json.loads((place / folder / "zero_shot.json").read_text())["token_top1"] <= 100
+
+
 def test_the_text_tower_gives_what_the_store_lacks(place: Path, tmp_path: Path) -> None:
     """Of a store without texts, and of classes that it does not have; the same as stored ones."""
     store, data = tmp_path / "plain.zarr", str(place / "clothes.parquet")
