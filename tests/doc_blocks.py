@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "demo/README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 _FENCE = re.compile(
-    r"(?:^<!-- needs (?P<needs>GPU|network): [^\n]{6,} -->\n+)?"
+    r"(?:^<!-- needs (?P<needs>GPU|network|hours): [^\n]{6,} -->\n+)?"
     r"^```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -26,7 +26,7 @@ class Block(NamedTuple):
     language: str
     text: str
     needs: str | None
-    """GPU or network, if a comment before it says so: then no test runs it."""
+    """GPU, network or hours, if a comment before it says so: then no test runs it."""
 
     @property
     def place(self) -> str:
