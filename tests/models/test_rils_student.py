@@ -130,7 +130,7 @@ def published_forward(
 
     def decoder(z: torch.Tensor) -> torch.Tensor:
         z = linear("visual.decoder_embed", z)
-        kept, restore = z[:, 1:], torch.cat(list(mask), 1).argsort(1)
+        kept, restore = z[:, 1:], torch.cat(mask[:2], 1).argsort(1)
         hidden = state["visual.mask_token"].expand(len(z), mask.masked.shape[1], -1)
         full = torch.cat([kept, hidden], 1)
         full = full.gather(1, restore[..., None].expand(-1, -1, full.shape[2]))
