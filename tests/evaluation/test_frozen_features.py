@@ -94,7 +94,7 @@ def test_features_are_computed_once(tmp_path: Path, measure: Measure) -> None:
     assert newly()[0] == 24
 
 
-@pytest.mark.parametrize("which", ["evaluation.evaluate", "training.supervised_run"])
+@pytest.mark.parametrize("which", ["evaluation.ranks", "training.supervised_run"])
 def test_ranks_that_stood_still_are_a_stop(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watchdog ended them after a signal: that is told as every stop is."""
 
@@ -102,7 +102,7 @@ def test_ranks_that_stood_still_are_a_stop(which: str, monkeypatch: pytest.Monke
         raise Stopped("SIGTERM")
 
     monkeypatch.setattr(f"milan.{which}.launch", stood)
-    run = evaluate if which == "evaluation.evaluate" else finetune
+    run = evaluate if which == "evaluation.ranks" else finetune
     first = ("linear_probe", "x") if run is evaluate else ("x",)
     assert run(*first, devices=2, device="cpu") == {"stopped_by": "SIGTERM"}
 
