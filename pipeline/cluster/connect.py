@@ -114,7 +114,7 @@ def ask_every_node(
             if node["Alive"]:
                 strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 host = node["NodeManagerHostname"]
-                name = host if host not in actors else f"{host} ({node['NodeManagerAddress']})"
+                name = host if host not in actors else f"{host} ({node['NodeID'][:8]})"
                 actors[name] = start(scheduling_strategy=strategy)
         tasks = {actor.call.remote(method, *arguments): name for name, actor in actors.items()}
         ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)

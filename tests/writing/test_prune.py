@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from helpers import EXTRACTION, FORK, SMALL, Notes, run_here, tree, weights
 
+from milan.core.paths import as_path, files_below, read_files
 from milan.errors import CacheError, ConfigError, DataError, MilanError
 from milan.store.cache import TargetCache
 from milan.store.format import Index
 from milan.training.pretrain import pretrain
+from pipeline.copy_store import copy_store
 from pipeline.extract import extract_targets
 from pipeline.prune import Decision, Drop, prune
 from pipeline.verify import GOOD, verify
@@ -227,6 +229,22 @@ def test_stopped_before_any_write(mine: Path, grown: Path, monkeypatch: pytest.M
     assert states[-2:] == [new, new]
     assert content(mine) == wanted
     assert verify(mine, deep=True).code == GOOD
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("s3")
+def test_in_a_bucket(mine: Path, grown: Path) -> None:
+    """The same bytes as on a disk, and no object of what went."""
+    url = "s3://models/pruned/t.zarr"
+    copy_store(grown, url)
+    for store in (mine, url):
+        prune(store, Drop(views=3, generations=[1]), agree=yes)
+    where, there = as_path(url), tree(mine)
+    names = sorted(n for n, _ in files_below(where) if not n.startswith("extract.log"))
+    assert names == sorted(there)
+    same = [name for name in names if not name.endswith("origin.json")]
+    assert dict(zip(same, read_files(where, same), strict=True)) == {n: there[n] for n in same}
+    assert verify(url, deep=True).code == GOOD
 
 
 @pytest.mark.soak
