@@ -107,7 +107,9 @@ def test_what_is_left_keeps_its_bytes(
     assert decision.bytes == sum(len(freed[name]) for name in shards if name in freed) - cut
 
 
-def test_what_runs_pin(store: Path, mine: Path, photos: Path, tmp_path: Path) -> None:
+def test_what_runs_pin(
+    store: Path, mine: Path, photos: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
     """Stays; the run goes on with the same bits although others went before what it pins. A later
     growth takes none of their numbers."""
     short = {**SMALL, "epochs": 1, "layer": FLOAT, "report_to": "none"}
@@ -122,10 +124,13 @@ def test_what_runs_pin(store: Path, mine: Path, photos: Path, tmp_path: Path) ->
     decision = prune(mine, Drop(unpinned=True), runs=[runs], agree=yes, progress=notes)
     assert [path[-3:] for path, _ in decision.rows] == ["000", "001"]
     assert not notes.lines
+    more = {**EXTRACTION, **teacher_files, "views": 5, "codec": "float16"}
+    extract_targets(str(photos), out=str(mine), **more)
     pretrain(str(mine), out=str(run), **short)
     assert weights(run) == weights(runs / "alone")
     index = Index.read(mine)
-    assert (index.count, index.pruned) == (3, ("generations/000", "generations/001"))
+    assert [entry.number for entry in index.generations] == [2, 3]
+    assert (index.count, index.pruned) == (4, ("generations/000", "generations/001"))
     with pytest.raises(DataError, match="no run in or below it"):
         prune(mine, Drop(unpinned=True), runs=[photos], agree=yes)
     with pytest.raises(ConfigError, match="no run pins anything"):
