@@ -274,7 +274,7 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
             **thumb(i),
             "caption": shown.captions[i],
             "of": [
-                {"run": numbers.get(name), "name": name, "near": near(alike, i)}
+                {"run": numbers.get(name), "name": name or "teacher", "near": near(alike, i)}
                 for name, alike in shown.alike.items()
             ],
         }
@@ -285,7 +285,11 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
         shared = figures.number(alike.shared and alike.shared[0], "{:.0f} %")
         if alike.shared:
             shared = figures.Cell(shared.text, shared.sort, "{1:.0f}–{2:.0f}".format(*alike.shared))
-        cells = [figures.Cell(name), shared, figures.number(alike.same_class, "{:.0f} %")]
+        cells = [
+            figures.Cell(name or "teacher"),
+            shared,
+            figures.number(alike.same_class, "{:.0f} %"),
+        ]
         rows.append(figures.Row(cells, numbers.get(name)))
     table = figures.Grid(
         "Ten nearest images", ["by", "shared with the teacher", "of the image's class"], rows

@@ -105,8 +105,8 @@ class Shown:
     """What could not be shown, and why: a sentence each."""
 
 
-TEACHER = "teacher"
-"""The key of the teacher's neighbours: no name of a run, for it has no folder."""
+TEACHER = ""
+"""The key of the teacher's neighbours, which no run is called."""
 
 
 def shown_of(
