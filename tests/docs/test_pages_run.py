@@ -46,6 +46,8 @@ SMALL = {
     "zero-shot": "--limit 24",
 }
 """Settings that make a command small, after those of the page."""
+MAKES = {"extract-targets": "targets.zarr", "pretrain": "runs/pretrain"}
+"""What a command makes where it is told no other place."""
 ELSEWHERE = {
     "docs/python.md": "tests/test_python_api.py",
     "docs/cache-format.md": "tests/store/test_format.py",
@@ -111,13 +113,17 @@ def typed(words: list[str], here: Path) -> None:
     assert ran.code == 0, f"{' '.join(words)}\n{ran.out[-1500:]}\n{ran.err}"
 
 
-def run_block(block: Block, here: Path) -> None:
-    """Run a block in the page's folder."""
+def run_block(block: Block, here: Path, made: set[str]) -> None:
+    """Run a block in the page's folder; `made` is what the page has made so far."""
     if block.language in ("sh", "bash"):
         text = block.text
         for theirs, ours in IN_PLACE_OF.items():
             text = text.replace(theirs, ours)
         for words in simple_commands(text):
+            out = words[words.index("--out") + 1] if "--out" in words else MAKES.get(words[1], "")
+            if words[1] in MAKES and out not in made:
+                shutil.rmtree(here / out, ignore_errors=True)  # it is the page's from here on
+                made.add(out)
             typed(words, here)
     elif block.page not in ELSEWHERE:
         with contextlib.chdir(here), contextlib.redirect_stdout(io.StringIO()):
@@ -138,17 +144,13 @@ def test_a_page_runs(
     """Each block after the other, in a folder as a reader has it."""
     here = tmp_path / "home"
     shutil.copytree(home, here, symlinks=True)
-    typed_here = [b.text for b in runnable(page) if b.language in ("sh", "bash")]
-    for words in simple_commands("".join(typed_here)):
-        made = {"extract-targets": "targets.zarr", "pretrain": "runs/pretrain"}.get(words[1])
-        if made and made in (words[words.index("--out") + 1] if "--out" in words else made):
-            shutil.rmtree(here / made, ignore_errors=True)  # the page makes it
     library = ModuleType("mylibrary")
     monkeypatch.setitem(sys.modules, "mylibrary", library)
     monkeypatch.setattr(codecs, "CODECS", dict(codecs.CODECS))
+    made = set[str]()
     for block in runnable(page):
         try:
-            run_block(block, here)
+            run_block(block, here, made)
         except Exception as error:
             raise AssertionError(f"{block.place}: {error}") from error
 
