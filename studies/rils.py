@@ -95,14 +95,14 @@ class Figures:
         return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
 
 
-def train(work: Path, method: str, seed: int, epochs: int) -> float:
-    """Pretrain, or go on; the CPU seconds that this took, with those of calls that were stopped."""
+def train(work: Path, method: str, seed: int, epochs: int, **settings: Any) -> float:
+    """Pretrain with a method's `settings`, or go on; CPU seconds, with those of stopped calls."""
     run = run_of(work, method, seed)
     before, began = run / "cpu_seconds", time.process_time()
     spent = float(before.read_text()) if before.exists() else 0.0
     found = milan.pretrain(
         str(work / "targets.zarr"), out=str(run), epochs=epochs, seed=seed, progress=NoProgress(),
-        **STUDENT | METHODS[method],
+        **STUDENT | settings,
     )  # fmt: skip
     spent += time.process_time() - began
     before.write_text(str(spent))
@@ -148,6 +148,14 @@ def by_words(work: Path, method: str, seed: int) -> float:
     return unless_stopped(found)[ZERO_SHOT.get(method, "mean_top1")]
 
 
+def extract(work: Path) -> None:
+    """The store of all methods."""
+    milan.extract_targets(
+        DATA["data"], out=str(work / "targets.zarr"), views=1, scale=(1.0, 1.0), hflip=0.0,
+        texts=True, executor="local", progress=NoProgress(), **TEACHER,
+    )  # fmt: skip
+
+
 def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
     parser = argparse.ArgumentParser(prog="python -m studies.rils", description=__doc__)
@@ -157,16 +165,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     work, figures = given.work, Figures(given.out)
-    milan.extract_targets(
-        DATA["data"], out=str(work / "targets.zarr"), views=1, scale=(1.0, 1.0), hflip=0.0,
-        texts=True, executor="local", progress=NoProgress(), **TEACHER,
-    )  # fmt: skip
+    extract(work)
     quick, *slower, longest = PROBES
     runs = [(method, seed) for seed in range(given.seeds) for method in METHODS]
     measured = [*runs, *((method, 0) for method in BESIDE)]
     for of in measured:
         if of in runs:
-            figures.measure(*of, "CPU s", partial(train, work, *of, given.epochs))
+            figures.measure(*of, "CPU s", partial(train, work, *of, given.epochs, **METHODS[of[0]]))
         figures.measure(*of, quick, partial(probe, work, *of, quick))
         if of[0] not in ("pixels", "random encoder"):
             figures.measure(*of, "zero-shot", partial(by_words, work, *of))
