@@ -93,10 +93,10 @@ def _token_ids(
     spec = cache.spec.texts if cache else None
     if cache and spec:
         _check_tokenizer(student, spec["tokenizer"], cache.path, config)
-        told = cache.prototypes if config.templates == "stored" else None
-        if told and not set(names) - set(told.classes):
-            at = [told.classes.index(name) for name in names]
-            if (found := torch.from_numpy(told.ids[at])).min() >= 0:
+        prototypes = cache.prototypes if config.templates == "stored" else None
+        if prototypes and not set(names) - set(prototypes.classes):
+            at = [prototypes.classes.index(name) for name in names]
+            if (found := torch.from_numpy(prototypes.ids[at])).min() >= 0:
                 return found
     if config.teacher or not (cache and spec):
         name = config.teacher or DEFAULT_TEACHER

@@ -114,8 +114,8 @@ def _by_teacher(
     """
     if cache and not cache.spec.has_targets:
         raise cache.no_targets()
-    told = cache.prototypes if cache else None
-    known = told.classes if told and config.templates == "stored" else []
+    prototypes = cache.prototypes if cache else None
+    known = prototypes.classes if prototypes and config.templates == "stored" else []
     lacking = [name for name in names if name not in known]
     teacher = _teacher(config, cache, lacking, device, progress)
     texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)

@@ -285,10 +285,10 @@ class CachedBatches:
         if self.tokens and address.kind.has_targets:
             drawn = self.sentences.draw(rows, views, address.mask_epoch, seed=self.seed)
             ids = torch.from_numpy(drawn)
-        told = None
+        texts = None
         if self.texts and address.kind.has_targets:
             vectors, numbers = self.sentences.encoded(rows)
-            told, ids = torch.from_numpy(vectors), torch.from_numpy(numbers)
+            texts, ids = torch.from_numpy(vectors), torch.from_numpy(numbers)
         return Batch(
             torch.from_numpy(self.dataset.pixels(rows, views)),
             torch.from_numpy(targets.attention),
@@ -298,7 +298,7 @@ class CachedBatches:
             None if targets.codes is None else torch.from_numpy(targets.codes),
             None if targets.scale is None else torch.from_numpy(targets.scale),
             ids,
-            told,
+            texts,
         )
 
 

@@ -82,14 +82,14 @@ class AveragePrecision:
 
         By kind: box_ap, box_ap50, box_ap75, box_classes, and mask_...; None where no object is.
         """
-        told, figures = self.metric.compute(), dict[str, Any]()
-        seen = told["classes"].reshape(-1).tolist()
+        computed, figures = self.metric.compute(), dict[str, Any]()
+        seen = computed["classes"].reshape(-1).tolist()
         for kind in self.kinds:
             prefix = f"{_KINDS[kind]}_" if len(self.kinds) > 1 else ""
             for ours, theirs in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
-                figures[f"{kind}_{ours}"] = _percent(told[f"{prefix}{theirs}"].item())
+                figures[f"{kind}_{ours}"] = _percent(computed[f"{prefix}{theirs}"].item())
             of_class = dict(
-                zip(seen, told[f"{prefix}map_per_class"].reshape(-1).tolist(), strict=True)
+                zip(seen, computed[f"{prefix}map_per_class"].reshape(-1).tolist(), strict=True)
             )
             figures[f"{kind}_classes"] = [
                 _percent(of_class.get(label, -1.0)) for label in range(len(self.truth.classes))
@@ -113,8 +113,8 @@ class AveragePrecision:
             for _ in range(resamples):
                 drawn = generator.integers(0, count, count).tolist()
                 chosen = [matches[k * count + image] for k in range(classes) for image in drawn]
-                told = accumulator.COCOevalAccumulate(evaluation._paramsEval, chosen)["precision"]
-                there = told[told > -1]
+                table = accumulator.COCOevalAccumulate(evaluation._paramsEval, chosen)["precision"]
+                there = table[table > -1]
                 values.append(100 * float(there.mean()) if there.size else 0.0)
             low, high = np.percentile(values, [2.5, 97.5])
             found[f"{kind}_ap_interval"] = (round(float(low), 2), round(float(high), 2))

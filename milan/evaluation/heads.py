@@ -159,8 +159,8 @@ def _add_up_gradients(parameters: list[torch.Tensor], context: Context) -> None:
         context.check_stop()
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    told = gradients[0].new_tensor([float(bool(context.stop.by))])
-    total = torch.cat([g.flatten() for g in gradients] + [told])
+    stopping = gradients[0].new_tensor([float(bool(context.stop.by))])
+    total = torch.cat([g.flatten() for g in gradients] + [stopping])
     context.ranks.add_up(total)
     if total[-1]:
         raise Stopped(context.stop.by or "a signal to another rank")

@@ -184,8 +184,8 @@ class LogisticRegression:
                     losses = losses.masked_fill(_tenth(piece), 0)
                 (losses.sum() / images).backward()
                 own += losses.detach().sum(dtype=self.exact)
-            told = own.new_tensor([float(bool(stop.by))])
-            parts = weight.grad.flatten(), bias.grad, own[None] / images, told
+            stopping = own.new_tensor([float(bool(stop.by))])
+            parts = weight.grad.flatten(), bias.grad, own[None] / images, stopping
             total = torch.cat([part.to(self.exact) for part in parts])
             ranks.add_up(total)
             loss, stops = total[-2:].tolist()

@@ -142,8 +142,8 @@ def _take(
         try:
             if member.size > _SMALL or len(data) < member.size:
                 raise ValueError("too long, or cut short")
-            if told := _facts(kind, data):
-                facts.setdefault(sample, {}).update(told)
+            if fact := _facts(kind, data):
+                facts.setdefault(sample, {}).update(fact)
                 annotated[sample] += 1
             else:
                 tar.ignored[f"{kind} without a class number or caption"] += 1
@@ -186,8 +186,8 @@ def _facts(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     facts: dict[str, Any] = {}
-    told = values.get("caption", values.get("captions"))
-    several = told if isinstance(told, list) else [told]
+    caption = values.get("caption", values.get("captions"))
+    several = caption if isinstance(caption, list) else [caption]
     if several and all(isinstance(caption, str) for caption in several):
         caption = joined_captions(several)
         caption.encode()  # JSON can spell what is not Unicode: half of a surrogate pair

@@ -126,22 +126,22 @@ class CachedSentences(JointObjective, FeatureRegression):
         """Temperatures, and a doubt where they give targets that teach little."""
         found = self.measured
         effective = found.effective(self.teacher_tau)
-        told = [
+        notes = [
             f"sentences: cosines of patches {found.mean:.3f} ± {found.spread:.3f} over "
             f"{found.texts:,} texts; at temperature {self.teacher_tau:g} a target spreads over "
             f"{effective:,.1f} of them"
         ]
         if effective > _UNIFORM * found.texts:
-            told.append(
+            notes.append(
                 "sentences: targets are nearly uniform and teach little; a smaller "
                 f"--set objective.teacher_tau, such as {found.teacher_tau:g}"
             )
         elif effective < _ONE_HOT:
-            told.append(
+            notes.append(
                 "sentences: targets are nearly one-hot; a larger --set objective.teacher_tau, such "
                 f"as {found.teacher_tau:g}"
             )
-        return told
+        return notes
 
     # --- the loss ---------------------------------------------------------------------------------
 
@@ -177,9 +177,9 @@ class CachedSentences(JointObjective, FeatureRegression):
         if not self.by_class:
             own = ranks.gather_rows(unit(joint.texts), gradient=False)
             theirs = ranks.gather_rows(joint.captions, gradient=False)
-            told = own.square().sum(dim=1) > 0.5
-            sentences = torch.cat([sentences, own[told].to(sentences.dtype)])
-            numbers = torch.cat([numbers, theirs[told]])
+            captioned = own.square().sum(dim=1) > 0.5
+            sentences = torch.cat([sentences, own[captioned].to(sentences.dtype)])
+            numbers = torch.cat([numbers, theirs[captioned]])
             sentences, numbers = _different(sentences, numbers)
         accepted = torch.ones(len(joint.captions), device=device)
         if self._argument("gate", "none") == "class":

@@ -24,7 +24,7 @@ Said = list[tuple[str, float]]
 """Sentences and their shares, the largest first."""
 
 
-class Told(NamedTuple):
+class NamedPatch(NamedTuple):
     """What is said of one masked patch."""
 
     name: str
@@ -38,7 +38,7 @@ class Told(NamedTuple):
     student: Said
 
 
-def draw_sentences(title: str, rows: list[Told], legend: list[str]) -> np.ndarray:
+def draw_sentences(title: str, rows: list[NamedPatch], legend: list[str]) -> np.ndarray:
     """A page, uint8 [H, W, 3]: of each row the view and what is visible of it, its patch framed in
     red, and beside them what the target and the student say, the nearest sentence first."""
     from PIL import Image, ImageDraw
@@ -79,7 +79,7 @@ def draw_sentences(title: str, rows: list[Told], legend: list[str]) -> np.ndarra
     return np.asarray(page)
 
 
-def _place(row: Told, grid: int) -> tuple[int, int]:
+def _place(row: NamedPatch, grid: int) -> tuple[int, int]:
     """(column, line) of the patch."""
     line, column = divmod(row.patch, grid)
     return column, line

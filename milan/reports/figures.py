@@ -298,8 +298,8 @@ def _notes(rows: list[dict[str, Any]], settings: Any) -> list[str]:
         usual = getattr(settings, "protocol", None) if key == "protocol" else None
         values = [row.get(key, usual) for row in rows]
         if len(set(map(str, values))) > 1:
-            told = ", ".join(dict.fromkeys(str(value) for value in values))
-            notes.append(f"Not measured alike: {key.replace('_', ' ')} {told}.")
+            different = ", ".join(dict.fromkeys(str(value) for value in values))
+            notes.append(f"Not measured alike: {key.replace('_', ' ')} {different}.")
     for key, what in (("repeated_images", "images to measure on are training images too"),
                       ("rejected_images", "images could not be read")):  # fmt: skip
         most = max((row.get(key) or 0 for row in rows), default=0)

@@ -222,9 +222,9 @@ def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
             mean = student.mean_cosine(i)
             if student.cosine is not None:
                 heat = _heat(student.cosine[i], low, high)
-                told = f"cosine to the target, {name}"
-                told += "" if mean is None else f": {mean:.3f} over masked patches"
-                panels.append(_panel("cosine", heat, told, caption))
+                label = f"cosine to the target, {name}"
+                label += "" if mean is None else f": {mean:.3f} over masked patches"
+                panels.append(_panel("cosine", heat, label, caption))
             below = "" if mean is None else f"cosine {mean:.3f} over masked patches"
             groups.append({"run": numbers[name], "name": name, "below": below, "panels": panels})
         images.append({"caption": caption, "groups": groups})
@@ -246,7 +246,7 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
     """The nearest images of the first shown ones, and how teacher and students agree."""
     if shown.bank is None or not shown.alike:
         return None
-    bank, told = shown.bank, shown.bank_captions
+    bank, captions = shown.bank, shown.bank_captions
     thumbs: dict[int, dict[str, Any]] = {}
 
     def thumb(place: int) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
             picture = Image.fromarray(bank[place])
             picture.thumbnail((_THUMB, _THUMB))
             uri = _uri(np.asarray(picture))
-            thumbs[place] = {"uri": uri, "what": told[place]}
+            thumbs[place] = {"uri": uri, "what": captions[place]}
         return thumbs[place]
 
     def near(alike: Alike, i: int) -> list[dict[str, Any]]:

@@ -71,15 +71,15 @@ class Run:
     @property
     def images_per_second(self) -> float | None:
         """Of the last call; of one that has not ended, the mean of the log."""
-        told = self.figures.get("images_per_second")
+        rate = self.figures.get("images_per_second")
         images, seconds = self._trained()
-        return told or (round(images / seconds, 2) if seconds else None)
+        return rate or (round(images / seconds, 2) if seconds else None)
 
     @property
     def wait_share(self) -> float | None:
         """The share of data-loading time, of the same."""
-        told = self.figures.get("wait_share")
-        return self.last("wait_share") if told is None else told
+        share = self.figures.get("wait_share")
+        return self.last("wait_share") if share is None else share
 
     @property
     def seconds(self) -> float | None:
@@ -208,6 +208,6 @@ def extraction_speed(store: AnyPath) -> float | None:
             event = json.loads(line)
         except ValueError:
             continue  # cut short when the run was killed
-        told = event.get("images_per_second") if isinstance(event, dict) else None
-        speed = told if isinstance(told, int | float) and told else speed
+        rate = event.get("images_per_second") if isinstance(event, dict) else None
+        speed = rate if isinstance(rate, int | float) and rate else speed
     return speed

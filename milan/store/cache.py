@@ -302,12 +302,12 @@ class TargetCache:
         `fix` is what else may be done, where another layer does not have them.
         """
         others = self._other_layers()
-        told = next((cache.layer for cache in others if cache.spec.has_targets), None)
+        layer = next((cache.layer for cache in others if cache.spec.has_targets), None)
         return CacheError(
             f"{self.path} has no targets of a teacher" + (f" in {self.layer}" if others else ""),
             expected="a store that a teacher has seen",
-            fix=f"--layer {told}"
-            if told
+            fix=f"--layer {layer}"
+            if layer
             else f"{fix}milan extract-targets … --extend --out {self.path}",
         )
 
@@ -322,12 +322,12 @@ class TargetCache:
     def no_texts(self) -> CacheError:
         """The error for what needs texts, which this layer has not."""
         others = self._other_layers()
-        told = next((cache.layer for cache in others if cache.spec.texts), None)
+        layer = next((cache.layer for cache in others if cache.spec.texts), None)
         return CacheError(
             f"{self.path} has no texts" + (f" in layer {self.layer}" if others else ""),
             expected="token ids of captions or of class prompts",
-            fix=f"--layer {told}"
-            if told
+            fix=f"--layer {layer}"
+            if layer
             else f"milan extract-targets --data … --targets none --extend --out {self.path} adds "
             "token ids and leaves targets as they are; --texts --out another.zarr stores a "
             "teacher's vectors too",

@@ -37,10 +37,10 @@ class Sentences:
             raise self.cache.no_text_features()
         features = np.zeros((len(rows), self.cache.spec.channels), np.float32)
         ids = np.full((len(rows), self.length), -1, np.int32)
-        told, prototypes = np.flatnonzero(self.captioned[rows]), self.cache.prototypes
-        if len(told):
-            texts = self.cache.texts(rows[told])
-            features[told], ids[told] = texts.features, texts.ids
+        captioned, prototypes = np.flatnonzero(self.captioned[rows]), self.cache.prototypes
+        if len(captioned):
+            texts = self.cache.texts(rows[captioned])
+            features[captioned], ids[captioned] = texts.features, texts.ids
         if prototypes is not None and prototypes.features is not None:
             labels = np.where(self.captioned[rows], -1, self.labels[rows])
             known = np.flatnonzero((labels >= 0) & (prototypes.ids[:, 0, 0] >= 0)[labels.clip(0)])
@@ -66,9 +66,9 @@ class Sentences:
         Raises CacheError for damage.
         """
         ids = np.empty((len(rows), self.length), np.int32)
-        told = np.flatnonzero(self.captioned[rows])
-        captions = self.cache.token_ids(rows[told]) if len(told) else None
-        place = dict(zip(told.tolist(), range(len(told)), strict=True))
+        captioned = np.flatnonzero(self.captioned[rows])
+        captions = self.cache.token_ids(rows[captioned]) if len(captioned) else None
+        place = dict(zip(captioned.tolist(), range(len(captioned)), strict=True))
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             if i in place:
                 assert captions is not None

@@ -207,9 +207,9 @@ def _not_written(run: Path, step: int, error: OSError | SafetensorError) -> Trai
     if code:
         error = OSError(int(code[1]), os.strerror(int(code[1])), str(run / FOLDER))
     why, fix = None, "look at the disk; the same line goes on"
-    if isinstance(error, OSError) and (told := cannot_write(run, error)):
-        fix = told[1]
-        why = None if run.exists() else told[0]
+    if isinstance(error, OSError) and (reason := cannot_write(run, error)):
+        fix = reason[1]
+        why = None if run.exists() else reason[0]
     saved = steps(run)
     return TrainError(
         f"the checkpoint of step {step} cannot be written: {why or _words(error)}",

@@ -156,12 +156,12 @@ class Detect(Supervised):
         figures = found.figures()
         _write_tables(run, found, figures)
         figures |= found.intervals(seed=self.config.seed)
-        told = {
+        metrics = {
             f"{kind}_{name}": figures.get(f"{kind}_{name}")
             for kind in ("box", "mask")
             for name in ("ap", "ap_interval", "ap50", "ap75")
         }
-        return {name: getattr(task.trained.spec, name) for name in _HEAD}, told | {
+        return {name: getattr(task.trained.spec, name) for name in _HEAD}, metrics | {
             "val_images": len(found.positions),
             "val_boxes": int((~val.crowd).sum()),
         }

@@ -60,8 +60,8 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
     kept = {"encoder": config.init, "decoder": decoder}
     if isinstance(student, RilsStudent):
         kept["text tower"] = _joint_parts(config, student, joint)
-    told = "; ".join(f"{part} {of}" for part, of in kept.items() if part != "encoder")
-    progress.note(f"initial weights: encoder of {config.init}{note}; {told}")
+    others = "; ".join(f"{part} {of}" for part, of in kept.items() if part != "encoder")
+    progress.note(f"initial weights: encoder of {config.init}{note}; {others}")
     if found.said:
         progress.note(f"{config.init} was read {found.said}")
     return {"initial": kept}

@@ -34,11 +34,11 @@ def as_train_error(run: Path, micro_batch: int | None) -> Iterator[None]:
                 expected="some for each loader worker",
                 fix=f"ulimit -n 4096, or a smaller --num-workers; {_RESUME}",
             ) from None
-        told = cannot_write(run, error)
-        if told is None:
+        reason = cannot_write(run, error)
+        if reason is None:
             raise
         expected = "a folder that takes the log and the checkpoints"
-        raise TrainError(told[0], expected=expected, fix=told[1]) from None
+        raise TrainError(reason[0], expected=expected, fix=reason[1]) from None
     except RuntimeError as error:  # torch has no finer one for the CPU's memory
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise _no_memory(error, "machine", micro_batch) from None

@@ -104,9 +104,9 @@ def decide(
         if step is not None and step == _steps_of(run, step):
             changes = [f"{name} {old} -> {new}" for name, (old, new) in differs.items()]
             return Start(step, schedule=tuple(changes))
-    told = ", ".join(f"{name}: {old} != {new}" for name, (old, new) in differs.items())
+    differences = ", ".join(f"{name}: {old} != {new}" for name, (old, new) in differs.items())
     raise TrainError(
-        f"{run} holds a run of other settings ({told})",
+        f"{run} holds a run of other settings ({differences})",
         expected="the settings it was started with"
         + ("; more --epochs once it has finished" if "epochs" in differs else ""),
         fix="--out another folder, or --overwrite (or --resume never) to start it anew",
@@ -129,8 +129,8 @@ def _more_epochs(differing: Differing) -> bool:
 
 def _steps_of(run: Path, step: int) -> int | None:
     """How many steps the run has to which the whole checkpoint of `step` belongs."""
-    told = checkpoint.read_state(run, step).get("steps")  # a checkpoint of an older version: None
-    return told or read_metrics(run).get("steps")
+    steps = checkpoint.read_state(run, step).get("steps")  # a checkpoint of an older version: None
+    return steps or read_metrics(run).get("steps")
 
 
 def check_place(run: Path, places: Iterable[AnyPath]) -> None:

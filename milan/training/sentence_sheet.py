@@ -26,7 +26,7 @@ from milan.objectives.rils_cached import CachedSentences
 from milan.objectives.sentences import unit
 from milan.reporting.panels import caption_of, check_apart, patch_features, save_picture
 from milan.reporting.run_files import read_run
-from milan.reporting.sentences import Said, Told, draw_sentences
+from milan.reporting.sentences import NamedPatch, Said, draw_sentences
 from milan.store.cache import TargetCache
 from milan.training.build import resolve_defaults, run_order
 from milan.training.trained import load_student
@@ -43,24 +43,24 @@ def sentence_sheet(
     seed: int = 0,
     data_root: str | None = None,
 ) -> Path:
-    """Draw what target and student say of masked patches of a run (`told_patches`).
+    """Draw what target and student say of masked patches of a run (`named_patches`).
 
     Returns the path of the picture. Raises as that, and DataError if the picture would lie among
     the images.
     """
     check_unicode(str(out), "the path")
-    told, legend = told_patches(run, images=images, seed=seed, data_root=data_root, out=Path(out))
-    return save_picture(draw_sentences(f"{len(told)} images of {run}", told, legend), Path(out))
+    rows, legend = named_patches(run, images=images, seed=seed, data_root=data_root, out=Path(out))
+    return save_picture(draw_sentences(f"{len(rows)} images of {run}", rows, legend), Path(out))
 
 
-def told_patches(
+def named_patches(
     run: str | Path,
     *,
     images: int = 8,
     seed: int = 0,
     data_root: str | None = None,
     out: Path | None = None,
-) -> tuple[list[Told], list[str]]:
+) -> tuple[list[NamedPatch], list[str]]:
     """(what is said, what it means) of `images` images of a run of `rils` or `rils-cached`.
 
     They are validation images, if the run has some. Of each it is the masked patch whose target is
@@ -94,8 +94,8 @@ def told_patches(
         for part, tau in zip((said.target, said.predicted), said.taus, strict=True)
     ]
     best, masked = shares[0].amax(dim=2).argmax(dim=1), said.mask.boolean().numpy()
-    told = [
-        Told(
+    patches = [
+        NamedPatch(
             caption_of(dataset, int(row), 0), pixels[i], masked[i],
             int(said.mask.masked[i, best[i]]),
             *(_nearest(part[i, best[i]], said.texts) for part in shares),
@@ -103,7 +103,7 @@ def told_patches(
         for i, row in enumerate(rows)
     ]  # fmt: skip
     target, student = said.taus
-    return told, [
+    return patches, [
         f"{config.objective}; {'validation' if validation else 'training'} images. Framed: "
         "of the masked patches the one whose target is the most certain of a sentence.",
         f"Shares are of {len(said.texts)} sentences, at temperatures {target:.3g} (target, which "
@@ -168,10 +168,10 @@ def _sentences(
     captions of `rows` and of others, each once; of a store without captions the class prompts."""
     captioned = cache.captioned
     if not len(captioned):
-        told = cache.prototypes
-        if told is None:
+        prototypes = cache.prototypes
+        if prototypes is None:
             raise DataError(f"{cache.path} has neither captions nor classes")
-        return told.classes, torch.from_numpy(told.ids[:, 0]), told.features
+        return prototypes.classes, torch.from_numpy(prototypes.ids[:, 0]), prototypes.features
     others = rng.permutation(seed, rng.SAMPLE, (4,), len(captioned))[:_OTHERS]
     asked = np.unique(np.concatenate([rows, captioned[others]]))
     ids = cache.token_ids(asked)[:, 0]

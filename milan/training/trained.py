@@ -96,8 +96,8 @@ def load_trained(
 
 def config_of(run: Path) -> PretrainConfig:
     """The settings of a pretraining, every default filled in."""
-    told, names = read_run(run)["config"], {field.name for field in fields(PretrainConfig)}
-    return PretrainConfig(**{name: value for name, value in told.items() if name in names})
+    settings, names = read_run(run)["config"], {field.name for field in fields(PretrainConfig)}
+    return PretrainConfig(**{name: value for name, value in settings.items() if name in names})
 
 
 def _load_newest(run: Path, student: Student, progress: Progress | None) -> None:

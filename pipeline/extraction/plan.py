@@ -148,16 +148,16 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     )
     about, identity = teacher.about, teacher.identity
     warning = ", RANDOM WEIGHTS (for tests of shape and speed only)"
-    told = (
+    line = (
         f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
         f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
         f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
         + (warning if about["random_weights"] else "")
     )
     if texts and config.targets == "none":
-        told = f"targets: none; views of {teacher.size} px, and of each image up to "
-        told += f"{texts['captions']} captions of up to {texts['context']} token ids"
-    progress.note(told)
+        line = f"targets: none; views of {teacher.size} px, and of each image up to "
+        line += f"{texts['captions']} captions of up to {texts['context']} token ids"
+    progress.note(line)
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"

@@ -231,8 +231,8 @@ def as_store_error(folder: str | AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = cannot_write(Path(str(folder)), error)
-        if told is None:
+        reason = cannot_write(Path(str(folder)), error)
+        if reason is None:
             raise
         expected = "a disk that takes the store; what is committed stays"
-        raise CacheError(told[0], expected=expected, fix=told[1]) from None
+        raise CacheError(reason[0], expected=expected, fix=reason[1]) from None

@@ -228,7 +228,7 @@ def test_one_copies_and_the_others_wait(
 
 
 def test_a_full_disk(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told with what to do; nothing half copied counts."""
+    """NamedPatch with what to do; nothing half copied counts."""
     near = local_cache(copied, tmp_path / "fast")
 
     def full(_: int) -> None:

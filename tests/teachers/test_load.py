@@ -383,7 +383,7 @@ def test_none_means_seeded_random_weights_that_say_so(teacher_files: dict[str, s
 def test_the_licence_is_what_the_file_states(
     teacher: Teacher, state: dict[str, torch.Tensor], teacher_files: dict, tmp_path: Path
 ) -> None:
-    """Told where it is known, `unknown` otherwise: never guessed."""
+    """NamedPatch where it is known, `unknown` otherwise: never guessed."""
     assert teacher.about["licence"] == "unknown"
     assert teacher.about["random_weights"] is False
     save_file(state, tmp_path / "free.safetensors", metadata={"licence": "CC0-1.0"})

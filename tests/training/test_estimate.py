@@ -46,7 +46,7 @@ def test_ranks_share_a_step(store: Path) -> None:
 
 
 def test_another_grid_than_the_teachers(store: Path, tmp_path: Path) -> None:
-    """Told of a student with other patches, which can be trained afterwards."""
+    """NamedPatch of a student with other patches, which can be trained afterwards."""
     grid = {**SMALL, "model_args": STUDENT["model_args"] | {"patch_size": 4}}
     told = dict(estimate_run(milan.PretrainConfig(str(store), **grid)))
     assert told["time"]

@@ -19,7 +19,7 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import MilanError
 from milan.models.rils import load_rils
 from milan.store.cache import TargetCache
-from milan.training.sentence_sheet import sentence_sheet, told_patches
+from milan.training.sentence_sheet import named_patches, sentence_sheet
 from milan.training.trained import load_student
 from pipeline.extract import extract_targets
 
@@ -50,7 +50,7 @@ def test_shares_are_those_of_the_towers(place: Path, name: str) -> None:
     """Of two sentences that are named: exp of the difference of their cosines over temperature."""
     if name != "rils":
         milan.pretrain(str(place / "t.zarr"), out=str(place / name), objective=name, **RUN)
-    told, _ = told_patches(place / name, images=3)
+    told, _ = named_patches(place / name, images=3)
     assert len(told) == 3
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
     cache = TargetCache(place / "t.zarr")
