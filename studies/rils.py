@@ -5,7 +5,7 @@ every method; three seeds. Whatever is done is skipped, so the same line goes on
 
     WORK/targets.zarr            the store, with texts
          METHOD-SEED/            a run, and its features
-    studies/results/rils.csv     method, seed, measure, value: a line for every figure
+         rils.csv                method, seed, measure, value: a line for every figure
 """
 
 from __future__ import annotations
@@ -160,11 +160,10 @@ def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
     parser = argparse.ArgumentParser(prog="python -m studies.rils", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/studies-rils"))
-    parser.add_argument("--out", type=Path, default=Path("studies/results/rils.csv"))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    work, figures = given.work, Figures(given.out)
+    work, figures = given.work, Figures(given.work / "rils.csv")
     extract(work)
     quick, *slower, longest = PROBES
     runs = [(method, seed) for seed in range(given.seeds) for method in METHODS]
