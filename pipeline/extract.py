@@ -51,7 +51,8 @@ def extract_targets(
     config = from_call(ExtractConfig, "data", data, settings, "extract")
     progress = progress or NoProgress()
     config.check()
-    location_of(config.out).check()  # before a teacher is fetched and loaded
+    if not dry_run:
+        location_of(config.out).check()  # before a teacher is fetched and loaded
     planned_for = _index_of(location_of(config.out).path)
     work = plan(config, progress)
     out = work.location.path

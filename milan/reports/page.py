@@ -20,6 +20,7 @@ from milan.core.device import pick_device
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, MilanError
+from milan.images.formats import open_picture
 from milan.reporting.run_files import SHEET
 from milan.reports import figures
 from milan.reports.pictures import TEACHER, Alike, Shown, shown_of
@@ -308,8 +309,8 @@ def _own_pictures(runs: Sequence[Run], shown: list[Shown]) -> list[dict[str, Any
         for file, what in _OWN_PICTURES.items():
             if run.name not in students and (run.folder / file).is_file():
                 try:
-                    with Image.open(run.folder / file) as picture:
-                        pixels = np.asarray(picture.convert("RGB"))
+                    picture = open_picture((run.folder / file).read_bytes())
+                    pixels = np.asarray(picture.convert("RGB"))
                 except OSError:
                     continue  # it is drawn anew in the next epoch
                 found.append(

@@ -48,8 +48,8 @@ class BucketLocation:
     def check(self) -> None:
         """Put an object on conditions, and remove it."""
         probe = self.path / f".milan-check-{uuid.uuid4().hex}"
+        put(probe, b"x", over=None)
         try:
-            put(probe, b"x", over=None)
             check_conditions(self.path, probe, b"xy")
         finally:
             delete(probe)

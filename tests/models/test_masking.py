@@ -37,9 +37,9 @@ def test_a_mask_is_a_split(patches: int, visible: int) -> None:
         assert mask.visible.shape == (32, visible)
         assert mask.masked.shape == (32, patches - visible)
         assert mask.visible.dtype == mask.masked.dtype == torch.int64
-        both = torch.cat(mask, dim=1).sort(dim=1).values
+        both = torch.cat([mask.visible, mask.masked], dim=1).sort(dim=1).values
         assert torch.equal(both, torch.arange(patches).expand(32, -1))
-        for part in mask:
+        for part in (mask.visible, mask.masked):
             assert (part.diff(dim=1) > 0).all()
         hidden = mask.boolean()
         assert hidden.dtype == torch.bool

@@ -376,11 +376,13 @@ def test_a_foreign_folder_is_not_trained_on(
     said(train("--cache", photos), "is not a target cache", "index.json")
     (tmp_path / "file").write_text("x")
     said(train("--cache", tmp_path / "file"), "is not a target cache")
+    other = tmp_path / "other"
+    other.mkdir()
     for text in ("{}", "[]", "null", '{"format": "other"}', "{torn"):
-        (tmp_path / "index.json").write_text(text)
-        said(train("--cache", tmp_path), "index.json")
-    (tmp_path / "index.json").write_text('{"format": "milan-targets", "version": 99}')
-    said(train("--cache", tmp_path), "version 99", "pip install --upgrade milan-pretrain")
+        (other / "index.json").write_text(text)
+        said(train("--cache", other), "index.json")
+    (other / "index.json").write_text('{"format": "milan-targets", "version": 99}')
+    said(train("--cache", other), "version 99", "pip install --upgrade milan-pretrain")
     assert not (tmp_path / "run").exists()
 
 

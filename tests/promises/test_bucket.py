@@ -590,10 +590,12 @@ def test_no_bucket_and_no_right(
         assert said in told.err
     allow(port, "0")
     try:
-        for command in ([*line, "--out", "s3://models/t.zarr"], ["inspect", remote]):
+        for command, what in (
+            ([*line, "--out", "s3://models/t.zarr"], "written"), (["inspect", remote], "read")
+        ):  # fmt: skip
             told = run_here(*command)
             assert (told.code, told.err.count("\n")) == (1, 1)
-            assert "cannot be read: " in told.err
+            assert f"cannot be {what}: " in told.err
             assert "AWS_SECRET_ACCESS_KEY" in told.err
     finally:
         allow(port, "1000000000")
@@ -624,7 +626,7 @@ def test_a_plan_writes_nothing(
     assert dict(summary["costs"]["Extraction"])["the disk writes"] == "unknown"
     assert not [r for r, _ in s3.seen if r.method not in ("GET", "HEAD")]
     assert list(files_below(Url(url))) == []
-    with pytest.raises(ConfigError, match=r"--out memory://x/t\.zarr"):
+    with pytest.raises(ConfigError, match=r"written to memory://x/t\.zarr"):
         extract_targets(str(photos), out="memory://x/t.zarr", **settings)
 
 
