@@ -624,7 +624,8 @@ def test_a_plan_writes_nothing(
     assert "objects" in planned
     assert "free on its disk" not in planned
     assert dict(summary["costs"]["Extraction"])["the disk writes"] == "unknown"
-    assert not [r for r, _ in s3.seen if r.method not in ("GET", "HEAD")]
+    inside = url.removeprefix("s3:/")  # the bucket itself may be made for this test
+    assert not [r for r, _ in s3.seen if inside in r.path and r.method not in ("GET", "HEAD")]
     assert list(files_below(Url(url))) == []
     with pytest.raises(ConfigError, match=r"written to memory://x/t\.zarr"):
         extract_targets(str(photos), out="memory://x/t.zarr", **settings)
