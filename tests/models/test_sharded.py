@@ -43,6 +43,7 @@ def test_a_sharded_student_computes_what_autocast_does(precision: str, recompute
         assert torch.equal(grad, bare.grads[name]), name
 
 
+@pytest.mark.soak
 def test_two_ranks_average_in_float32(forked_ranks: None) -> None:
     """Each has half of every weight. Losses are those of a bare student on each rank's images, and
     gradients the average of its gradients, to the bit: no sum is made in half precision."""

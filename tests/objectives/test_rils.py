@@ -241,6 +241,7 @@ def test_resumed_it_is_the_same_run(run: Path, tokens: Path, tmp_path: Path) -> 
     assert one == two
 
 
+@pytest.mark.soak
 def test_ranks_train_the_same(run: Path, tokens: Path, tmp_path: Path, forked_ranks: None) -> None:
     """Two processes that take their shares whole: the figures of one device in micro-batches."""
     milan.pretrain(str(tokens), out=str(tmp_path / "two"), devices=2, **RUN)

@@ -253,6 +253,7 @@ def test_what_is_not_there_is_told(s3: Proxy, remote: str, photos: Path, url: st
 # --- damage ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_damage_is_found_and_mended(
     remote: str, store: Path, url: str, s3: Proxy, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_zero_shot_accuracy(zero_shot: ModuleType) -> None:
     assert found >= 0.84
 
 
+@pytest.mark.soak
 def test_training_learns_and_goes_on(tmp_path: Path) -> None:
     """The trainer of such teachers: dark and bright images by their words; a run that was ended
     after an epoch goes on to the same bits."""

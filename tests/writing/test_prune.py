@@ -200,6 +200,7 @@ def content(store: Path) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name != "index.json"}
 
 
+@pytest.mark.soak
 def test_stopped_before_any_write(mine: Path, grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time some writes further: the old store or the new one, whole; the same line ends it."""
     drop, old = Drop(views=3), layers_of(grown)
