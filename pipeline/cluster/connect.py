@@ -24,6 +24,7 @@ from milan.errors import MilanError
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+_STARTS = 3  # of a node of this machine, which may be busy
 _ANSWER = 10.0  # seconds in which a cluster's server has to answer
 _ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -44,19 +45,31 @@ def connect(address: str | None) -> bool:
         if target:
             _probe(target)
         with _without_uv():
-            ray.init(
+            _init(
                 address=target or "local",  # not a cluster that happens to run on this machine
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 **({} if target else local),
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a node that does not come up is a bare one
         where = f"the Ray cluster at {target}" if target else "Ray on this machine"
         raise MilanError(
             f"{where} cannot be reached: {str(error).splitlines()[0]}",
             fix="without Ray: --executor local for extraction, torchrun for pretraining",
         ) from None
     return True
+
+
+def _init(**arguments: Any) -> None:
+    """Start or join Ray; a node that did not come up in Ray's own 30 s is started again."""
+    for attempt in range(_STARTS):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:
+            if type(error) is not Exception or attempt + 1 == _STARTS:
+                raise
+            ray.shutdown()
 
 
 @contextmanager

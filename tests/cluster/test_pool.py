@@ -381,6 +381,26 @@ def cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+def test_a_node_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Ray gives up after 30 s: it is started again, and in the end named."""
+    from pipeline.cluster import connect as module
+
+    late, calls = Exception("The current node timed out during startup.\nMore"), list[str]()
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(module.ray, "shutdown", lambda: calls.append("shutdown"))
+
+    def init(**_: Any) -> None:
+        calls.append("init")
+        raise late
+
+    monkeypatch.setattr(module.ray, "init", init)
+    with pytest.raises(
+        MilanError, match="Ray on this machine .*: The current node"
+    ):
+        module.connect(None)
+    assert calls == ["init", "shutdown", "init", "shutdown", "init"]
+
+
 @pytest.mark.soak
 def test_joining_a_cluster(
     cluster: str, photos: Path, start: Callable[..., Command], teacher_files: dict[str, str],

@@ -464,6 +464,7 @@ def test_bad_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "page.pth"]
 
 
+@pytest.mark.soak
 @torch.no_grad()
 def test_the_encoder_in_torchs_own_tools(place: Path) -> None:
     """Copied, pickled, compiled without a break, and exported with a free number of images."""

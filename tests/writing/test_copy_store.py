@@ -65,6 +65,7 @@ def index_of(store: str) -> AnyPath:
     return as_path(store) / "index.json"
 
 
+@pytest.mark.soak
 @places()
 def test_copies_there_and_back(
     target: str, finished_store: Callable[..., Path], photos: Path, tmp_path: Path
