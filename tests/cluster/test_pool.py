@@ -394,9 +394,7 @@ def test_a_node_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
         raise late
 
     monkeypatch.setattr(module.ray, "init", init)
-    with pytest.raises(
-        MilanError, match="Ray on this machine .*: The current node"
-    ):
+    with pytest.raises(MilanError, match=r"Ray on this machine .*: The current node"):
         module.connect(None)
     assert calls == ["init", "shutdown", "init", "shutdown", "init"]
 
