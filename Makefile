@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test soak lint format types bench docs package sbom gpu-check clean
+.PHONY: install demo test tests soak lint format types bench docs package sbom gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -22,7 +22,10 @@ demo: install
 	dvc repro
 	@cat report/report.txt
 
-test: install lint types
+test: install lint # types take one core for half a minute, in which tests wait for others
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: install
 	python -m pytest -m 'not soak' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 soak: install

@@ -280,7 +280,7 @@ def test_indices_from_the_end_and_beyond(store: Path) -> None:
     assert sum(1 for _ in views) == 48
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_in_a_loader_of_ones_own(workers: int, store: Path) -> None:
     """Shuffled by torch's DataLoader, with loader workers as the docstring says."""
     options = {"multiprocessing_context": "forkserver"} if workers else {}

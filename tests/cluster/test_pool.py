@@ -480,6 +480,7 @@ def test_a_worker_that_refuses_to_start_ends_the_run(cluster: str, tmp_path: Pat
         )
 
 
+@pytest.mark.soak
 def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> None:
     """A worker that dies each time: three attempts, then the block is named with a reason."""
     from pipeline.cluster.connect import RemoteClass

@@ -205,6 +205,7 @@ def losses(cache: str | Path, out: Path, **more: Any) -> list[Any]:
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.soak
 def test_training_is_the_same(remote: str, store: Path, tmp_path: Path) -> None:
     """By two loader workers from the bucket, and from local copies of its shards."""
     expected = losses(store, tmp_path / "near", num_workers=0)
