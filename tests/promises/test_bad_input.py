@@ -433,8 +433,11 @@ def moved(store: Path, photos: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "workers"),
-    [("gone", 0), ("replaced", 0), ("replaced", 1), ("turned", 0), ("torn", 0)],
-)
+    [
+        ("gone", 0), ("replaced", 0), ("turned", 0), ("torn", 0),
+        pytest.param("replaced", 1, marks=pytest.mark.soak),
+    ],
+)  # fmt: skip
 def test_changed_images_stop_training(
     change: str, workers: int, moved: Path, train: Callable[..., Ran], photos: Path
 ) -> None:

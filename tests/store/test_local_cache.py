@@ -343,7 +343,7 @@ def test_what_the_loader_will_read(copied: Path, tmp_path: Path) -> None:
 RUN: dict[str, Any] = {**STUDENT, "epochs": 2, "batch_size": 8, "lr": 1e-3, "window_rows": 8}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_training_is_the_same(store: Path, tmp_path: Path, workers: int) -> None:
     """The bits of a run that reads the store where it is."""
     cache = TargetCache(store)
