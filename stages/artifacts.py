@@ -158,18 +158,20 @@ def report(
     if not (params or what):
         raise typer.BadParameter("folders of runs, or stores, or --params", param_hint="WHAT")
     progress = console.ConsoleProgress()
-    how: dict[str, Any] = {
-        "images": images, "compared": compared, "data_root": data_root, "device": device
-    }  # fmt: skip
     if not params:
         from milan.reports.page import report as compare
 
-        page = compare(*what or (), out=out or "report.html", **how, progress=progress)
+        page = compare(
+            *what or (), out=out or "report.html", images=images, compared=compared,
+            data_root=data_root, device=device, progress=progress,
+        )  # fmt: skip
         console.out.print(f"page: {page}", markup=False)
         return
+    from milan.reports.pictures import PictureSettings
     from milan.reports.pipeline import build_report
 
-    written = build_report(params, **how, progress=progress)
+    settings = PictureSettings(images=images, compared=compared, data_root=data_root, device=device)
+    written = build_report(params, settings, progress)
     with console.copied_to(written.folder / "report.txt"):
         for table in written.tables:
             console.table(*table)

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from milan.core.device import pick_device
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, MilanError
 from milan.images.formats import open_picture
 from milan.reporting.run_files import SHEET
 from milan.reports import figures
-from milan.reports.pictures import TEACHER, Alike, Shown, shown_of
+from milan.reports.pictures import TEACHER, Alike, PictureSettings, Shown, shown_of
 from milan.reports.sources import Run, find_store, read_sources
 from milan.store.cache import TargetCache
 from milan.store.describe import describe
@@ -33,7 +32,6 @@ _FILES = Path(__file__).parent / "page"
 _DRAWN = 12  # runs with pictures: more would make the file large
 _THUMB = 96  # pixels of a neighbour
 _LOSSLESS = 64  # pixels up to which a picture is kept as it is
-_NEAR = 6  # neighbours of each image
 _ASKED = 4  # images whose neighbours are shown
 _MOST_BYTES = 5_000_000
 _QUALITY = 85  # of JPEGs
@@ -62,53 +60,39 @@ def report(
             expected="folders of runs, or stores",
             fix="milan report runs/pretrain",
         )
-    return write_page(
-        Path(out), runs, stores, images=images, compared=compared, data_root=data_root,
-        device=device, progress=progress,
-    )  # fmt: skip
+    settings = PictureSettings(images=images, compared=compared, data_root=data_root, device=device)
+    return write_page(Path(out), runs, stores, settings, progress)
 
 
 def write_page(
     out: Path,
     runs: Sequence[Run],
     stores: Sequence[AnyPath],
-    *,
-    images: int = 6,
-    compared: int = 1000,
-    data_root: str | None = None,
-    device: str = "auto",
+    settings: PictureSettings | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """The page of these runs, and of `stores` with those of the runs. Raises MilanError."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {out}", expected="a name that ends with .html",
                           fix=f"--out {out.with_suffix('.html').name}")  # fmt: skip
-    progress = progress or NoProgress()
+    progress, settings = progress or NoProgress(), settings or PictureSettings()
     groups, notes = _by_store(runs, stores)
     shown = []
-    for cache, its_runs in groups if images else []:
+    for cache, its_runs in groups if settings.images else []:
         drawn = its_runs[:_DRAWN]
         if len(drawn) < len(its_runs):
             notes.append(f"Pictures are shown of the first {_DRAWN} of {len(its_runs)} runs.")
         try:
-            shown.append(
-                shown_of(
-                    cache, drawn, images=images, compared=compared, near=_NEAR,
-                    data_root=data_root, device=pick_device(device), progress=progress,
-                )
-            )  # fmt: skip
+            shown.append(shown_of(cache, drawn, settings, progress))
         except MilanError as error:
             notes.append(f"No pictures of {cache.path}: {error.found}")
     for one in shown:
         notes += one.missing
-    text = _render(runs, [cache for cache, _ in groups], shown, notes)
-    data = text.encode("utf-8", "backslashreplace")  # names that are no Unicode
-    if len(data) > _MOST_BYTES and images:
+    caches, images = [cache for cache, _ in groups], settings.images
+    while len(data := _render(runs, caches, shown, notes)) > _MOST_BYTES and images:
         progress.note(f"{len(data) / 1e6:.1f} MB with {images} images: half as many are shown")
-        return write_page(
-            out, runs, stores, images=images // 2, compared=compared, data_root=data_root,
-            device=device, progress=progress,
-        )  # fmt: skip
+        images //= 2
+        shown = [one.first(images) for one in shown] if images else []
     _write(out, data)
     return out
 
@@ -157,7 +141,7 @@ def _write(out: Path, data: bytes) -> None:
 
 def _render(
     runs: Sequence[Run], stores: list[TargetCache], shown: list[Shown], notes: list[str]
-) -> str:
+) -> bytes:
     import jinja2
 
     differ, every = figures.settings_tables(runs)
@@ -168,7 +152,7 @@ def _render(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    return page.get_template("report.html.j2").render(
+    text = page.get_template("report.html.j2").render(
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=[{"number": at, "name": run.name} for at, run in enumerate(runs)],
@@ -189,6 +173,7 @@ def _render(
         uplot=_inline("uPlot.iife.min.js"),
         script=_inline("report.js"),
     )
+    return text.encode("utf-8", "backslashreplace")  # names that are no Unicode
 
 
 def _inline(name: str) -> Any:

@@ -6,13 +6,13 @@ B images, N patches, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from milan.core.device import MEAN, STD, normalise
+from milan.core.device import MEAN, STD, normalise, pick_device
 from milan.core.progress import Progress
 from milan.data.dataset import CachedDataset
 from milan.data.loader import CachedBatches
@@ -42,6 +42,21 @@ _ASKED = 256  # images whose neighbours are compared, at most
 
 
 @dataclass(frozen=True)
+class PictureSettings:
+    """How much is shown of each store, and what it takes."""
+
+    images: int = 6
+    """Images shown; 0: none."""
+    compared: int = 1000
+    """Images among which neighbours are sought; 0: none."""
+    near: int = 6
+    """Neighbours shown of an image."""
+    data_root: str | None = None
+    """Where the images lie, if not where the store says."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class Panels:
     """B images as one student saw and predicted them."""
 
@@ -53,6 +68,11 @@ class Panels:
     """[B, g, g] between prediction and target; None for targets that are no features."""
     masked: np.ndarray
     """[B, g, g] bool"""
+
+    def first(self, count: int) -> Panels:
+        """Of so many images."""
+        cosine = None if self.cosine is None else self.cosine[:count]
+        return Panels(self.visible[:count], self.predicted[:count], cosine, self.masked[:count])
 
     def mean_cosine(self, image: int) -> float | None:
         """Over the masked patches of an image."""
@@ -104,6 +124,15 @@ class Shown:
     missing: list[str] = field(default_factory=list)
     """What could not be shown, and why: a sentence each."""
 
+    def first(self, count: int) -> Shown:
+        """Of so many images; neighbours as they are."""
+        return replace(
+            self, captions=self.captions[:count], pixels=self.pixels[:count],
+            attention=None if self.attention is None else self.attention[:count],
+            target=None if self.target is None else self.target[:count],
+            students={name: panels.first(count) for name, panels in self.students.items()},
+        )  # fmt: skip
+
 
 TEACHER = ""
 """The key of the teacher's neighbours, which no run is called."""
@@ -112,22 +141,18 @@ TEACHER = ""
 def shown_of(
     cache: TargetCache,
     runs: list[tuple[Run, TargetCache]],
-    *,
-    images: int,
-    compared: int,
-    near: int,
-    data_root: str | None,
-    device: torch.device,
+    settings: PictureSettings,
     progress: Progress,
 ) -> Shown:
     """The pictures of a store, and of each run on it, with the store as the run knows it.
 
-    `images` are shown, and `near` neighbours of each among `compared` images (0: none). Raises
-    MilanError if images or targets cannot be read; a student that cannot be loaded is `missing`.
+    Raises MilanError if images or targets cannot be read; a student that cannot be loaded is
+    `missing`.
     """
-    rows, trained_on = _rows(cache, runs, images)
+    device = pick_device(settings.device)
+    rows, trained_on = _rows(cache, runs, settings.images)
     first = np.zeros_like(rows)
-    dataset = CachedDataset(cache, data_root=data_root)
+    dataset = CachedDataset(cache, data_root=settings.data_root)
     pixels = dataset.pixels(rows, first)
     attention = target = colours = None
     if cache.spec.has_targets:
@@ -139,11 +164,11 @@ def shown_of(
         pixels, None if attention is None else attention.panels, target,
         colours.origin if colours else "", trained_on,
     )  # fmt: skip
-    bank = _Bank(shown, dataset, rows, compared, near, device, progress) if compared else None
+    bank = _Bank(shown, dataset, rows, settings, device, progress) if settings.compared else None
     for run, known in runs:
         try:
             student, objective = load_trained(run.folder, known, device, progress)
-            inside = CachedDataset(known, data_root=data_root)
+            inside = CachedDataset(known, data_root=settings.data_root)
             shown.students[run.name] = _panels(student, objective, inside, rows, colours, device)
         except (MilanError, OSError) as error:  # one that is gone: a run may be writing now
             why = getattr(error, "found", error)
@@ -209,14 +234,13 @@ class _Bank:
         shown: Shown,
         dataset: CachedDataset,
         rows: np.ndarray,
-        count: int,
-        near: int,
+        settings: PictureSettings,
         device: torch.device,
         progress: Progress,
     ) -> None:
         good, cache = dataset.good, dataset.cache
-        others = good[~np.isin(good, rows)][: max(0, count - len(rows))]
-        self.rows, self.asked, self.near = np.concatenate([rows, others]), len(rows), near
+        others = good[~np.isin(good, rows)][: max(0, settings.compared - len(rows))]
+        self.rows, self.asked, self.near = np.concatenate([rows, others]), len(rows), settings.near
         self.shown, self.device, self.progress = shown, device, progress
         parts = [self.rows[at : at + _AT_ONCE] for at in range(0, len(self.rows), _AT_ONCE)]
         shown.bank = np.concatenate([dataset.pixels(p, np.zeros_like(p)) for p in parts])

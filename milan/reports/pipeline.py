@@ -16,6 +16,7 @@ from milan.evaluation.protocols import Column, Protocol, get_protocol
 from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import METRICS
 from milan.reports.page import write_page
+from milan.reports.pictures import PictureSettings
 from milan.reports.sources import Run, extraction_speed, read_result, read_run_folder
 from milan.store.cache import TargetCache
 
@@ -43,14 +44,16 @@ class Report:
     page: Path
 
 
-def build_report(params: str, *, progress: Progress | None = None, **page: Any) -> Report:
+def build_report(
+    params: str, settings: PictureSettings | None = None, progress: Progress | None = None
+) -> Report:
     """Collect the metrics that a parameter file names, draw the pictures, write metrics.json.
 
     Section `report` has `out` (a folder), `runs` and `encoders` (name -> folder); the store is
     `out` of section `extract`; `protocols`, `finetuned` and `by_words` of section `evaluation` say
     which metrics files the encoders have. Raises ConfigError if one of these, or a metrics file, is
     missing; of the last two only encoders that have one are shown. report.html is made of the same
-    folders, `page` are arguments of milan.reports.page.write_page.
+    folders.
     """
     progress = progress or NoProgress()
     section = read_section(params, "report")
@@ -109,7 +112,7 @@ def build_report(params: str, *, progress: Progress | None = None, **page: Any) 
         pictures.append(_draw_chart(protocol, metrics, evaluation / f"{protocol.name}.png"))
     tables = [_protocol_table(protocol, metrics) for protocol, metrics in results.items()]
     written = write_page(
-        out / "report.html", list(sources.values()), [cache.path], progress=progress, **page
+        out / "report.html", list(sources.values()), [cache.path], settings, progress
     )
     return Report(out, [*tables, _cost_table(cache, speed, runs)], pictures, written)
 
