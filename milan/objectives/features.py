@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from milan.objectives.base import Objective, Prediction
-from milan.objectives.resample import resampled_features
+from milan.objectives.targets import Coded, TeacherTargets, cosine_distance
+from milan.store.cache import TargetCache
 
 
 def feature_regression(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -17,7 +18,7 @@ def feature_regression(prediction: torch.Tensor, features: torch.Tensor) -> torc
     `prediction`, `features` [B, T, C], any float dtype; computed in float32. Only directions
     matter; visible, masked and class tokens count alike. Scalar in [0, 4].
     """
-    return _distance(prediction, features).mean()
+    return cosine_distance(prediction, features).mean()
 
 
 def image_regression(prediction: Prediction, features: torch.Tensor) -> torch.Tensor:
@@ -26,18 +27,13 @@ def image_regression(prediction: Prediction, features: torch.Tensor) -> torch.Te
     Where D of M masked patches are decoded, each counts M / D times: the mean over draws is what
     the same predictions of all tokens have.
     """
-    distance, mask = _distance(prediction.tokens, features), prediction.mask
+    distance, mask = cosine_distance(prediction.tokens, features), prediction.mask
     if mask.chosen is None:
         return distance.mean(dim=1)
     left_out = mask.masked.shape[1] - mask.chosen.shape[1]
     decoded = prediction.of_patches(distance).gather(1, mask.decoded_at)
     total = distance.sum(dim=1) + left_out * decoded.mean(dim=1)
     return total / (distance.shape[1] + left_out)
-
-
-def _distance(prediction: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """2 - 2 cos of each token, [B, T] float32."""
-    return 2 - 2 * F.cosine_similarity(prediction.float(), features.float(), dim=-1, eps=1e-12)
 
 
 class FeatureRegression(Objective):
@@ -47,31 +43,18 @@ class FeatureRegression(Objective):
     masking = "semantic"
     needs_features = True
 
+    def __init__(self, cache: TargetCache, **settings: Any) -> None:
+        super().__init__(cache, **settings)
+        self.targets = TeacherTargets(cache)
+
     def target_width(self, encoder: Any) -> int:
         """The teacher's channels."""
-        return self.cache.spec.channels
+        return self.targets.channels
 
     def features(self, prediction: Prediction) -> torch.Tensor:
-        """The teacher's features for the predicted tokens, [B, T, C].
-
-        Of another grid than the student's they are resampled: as unit vectors, for only directions
-        count, and a long one must not drown its neighbours. A student without class token predicts
-        patches only. Those of patches that are not decoded are left out.
-        """
-        batch, mask = prediction.batch, prediction.mask
-        patches = batch.noise.shape[1]
-        assert batch.codes is not None
-        codes, scale, resample = batch.codes, batch.scale, batch.codes.shape[1] != 1 + patches
-        at = None
-        if mask.chosen is not None:
-            at = F.pad(1 + mask.predicted, (1, 0))
-            if not resample:  # decode those alone
-                codes, scale = _tokens(codes, at), None if scale is None else scale.gather(1, at)
-        features = self.cache.codec.decode(codes, scale)
-        if resample:
-            features = resampled_features(F.normalize(features, dim=-1), patches)
-            features = features if at is None else _tokens(features, at)
-        return features[:, -prediction.tokens.shape[1] :]
+        """The teacher's features for the predicted tokens, [B, T, C]."""
+        coded, tokens = Coded.of(prediction.batch), prediction.tokens.shape[1]
+        return self.targets.features(coded, prediction.mask, tokens)
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`feature_regression`; the mean of `image_regression` where not all is decoded."""
@@ -95,8 +78,3 @@ class FeatureRegression(Objective):
         """The features of the patches, the teacher's and the student's."""
         features = prediction.of_patches(self.features(prediction))
         return features.float(), prediction.patches.float()
-
-
-def _tokens(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Rows `at` [B, K] of [B, T, C]."""
-    return table.gather(1, at[..., None].expand(-1, -1, table.shape[2]))

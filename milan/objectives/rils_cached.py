@@ -21,6 +21,7 @@ from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, JointObjective, Prediction
 from milan.objectives.features import FeatureRegression, image_regression
 from milan.objectives.sentences import sentence_divergence, unit
+from milan.objectives.targets import Coded
 from milan.store.similarity import Similarities, similarities, text_bank
 
 STRETCH = 2.5
@@ -159,9 +160,8 @@ class CachedSentences(JointObjective, FeatureRegression):
         if self._argument("rows", "masked") == "masked":
             at = mask.decoded_at[..., None].expand(-1, -1, features.shape[2])
             predicted, target = (plain.of_patches(t).gather(1, at) for t in (predicted, target))
-        decoded = self.cache.codec.decode(batch.codes, batch.scale)  # type: ignore[arg-type]
         output = CachedOutput(
-            predicted, target, decoded[:, 0], batch.texts, own,
+            predicted, target, self.targets.class_token(Coded.of(batch)), batch.texts, own,
             image_regression(plain, features),
         )  # fmt: skip
         return plain._replace(joint=output)
