@@ -12,6 +12,7 @@ B images, N patches, P classes, C channels.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ import numpy as np
 import torch
 
 from milan.core.config_resolver import from_call
-from milan.core.device import MEAN, STD, normalise, pick_device
-from milan.core.progress import NoProgress, Progress
-from milan.core.signals import Stop, on_stop_signals
+from milan.core.device import MEAN, STD, normalise
+from milan.core.progress import Progress
+from milan.core.signals import Stop
 from milan.errors import ConfigError, DataError, MilanError
 from milan.evaluation.config import ZeroShotConfig
+from milan.evaluation.features import Context
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import PROTOCOLS
+from milan.evaluation.ranks import on_ranks
 from milan.images.splits import TEST, TRAIN, VALIDATION, WantedSplit
 from milan.inference.config import ImagesConfig
 from milan.inference.pictures import Pictures
@@ -59,15 +62,23 @@ def zero_shot(
     in percent, top1 and top5 (None with 5 classes and less) of the class token (`token_`, None for
     a student without) and of the mean of all patches, each scaled to length 1 (`mean_`), with 95 %
     intervals; chance, counts, and the same of the teacher as `baseline`, if it is at hand; draws
-    the dense maps (`picture`). Raises MilanError.
+    the dense maps (`picture`). With several GPUs it starts a rank for each; ranks after the first
+    return {}. Asked to stop, or by SIGINT, SIGTERM or SIGUSR1, it returns {"stopped_by": signal}.
+    Raises MilanError.
     """
     config = from_call(ZeroShotConfig, "checkpoint", checkpoint, settings, "zero_shot")
     config.check()
-    progress, began = progress or NoProgress(), time.perf_counter()
-    device, stop = pick_device(config.device), stop or Stop()
+    return on_ranks(
+        partial(_measure, config), config, kept="nothing is written", stop=stop, progress=progress
+    )
+
+
+def _measure(config: ZeroShotConfig, context: Context) -> dict[str, Any]:
+    """The metrics; each rank shows its share of the images to networks of its own."""
+    progress, device, began = context.progress, context.device, time.perf_counter()
     trained = _student(config, progress)
     cache = _store(config, trained, progress)
-    pictures = _pictures(config, progress)
+    pictures = _pictures(config, context)
     check_apart(_picture_of(config), [pictures.place])
     names = _class_names(pictures)
     if trained and isinstance(trained.student, RilsStudent):
@@ -77,10 +88,9 @@ def zero_shot(
         networks, texts = _by_teacher(trained, names, cache, config, device, progress)
     # One image of each of the first classes.
     shown = np.unique(pictures.labels, return_index=True)[1][: config.pictures].tolist()
-    with on_stop_signals(stop.request):
-        seen = look(networks, pictures, texts, shown=shown, crop_share=config.crop_share, stop=stop)
-    if stop.by:
-        return {"stopped_by": stop.by}
+    seen = look(networks, pictures, texts, shown=shown, crop_share=config.crop_share)
+    if not context.ranks.is_rank0:
+        return {}
     first, *others = [one.figures(len(names)) for one in seen]
     labels = seen[0].labels
     share = np.bincount(labels, minlength=len(names)) / len(labels)
@@ -289,7 +299,7 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
 # --- the images -----------------------------------------------------------------------------------
 
 
-def _pictures(config: ZeroShotConfig, progress: Progress) -> Pictures:
+def _pictures(config: ZeroShotConfig, context: Context) -> Pictures:
     """The images to measure on. Raises DataError."""
     if config.val_data is not None:
         data, wanted = config.val_data, WantedSplit(
@@ -301,7 +311,7 @@ def _pictures(config: ZeroShotConfig, progress: Progress) -> Pictures:
         data, config.data_root, None, config.limit, config.batch_size, config.num_workers,
         config.device,
     )  # fmt: skip
-    return Pictures(images, progress, wanted=wanted)
+    return Pictures(images, context, wanted=wanted)
 
 
 def _class_names(pictures: Pictures) -> list[str]:

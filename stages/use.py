@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +19,11 @@ _MACHINE = ("batch_size", "num_workers", "device")
 
 @settings_command(
     PredictConfig,
-    {"Data": _DATA, "Output": ("out", "pictures", "score"), "Machine": _MACHINE},
+    {
+        "Data": _DATA,
+        "Output": ("out", "pictures", "score"),
+        "Machine": (*_MACHINE, "devices"),
+    },
     "predict",
 )
 def predict(
@@ -36,14 +42,12 @@ def predict(
     """
     from milan.core.config_resolver import resolve
     from milan.inference.predict import predict as run
-    from stages import console
 
     given = flags | {"checkpoint": checkpoint, "data": folder}
     config = resolve(PredictConfig, section="predict", params=params, sets=sets, flags=given)
-    with console.ConsoleProgress() as progress:
-        metrics = run(config, progress=progress)
-    rows = [(name.replace("_", " "), value) for name, value in metrics.items() if value is not None]
-    console.table("Predictions", ("what", ""), rows)
+    _unless_stopped(
+        partial(run, config), "Predictions", "there is no table; the same line starts again"
+    )
 
 
 _EMBED = {
@@ -62,21 +66,30 @@ def embed(*, flags: dict[str, Any], params: str | None, sets: list[str] | None) 
     """
     from milan.core.config_resolver import resolve
     from pipeline.embed import embed as run
-    from stages import console
 
     config = resolve(EmbedConfig, section="embed", params=params, sets=sets, flags=flags)
-    kept = "features that were computed stay; the same line goes on"
+    _unless_stopped(
+        partial(run, config),
+        "Embeddings",
+        "features that were computed stay; the same line goes on",
+    )
+
+
+def _unless_stopped(run: Callable[..., dict[str, Any]], title: str, kept: str) -> None:
+    """Print the figures of `run`; after a signal what is `kept`, and exit with 75."""
+    from stages import console
+
     try:
         with console.ConsoleProgress() as progress:
-            figures = run(config, progress=progress)
+            figures = run(progress=progress)
     except KeyboardInterrupt:  # the second: the first one ends it
         raise KeyboardInterrupt(kept) from None
     if "stopped_by" in figures:
         console.err.print(f"milan: stopped by {figures['stopped_by']}; {kept}", markup=False)
         raise typer.Exit(REQUEUE)
     if figures:  # else another process says it
-        rows = [(name.replace("_", " "), value) for name, value in figures.items()]
-        console.table("Embeddings", ("what", ""), rows)
+        shown = [(name.replace("_", " "), v) for name, v in figures.items() if v is not None]
+        console.table(title, ("what", ""), shown)
 
 
 @settings_command(

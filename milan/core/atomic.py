@@ -31,13 +31,19 @@ def ensure_writable(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> Any:
-    """Lock a folder until the result is closed or this process ends: the kernel frees it (flock).
+    """Lock a folder, by a file in it. Returns and raises as lock_file does."""
+    return lock_file(folder / ".lock")
 
-    Raises BlockingIOError, whose text names the owner, if another process has the lock; OSError
-    if the lock's file cannot be opened, or the file system has no locks.
+
+def lock_file(path: Path) -> Any:
+    """Lock a file until the result is closed or this process ends: the kernel frees it (flock).
+
+    The file is made if it is not there. Raises BlockingIOError, whose text names the owner, if
+    another process has the lock; OSError if the file cannot be opened, or the file system has no
+    locks.
     """
     while True:
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,7 +51,7 @@ def lock_folder(folder: Path) -> Any:
             owner = file.read().strip() or "another process"
             file.close()
             raise BlockingIOError(owner) from None
-        if is_open_file(file.fileno(), folder / ".lock"):
+        if is_open_file(file.fileno(), path):
             break
         file.close()  # its owner removed the folder meanwhile: this was the lock of nothing
     with suppress(OSError):  # on a full disk the lock is as good without its owner's name

@@ -90,6 +90,10 @@ class Ranks:
         dist.all_reduce(bits, op=dist.ReduceOp.MAX)
         return sum(int(value) << bit for bit, value in enumerate(bits.tolist()))
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.all_reduce_sum([0.0])
+
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Each number summed over the ranks, in float64."""
         if self.size == 1:

@@ -462,8 +462,6 @@ class ZeroShotConfig(LabelledConfig):
     templates: str = setting("stored", choices=("stored", "openai"))
     """The sentences of a class: the 7 that stores have, or the 80 of OpenAI's CLIP, which take a
     text tower: the student's own, or the teacher's."""
-    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1, most=1)
-    """1: it is one pass, on one device."""
     pictures: int = setting(6, unit="classes", least=0, most=12)
     """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
 

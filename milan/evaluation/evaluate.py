@@ -11,6 +11,7 @@ from typing import Any
 
 from milan.core.atomic import digest_of, write_json
 from milan.core.config_resolver import from_call
+from milan.core.distributed import Ranks
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped
@@ -103,6 +104,13 @@ def _train_all(
     write: bool,
 ) -> dict[str, Any]:
     """Metrics of each checkpoint, one `run` after the other; a stop ends all of them."""
+    given, count = Ranks.from_environment(), sum(len(_draws(config)) for config in configs)
+    if given and given.size > 1 and count > 1:
+        raise ConfigError(
+            f"{count} runs of {protocol.command} by ranks that others started",
+            expected="one: they meet once",
+            fix="a line for each checkpoint and draw (--first-draw)",
+        )
     for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
         if config.checkpoint not in ("random", "teacher"):
             find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
@@ -143,6 +151,11 @@ def _train(
             metrics |= classifier_robustness(draw, metrics, stop or Stop(), progress)
         found.append(metrics | drawn(config, number))
     return over_draws(found, protocol.columns) | _chosen(config)
+
+
+def _draws(config: LabelledConfig) -> Sequence[Any]:
+    """The settings of each draw of training images; one where none are drawn."""
+    return config.each_draw() if isinstance(config, ClassificationConfig) else [config]
 
 
 def _chosen(config: ClassificationConfig) -> dict[str, Any]:

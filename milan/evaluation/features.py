@@ -143,7 +143,7 @@ def features_of(
             _compute(frozen, data, files, absent, config, context, corruption)
         else:
             context.progress.note(f"features of {frozen.name}: those in {place}")
-    context.ranks.all_reduce_sum([0.0])  # those of other ranks are there
+    context.ranks.wait()  # those of other ranks are there
     return Features(files, f"{data.source}")
 
 

@@ -30,8 +30,8 @@ class Machine(Protocol):
         """Ranks on this machine; None: one a GPU."""
 
     @property
-    def batch_size(self) -> int:
-        """Images at once."""
+    def batch_size(self) -> int | None:
+        """Images at once; None: as the work chooses."""
 
 
 def on_ranks(
@@ -39,6 +39,7 @@ def on_ranks(
     config: Machine,
     *,
     alone: bool = False,
+    kept: str = "features that were computed stay",
     stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -46,18 +47,18 @@ def on_ranks(
 
     With several GPUs a rank is started for each, unless this process is one already, or the work
     must be `alone` in it; `work` is then pickled. Asked to stop, or by SIGINT, SIGTERM or SIGUSR1,
-    it returns {"stopped_by": signal}. Raises what `work` does, ConfigError where the device's
-    memory is full, and RankError if other ranks are out of reach.
+    it returns {"stopped_by": signal}; `kept` says what stays then. Raises what `work` does,
+    ConfigError where the device's memory is full, and RankError if other ranks are out of reach.
     """
     device, given = pick_device(config.device), Ranks.from_environment()
     count = 1 if given or alone else ranks_here(config.device, device, config.devices)
     stop = stop or Stop()
-    stop.kept = "features that were computed stay"
+    stop.kept = kept
     progress = progress if progress and not (given and given.rank) else NoProgress()
     try:
         if count > 1:
             return launch(
-                partial(on_ranks, work, config), {}, ranks=count, restarts=0,
+                partial(on_ranks, work, config, kept=kept), {}, ranks=count, restarts=0,
                 restart_arguments=dict, progress=progress,
             )  # fmt: skip
         with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
@@ -66,8 +67,9 @@ def on_ranks(
     except Stopped as stopped:
         return {"stopped_by": stopped.by}
     except torch.OutOfMemoryError:
-        fewer = f"--batch-size {max(1, config.batch_size // 2)}"
+        size = config.batch_size
+        fewer = f"--batch-size {max(1, size // 2) if size else 1}"
         raise ConfigError(
-            f"the device's memory is full with {config.batch_size} images at once",
+            "the device's memory is full" + (f" with {size} images at once" if size else ""),
             fix=f"{fewer}, or --memory 1GB" if hasattr(config, "memory") else fewer,
         ) from None

@@ -12,7 +12,6 @@ from PIL import Image
 
 from milan.evaluation.coco import mask_functions
 from milan.inference.predict import Job
-from milan.inference.tables import written
 from milan.models.detector import find_boxes, load_detector
 from milan.reporting.boxes import draw_boxes
 from milan.reporting.panels import PANEL, Tile
@@ -31,8 +30,8 @@ def predict_boxes(job: Job) -> dict[str, Any]:
     detector = load_detector(job.file).to(job.device)
     schema = pa.schema(_COLUMNS + ([("mask", pa.string())] if detector.spec.masks else []))
     names, shown = detector.class_names, job.shown
-    boxes, empty, done = 0, 0, 0
-    with written(job.table, schema) as table:
+    total = np.zeros(2, np.int64)  # of boxes, of images without one
+    with job.table(schema) as table:
         for batch in job.pictures.batches(lambda row, pixels: pixels, at_once=_AT_ONCE):
             images = [Image.fromarray(picture.prepared) for picture in batch]
             answers = find_boxes(detector, images, score=job.config.score)
@@ -47,7 +46,7 @@ def predict_boxes(job: Job) -> dict[str, Any]:
                     columns.append([_run_lengths(mask) for mask in found["masks"]])
                 if len(labels):
                     table.write_table(pa.table(columns, schema=schema))
-                boxes, empty = boxes + len(labels), empty + (not len(labels))
+                total += len(labels), not len(labels)
                 if picture.row in shown:
                     panel = draw_boxes(
                         picture.prepared, found["boxes"], labels, names,
@@ -56,8 +55,7 @@ def predict_boxes(job: Job) -> dict[str, Any]:
                     counts = Counter(names[label] for label in labels.tolist()).most_common(4)
                     said = ", ".join(f"{name} {count}" for name, count in counts)
                     job.tiles[picture.row] = Tile(panel, [key, said or "nothing found"])
-            done += len(batch)
-            job.progress.advance(done + len(job.pictures.rejected))
+    boxes, empty = sum(job.over_ranks(total)).tolist()
     return {"classes": len(names), "boxes": boxes, "images_without_boxes": empty}
 
 

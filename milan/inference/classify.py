@@ -14,7 +14,6 @@ from milan.evaluation.meaning import accuracy_interval
 from milan.images.views import centre_view, render
 from milan.inference.pictures import Pictures
 from milan.inference.predict import Job
-from milan.inference.tables import written
 from milan.models.classifier import load_classifier
 from milan.reporting.panels import Tile, thumbnail
 
@@ -42,8 +41,7 @@ def predict_classes(job: Job) -> dict[str, Any]:
     ranked = [(f"{what}{i + 1}", kind) for i in range(top)
               for what, kind in (("class", text), ("score", number))]  # fmt: skip
     schema = pa.schema([("key", text), ("label", text), *ranked])
-    done = 0
-    with written(job.table, schema) as table, torch.inference_mode():
+    with job.table(schema) as table, torch.inference_mode():
         for batch in job.pictures.batches(prepare):
             views = torch.from_numpy(np.stack([picture.prepared[0] for picture in batch]))
             images = normalise(views.to(job.device), data["mean"], data["std"])
@@ -62,11 +60,9 @@ def predict_classes(job: Job) -> dict[str, Any]:
                     ranks = zip(best[i, :2].tolist(), scores[i, :2].tolist(), strict=True)
                     said = [f"{names[n]} {score:.0%}" for n, score in ranks]
                     job.tiles[picture.row] = Tile(picture.prepared[1], [keys[i], *said])
-            done += len(batch)
-            job.progress.advance(done + len(job.pictures.rejected))
     figures: dict[str, Any] = {"classes": len(names)}
-    if right:
-        known = np.array(right)
+    known = np.array([one for part in job.over_ranks(right) for one in part])
+    if len(known):
         figures |= {
             "top1": round(100 * float(known.mean()), 2),
             "top1_interval": accuracy_interval(known),

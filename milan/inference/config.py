@@ -40,8 +40,8 @@ class PredictConfig(ImagesConfig):
 
     checkpoint: str = "runs/pretrain/finetune"
     """The folder of a finished training for a task, or its .safetensors file."""
-    device: str = setting("auto", identity=False)
-    """auto, cuda, cpu, ...; one, however many there are."""
+    devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
+    """Ranks on this machine; auto: one a GPU."""
     out: str = "predictions.csv"
     """The table, .csv or .parquet; the contact sheet (.png), the metrics (.json) and the rejected
     files (.bad-images.csv) lie beside it."""

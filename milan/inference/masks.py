@@ -11,12 +11,13 @@ from PIL import Image
 
 from milan.errors import DataError
 from milan.inference.predict import Job
-from milan.inference.tables import replaced, written
+from milan.inference.tables import replaced
 from milan.models.segmenter import fitted, load_segmenter, predict_scaled
 from milan.reporting.mask_sheet import coloured
 from milan.reporting.panels import Tile, thumbnail
 
 _TOP = 5
+_AT_ONCE = 8  # images, which are looked at one by one
 
 
 class _Prepared(NamedTuple):
@@ -37,8 +38,7 @@ def predict_masks(job: Job) -> dict[str, Any]:
     """
     segmenter = load_segmenter(job.file).to(job.device)
     names, shown = segmenter.class_names, job.shown
-    folder = job.table.with_name(f"{job.table.stem}_masks")
-    _write_names(folder, names)
+    folder = job.place.with_name(f"{job.place.stem}_masks")
 
     def prepare(row: int, pixels: np.ndarray) -> _Prepared:
         small = thumbnail(pixels) if row in shown else None
@@ -49,9 +49,10 @@ def predict_masks(job: Job) -> dict[str, Any]:
     ranked = [(f"{what}{i + 1}", kind) for i in range(top)
               for what, kind in (("class", text), ("share", pa.float32()))]  # fmt: skip
     columns = [("key", text), ("height", number), ("width", number), ("mask", text), *ranked]
-    schema, done, pixels_of = pa.schema(columns), 0, np.zeros(len(names), np.int64)
-    with written(job.table, schema) as table:
-        for batch in job.pictures.batches(prepare):
+    schema, pixels_of = pa.schema(columns), np.zeros(len(names), np.int64)
+    with job.table(schema) as table:
+        job.context.ranks.on_rank0(lambda: _write_names(folder, names))
+        for batch in job.pictures.batches(prepare, at_once=_AT_ONCE):
             rows = list[list[Any]]()
             for picture in batch:
                 key = job.pictures.manifest.key(picture.row)
@@ -68,12 +69,10 @@ def predict_masks(job: Job) -> dict[str, Any]:
                     said = [f"{name} {share:.0%}" for name, share in shares[:2]]
                     tile = _overlaid(ready.shown, mask, segmenter.colours)
                     job.tiles[picture.row] = Tile(tile, [key, *said])
-                done += 1
-                job.progress.advance(done + len(job.pictures.rejected))
             values = [list(column) for column in zip(*rows, strict=True)]
             arrays = [pa.array(v, field.type) for v, field in zip(values, schema, strict=True)]
             table.write_table(pa.Table.from_arrays(arrays, schema=schema))
-    found = int((pixels_of > 0).sum())
+    found = int((sum(job.over_ranks(pixels_of)) > 0).sum())
     return {"classes": len(names), "classes_found": found, "masks": str(folder)}
 
 

@@ -1,6 +1,7 @@
 """The images of a folder one after the other, decoded ahead; those that cannot be read are named.
 
-Whatever predicts for images reads them here: one that cannot be read stops nothing.
+Whatever predicts for images reads them here: one that cannot be read stops nothing. Of several
+ranks each reads a share.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import pyarrow.compute as pc
 
 from milan.core.ahead import Ahead
 from milan.core.machine import cpu_count
-from milan.core.progress import Progress
 from milan.errors import DataError, ImageFault
+from milan.evaluation.features import Context
 from milan.images.decode import decode_pixels
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
@@ -40,22 +41,25 @@ class Pictures:
     """The images that settings name, in the order of their places, so that files are read once."""
 
     def __init__(
-        self, config: ImagesConfig, progress: Progress, *, wanted: WantedSplit | None = None
+        self, config: ImagesConfig, context: Context, *, wanted: WantedSplit | None = None
     ) -> None:
-        """List them; `progress` is told which they are. Raises DataError if there are none.
+        """List them; progress is told which they are. Raises DataError if there are none.
 
-        `wanted`: the split that is taken; default: that of the settings, by extraction's rule.
+        `wanted`: the split that is taken; default: that of the settings, by extraction's rule. All
+        ranks must call this: the first one lists.
         """
-        self.config, self.progress = config, progress
+        self.config, self.context, self.progress = config, context, context.progress
         self.place = source = resolve_data(config.data, config.data_root)
         """The folder or file of the images, in which and over which nothing is written."""
         wanted = wanted or WantedSplit(config.split)
-        self.manifest = build_manifest(source, seed=0, limit=config.limit, split=wanted)
+        self.manifest = context.ranks.on_rank0(
+            lambda: build_manifest(source, seed=0, limit=config.limit, split=wanted)
+        )
         for line in describe_source(self.manifest, wanted.flag):
-            progress.note(line)
+            self.progress.note(line)
         self.classes, self.labels = self.manifest.classes, self.manifest.labels()
         self.rejected: dict[int, str] = {}
-        """row -> why it cannot be read; complete once `batches` is at its end."""
+        """row -> why it cannot be read; complete, on all ranks, once `batches` is at its end."""
         self._source = ImageSource(self.manifest, self.manifest.root)
 
     def __len__(self) -> int:
@@ -68,12 +72,15 @@ class Pictures:
     def batches(
         self, prepare: Callable[[int, np.ndarray], Any], *, at_once: int = _AT_ONCE
     ) -> Iterator[list[Picture]]:
-        """All images that can be read, `batch_size` at once, or `at_once` if that is not given.
+        """This rank's images that can be read, `batch_size` at once, or `at_once` without it.
 
         `prepare(row, pixels)` is called in threads, with uint8 [H, W, 3] after EXIF orientation; it
-        may raise ImageFault too. Raises DataError at the end if no image could be read.
+        may raise ImageFault too. All ranks must go to the end. There it raises DataError if no
+        image could be read, and Stopped if one of them was asked to stop.
         """
-        threads = self.config.num_workers or min(_THREADS, cpu_count())
+        ranks, stop = self.context.ranks, self.context.stop
+        share = max(1, cpu_count() // ranks.on_node)
+        threads = self.config.num_workers or min(_THREADS, share)
         size = self.config.batch_size or at_once
 
         def load(row: int) -> Picture | str:
@@ -82,16 +89,22 @@ class Pictures:
             except ImageFault as fault:
                 return str(fault)
 
-        rows = self._by_place().tolist()
+        read, rows = 0, np.array_split(self._by_place(), ranks.size)[ranks.rank].tolist()
         with (
             ThreadPoolExecutor(threads) as pool,
             Ahead(load, rows, pool, _BATCHES_AHEAD * size) as loaded,
         ):
             answers = zip(rows, loaded, strict=True)
-            while together := list(islice(answers, size)):
+            while not stop.by and (together := list(islice(answers, size))):
                 self.rejected |= {row: why for row, why in together if isinstance(why, str)}
                 if good := [answer for _, answer in together if isinstance(answer, Picture)]:
                     yield good
+                read += len(together)
+                self.progress.advance(min(len(self), read * ranks.size))
+        self.context.check_stop()
+        self.rejected = {
+            row: why for _, part in ranks.gather_objects(self.rejected) for row, why in part.items()
+        }
         if self.rejected:
             row, why = min(self.rejected.items())
             found = f"{self.manifest.key(row)} ({why})"

@@ -9,21 +9,26 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from milan.core.atomic import write_json
 from milan.core.config_resolver import from_call
-from milan.core.device import pick_device
-from milan.core.progress import NoProgress, Progress
+from milan.core.progress import Progress
+from milan.core.signals import Stop
 from milan.errors import CacheError
+from milan.evaluation.features import Context
+from milan.evaluation.ranks import on_ranks
 from milan.inference.config import PredictConfig
 from milan.inference.pictures import Pictures
-from milan.inference.tables import check_ending, replaced
+from milan.inference.tables import Table, check_ending, replaced, written
 from milan.models.export import ENCODER
 from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture
 
@@ -39,21 +44,33 @@ _BESIDE = _SHEET, _METRICS, _REJECTED = ".png", ".json", ".bad-images.csv"
 
 @dataclass
 class Job:
-    """What a predictor is given: its file, the images, the device; and where its answers go."""
+    """What a predictor is given: its file, images, device and ranks; and where its answers go."""
 
     file: Path
     """The network's file, one of PREDICTORS."""
     config: PredictConfig
     pictures: Pictures
-    device: torch.device
-    progress: Progress
+    context: Context
     tiles: dict[int, Tile] = field(default_factory=dict)
     """row -> picture on the contact sheet; to be filled for the rows of `shown`."""
 
     @property
-    def table(self) -> Path:
-        """Where the table goes (milan.inference.tables.written)."""
+    def device(self) -> torch.device:
+        """Where the network goes."""
+        return self.context.device
+
+    @property
+    def place(self) -> Path:
+        """Where the table goes."""
         return Path(self.config.out)
+
+    def table(self, schema: pa.Schema) -> AbstractContextManager[Table]:
+        """The table, to be written row by row; it has the rows of all ranks."""
+        return written(self.place, schema, self.context.ranks)
+
+    def over_ranks(self, value: Any) -> list[Any]:
+        """What each rank gives, in their order; all must call it."""
+        return [one for _, one in self.context.ranks.gather_objects(value)]
 
     @property
     def shown(self) -> frozenset[int]:
@@ -62,12 +79,14 @@ class Job:
 
 
 Predictor = Callable[[Job], dict[str, Any]]
-"""Reads all of job.pictures, writes job.table, fills job.tiles; returns its figures as JSON."""
+"""Reads its rank's share of job.pictures, writes their rows to job.table, fills job.tiles; returns
+figures of the images of all ranks as JSON."""
 
 
 def predict(
     checkpoint: str | PredictConfig = "runs/pretrain/finetune",
     *,
+    stop: Stop | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -75,22 +94,33 @@ def predict(
 
     `checkpoint` and `settings` are the command's arguments (PredictConfig's fields). Writes a table
     with a row an image, and beside it a contact sheet, the metrics, and the images that could not
-    be read, if any. Returns the metrics, with the paths of these files. Raises MilanError.
+    be read, if any. With several GPUs it starts a rank for each. Returns the metrics, with the
+    paths of these files; ranks after the first return {}. Asked to stop, or by SIGINT, SIGTERM or
+    SIGUSR1, it returns {"stopped_by": signal}, and leaves no table. Raises MilanError.
     """
     config = from_call(PredictConfig, "checkpoint", checkpoint, settings, "predict")
     config.check()
     check_ending(Path(config.out))
-    progress, began = progress or NoProgress(), time.perf_counter()
+    return on_ranks(
+        partial(_predict, config), config, kept="nothing is written", stop=stop, progress=progress
+    )
+
+
+def _predict(config: PredictConfig, context: Context) -> dict[str, Any]:
+    """The metrics; each rank predicts for its share of the images."""
+    began, progress = time.perf_counter(), context.progress
     file = _file_of(config.checkpoint)
-    device = pick_device(config.device)
-    pictures = Pictures(config, progress)
+    pictures = Pictures(config, context)
     for ending in (Path(config.out).suffix, *_BESIDE):
         check_apart(config.beside(ending), [pictures.place])
-    job = Job(file, config, pictures, device, progress)
+    job = Job(file, config, pictures, context)
     module, _, function = PREDICTORS[file.name].partition(":")
     progress.begin("predictions", len(pictures), "images")
     figures = getattr(import_module(module), function)(job)
     progress.end()
+    job.tiles = {row: tile for tiles in job.over_ranks(job.tiles) for row, tile in tiles.items()}
+    if not context.ranks.is_rank0:
+        return {}
     metrics = {
         "checkpoint": str(file),
         "data": config.data,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from milan.core.signals import Stop
+from milan.core.distributed import Ranks
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.meaning import accuracy_interval
 from milan.images.views import centre_view, render
@@ -45,6 +45,15 @@ class Seen:
             own = cosine.gather(1, labels[:, None])
             self._ranks[name].append((cosine > own).sum(dim=1).cpu().numpy())
 
+    def gather(self, ranks: Ranks) -> None:
+        """Add what the other ranks saw; all must call it."""
+        parts = [seen for _, seen in ranks.gather_objects(self)]
+        self._labels = [labels for part in parts for labels in part._labels]
+        self._ranks = {
+            name: [found for part in parts for found in part._ranks[name]] for name in self._ranks
+        }
+        self.maps = {row: map_ for part in parts for row, map_ in part.maps.items()}
+
     def figures(self, classes: int) -> dict[str, Any]:
         """top1, its interval, and top5 of the class token and of the mean of patches."""
         found: dict[str, Any] = {}
@@ -69,11 +78,11 @@ def look(
     *,
     shown: list[int],
     crop_share: float,
-    stop: Stop,
 ) -> list[Seen]:
     """Show all images to all networks, whose tokens are as wide as the `texts` [P, C] of length 1.
 
-    Labels are numbers of texts. `shown`: rows whose maps are kept. Ends early after a stop signal.
+    Labels are numbers of texts. `shown`: rows whose maps are kept. Each rank shows its share, and
+    all return the same. Raises Stopped.
     """
     progress, device = pictures.progress, texts.device
     sizes = {network.size for network in networks}
@@ -84,10 +93,7 @@ def look(
 
     seen = [Seen() for _ in networks]
     progress.begin("zero-shot", len(pictures), "images")
-    done = 0
     for batch in pictures.batches(prepare):
-        if stop.by:
-            return seen
         labels = torch.from_numpy(pictures.labels[[p.row for p in batch]]).to(device)
         for network, one in zip(networks, seen, strict=True):
             assert network.tokens is not None
@@ -101,7 +107,7 @@ def look(
                     if picture.row in shown:
                         cosines = (unit[i] @ texts.T).cpu().numpy()
                         one.maps[picture.row] = picture.prepared[network.size], cosines
-        done += len(batch)
-        progress.advance(done + len(pictures.rejected))
     progress.end()
+    for one in seen:
+        one.gather(pictures.context.ranks)
     return seen

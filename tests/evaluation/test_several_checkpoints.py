@@ -49,6 +49,18 @@ def published_file(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("several", [{"checkpoint": "a,b"}, {"shots": 2, "draws": 2}])
+def test_ranks_that_others_started_train_one(
+    several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They meet once: more runs would wait for each other for ever."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(MilanError, match="2 runs of finetune by ranks that others started"):
+        evaluate("finetune", **{"checkpoint": "a", "data": "photos", **several})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of one shape, one of another, published weights, images."""

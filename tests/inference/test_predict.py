@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from PIL import Image
 
 import milan
 from milan.core.device import normalise
+from milan.core.signals import Stop
 from milan.errors import MilanError
 from milan.evaluation.coco import mask_functions
 from milan.images.decode import decode_pixels
 from milan.images.views import centre_view, render
 from milan.inference.predict import predict
+from milan.inference.tables import replaced
 from milan.models.classifier import CLASSIFIER, load_classifier, seeded_classifier
 from milan.models.detector import (
     DETECTOR,
@@ -99,6 +103,48 @@ def test_a_table_and_a_sheet(ending: str, trained: Path, tmp_path: Path) -> None
     with Image.open(out.with_suffix(".png")) as sheet:
         assert sheet.width > 3 * 160
         assert np.asarray(sheet).std() > 30
+
+
+def test_ranks_give_the_same_table(trained: Path, tmp_path: Path, forked_ranks: None) -> None:
+    """Two ranks predict for a share each: rows in the same order, all that cannot be read named."""
+    data = make_photos(tmp_path / "data", count=7)
+    for name in ("class 0/cut.jpg", "class 2/none.jpg"):
+        (data / name).write_bytes(b"no picture")
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks) / "p.csv"
+        metrics = predict(
+            str(trained), data=str(data), out=str(out), batch_size=1, device="cpu", devices=ranks
+        )
+        assert (metrics["images"], metrics["rejected_images"]) == (7, 2)
+        files = sorted(out.parent.iterdir())
+        assert [file.name for file in files] == ["p.bad-images.csv", "p.csv", "p.json", "p.png"]
+        pixels = np.asarray(Image.open(out.with_suffix(".png")))[40:]  # without the title
+        texts = [file.read_text() for file in files[:2]]
+        found.append((texts, metrics["top1"], metrics["labelled_images"], pixels.tobytes()))
+    assert found[0] == found[1]
+
+
+def test_one_call_writes_a_table(trained: Path, photos: Path, tmp_path: Path) -> None:
+    """A second call to its place is refused while the first one writes; what was killed is not in
+    the way. A call that is stopped leaves nothing."""
+    out = tmp_path / "p.csv"
+    given: dict[str, Any] = {"data": str(photos), "out": str(out), "limit": 4, "pictures": 0}
+    with replaced(out) as part:
+        part.write_text("half")
+        with pytest.raises(MilanError, match=f"p.csv is being written by pid {os.getpid()}"):
+            predict(str(trained), **given)
+        assert part.read_text() == "half"
+    assert [file.name for file in tmp_path.iterdir()] == ["p.csv"]
+    out.unlink()
+    stop = Stop()
+    stop.request(signal.SIGTERM)
+    assert predict(str(trained), **given, stop=stop) == {"stopped_by": "SIGTERM"}
+    assert not list(tmp_path.iterdir())
+    for left in (".p.csv.part", ".p.csv.lock"):
+        (tmp_path / left).write_text("of a killed call")
+    predict(str(trained), **given)
+    assert {file.name for file in tmp_path.iterdir()} == {"p.csv", "p.json"}
 
 
 def test_boxes(photos: Path, tmp_path: Path) -> None:

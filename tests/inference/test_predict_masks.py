@@ -49,8 +49,9 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_masks_for_a_folder(trained: Path, tmp_path: Path) -> None:
-    """A PNG for each image, of its size, with the colours of the classes; shares in the table."""
+def test_masks_for_a_folder(trained: Path, tmp_path: Path, forked_ranks: None) -> None:
+    """A PNG for each image, of its size, with the colours of the classes; shares in the table, by
+    one rank and by two."""
     images = draw_masks(tmp_path / "scenes", count=5, split="a b") / "images"
     broken = images / "a b/scene 03.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
@@ -73,3 +74,9 @@ def test_masks_for_a_folder(trained: Path, tmp_path: Path) -> None:
     names = (Path(metrics["masks"]) / "classes.txt").read_text().split()
     assert names == segmenter.class_names
     assert Image.open(metrics["sheet"]).size[0] > 100
+    ranked = predict(str(trained), data=str(images), out=str(tmp_path / "b/found.parquet"),
+                     device="cpu", devices=2)  # fmt: skip
+    assert ranked["classes_found"] == metrics["classes_found"]
+    assert [{**row, "mask": ""} for row in pq.read_table(ranked["table"]).to_pylist()] == [
+        {**row, "mask": ""} for row in table
+    ]
