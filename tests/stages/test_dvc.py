@@ -358,6 +358,31 @@ def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -
 
 
 @pytest.mark.soak
+def test_the_pipeline_from_captions(tmp_path: Path) -> None:
+    """demo/rils/dvc.yaml on a few of the demo's images: every stage once, then none."""
+    demo = tmp_path / "demo"
+    shutil.copytree(ROOT / "demo/rils", demo / "rils")
+    shutil.copytree(ROOT / "demo/teacher", demo / "teacher")
+    (demo / "data").mkdir()
+    for name in ("train", "test"):
+        few = pq.read_table(ROOT / f"demo/data/{name}.parquet")[:48]
+        pq.write_table(few, demo / f"data/{name}.parquet")
+    small = {"model_args": STUDENT["model_args"] | {"patch_size": 7}, "epochs": 1}
+    set_params(demo / "rils", {"pretrain": small | {"warmup_epochs": 0, "batch_size": 16}})
+    assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
+    done = run_dvc(tmp_path, "repro", "demo/rils/dvc.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = ["knn", "linear_probe", "zero_shot"]
+    assert [name.split(":")[1] for name in ran(done)] == [
+        "tokens", "pretrain", *(f"evaluate@{name}" for name in measured)
+    ]  # fmt: skip
+    figures = {n: json.loads((tmp_path / f"runs/rils/{n}.json").read_text()) for n in measured}
+    for name, key in zip(measured, ("k20", "top1", "mean_top1"), strict=True):
+        assert 0 <= figures[name][key] <= 100
+    assert ran(run_dvc(tmp_path, "repro", "demo/rils/dvc.yaml")) == []
+
+
+@pytest.mark.soak
 def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
     """Every stage by DVC, each once; the second time none; metrics and plots are found."""
     for name in ("dvc.yaml", "params.yaml"):

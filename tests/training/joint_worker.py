@@ -25,7 +25,7 @@ ACCEPTED = (0, 1, 2, 3, 5)
 Micro = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def student(dtype: torch.dtype, drop_path: float) -> RilsStudent:
+def student(dtype: torch.dtype, drop_path: float, *, reconstruct: bool) -> RilsStudent:
     torch.manual_seed(0)
     plain = build_student(
         "vit_base_patch16_224", img_size=16, target_width=32, decoder_kind="mae",
@@ -36,7 +36,8 @@ def student(dtype: torch.dtype, drop_path: float) -> RilsStudent:
         decoder=rils_decoder(32, 2),
     )  # fmt: skip
     text = TextEncoder(TextShape(20, LENGTH, width=16, heads=2, layers=1, joint=8))
-    return RilsStudent(plain.encoder, plain.decoder, text).to(dtype)
+    joint = RilsStudent(plain.encoder, plain.decoder, text, reconstruct=reconstruct)
+    return joint.to(dtype)
 
 
 def micro_batches(dtype: torch.dtype) -> list[Micro]:
@@ -63,7 +64,7 @@ def step(
     ranks: Ranks, micro: int, *, dtype: torch.dtype, precision: str, drop_path: float, **loss: Any
 ) -> dict[str, Any]:
     """Loss, parts and gradients of one step over all ranks; `accepted` on each of them."""
-    trained = student(dtype, drop_path)
+    trained = student(dtype, drop_path, reconstruct=loss.get("weight", 1) > 0)
     network = parallelise(trained, ranks, "ddp")
     share = IMAGES // ranks.size
     mine = micro_batches(dtype)[ranks.rank * share :][:share]

@@ -81,13 +81,17 @@ def test_half_precision_teaches_the_same(precision: str) -> None:
         assert other.norm() == pytest.approx(float(one.norm()), rel=0.1), name
 
 
-@pytest.mark.parametrize("gather", ["detached", "full"])
-def test_ranks_change_nothing(gather: str, forked_ranks: None) -> None:
+@pytest.mark.parametrize(
+    "loss", [{"gather": "detached"}, {"gather": "full"}, {"gather": "detached", "weight": 0.0}],
+    ids=["detached", "full", "plain CLIP"],
+)  # fmt: skip
+def test_ranks_change_nothing(loss: dict[str, Any], forked_ranks: None) -> None:
     """1, 2 and 3 ranks, of which one accepts no image: the same loss, parts and gradients."""
-    alone = step(SINGLE, IMAGES, gather=gather, **EXACT)
+    alone = step(SINGLE, IMAGES, **loss, **EXACT)
+    assert ("decoder.mask_token" in alone["grads"]) == ("weight" not in loss)
     for ranks in (2, 3):
         found = launch(
-            joint_worker.as_one_of, {"micro": 2, "gather": gather, **EXACT}, ranks=ranks,
+            joint_worker.as_one_of, {"micro": 2, **loss, **EXACT}, ranks=ranks,
             restarts=0, restart_arguments=dict, progress=NoProgress(),
         )  # fmt: skip
         assert_same(alone, found, within=1e-10)
