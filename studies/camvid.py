@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from studies.steps import run
+from studies.steps import Figures, run
 
 CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 LINEAR = (
@@ -39,8 +39,9 @@ def main() -> None:
         "CAMVID": args.data.resolve(), "MILAN": cifar / "runs/milan",
         "TEACHER": cifar / "teacher/config.json", "WEIGHTS": cifar / "teacher/model.safetensors",
     }  # fmt: skip
+    figures = Figures(args.out / "steps.csv")
     for name, line in STEPS.items():
-        run(name, f"{line} --out {name}.json", args.out, **folders)
+        run(figures, f"{line} --out {name}.json", args.out, **folders)
 
 
 if __name__ == "__main__":

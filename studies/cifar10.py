@@ -6,7 +6,7 @@ FOLDER holds CIFAR-10 as Parquet files in the Hugging Face schema. Trains a smal
 targets, pretrains a student on them and one on pixels, and measures both, a random encoder and the
 teacher. Every step is a `milan` command, printed before it runs. A stopped call goes on after the
 last whole step, within it where the command can; a changed line runs again. Leaves table.md,
-table.csv and steps.json (the lines with their seconds) in the folder of --out.
+table.csv and steps.csv (the lines with their seconds) in the folder of --out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studies import cifar_teacher
-from studies.steps import in_a_fork, markdown, run
+from studies.steps import Figures, in_a_fork, markdown, run
 
 TEACHER = "--teacher teacher/config.json --pretrained teacher/model.safetensors"
 STUDENT = (
@@ -108,8 +108,9 @@ def main() -> None:
     data, out = args.data.resolve(), args.out
     (out / "tables").mkdir(parents=True, exist_ok=True)
     in_a_fork(cifar_teacher.make, data, out / "teacher")
+    figures = Figures(out / "steps.csv")
     for name, step in STEPS.items():
-        run(name, step.line + f" --out tables/{name}.json" * bool(step.rows), out, DATA=data)
+        run(figures, step.line + f" --out tables/{name}.json" * bool(step.rows), out, DATA=data)
         if name == args.until:
             return
     rows = table(out)

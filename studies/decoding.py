@@ -6,12 +6,10 @@ pixels; three seeds. Whatever is done is skipped, so the same line goes on after
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 
-from studies.rils import METHODS, Figures, extract, probe, train
-from studies.steps import markdown
+from studies.rils import METHODS, extract, probe, train
+from studies.steps import Figures, flags, markdown
 
 SHARES = (1.0, 0.5, 0.25)
 MEASURES = ("k-NN", "linear")
@@ -19,11 +17,8 @@ MEASURES = ("k-NN", "linear")
 
 def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
-    parser = argparse.ArgumentParser(prog="python -m studies.decoding", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/studies-decoding"))
-    parser.add_argument("--out", type=Path, default=Path("studies/results/decoding.csv"))
+    parser = flags("decoding", __doc__)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--objectives", nargs="+", default=["MILAN", "pixels"])
     given = parser.parse_args()
     work, figures = given.work, Figures(given.out)

@@ -1,11 +1,16 @@
-"""A study is a list of `milan` commands: each is printed, runs once, and its line is kept."""
+"""What a study does step by step: each is done once, and its figure is kept as soon as it is known.
+
+A figure comes from a function, or is the seconds of a `milan` command. A stopped call goes on.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import csv
 import multiprocessing
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -13,24 +18,109 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+Probe = Callable[[], float]
 FORK = multiprocessing.get_context("fork")
 
 
-def run(name: str, line: str, out: Path, **folders: Path) -> None:
-    """Run `milan LINE` in the folder `out`, unless steps.json there has it as finished.
+def flags(name: str, about: str) -> argparse.ArgumentParser:
+    """What every study takes: `--work`, `--out` and `--seeds`.
 
-    A word of the line that is a name of `folders`, such as DATA, stands for that folder. Finished
-    lines are kept with their seconds; one that was changed runs again. Raises SystemExit.
+    Figures that `--out` has are not measured again; another file measures all.
     """
-    record = out / "steps.json"
-    done = json.loads(record.read_text()) if record.exists() else {}
-    if done.get(name, {}).get("line") == line:
-        return
-    print(f"\n{name}: milan {line}", flush=True)
-    began = time.monotonic()
-    in_a_fork(_milan, [str(folders.get(word, word)) for word in shlex.split(line)], out)
-    done[name] = {"line": line, "seconds": round(time.monotonic() - began)}
-    record.write_text(json.dumps(done, indent=2))
+    parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=about)
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/studies"), help="folder of stores and runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("studies/results") / f"{name}.csv",
+        help="the figures: those that are there are not measured again (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser
+
+
+class Figures:
+    """The figures of a file: method, seed, measure, value; a line for each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.known = path, dict[tuple[str, str, str], float]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.known = {
+                    (row["method"], row["seed"], row["measure"]): float(row["value"])
+                    for row in csv.DictReader(file)
+                }
+
+    def measure(self, method: str, seed: int, name: str, find: Callable[[], float]) -> None:
+        """Find a figure and keep it, if it is not known."""
+        if (method, str(seed), name) not in self.known:
+            self.keep(method, seed, name, find())
+            print(f"{method}, seed {seed}, {name}: {self.value(method, seed, name)}", flush=True)
+
+    def keep(self, method: str, seed: int, name: str, value: float) -> None:
+        """Keep a figure; one that is known stays."""
+        key = method, str(seed), name
+        if key in self.known:
+            return
+        self.known[key] = value
+        new = not self.path.exists()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(("method", "seed", "measure", "value"))
+            writer.writerow((*key, value))
+
+    def run(
+        self, method: str, seed: int, train: Callable[[], float], probes: dict[str, Probe]
+    ) -> None:
+        """Train by `method` and measure what comes out, unless all of it is known.
+
+        `train` gives the seconds of a run, also of one that is finished; they are kept as CPU s.
+        """
+        names = ["CPU s", *probes]
+        if all((method, str(seed), name) in self.known for name in names):
+            return
+        spent = train()
+        self.measure(method, seed, "CPU s", lambda: spent)
+        for name, find in probes.items():
+            self.measure(method, seed, name, find)
+
+    def value(self, method: str, seed: int, name: str) -> float:
+        """A figure that is known."""
+        return self.known[method, str(seed), name]
+
+    def values(self, method: str, name: str) -> list[float]:
+        """A figure of all seeds, as far as they are known."""
+        return [v for (m, _, n), v in self.known.items() if (m, n) == (method, name)]
+
+    def mean(self, method: str, name: str) -> float:
+        """Mean over the seeds; not a number if none is known."""
+        found = self.values(method, name)
+        return statistics.mean(found) if found else float("nan")
+
+    def cell(self, method: str, name: str, form: str = "{:.1f}") -> str:
+        """Mean and standard deviation over the seeds, as far as they are known."""
+        found = self.values(method, name)
+        if len(found) < 2:
+            return form.format(found[0]) if found else "-"
+        return f"{form.format(statistics.mean(found))} ± {form.format(statistics.stdev(found))}"
+
+
+def run(figures: Figures, line: str, out: Path, **folders: Path) -> None:
+    """Run `milan LINE` in the folder `out`, unless its seconds are known.
+
+    A word of the line that is a name of `folders`, such as DATA, stands for that folder. A line
+    that was changed runs again. Raises SystemExit.
+    """
+
+    def seconds() -> float:
+        print(f"\nmilan {line}", flush=True)
+        began = time.monotonic()
+        in_a_fork(_milan, [str(folders.get(word, word)) for word in shlex.split(line)], out)
+        return round(time.monotonic() - began)
+
+    figures.measure(f"milan {line}", 0, "s", seconds)
 
 
 def in_a_fork(work: Callable[..., Any], *arguments: Any) -> None:

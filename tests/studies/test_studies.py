@@ -1,0 +1,117 @@
+"""The studies, small: that their commands run and go on, and the laws of what they measure by."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from studies.ablation import block_mask
+from studies.dense import cut
+from studies.online import ONLINE, curve
+from studies.steps import Figures
+from studies.views import front
+
+Study = Callable[..., Figures]
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """study("views", "--keep", "1") runs the command, small, and returns its figures."""
+
+    def run(name: str, *flags: str) -> Figures:
+        out = tmp_path / f"{name}.csv"
+        words = [*flags, "--work", str(tmp_path), "--out", str(out)]
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        import_module(f"studies.{name}").main()
+        return Figures(out)
+
+    return run
+
+
+SMALL = ("--images", "192", "--epochs", "2", "--seeds", "1", "--measured", "60")
+
+
+def test_figures_are_kept(tmp_path: Path) -> None:
+    """A figure is written at once, and never found twice; a cell has mean and spread."""
+    figures, found = Figures(tmp_path / "f.csv"), iter([1.0, 2.0])
+    figures.measure("a", 0, "x", lambda: next(found))
+    again = Figures(tmp_path / "f.csv")
+    for seed in (0, 1):
+        again.measure("a", seed, "x", lambda: next(found))
+    assert again.cell("a", "x") == "1.5 ± 0.7"
+    assert again.cell("b", "x") == "-"
+    trained: list[int] = []
+    for _ in range(2):
+        again.run("c", 0, lambda: trained.append(0) or 3.0, {"y": lambda: 4.0})
+    assert (len(trained), again.value("c", 0, "y")) == (1, 4.0)
+
+
+def test_the_front() -> None:
+    """Better than all that take no more bytes; of equal bytes the best."""
+    points = {"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (2.0, 6.0), "d": (3.0, 6.0), "e": (9.0, 7.0)}
+    assert front(points) == ["a", "c", "e"]
+
+
+def test_a_block_is_a_block() -> None:
+    """All patches are in it or not, as many as asked; each masked row of patches is one stretch."""
+    noise = torch.rand(200, 49, generator=torch.Generator().manual_seed(0))
+    mask = block_mask(noise, visible=12)
+    assert mask.visible.shape == (200, 12)
+    both = torch.cat([mask.visible, mask.masked], dim=1).sort(dim=1).values
+    assert torch.equal(both, torch.arange(49).expand(200, -1))
+    hidden = mask.boolean().view(-1, 7, 7).int()
+    for lines in (hidden, hidden.transpose(1, 2)):
+        starts = (lines.diff(dim=2) > 0).sum(dim=2) + lines[:, :, 0]
+        assert starts.max() == 1
+    assert len({tuple(row) for row in mask.visible.tolist()}) > 50
+
+
+def test_a_map_is_cut_where_the_crop_is() -> None:
+    """A map that says where it is says so in every crop, mirrored or not."""
+    at = (torch.arange(8) + 0.5) * 4  # centres of 8 x 8 cells, in pixels of an image of 32
+    maps = torch.stack([at[:, None].expand(8, 8), at.expand(8, 8)])[None].expand(3, -1, -1, -1)
+    crops = torch.tensor([[0, 0, 32, 32, 0], [8, 4, 16, 24, 0], [8, 4, 16, 24, 1]])
+    found = cut(maps, crops, edge=32, grid=4)
+    centres = (torch.arange(4) + 0.5) / 4
+    for one, (top, left, height, width, flip) in zip(found, crops.tolist(), strict=True):
+        rows, columns = top + centres * height, left + centres * width
+        columns = columns.flip(0) if flip else columns
+        torch.testing.assert_close(one[0], rows[:, None].expand(4, 4))
+        torch.testing.assert_close(one[1], columns.expand(4, 4))
+
+
+def test_cached_against_online(study: Study, tmp_path: Path) -> None:
+    """The command gives both methods, equal curves, and a picture; a second call trains nothing."""
+    flags = (*SMALL, "--codecs", "float16", "--picture", str(tmp_path / "p.png"))
+    first = study("online", *flags)
+    assert {method for method, _, _ in first.known} == {ONLINE, "float16"}
+    losses = curve(first, ONLINE, 0)
+    assert len(losses) == 2
+    assert curve(first, "float16", 0) == pytest.approx(losses, abs=1e-3)
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    (tmp_path / "online").rename(tmp_path / "gone")
+    assert study("online", *flags).known == first.known
+    assert not (tmp_path / "online").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("views", ("--keep", "1", "2", "--codecs", "int8", "pq:16")),
+        ("ablation", ("--views", "1")),
+        ("dense", ("--rows", "60")),
+    ],
+)
+def test_every_study_runs(study: Study, tmp_path: Path, name: str, flags: tuple[str, ...]) -> None:
+    """Each has figures for all that its table shows."""
+    if name != "dense":
+        flags = (*flags, "--picture", str(tmp_path / "p.png"))
+    assert study(name, *SMALL, *flags).known
