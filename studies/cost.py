@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.roofline import counted
+from milan.core.progress import NoProgress
 from milan.models.masking import random_mask
 from milan.models.student import build_student
 from pipeline.config import ExtractConfig
@@ -62,9 +63,8 @@ def count_operations(figures: Figures) -> None:
     for name in TEACHERS:
         if figures.values(name, "GFLOP a view"):
             continue
-        work = plan(
-            ExtractConfig("demo/data/test.parquet", teacher=name, pretrained="none", limit=256)
-        )
+        about = ExtractConfig("demo/data/test.parquet", teacher=name, pretrained="none", limit=256)
+        work = plan(about, NoProgress())
         figures.keep(name, 0, "GFLOP a view", round(view_flop(work.teacher) / 1e9, 1))
         figures.keep(name, 0, "bytes a view", work.parts[0].spec.view_bytes())
     if not figures.values("student", "GFLOP a step"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def main() -> None:
         for seed in range(given.seeds):
             for name in ends:
                 run = given.work / f"views/{name.replace(' ', '-').replace(':', '')}-{seed}"
-                figures.measure(name, seed, "fine-tuned", lambda run=run: finetune(setting, run))
+                figures.measure(name, seed, "fine-tuned", partial(finetune, setting, run))
     rows = [["store", BYTES, *measures, "on the front"]]
     for name in [*names, FRESH]:
         size = "" if name == FRESH else f"{figures.value(name, 0, BYTES):,.0f}"
