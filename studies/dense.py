@@ -91,7 +91,7 @@ class DenseTargets(GivenTargets):
         """What `make_maps` left."""
         return torch.load(self.config.objective_args["maps"])
 
-    def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def made(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut out of the maps."""
         crops = torch.from_numpy(self.cache.crops(batch.rows.numpy(), batch.views.numpy()))
         grid = round(batch.noise.shape[1] ** 0.5)

@@ -41,12 +41,12 @@ class GivenTargets(FeatureRegression):
         """Any settings of its own."""
 
     @abstractmethod
-    def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def made(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, T, C] and attention [B, N] > 0 of a micro-batch, float32."""
 
     def predict(self, network: nn.Module, batch: Batch) -> Prediction:
         """As MILAN's, by the targets that are made now."""
-        features, attention = self.targets(batch)
+        features, attention = self.made(batch)
         return super().predict(network, batch._replace(codes=features, attention=attention))
 
     def features(self, prediction: Prediction) -> torch.Tensor:
@@ -67,7 +67,7 @@ class OnlineTargets(GivenTargets):
         files = self.config.objective_args
         return load_teacher(TeacherSpec(files["teacher"], files["pretrained"]), device="cpu")
 
-    def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def made(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cloned: what was computed in inference mode cannot be kept for a gradient."""
         features, attention = self.teacher.targets(batch.pixels)
         return features.clone(), attention.clone()
