@@ -504,6 +504,7 @@ def test_a_block_that_always_fails_is_given_up(cluster: str, tmp_path: Path) -> 
     assert lost[7]
 
 
+@pytest.mark.soak
 def test_one_slow_worker_does_not_hold_the_tail(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,9 +186,14 @@ def test_a_rank_whose_loss_is_not_finite(
     losses = [[line.get("loss", 0) for line in lines] for lines in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
-    notes = Notes()
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("forked_ranks")
+def test_a_rank_whose_loss_is_not_finite_stops(store: Path, tmp_path: Path) -> None:
+    """The images that are named are those of the rank whose loss it was."""
+    run = {**SMALL, "num_workers": 0, "log_every": 1, "on_nonfinite": "stop"}
     with pytest.raises(TrainError, match=r"loss of step 5 is inf; .* of rank 1's share") as stopped:
-        two_ranks(store, {6}, notes, out=str(tmp_path / "s"), **run | {"on_nonfinite": "stop"})
+        two_ranks(store, {6}, Notes(), out=str(tmp_path), **run)
     assert stopped.value.found.endswith(rows_of(store, run, 5, 1))
 
 

@@ -55,7 +55,7 @@ def alone(finished_run: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
-@pytest.mark.parametrize("workers", [0, 1, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("workers", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (0, 3))])
 def test_killed_at_a_step(workers: int, alone: Path, store: Path, tmp_path: Path) -> None:
     """At steps drawn by a seed, twice if nobody reads ahead; 0, 1 or 3 loader workers do."""
     settings, moment = {**KILLED, "num_workers": workers}, random.Random(workers)

@@ -68,6 +68,7 @@ def test_auto_leaves_a_cpu_alone(
     assert graphs.frame_count == 0
 
 
+@pytest.mark.soak
 def test_fine_tuning_is_one_graph(
     graphs: CompileCounterWithBackend, photos: Path, tmp_path: Path
 ) -> None:
