@@ -25,6 +25,7 @@ AUGMENTED: Final = 9
 MIXED: Final = 10
 CORRUPTED: Final = 11
 CAPTION: Final = 12
+TEACHER: Final = 13
 
 _thread = local()
 """A generator and its state, with nothing drawn yet."""
@@ -71,3 +72,14 @@ def mask_noise(
     # float32 would round some draws to 0 or 1, whose logarithms are no use: keep them inside.
     eps = np.finfo(np.float32).eps
     return np.clip(np.stack(noise), eps, 1 - eps).astype(np.float32)
+
+
+def teacher_noise(
+    seed: int, epochs: np.ndarray, rows: np.ndarray, views: np.ndarray, teachers: int
+) -> np.ndarray:
+    """Noise in (0, 1) for each teacher at the addresses (epoch, row, view), each [B]; float32."""
+    noise = [
+        uniforms(seed, TEACHER, (int(r), int(v), int(e)), teachers)
+        for e, r, v in zip(epochs, rows, views, strict=True)
+    ]
+    return np.stack(noise).astype(np.float32)

@@ -47,7 +47,7 @@ def loader_workers(
         return Workers(wanted, "--num-workers")
     cores = cpu_count() // ranks_here - 1
     ready = batches_ahead(cores)
-    batch = micro_batch * (3 * cache.view_spec.size**2 + cache.spec.view_bytes())
+    batch = micro_batch * (3 * cache.view_spec.size**2 + cache.view_bytes)
     rooms = {
         "cores": cores,
         "memory": free_memory() // 2 // ranks_here // (_OWN_BYTES + ready * batch),

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from threading import Lock, Thread
@@ -18,11 +19,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from milan.core.device import copy_to
 from milan.core.progress import Progress
-from milan.core.rng import mask_noise
+from milan.core.rng import mask_noise, teacher_noise
 from milan.core.signals import (
     Stop,
     blocked_stop_signals,
@@ -70,6 +72,11 @@ class Batch(NamedTuple):
     """[B, L] int32: the token ids of a caption of each image, or None where none are needed"""
     texts: torch.Tensor | None = None
     """[B, C] float32 of length 1: the features of its caption, zeros without, or None"""
+    others: tuple[tuple[torch.Tensor, torch.Tensor | None], ...] = ()
+    """Codes and scale of each other teacher, where several layers are read"""
+    drops: torch.Tensor | None = None
+    """[B, teachers] float32 in (0, 1), drawn at (seed, epoch, row, view): which teachers an image
+    does without; None for one teacher"""
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -81,13 +88,24 @@ class Batch(NamedTuple):
 
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple)
-"""A NamedTuple of tensors, some of which may be None."""
+"""A NamedTuple of tensors and of tuples of them, some of which may be None."""
 
 
-def each(batch: AnyBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> AnyBatch:
-    """The batch with every tensor moved."""
-    moved: Any = (None if tensor is None else move(tensor) for tensor in batch)
-    return type(batch)(*moved)
+def each(batch: AnyBatch, move: Callable[[Any], Any]) -> AnyBatch:
+    """The batch with every tensor moved, or made into something else."""
+
+    def moved(part: Any) -> Any:
+        if part is None:
+            return None
+        return each(part, move) if isinstance(part, tuple) else move(part)
+
+    parts: Any = map(moved, batch)
+    return type(batch)(parts) if type(batch) is tuple else type(batch)(*parts)
+
+
+def bytes_of(batch: tuple) -> int:
+    """Bytes of all tensors of a batch."""
+    return sum(part.nbytes for part in tree_leaves(batch) if part is not None)
 
 
 class BatchSource(Protocol):
@@ -138,6 +156,16 @@ class FileChannel:
             os.close(file)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Where a tensor lies in the file of a batch."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    first: int
+    """Its first byte."""
+
+
 class SharedBatch:
     """A batch on its way from a loader worker, in one nameless file in memory.
 
@@ -150,35 +178,33 @@ class SharedBatch:
 
     def __init__(self, batch: Any, number: int, channel: FileChannel) -> None:
         """Sends the file through `channel`. Raises TrainError if there is no room for it."""
-        self.kind, self.number, self.bytes = type(batch), number, 0
-        self.parts: list[tuple[torch.dtype, torch.Size, int] | None] = []
+        self.number, self.bytes = number, 0
         try:
             file = _file_in_memory()
             try:
-                for tensor in batch:
-                    self.parts.append(None if tensor is None else self._write(file, tensor))
+                self.batch = each(batch, partial(self._write, file))
                 self.name = channel.send(file)
             finally:
                 os.close(file)
         except OSError as error:
             raise TrainError(
                 f"a loader worker cannot hand over a batch of "
-                f"{format_bytes(sum(t.nbytes for t in batch if t is not None))}: {error.strerror}",
+                f"{format_bytes(bytes_of(batch))}: {error.strerror}",
                 expected=f"memory for some batches of each loader worker (in {_SHARED_MEMORY}, "
                 "where the system has no other)",
                 fix="docker run --shm-size 8g, a smaller --num-workers, or --num-workers 0",
             ) from None
 
-    def _write(self, file: int, tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, int]:
+    def _write(self, file: int, tensor: torch.Tensor) -> _Written:
         first = at = -(-self.bytes // 64) * 64
         if not tensor.numel():  # of images without a box
-            return tensor.dtype, tensor.shape, first
+            return _Written(tensor.dtype, tensor.shape, first)
         left = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         while left:
             written = os.pwrite(file, left, at)
             left, at = left[written:], at + written
         self.bytes = at
-        return tensor.dtype, tensor.shape, first
+        return _Written(tensor.dtype, tensor.shape, first)
 
     def opened(self) -> Any:
         """The batch; its tensors lie in the file, which ends with the last of them."""
@@ -187,18 +213,14 @@ class SharedBatch:
             memory = mmap.mmap(file, self.bytes)
         finally:
             os.close(file)
-        tensors: Any = (
-            None if part is None else self._tensor(memory, *part) for part in self.parts
-        )
-        return self.kind(*tensors)
+        return each(self.batch, partial(self._tensor, memory))
 
-    def _tensor(
-        self, memory: mmap.mmap, dtype: torch.dtype, shape: torch.Size, first: int
-    ) -> torch.Tensor:
-        if not shape.numel():
-            return torch.empty(shape, dtype=dtype)
-        count = shape.numel()
-        return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
+    def _tensor(self, memory: mmap.mmap, at: _Written) -> torch.Tensor:
+        count = at.shape.numel()
+        if not count:
+            return torch.empty(at.shape, dtype=at.dtype)
+        found = torch.frombuffer(memory, dtype=at.dtype, count=count, offset=at.first)
+        return found.view(at.shape)
 
     def pin_memory(self) -> Any:
         """Called by DataLoader where there is a GPU."""
@@ -285,6 +307,9 @@ class CachedBatches:
         if self.tokens and address.kind.has_targets:
             drawn = self.sentences.draw(rows, views, address.mask_epoch, seed=self.seed)
             ids = torch.from_numpy(drawn)
+        drops, teachers = None, len(targets.others) + 1
+        if teachers > 1:
+            drops = torch.from_numpy(teacher_noise(self.seed, epochs, rows, views, teachers))
         texts = None
         if self.texts and address.kind.has_targets:
             vectors, numbers = self.sentences.encoded(rows)
@@ -299,6 +324,11 @@ class CachedBatches:
             None if targets.scale is None else torch.from_numpy(targets.scale),
             ids,
             texts,
+            tuple(
+                (torch.from_numpy(t.codes), None if t.scale is None else torch.from_numpy(t.scale))
+                for t in targets.others
+            ),
+            drops,
         )
 
 

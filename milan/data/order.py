@@ -185,7 +185,10 @@ def order_of(
     store are in it: a run takes out those it does not know yet (Order.without).
     """
     rows = cache.good_rows(with_dropped=True)
-    validation = draw_validation_rows(cache, rows, seed=seed, share=held_out)
+    # Drawn of the first layer's, so that a row keeps its role when another layer grows.
+    first = cache.parts[0].good_rows(with_dropped=True)
+    validation = draw_validation_rows(cache, first, seed=seed, share=held_out)
+    validation = validation[np.isin(validation, rows)]
     train = rows[~np.isin(rows, validation)]
     shards = cache.shards_of(train)
     size = cache.spec.shard_size

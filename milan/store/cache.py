@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -29,11 +30,13 @@ class Targets:
     """The teacher's targets of B views, features still encoded; numpy arrays."""
 
     attention: np.ndarray
-    """[B, N] float32, > 0; in a store without targets [B, 1], all alike."""
+    """[B, N] float32, > 0; [B, 0] if not requested; in a store without targets all alike."""
     codes: np.ndarray | None = None
     """[B, T, width] in the codec's dtype; None if not requested."""
     scale: np.ndarray | None = field(default=None)
     """[B, T] float32, for codecs that scale."""
+    others: tuple[Targets, ...] = ()
+    """Those of the other teachers, where several are read (milan.store.joined)."""
 
 
 class TargetCache:
@@ -92,6 +95,26 @@ class TargetCache:
     def __getstate__(self) -> dict:
         # The manifest is not sent to other processes; they read it again if they need it.
         return {k: v for k, v in self.__dict__.items() if k != "manifest"}
+
+    @property
+    def parts(self) -> list[TargetCache]:
+        """The layers that are read together, a teacher each: this one (JoinedCache has several)."""
+        return [self]
+
+    @property
+    def masking(self) -> TargetCache:
+        """The layer whose attention draws the masks."""
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run on these targets depends on."""
+        return {"cache": self.digest}
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one stored view, of all layers that are read."""
+        return sum(part.spec.view_bytes() for part in self.parts)
 
     @property
     def grid(self) -> int:
@@ -197,21 +220,29 @@ class TargetCache:
                 before += g.spec.blocks
         return shards
 
-    def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Targets:
+    def read(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        *,
+        features: bool = True,
+        attention: bool = True,
+    ) -> Targets:
         """Targets of (rows[i], views[i]), each an int array [B]. CacheError names the shard."""
         if not self.spec.has_targets:
             if features:
                 raise self.no_targets()
             return Targets(np.ones((len(rows), self.spec.tokens - 1), np.float32))
-        names = ["attention"] + (["features"] if features else [])
+        names = (["attention"] if attention else []) + (["features"] if features else [])
         names += ["scale"] if features and self.codec.scaled else []
         values = self._read(names, rows, views)
-        if not (values["attention"] > 0).all():
-            worst = int(np.argmin((values["attention"] > 0).all(axis=1)))
+        weights = values.get("attention", np.ones((len(rows), 0), np.float32))
+        if not (weights > 0).all():
+            worst = int(np.argmin((weights > 0).all(axis=1)))
             raise CacheError(
                 f"{self.path}: row {rows[worst]}, view {views[worst]} has attention that is not > 0"
             )
-        return Targets(values["attention"], values.get("features"), values.get("scale"))
+        return Targets(weights, values.get("features"), values.get("scale"))
 
     def crops(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """[B, 5] int32: top, left, height, width, flip of each stored view."""
@@ -234,6 +265,17 @@ class TargetCache:
         for generation, at in self._parts(rows, views):
             sums[at] = generation.pixel_checksums(rows[at], views[at])
         return sums
+
+    def image_digests(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B] S32: the content digest of the image that (rows[i], views[i]) was rendered from."""
+        digests = np.empty(len(rows), "S32")
+        for generation, at in self._parts(rows, views):
+            digests[at] = generation.image_digests(rows[at], views[at])
+        return digests
+
+    def manifest_digests(self) -> list[str]:
+        """Of keys and order of the rows that were added at once, in their order."""
+        return [g.spec.manifest for g in self._row_generations()]
 
     def checksum(self, row: int, view: int) -> int:
         """crc32c of the pixels that the teacher saw of one view."""

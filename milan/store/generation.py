@@ -277,6 +277,13 @@ class Generation:
             sums[at] = self.checksums(*shard).pixels[inside]
         return sums
 
+    def image_digests(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """[B] S32: digests of the images' bytes at extraction."""
+        digests = np.empty(len(rows), "S32")
+        for shard, at, inside in self._by_shard(rows, views):
+            digests[at] = self.checksums(*shard).digests[inside]
+        return digests
+
     def content_digest(self, row: int, view: int) -> str:
         """Digest of the image's bytes at extraction; empty if they could not be read."""
         local = row - self.spec.first_row
