@@ -26,6 +26,9 @@ class ExtractConfig:
     """A tag, a file, or none (random, flagged); auto: its own, of the default teacher and timm:."""
     teacher_norm: str | None = setting(None, auto=True)
     """imagenet or own; auto: own, but imagenet for the default teacher, as published."""
+    teacher_layer: int | None = setting(None, unit="block", least=1)
+    """The tokens of this block of its tower, from 1, before norm and projection; default: its
+    output."""
     img_size: int | None = setting(None, unit="pixels", auto=True, least=1, most=4096)
     """Edge of a view; auto: the teacher's."""
     views: int = setting(4, unit="views", least=1, most=10_000)
@@ -89,6 +92,12 @@ class ExtractConfig:
         ):
             raise ConfigError(
                 f"--store-views {self.store_views}", expected="none, webp, or jpeg:95 (1 to 100)"
+            )
+        if self.targets == "none" and self.teacher_layer is not None:
+            raise ConfigError(
+                f"--teacher-layer {self.teacher_layer} with --targets none",
+                expected="a teacher that gives targets",
+                fix="without one of the two",
             )
         allowed_bad(self.max_bad, 1)
 

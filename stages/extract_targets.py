@@ -14,7 +14,10 @@ from stages.options import CALL, settings_command
 PANELS: dict[str, tuple[str, ...]] = {
     "Data": ("data", "split", "data_root", "limit", "max_bad", "drop_missing"),
     "Views": ("views", "img_size", "scale", "ratio", "hflip", "seed"),
-    "Teacher": ("teacher", "pretrained", "teacher_norm", "texts", "targets", "captions", "offline"),
+    "Teacher": (
+        "teacher", "pretrained", "teacher_norm", "teacher_layer", "texts", "targets", "captions",
+        "offline",
+    ),
     "Store": ("out", "codec", "store_views", "min_cosine", "shard_size", "extend", "yes"),
     "Machine": (
         "executor", "address", "replicas", "num_workers", "device", "precision", "batch_size"

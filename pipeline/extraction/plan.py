@@ -91,6 +91,7 @@ def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
         precision=hardware.precision if config.precision == "auto" else config.precision,
         offline=config.offline,
         texts=config.texts,
+        block=config.teacher_layer,
     )
 
 

@@ -24,6 +24,7 @@ from milan.core.device import MEAN, STD, autocast, normalise, pick_device, try_d
 from milan.errors import TeacherError
 from milan.models.state_dict import weights_digest
 from pipeline.teachers import clip, no_teacher, timm_vit
+from pipeline.teachers.block import BlockTower
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower
 from pipeline.teachers.towers import Family, Tower
@@ -91,6 +92,14 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
     with _no_logging():
         loaded = next(family for family in FAMILIES if family.accepts(spec.name)).load(spec)
     tower = loaded.tower
+    if spec.block is not None:
+        if spec.texts:
+            raise TeacherError(
+                f"--texts with --teacher-layer {spec.block}",
+                expected="the tower's output, for texts are not compared with what is in a block",
+                fix="without --texts, or without --teacher-layer",
+            )
+        tower = BlockTower(spec.name, tower, spec.block)
     norm = spec.norm or ("imagenet" if spec.name == DEFAULT_TEACHER else "own")
     mean, std = (MEAN, STD) if norm == "imagenet" else (loaded.own["mean"], loaded.own["std"])
     identity = {
@@ -104,7 +113,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         **tower.identity(),
     }
     about = {
-        "name": shown_name(spec.name),
+        "name": shown_name(spec.name) + ("" if spec.block is None else f"@{spec.block}"),
         "pretrained": loaded.pretrained,
         "random_weights": spec.pretrained == "none",
         "normalisation": norm,

@@ -30,11 +30,14 @@ class TeacherSpec:
     """Never use the network; the error says which file to place where."""
     texts: bool = False
     """Load the text tower as well."""
+    block: int | None = None
+    """Give the tokens of this block, counted from 1, in place of the tower's output."""
 
     def as_stored(self, identity: dict[str, Any], *, texts: bool) -> TeacherSpec:
-        """This teacher, run as for a store: `auto` is the precision there, on whichever device."""
+        """This teacher, run as for a store: `auto` is the precision there, on whichever device, and
+        its tokens are of the same block."""
         precision = identity["precision"] if self.precision == "auto" else self.precision
-        return replace(self, precision=precision, texts=texts)
+        return replace(self, precision=precision, texts=texts, block=identity.get("block"))
 
     @classmethod
     def recorded(cls, values: dict[str, Any]) -> TeacherSpec:
@@ -44,6 +47,6 @@ class TeacherSpec:
         except TypeError as error:
             raise CacheError(
                 f"the teacher in the store's origin.json is not one: {error}",
-                expected="name, pretrained, norm, img_size, precision, offline, texts",
+                expected="name, pretrained, norm, img_size, precision, offline, texts, block",
                 fix="--teacher NAME --pretrained TAG",
             ) from None

@@ -88,6 +88,10 @@ class Tower(ABC):
     patch: int
     channels: int
     """C."""
+    blocks: Any
+    """Its transformer blocks, in their order."""
+    width: int
+    """W, of what they pass on."""
     plain = False
     """Whether it is open_clip's own ViT with a class token and nothing left out, as most are."""
 
@@ -148,6 +152,7 @@ class NativeTower(Tower):
         self.left_out = 0 if self.plain else 1
         self.size, self.patch = int(visual.image_size[0]), int(visual.patch_size[0])
         self.channels = int(visual.proj.shape[1])
+        self.blocks, self.width = visual.transformer.resblocks, int(visual.proj.shape[0])
         visual.output_tokens = False
         self._hooked: dict[str, torch.Tensor] = {}
         for each in visual.transformer.resblocks:
@@ -192,6 +197,7 @@ class TimmTower(Tower):
         self.prefix: int = trunk.num_prefix_tokens
         self.left_out = self.prefix - (pooling == "token")
         self.patches: int = embed.num_patches
+        self.blocks, self.width = trunk.blocks, int(trunk.embed_dim)
         attn: Any = trunk.attn_pool if pooling == "map" else getattr(trunk.blocks[-1], "attn", None)
         why = ""
         if embed.img_size[0] != embed.img_size[1]:
