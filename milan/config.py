@@ -25,8 +25,11 @@ class PretrainConfig:
     # The store and the run
     cache: str = setting("targets.zarr", identity=False)
     """A finished store: a path or a URL."""
-    layer: str | None = setting(None, identity=False)
-    """Which targets, of a store that holds several (`milan inspect` names them)."""
+    layer: str | None = setting(None, identity=False, several=True)
+    """Which targets, of a store that holds several (`milan inspect` names them). Several: a head
+    for each teacher; STORE::NAME is a layer of another store of the same views."""
+    mask_layer: str | None = setting(None, identity=False)
+    """Whose attention draws the masks, of several layers; default: the first's."""
     out: str = setting("runs/pretrain", identity=False)
     """The run's folder."""
     data_root: str | None = setting(None, identity=False)
@@ -54,6 +57,11 @@ class PretrainConfig:
     text_tower: str | None = setting(None, auto=True)
     """rils: the text tower's architecture, an open_clip name; or a checkpoint whose weights it
     starts from, of open_clip or RILS; auto: the architecture of the store's tokens."""
+    layer_weights: str | None = setting(None, several=True)
+    """Weights of the losses of several layers, in their order: 1,0.5; default: all alike."""
+    teacher_dropping: float = setting(0.0, unit="probability", least=0, most=1)
+    """Of several teachers an image learns from the one it is worst at, and does without each other
+    one with this probability (UNIC: 0.5)."""
     decoder_kind: str | None = setting(None, auto=True)
     """prompt or mae; auto: the objective's (prompt for milan, mae for others)."""
     masking: str | None = setting(None, choices=("semantic", "random"), auto=True)

@@ -19,7 +19,7 @@ from milan.core.paths import AnyPath, as_path, read_file
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes
 from milan.errors import CacheError, ConfigError, DataError, nearest
-from milan.reporting.run_files import RUN, read_run
+from milan.reporting.run_files import RUN, layers_of_part, read_run
 from milan.store.cache import TargetCache
 from milan.store.format import (
     GENERATIONS,
@@ -128,7 +128,7 @@ def _runs(folders: Sequence[str | Path], index: Index) -> Runs:
         for run in found:
             parts = read_run(run).get("stretches", [])  # none of a fine-tuning
             for part in parts:
-                entries = _entries_of(part, index)
+                entries = [e for one in layers_of_part(part) for e in _entries_of(one, index)]
                 pinned |= {entry.path: str(run) for entry in entries}
                 if not entries and str(run) not in others:
                     others.append(str(run))

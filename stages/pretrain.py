@@ -18,7 +18,9 @@ _RATES = (
 
 
 PANELS: dict[str, tuple[str, ...]] = {
-    "Store and run": ("cache", "layer", "data_root", "out", "on_changed", "on_growth"),
+    "Store and run": (
+        "cache", "layer", "mask_layer", "data_root", "out", "on_changed", "on_growth"
+    ),
     "Student": ("recipe", "model", "init", "objective", "masking", "gather", "text_tower"),
     "Schedule": ("epochs", "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_nonfinite"),
     "Validation and reports": ("held_out", "probe_every", "report_to"),

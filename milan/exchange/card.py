@@ -71,9 +71,9 @@ def _images(source: Source) -> list[tuple[str, str]]:
 
 
 def _origin(source: Source, run: dict[str, Any]) -> list[tuple[str, str]]:
-    about, teacher = source.about, source.about.get("teacher") or {}
-    settings, rows = run.get("config", {}), list[tuple[str, str]]()
-    if teacher:
+    about, settings, rows = source.about, run.get("config", {}), list[tuple[str, str]]()
+    only = [about["teacher"]] if about.get("teacher") else []
+    for teacher in about.get("teachers") or only:
         weights = "RANDOM WEIGHTS" if teacher["random_weights"] else teacher["pretrained"]
         rows.append(("teacher", f"{teacher['name']} ({weights})"))
         rows.append(("licence of the teacher's weights", teacher["licence"]))

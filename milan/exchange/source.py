@@ -90,8 +90,12 @@ def open_source(checkpoint: str, size: int | None) -> Source:
 
 
 def _decoder(folder: Path, about: dict[str, Any]) -> State:
-    """The decoder of a run that predicts the teacher's features, if its checkpoint is there."""
-    if about.get("objective") != "milan" or not (folder / "checkpoints").is_dir():
+    """The decoder of a run that predicts one teacher's features, if its checkpoint is there."""
+    if (
+        about.get("objective") != "milan"
+        or "teachers" in about
+        or not (folder / "checkpoints").is_dir()
+    ):
         return {}
     return load_student(folder).student.decoder.state_dict()
 

@@ -7,6 +7,7 @@ where the encoder has none), E encoder width, D decoder width, C target width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -105,8 +106,26 @@ def _mae_block(width: int, heads: int, mlp_ratio: float) -> nn.Module:
     return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
 
 
+class TeacherHead(nn.Module):
+    """Predicts one of several teachers from what they share: norm and MLP (AM-RADIO, arXiv
+    2312.06709, section 3.3). Its hidden layer is as wide as the decoder.
+    """
+
+    def __init__(self, width: int, target_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = Mlp(width, width, target_width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, T, C]."""
+        return self.mlp(self.norm(tokens))
+
+
 class Decoder(nn.Module):
     """Predicts all T tokens from the encoded visible ones, or those that `Mask.chosen` leaves.
+
+    One target has a norm and a linear layer, as published. Of several widths C is their sum: the
+    predictions of a head for each, side by side.
 
     kind `prompt` (MILAN, section 3.2): visible tokens are fixed prompts, only masked tokens are
     updated. kind `mae`: every token is updated by plain self-attention (MAE). Without
@@ -119,7 +138,7 @@ class Decoder(nn.Module):
         *,
         encoder_width: int,
         grid: int,
-        target_width: int,
+        target_width: int | Sequence[int],
         embed_dim: int,
         depth: int,
         num_heads: int,
@@ -145,8 +164,13 @@ class Decoder(nn.Module):
         block = PromptBlock if kind == "prompt" else _mae_block
         blocks = [block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(embed_dim, eps=_EPS)
-        self.pred = nn.Linear(embed_dim, target_width)
+        self.target_width = target_width
+        self.heads: nn.ModuleList | None = None
+        if isinstance(target_width, int):
+            self.norm = nn.LayerNorm(embed_dim, eps=_EPS)
+            self.pred = nn.Linear(embed_dim, target_width)
+        else:
+            self.heads = nn.ModuleList(TeacherHead(embed_dim, width) for width in target_width)
 
     def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
         """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first.
@@ -174,5 +198,8 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 tokens = run_block(block, tokens, recompute=recompute)
         raster = torch.cat([order, mask.decoded + 1], dim=1).argsort(dim=1)
-        prediction = self.pred(self.norm(tokens))
+        if self.heads is None:
+            prediction = self.pred(self.norm(tokens))
+        else:
+            prediction = torch.cat([head(tokens) for head in self.heads], dim=-1)
         return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))

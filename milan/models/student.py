@@ -6,7 +6,7 @@ where the encoder has none), E encoder width, D decoder width, C target width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def build_student(
     name: str,
     *,
     img_size: int,
-    target_width: int | Callable[[Any], int],
+    target_width: int | Sequence[int] | Callable[[Any], int | Sequence[int]],
     decoder_kind: str = "prompt",
     model_args: dict[str, Any] | None = None,
     decoder: dict[str, Any] | Callable[[Any], dict[str, Any]] | None = None,

@@ -65,6 +65,10 @@ class FeatureRegression(Objective):
             return feature_regression(prediction.tokens, features)
         return image_regression(prediction, features).mean()
 
+    def image_losses(self, prediction: Prediction) -> torch.Tensor:
+        """The loss of each image, [B]; their mean is `loss`."""
+        return image_regression(prediction, self.features(prediction))
+
     def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:
         """The loss, and the mean cosine to the teacher over masked patches."""
         features = self.features(prediction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +131,11 @@ class Colours:
         images = "1 image" if len(rows) == 1 else f"{len(rows)} images"
         return cls(features, f"fitted to {images} of the store, the same in all its sheets")
 
+    @property
+    def width(self) -> int:
+        """C."""
+        return len(self.mean)
+
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[B, N, C] to RGB [B, grid, grid, 3] in 0..1."""
         parts = (_unit(features) - self.mean) @ self.axes
@@ -176,10 +181,11 @@ def as_bytes(colours: np.ndarray) -> np.ndarray:
     return (255 * colours).round().astype(np.uint8)
 
 
-def sheet_of_run(shown: SheetInputs, colours: Colours | None) -> list[Column]:
+def sheet_of_run(shown: SheetInputs, colours: Mapping[str, Colours] | None) -> list[Column]:
     """The columns of a run's sheet: the target of all patches beside the student's prediction.
 
-    `colours` are those of the store; None for targets that are not its features.
+    `colours` are those of each teacher by its name, in the order of their channels; None for
+    targets that are not the features of a store.
     """
     size = shown.pixels.shape[1]
     columns = [
@@ -190,13 +196,26 @@ def sheet_of_run(shown: SheetInputs, colours: Colours | None) -> list[Column]:
     if shown.features is None:
         what = "the student's pixels; MAE trains those of masked patches only"
         return [*columns, Column("prediction", what, shown.prediction)]
-    colours = colours or Colours(shown.features)
-    predicted = upscale(as_bytes(colours(shown.prediction)), size)
-    return [
-        *columns,
-        features_column(shown.features, colours, size),
-        Column("prediction", "the student's features, in the same colours", predicted),
-    ]
+    first = 0
+    for name, own in (colours or {"": Colours(shown.features)}).items():
+        part = slice(first, first + own.width)
+        target = features_column(shown.features[..., part], own, size)
+        predicted = upscale(as_bytes(own(shown.prediction[..., part])), size)
+        pair = [
+            target,
+            Column("prediction", "the student's features, in the same colours", predicted),
+        ]
+        if colours and len(colours) > 1:  # a pair for each teacher, explained once
+            short = cut(name, PANEL // 2)
+            pair = [
+                column._replace(
+                    name=f"{short} {column.name}", explanation="" if first else column.explanation
+                )
+                for column in pair
+            ]
+        columns += pair
+        first = part.stop
+    return columns
 
 
 # --- a page ---------------------------------------------------------------------------------------

@@ -65,16 +65,30 @@ def _check_parts(content: dict[str, Any]) -> None:
             raise ValueError(f"it has no usable {name!r}")
     parts, dropped = content["stretches"], content.get("dropped", {})
     kinds = {"epoch": int, "generations": int, "cache": str}
-    if not parts or not all(
-        isinstance(part, dict) and all(isinstance(part.get(k), kind) for k, kind in kinds.items())
-        for part in parts
-    ):
+    if not parts or not all(_has(part, kinds) and _layers_are_whole(part) for part in parts):
         raise ValueError("it has no usable 'stretches'")
     if "cache" not in content["identity"]:
         raise ValueError("it has no usable 'identity'")
     pairs = dropped.items() if isinstance(dropped, dict) else [("", dropped)]
     if not all(k.isdecimal() and isinstance(v, list) and len(v) == 2 for k, v in pairs):
         raise ValueError("it has no usable 'dropped'")
+
+
+def _has(value: Any, kinds: dict[str, type]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in kinds.items()
+    )
+
+
+def _layers_are_whole(part: dict[str, Any]) -> bool:
+    layers = part.get("layers", [])
+    kinds = {"generations": int, "cache": str}
+    return isinstance(layers, list) and all(_has(layer, kinds) for layer in layers)
+
+
+def layers_of_part(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """`generations` and `cache` of each layer that a part of a run reads."""
+    return part.get("layers") or [part]
 
 
 def update_run(run: Path, **fields: Any) -> None:

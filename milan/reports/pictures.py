@@ -216,11 +216,15 @@ def _panels(
     masked = to_grid(seen.masked)
     if seen.features is None:
         return Panels(visible, seen.prediction, None, masked)
-    if colours is None or seen.features.shape[2] != dataset.cache.spec.channels:
-        colours = Colours(seen.features)
-    target, predicted = torch.from_numpy(seen.features), torch.from_numpy(seen.prediction)
-    cosine = F.cosine_similarity(target.float(), predicted.float(), dim=-1).numpy()
-    return Panels(visible, as_bytes(colours(seen.prediction)), to_grid(cosine), masked)
+    target, predicted, cache = seen.features, seen.prediction, dataset.cache
+    if target.shape[2] == sum(part.spec.channels for part in cache.parts):
+        # Of several teachers the first is shown, the store's.
+        target, predicted = (t[..., : cache.spec.channels] for t in (target, predicted))
+    if colours is None or target.shape[2] != cache.spec.channels:
+        colours = Colours(target)
+    pair = (torch.from_numpy(part).float() for part in (target, predicted))
+    cosine = F.cosine_similarity(*pair, dim=-1).numpy()
+    return Panels(visible, as_bytes(colours(predicted)), to_grid(cosine), masked)
 
 
 # --- neighbours -----------------------------------------------------------------------------------

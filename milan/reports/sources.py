@@ -18,9 +18,10 @@ from milan.core.paths import AnyPath, as_path, is_local, names_in, read_file
 from milan.errors import ConfigError, MilanError
 from milan.evaluation.protocols import Protocol, find_protocol
 from milan.reporting.log import read_log
-from milan.reporting.run_files import METRICS, RUN, read_run
+from milan.reporting.run_files import METRICS, RUN, layers_of_part, read_run
 from milan.store.cache import TargetCache
 from milan.store.format import INDEX, LOG, LOGS
+from milan.store.joined import open_targets
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,15 @@ def find_store(run: Run, given: Sequence[AnyPath]) -> TargetCache | str:
     folder above the run's: a relative path says where milan was run.
     """
     part, recorded = run.about["stretches"][-1], run.config["cache"]
+    pins = [layer["generations"] for layer in layers_of_part(part)]
     places = [*given, as_path(recorded)]
     if is_local(places[-1]) and not Path(recorded).is_absolute():
         places += [folder / recorded for folder in run.folder.resolve().parents]
     for place in dict.fromkeys(places):
         try:
-            cache = TargetCache(place, layer=run.config.get("layer"), pinned=part["generations"])
+            cache = open_targets(
+                place, run.config.get("layer"), mask_layer=run.config.get("mask_layer"), pinned=pins
+            )
         except MilanError:
             continue
         if cache.digest == part["cache"]:

@@ -19,6 +19,7 @@ from milan.errors import ConfigError
 from milan.models.masking import visible_count
 from milan.models.student import Student, build_student
 from milan.objectives.base import Objective, objective_class
+from milan.objectives.teachers import SeveralTeachers, check_one_teacher
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
 from milan.training.optim import Schedule
@@ -58,10 +59,15 @@ class Settings:
 
     def objective(self, cache: TargetCache, ranks: Ranks = SINGLE) -> Objective:
         """The objective, for the images and targets of a store."""
-        return objective_class(self.config.objective)(
-            cache, masking=self.masking, mask_ratio=self.config.mask_ratio, config=self.config,
-            ranks=ranks,
-        )  # fmt: skip
+        config, kind = self.config, objective_class(self.config.objective)
+        given: dict[str, Any] = {
+            "masking": self.masking, "mask_ratio": config.mask_ratio, "config": config,
+            "ranks": ranks,
+        }  # fmt: skip
+        if len(cache.parts) > 1:
+            return SeveralTeachers(kind, cache, **given)
+        check_one_teacher(config)
+        return kind(cache, **given)
 
 
 def resolve_defaults(
@@ -112,6 +118,12 @@ def student_of(
     needed = objective_class(config.objective).needs_features or settings.masking == "semantic"
     if needed and not cache.spec.has_targets:
         raise cache.no_targets("--objective rils, or ")
+    if config.mask_layer and settings.masking != "semantic":
+        raise ConfigError(
+            f"mask_layer {config.mask_layer} with {settings.masking} masks",
+            expected="masks by a teacher's attention",
+            fix="--masking semantic, or without --mask-layer",
+        )
     if config.model_args.get("img_size", size) != size:
         raise ConfigError(
             f"model argument img_size={config.model_args['img_size']}",
@@ -224,7 +236,10 @@ def schedule_of(settings: Settings, order: Stream, micro_batch: int, ranks: int)
 def check_room(order: Order, cache: TargetCache, limit: int) -> None:
     """Raises ConfigError if the shards of a window are more than `limit` bytes."""
     shards = min(order.window_shards, len(np.unique(order.shards)))
-    largest = max(int(g.sizes().clip(0).sum(axis=1).max()) for g in cache.generations)
+    largest = sum(
+        max(int(g.sizes().clip(0).sum(axis=1).max()) for g in part.generations)
+        for part in cache.parts
+    )
     if shards * largest > limit:
         raise ConfigError(
             f"a window of {shards:,} shards takes {shards * largest:,} bytes, "

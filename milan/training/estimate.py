@@ -20,7 +20,6 @@ from milan.data.loader import training_loader
 from milan.data.sampler import StepSampler
 from milan.models.kernels import choose_kernels
 from milan.objectives.base import JointObjective
-from milan.store.cache import TargetCache
 from milan.training.build import (
     micro_batch_of,
     resolve_defaults,
@@ -36,7 +35,7 @@ from milan.training.memory import peak_bytes
 from milan.training.optim import adamw
 from milan.training.pretrain import Call
 from milan.training.run import decide
-from milan.training.run_store import decoder_of, differing
+from milan.training.run_store import decoder_of, differing, open_cache_of
 
 _STEPS = 3  # that are timed, after one that is not
 
@@ -58,7 +57,7 @@ def estimate_run(
     here = ranks_here(config.device, device, config.devices)
     ranks = Ranks.from_environment() or Ranks(size=here * config.num_nodes, on_node=here)
     settings = resolve_defaults(config, device, ranks)
-    cache = TargetCache(config.cache, layer=config.layer)
+    cache = open_cache_of(config)
     order = run_order(config, cache).without(cache.dropped, cache.dropped[:0])
     run, call = Path(config.out), call or Call()
     start = decide(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from milan.core.device import autocast
-from milan.data.loader import Batch
+from milan.data.loader import Batch, bytes_of
 from milan.models.student import Student
 from milan.objectives.base import Objective
 from milan.store.cache import TargetCache
@@ -44,7 +44,8 @@ def peak_bytes(
     total = sum(_size(p) for p in weights)
     trained = sum(_size(p) for p in weights if p.requires_grad)
     live = _LiveStorages()
-    cache.codec.to(device)  # its tables are kept for later calls: they need memory
+    for part in cache.parts:
+        part.codec.to(device)  # its tables are kept for later calls: they need memory
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
         objective = settings.objective(cache)
         batch = trial_batch(micro_batch, student, cache, device, objective=objective)
@@ -63,7 +64,7 @@ def peak_bytes(
         loss.backward()
     sharded = ranks if settings.config.parallel == "fsdp" else 1
     # A GPU has the next micro-batch already.
-    ahead = sum(_size(t) for t in batch if t is not None) if device.type == "cuda" else 0
+    ahead = bytes_of(batch) if device.type == "cuda" else 0
     return (total + 2 * trained) // sharded + live.peak + ahead
 
 
@@ -86,24 +87,34 @@ def trial_batch(
 ) -> Batch:
     """A micro-batch as it arrives on `device`; only its shapes are a store's."""
     spec, edge = cache.spec, cache.view_spec.size
-    codec, texts = cache.codec, objective is not None and objective.needs_texts
+    texts = objective is not None and objective.needs_texts
     tokens = texts or (objective is not None and objective.needs_tokens)
+    first, *others = (_trial_codes(size, part, device) for part in cache.parts)
+    rows = torch.zeros(size, dtype=torch.int64, device=device)
+    return Batch(
+        torch.zeros(size, edge, edge, 3, dtype=torch.uint8, device=device),
+        torch.ones(size, cache.masking.spec.tokens - 1, device=device),
+        torch.full((size, student.patches), 0.5, device=device),
+        rows,
+        rows,
+        *first,
+        _trial_ids(size, cache, device) if tokens else None,
+        torch.ones(size, spec.channels, device=device) if texts else None,
+        tuple(others),
+        torch.full((size, 1 + len(others)), 0.5, device=device) if others else None,
+    )
+
+
+def _trial_codes(
+    size: int, part: TargetCache, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Codes and scale of a teacher."""
+    spec, codec = part.spec, part.codec
     codes = torch.zeros(
         size, spec.tokens, codec.width(spec.channels),
         dtype=getattr(torch, codec.dtype), device=device,
     )  # fmt: skip
-    rows = torch.zeros(size, dtype=torch.int64, device=device)
-    return Batch(
-        torch.zeros(size, edge, edge, 3, dtype=torch.uint8, device=device),
-        torch.ones(size, spec.tokens - 1, device=device),
-        torch.full((size, student.patches), 0.5, device=device),
-        rows,
-        rows,
-        codes,
-        torch.ones(size, spec.tokens, device=device) if codec.scaled else None,
-        _trial_ids(size, cache, device) if tokens else None,
-        torch.ones(size, spec.channels, device=device) if texts else None,
-    )
+    return codes, torch.ones(size, spec.tokens, device=device) if codec.scaled else None
 
 
 def _trial_ids(size: int, cache: TargetCache, device: torch.device) -> torch.Tensor:

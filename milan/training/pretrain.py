@@ -20,7 +20,6 @@ from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32, try_device
 from milan.core.distributed import Ranks, parallelise
 from milan.core.launch import as_rank, launch
-from milan.core.paths import as_path
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import parse_bytes
@@ -40,6 +39,7 @@ from milan.reporting.run_files import METRICS, read_metrics, read_run
 from milan.reporting.trackers import check_trackers, open_trackers
 from milan.store.cache import TargetCache
 from milan.store.format import Index
+from milan.store.joined import JoinedCache, layers_of, short_names
 from milan.training import checkpoint
 from milan.training.build import (
     PretrainTask,
@@ -74,6 +74,7 @@ from milan.training.run_store import (
     identity_with,
     known_parts,
     moved_on,
+    open_cache_of,
     part_of,
     store_of_run,
     without_changed,
@@ -145,7 +146,7 @@ def _pretrain(config: PretrainConfig, call: Call, stop: Stop, progress: Progress
     count = 1 if given else ranks_here(config.device, device, config.devices)
     if count > 1:
         # What does not fit is refused before anything starts.
-        run_order(resolve_defaults(config, device, Ranks(size=count)).config, _open(config))
+        run_order(resolve_defaults(config, device, Ranks(size=count)).config, open_cache_of(config))
         return launch(
             pretrain,
             {"cache": config, **vars(call)},
@@ -173,7 +174,8 @@ def _train(
     differs = deviations(
         config, recipe=load_recipe(PretrainConfig, config.recipe, "pretrain"), leave=_PLACES
     )
-    ranks.on_rank0(lambda: check_place(run, [as_path(config.cache)]))
+    stores = [store for store, _ in layers_of(config.cache, config.layer)]
+    ranks.on_rank0(lambda: check_place(run, stores))
     # What this call does is decided under the lock: a call before it may have trained until now.
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
     start = ranks.on_rank0(
@@ -319,10 +321,6 @@ def _fit(
 # --- the store of a run ---------------------------------------------------------------------------
 
 
-def _open(config: PretrainConfig, pinned: int | None = None) -> TargetCache:
-    return TargetCache(config.cache, layer=config.layer, pinned=pinned)
-
-
 def _order_and_store(
     config: PretrainConfig, start: Start, context: Context
 ) -> tuple[Stream, TargetCache, list[dict[str, Any]]]:
@@ -330,8 +328,9 @@ def _order_and_store(
     run, ranks = context.run, context.ranks
     if start.step is None:
         # A store may grow at this moment: all ranks see what the first one saw.
-        cache = _open(config, ranks.on_rank0(lambda: _open(config).pinned))
-        return run_order(config, cache), cache, [part_of(0, cache)]
+        first = ranks.on_rank0(lambda: part_of(0, open_cache_of(config)))
+        cache = open_cache_of(config, first)
+        return run_order(config, cache), cache, [first]
 
     def known(parts: list[dict[str, Any]]) -> tuple[GrownOrder, TargetCache]:
         caches = known_parts(parts, config)
@@ -380,7 +379,7 @@ def _finish(
     weights: dict[str, torch.Tensor],
 ) -> None:
     """Write the encoder, and the figures of the call that trained last."""
-    config = settings.config
+    config, several = settings.config, len(cache.parts) > 1
     about = {
         "model": config.model,
         "model_args": config.model_args,
@@ -392,6 +391,7 @@ def _finish(
         "epochs": round(schedule.epoch(figures["step"]), 4),
         "cache": cache.digest,
         "teacher": cache.attributes["about"],
+        **({"teachers": [part.attributes["about"] for part in cache.parts]} if several else {}),
         "milan": version("milan-pretrain"),
     }
     save_encoder(run / ENCODER, weights, about)
@@ -413,19 +413,28 @@ def _note_settings(
     differs: dict[str, tuple[Any, Any]],
     progress: Progress,
 ) -> None:
-    about, config = cache.attributes["about"], settings.config
-    random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
-    progress.note(
-        f"cache: {config.cache}, {cache.images:,} images x {cache.views} views, "
-        f"{cache.spec.codec}, teacher {about['name']} ({about['pretrained']}{random}), "
-        f"{cache.digest[:12]}"
-    )
-    newest = Index.read(cache.path).count
-    if cache.pinned < newest:
+    config = settings.config
+    for part in cache.parts:
+        about = part.attributes["about"]
+        random = ", RANDOM WEIGHTS" if about["random_weights"] else ""
         progress.note(
-            f"pinned: the first {cache.pinned} of {newest} generations, as the run knows them; "
-            "what was added since is not read"
+            f"cache: {part.path}, {part.images:,} images x {part.views} views, "
+            f"{part.spec.codec}, teacher {about['name']} ({about['pretrained']}{random}), "
+            f"{part.digest[:12]}"
         )
+        newest = Index.read(part.path).count
+        if part.pinned < newest:
+            progress.note(
+                f"pinned: the first {part.pinned} of {newest} generations, as the run knows them; "
+                "what was added since is not read"
+            )
+    if isinstance(cache, JoinedCache):
+        progress.note(
+            f"teachers: {', '.join(short_names(cache))}, a head each; {cache.views} views of each "
+            f"image; masks by the attention of {cache.masking.layer}"
+        )
+        for layer, count in cache.lacking():
+            progress.note(f"left out: {count:,} images that {layer} has no targets of")
     if without := len(cache.bad) - len(cache.superseded):
         progress.note(f"left out: {without} images without targets")
     for note in settings.objective(cache).notes():

@@ -14,8 +14,9 @@ from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
 from milan.errors import CacheError
 from milan.models.decoder import PUBLISHED
-from milan.reporting.run_files import read_run, update_run
+from milan.reporting.run_files import layers_of_part, read_run, update_run
 from milan.store.cache import TargetCache
+from milan.store.joined import open_targets
 from milan.training.loop import Context
 from milan.training.run import Differing, compared, identity_of, stored_identity
 
@@ -30,6 +31,12 @@ def decoder_of(run: Path) -> dict[str, Any]:
 # --- the part of the store that a run knows -------------------------------------------------------
 
 
+def open_cache_of(config: PretrainConfig, part: dict[str, Any] | None = None) -> TargetCache:
+    """The targets of a run, as it knows them in a `part` of it; else all that is there now."""
+    pins = [layer["generations"] for layer in layers_of_part(part)] if part else []
+    return open_targets(config.cache, config.layer, mask_layer=config.mask_layer, pinned=pins)
+
+
 def known_parts(
     parts: list[dict[str, Any]], config: PretrainConfig
 ) -> list[tuple[int, TargetCache]]:
@@ -40,7 +47,7 @@ def known_parts(
     """
     caches = []
     for part in parts:
-        cache = TargetCache(config.cache, layer=config.layer, pinned=part["generations"])
+        cache = open_cache_of(config, part)
         if cache.digest != part["cache"]:
             raise CacheError(
                 f"{config.cache} is not the store that {config.out} was trained on "
@@ -55,7 +62,7 @@ def moved_on(
     parts: list[dict[str, Any]], config: PretrainConfig, epoch: int
 ) -> list[dict[str, Any]]:
     """The parts of a run that reads all that its store holds now, from `epoch` on."""
-    newest = TargetCache(config.cache, layer=config.layer)
+    newest = open_cache_of(config)
     if newest.digest == parts[-1]["cache"]:
         return parts
     # A part that was to begin then, or later, and never did, is replaced.
@@ -63,8 +70,12 @@ def moved_on(
 
 
 def part_of(epoch: int, cache: TargetCache) -> dict[str, Any]:
-    """A part of a run, as run.json has it."""
-    return {"epoch": epoch, "generations": cache.pinned, "cache": cache.digest}
+    """A part of a run, as run.json has it; `layers` where it reads several."""
+    part: dict[str, Any] = {"epoch": epoch, "generations": cache.pinned, "cache": cache.digest}
+    if len(cache.parts) > 1:
+        layers = [{"generations": one.pinned, "cache": one.digest} for one in cache.parts]
+        part["layers"] = layers
+    return part
 
 
 # --- what makes a run the same --------------------------------------------------------------------
@@ -72,7 +83,7 @@ def part_of(epoch: int, cache: TargetCache) -> dict[str, Any]:
 
 def identity_with(values: dict[str, Any], cache: TargetCache) -> dict[str, Any]:
     """What must stay as it is for a run to be resumed: its fields that say so, and the store."""
-    return {"cache": cache.digest} | identity_of(PretrainConfig, values)
+    return cache.identity | identity_of(PretrainConfig, values)
 
 
 def store_of_run(cache: TargetCache) -> dict[str, Any]:
@@ -85,24 +96,24 @@ def store_of_run(cache: TargetCache) -> dict[str, Any]:
 
 
 def _summary_of(cache: TargetCache) -> dict[str, Any]:
-    """What people know a store by."""
-    return {
-        "teacher": cache.attributes["about"]["name"],
-        "image_size": cache.view_spec.size,
-        "grid": cache.grid,
-        "width": cache.spec.channels,
-        "codec": cache.spec.codec,
+    """What people know a store by; of several layers a list of what differs between them."""
+    columns = {
+        "teacher": [part.attributes["about"]["name"] for part in cache.parts],
+        "image_size": [cache.view_spec.size],
+        "grid": [part.grid for part in cache.parts],
+        "width": [part.spec.channels for part in cache.parts],
+        "codec": [part.spec.codec for part in cache.parts],
     }
+    return {name: of[0] if len(of) == 1 else of for name, of in columns.items()}
 
 
 def differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> Differing:
     """What differs between the run in a folder and the one of these settings."""
     content = read_run(run)
-    pinned = content["stretches"][0]["generations"]
     try:
-        cache = TargetCache(config.cache, layer=config.layer, pinned=pinned)
+        cache = open_cache_of(config, content["stretches"][0])
     except CacheError:
-        cache = TargetCache(config.cache, layer=config.layer)  # says what is wrong, or differs
+        cache = open_cache_of(config)  # says what is wrong, or differs
     before = stored_identity(run, PretrainConfig)
     now = identity_with(values, cache)
     if before["cache"] != now["cache"]:

@@ -15,6 +15,7 @@ from milan.objectives.base import Objective, objective_class
 from milan.objectives.features import FeatureRegression
 from milan.reporting.run_files import RUN, read_run
 from milan.store.cache import TargetCache
+from milan.store.joined import layers_of
 from milan.training import checkpoint
 from milan.training.build import resolve_defaults, student_of
 from milan.training.run_store import decoder_of
@@ -29,7 +30,7 @@ class TrainedStudent:
     store: str
     """The store that it was trained on, as the run names it."""
     layer: str | None
-    """Whose targets of that store."""
+    """Whose targets of that store; of a run with several teachers the first."""
     teacher: str
     """The teacher's name."""
 
@@ -72,12 +73,11 @@ def load_student(
     )
     if drawn is None:
         _load_newest(folder, student, progress)
-    return TrainedStudent(
-        student.eval().requires_grad_(False),
-        settings["cache"],
-        settings.get("layer"),
-        targets["teacher"],
-    )
+    layer, teacher, heads = settings.get("layer"), targets["teacher"], student.decoder.heads
+    if heads is not None:  # only one head can be compared with a teacher's texts
+        student.decoder.heads, teacher = heads[:1], teacher[0]
+        layer = layers_of(settings["cache"], layer)[0][1]
+    return TrainedStudent(student.eval().requires_grad_(False), settings["cache"], layer, teacher)
 
 
 def load_trained(

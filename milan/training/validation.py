@@ -29,6 +29,7 @@ from milan.models.student import Student
 from milan.objectives.base import JointObjective, Objective, attention_of
 from milan.reporting.panels import Colours, SheetInputs, caption_of, draw_page, sheet_of_run
 from milan.reporting.run_files import SHEET
+from milan.store.joined import short_names
 
 _PICTURES = 4  # images of a sheet
 _PADDING = -1  # in place of a label
@@ -155,7 +156,7 @@ class Validation:
         images = (
             "validation" if len(self.plan.order.for_epoch(epoch).validation_rows) else "training"
         )
-        colours, width = None, self.dataset.cache.spec.channels
+        colours, width = None, sum(part.spec.channels for part in self.dataset.cache.parts)
         of_store = self.objective.needs_features
         if of_store and shown.features is not None and shown.features.shape[2] == width:
             colours = self._colours
@@ -166,8 +167,10 @@ class Validation:
         )
 
     @cached_property
-    def _colours(self) -> Colours:
-        return Colours.of_store(self.dataset.cache)
+    def _colours(self) -> dict[str, Colours]:
+        cache = self.dataset.cache
+        own = (Colours.of_store(part) for part in cache.parts)
+        return dict(zip(short_names(cache), own, strict=True))
 
 
 def sheet_inputs(student: Student, objective: Objective, batch: Batch) -> SheetInputs:
