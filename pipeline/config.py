@@ -21,7 +21,8 @@ class ExtractConfig:
     split: str | None = None
     """Which split of the data: train, validation, test, ..., or all; default: train, if any."""
     teacher: str = "ViT-B-16-quickgelu"
-    """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, or a model config (JSON)."""
+    """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, timm:local-dir:… (a folder that `milan
+    export --format timm` wrote), or a model config (JSON)."""
     pretrained: str | None = setting(None, auto=True)
     """A tag, a file, or none (random, flagged); auto: its own, of the default teacher and timm:."""
     teacher_norm: str | None = setting(None, auto=True)

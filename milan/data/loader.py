@@ -492,12 +492,17 @@ def batch_loader(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
+        collate_fn=_unchanged,  # torch's would make lists of tuples
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
         **options,
     )
     loader.wait, loader.loading = wait or batch_wait(), Loading()
     return loader
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded
 
 
 def batch_wait(progress: Progress | None = None, stop: Stop | None = None) -> Wait:

@@ -34,7 +34,7 @@ class JoinedCache(TargetCache):
 
     def __init__(self, parts: Sequence[TargetCache], *, lead: int = 0) -> None:
         vars(self).update(vars(parts[0]))  # all that is said of images and texts is the first's
-        self._parts, self._lead = list(parts), lead
+        self._joined, self._lead = list(parts), lead
         self.views = min(part.views for part in parts)
         self.digest = hashlib.sha256(canonical([part.digest for part in parts])).hexdigest()
         for part in parts:
@@ -53,11 +53,11 @@ class JoinedCache(TargetCache):
 
     @property
     def parts(self) -> list[TargetCache]:
-        return self._parts
+        return self._joined
 
     @property
     def masking(self) -> TargetCache:
-        return self._parts[self._lead]
+        return self._joined[self._lead]
 
     @property
     def identity(self) -> dict[str, object]:
@@ -103,8 +103,8 @@ class JoinedCache(TargetCache):
                 self._check_views(number, rows, views)
                 found.append(part.read(place[rows], views, features=features, attention=masks))
         first, *others = found
-        masks = next((f for f in found if f.attention.shape[1]), first)
-        return Targets(masks.attention, first.codes, first.scale, tuple(others))
+        masking = next((f for f in found if f.attention.shape[1]), first)
+        return Targets(masking.attention, first.codes, first.scale, tuple(others))
 
     def use_local(self, folder: Path, limit: int) -> None:
         for part in self.parts:

@@ -23,14 +23,16 @@ import torch
 from milan.core.device import MEAN, STD, autocast, normalise, pick_device, try_device
 from milan.errors import TeacherError
 from milan.models.state_dict import weights_digest
-from pipeline.teachers import clip, no_teacher, timm_vit
+from pipeline.teachers import clip, no_teacher, timm_folder, timm_vit
 from pipeline.teachers.block import BlockTower
 from pipeline.teachers.spec import DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower
 from pipeline.teachers.towers import Family, Tower
 from pipeline.teachers.weights import go_offline, shown_name
 
-FAMILIES: Final[tuple[Family, ...]] = (timm_vit.FAMILY, no_teacher.FAMILY, clip.FAMILY)
+FAMILIES: Final[tuple[Family, ...]] = (
+    timm_folder.FAMILY, timm_vit.FAMILY, no_teacher.FAMILY, clip.FAMILY
+)  # fmt: skip
 """The first that accepts a teacher's name loads it; open_clip takes what is left."""
 
 
@@ -85,6 +87,12 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         raise TeacherError(f"--teacher-norm {spec.norm}", expected="imagenet or own")
     if spec.precision not in ("auto", "fp32", "bf16", "fp16"):
         raise TeacherError(f"--precision {spec.precision}", expected="auto, fp32, bf16 or fp16")
+    if spec.block is not None and spec.texts:
+        raise TeacherError(
+            f"--texts with --teacher-layer {spec.block}",
+            expected="the tower's output, for texts are not compared with what is in a block",
+            fix="without --texts, or without --teacher-layer",
+        )
     precision = spec.precision
     if precision == "auto":
         precision = "fp16" if chosen_device.type == "cuda" else "fp32"
@@ -93,12 +101,6 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         loaded = next(family for family in FAMILIES if family.accepts(spec.name)).load(spec)
     tower = loaded.tower
     if spec.block is not None:
-        if spec.texts:
-            raise TeacherError(
-                f"--texts with --teacher-layer {spec.block}",
-                expected="the tower's output, for texts are not compared with what is in a block",
-                fix="without --texts, or without --teacher-layer",
-            )
         tower = BlockTower(spec.name, tower, spec.block)
     norm = spec.norm or ("imagenet" if spec.name == DEFAULT_TEACHER else "own")
     mean, std = (MEAN, STD) if norm == "imagenet" else (loaded.own["mean"], loaded.own["std"])

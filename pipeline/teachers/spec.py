@@ -16,7 +16,8 @@ class TeacherSpec:
     """A teacher's name, its weights, and how to run it. Checked by `load_teacher`."""
 
     name: str = DEFAULT_TEACHER
-    """An open_clip name, `timm:NAME`, `hf-hub:…`, `local-dir:…`, or a model config (JSON)."""
+    """An open_clip name, `timm:NAME`, `hf-hub:…`, `local-dir:…` (of timm `timm:local-dir:…`), or a
+    model config (JSON)."""
     pretrained: str | None = None
     """A tag of open_clip or timm, a file (.safetensors, or .pt loaded safely), or `none`: random
     weights. Default: `openai` for the default teacher, timm's own default for a ViT of timm."""

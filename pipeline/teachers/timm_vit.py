@@ -5,7 +5,7 @@ C is the ViT's width.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import timm
 import torch
@@ -79,7 +79,27 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
     elif pretrained != "none":
         file = weight_file(name, pretrained, tags)
         state, label, licence = read_weights(file), file.name, stated_licence(file)
-    options: dict[str, Any] = {}
+    return build(spec, model, cfg, Found(state, label, licence))
+
+
+class Found(NamedTuple):
+    """Weights, and where they come from."""
+
+    state: dict[str, torch.Tensor] | None
+    """None: random ones are drawn."""
+    label: str
+    licence: str
+
+
+def build(
+    spec: TeacherSpec, model: str, cfg: Any, weights: Found, args: dict[str, Any] | None = None
+) -> Loaded:
+    """timm's `model` with its arguments, strictly with `weights`. Raises TeacherError.
+
+    `cfg` is timm's config of these weights: classifier, mean, deviation.
+    """
+    name, (state, label, licence) = spec.name, weights
+    options: dict[str, Any] = dict(args or {})
     if state is not None:
         # Strictly, for without a classifier timm would leave what is missing random.
         heads = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
@@ -90,7 +110,7 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
             if k not in classifier
         }
         overlay = {"state_dict": state, "num_classes": 0, "custom_load": False, "label_offset": 0}
-        options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -105,7 +125,8 @@ def load_timm_vit(spec: TeacherSpec) -> Loaded:
     pooling = "token" if getattr(trunk, "cls_token", None) is not None else trunk.global_pool
     tower = TimmTower(name, trunk, trunk, nn.Identity(), pooling)
     own = {"mean": cfg.mean, "std": cfg.std}
-    return Loaded(tower, {"timm_model_name": model}, own, label, licence, [])
+    architecture = {"timm_model_name": model} | ({"model_args": args} if args else {})
+    return Loaded(tower, architecture, own, label, licence, [])
 
 
 def _choice(spec: TeacherSpec) -> tuple[str, str, list[str], str | None, Any]:

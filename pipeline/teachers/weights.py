@@ -16,6 +16,8 @@ from milan.core.units import format_bytes
 from milan.errors import TeacherError, nearest
 from milan.models.state_dict import check_fetched, inner_state, unwrapped
 
+FOLDER: Final = "timm:local-dir:"
+"""How the name of a teacher begins that lies in a folder as timm opens it."""
 _ANSWER = 5.0  # seconds in which a hub has to say whether it has a file
 # By the start of the tag.
 _LICENCES: Final = {"openai": "MIT", "laion": "MIT", "datacomp": "MIT", "metaclip": "CC-BY-NC-4.0"}
@@ -163,6 +165,8 @@ def go_offline() -> None:
 
 def shown_name(name: str) -> str:
     """The teacher's name in a store: `name`, or that of its config file or folder."""
+    if name.startswith(FOLDER):
+        return "timm:" + Path(name.removeprefix(FOLDER)).resolve().name
     if not name.endswith(".json"):
         return name
     path = Path(name)
