@@ -111,7 +111,7 @@ def windows(store: Path) -> dict[str, Callable[[], None]]:
 class _NoTargets(TargetCache):
     """Has crops and checksums, but reads no targets."""
 
-    def read(self, rows: np.ndarray, views: np.ndarray, *, features: bool = True) -> Any:
+    def read(self, rows: np.ndarray, views: np.ndarray, **_: bool) -> Any:
         return Targets(np.ones((len(rows), 196), np.float32))
 
 

@@ -222,8 +222,8 @@ def _panels(
         target, predicted = (t[..., : cache.spec.channels] for t in (target, predicted))
     if colours is None or target.shape[2] != cache.spec.channels:
         colours = Colours(target)
-    pair = (torch.from_numpy(part).float() for part in (target, predicted))
-    cosine = F.cosine_similarity(*pair, dim=-1).numpy()
+    ours, theirs = (torch.from_numpy(part).float() for part in (target, predicted))
+    cosine = F.cosine_similarity(ours, theirs, dim=-1).numpy()
     return Panels(visible, as_bytes(colours(predicted)), to_grid(cosine), masked)
 
 

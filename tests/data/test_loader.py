@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FORK, SMALL
+from torch.utils._pytree import tree_leaves
 
 from milan.core.signals import how_it_ended
 from milan.data import loader
@@ -31,6 +32,7 @@ BATCH = Batch(
     torch.tensor([0, 1]),
     torch.randn(2, 8, 3).half(),
     None,
+    others=((torch.randn(2, 5, 4), None),),
 )
 
 
@@ -56,7 +58,7 @@ def test_a_batch_arrives_as_it_was(
     if not memfd:
         monkeypatch.delattr(os, "memfd_create")
     arrived = hand_over(channel)
-    for ours, theirs in zip(arrived, BATCH, strict=True):
+    for ours, theirs in zip(tree_leaves(arrived), tree_leaves(BATCH), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             assert ours.dtype == theirs.dtype
