@@ -51,6 +51,25 @@ class PretrainConfig:
     objective_args: dict[str, Any] = field(default_factory=dict)
     """rils: weight, teacher_tau, student_tau, normaliser; rils-cached: teacher_tau, student_tau,
     rows, gate, sentences, draws, milan: --set objective.weight=0.5."""
+    loss: str = setting("cosine", choices=("cosine", "smooth-l1"))
+    """milan: the distance of a predicted token: cosine (2 - 2 cos, as published), or smooth-l1
+    (beta 2, as data2vec)."""
+    target_norm: str | None = setting(
+        None, choices=("none", "layernorm", "standardise", "phi-s"), auto=True
+    )
+    """milan: the teacher's features as they are (none), each token normalised (layernorm), each
+    channel (standardise), or all alike after a rotation (phi-s); the last two by statistics of the
+    store. Auto: none, with smooth-l1 layernorm."""
+    predict: str = setting("all", choices=("all", "both", "masked", "visible"))
+    """milan: which tokens are in the loss: all alike, the class token too (as published); both
+    kinds of patches, each kind half (CAE v2); masked patches; visible ones, and none is decoded
+    (MaskAlign)."""
+    class_weight: float | None = setting(None, unit="times", auto=True, least=0)
+    """milan: weight of the class token beside 1 for the patches (MEDiC); auto: that of any token
+    with predict all, else 0."""
+    deep_supervision: str | None = setting(None, several=True)
+    """milan: encoder blocks, such as 6,8,10 (DeepMIM, for ViT-B), whose tokens predict the targets
+    too, each by a decoder of its own that is not exported."""
     gather: str | None = setting(None, choices=("detached", "full"), auto=True)
     """rils: whether images and captions learn where they are compared with (full); auto: detached,
     as published on several devices."""

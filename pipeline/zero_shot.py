@@ -276,15 +276,21 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
     """The student as an evaluation sees it; its tokens are the teacher's features, predicted.
 
     It sees all patches, so the decoder has nothing to fill in: every token is predicted as visible
-    ones are in training.
+    ones are in training. Raises ConfigError for one that did not learn that.
     """
+    if not trained.visible:
+        raise ConfigError(
+            f"{config.checkpoint} has learnt to predict masked patches alone (predict masked)",
+            expected="one that predicts what it sees too: whole images are shown to it",
+            fix="a run with --predict all, both or visible",
+        )
     student = trained.student.to(device)
     every = torch.arange(student.patches, device=device)[None]
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         visible = every.expand(len(pixels), -1)
         found = student(normalise(pixels, MEAN, STD), Mask(visible, visible[:, :0])).float()
-        first = found[:, 0] if student.decoder.class_token else None
+        first = found[:, 0] if student.decoder.class_token and trained.class_token else None
         return first, found[:, -student.patches :]
 
     def features(pixels: torch.Tensor) -> torch.Tensor:

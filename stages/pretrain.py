@@ -21,7 +21,11 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Store and run": (
         "cache", "layer", "mask_layer", "data_root", "out", "on_changed", "on_growth"
     ),
-    "Student": ("recipe", "model", "init", "objective", "masking", "gather", "text_tower"),
+    "Student": ("recipe", "model", "init"),
+    "Objective": (
+        "objective", "masking", "loss", "target_norm", "predict", "class_weight",
+        "deep_supervision", "gather", "text_tower",
+    ),
     "Schedule": ("epochs", "batch_size", "lr", "warmup_epochs", "seed", "shuffle", "on_nonfinite"),
     "Validation and reports": ("held_out", "probe_every", "report_to"),
     "Machine": (

@@ -367,8 +367,9 @@ def parallelise(student: nn.Module, ranks: Ranks, kind: str, precision: str = "f
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     half = PRECISIONS[precision]
     policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for stack in (student.encoder.blocks, student.decoder.blocks):  # type: ignore[union-attr]
-        for block in stack:  # type: ignore[union-attr]
+    deep: Any = student.deep_decoders
+    for part in (student.encoder, student.decoder, *deep.values()):
+        for block in part.blocks:  # type: ignore[union-attr]
             if half:  # autocast computes norms in float32
                 fully_shard(_without_products(block), mesh=mesh)
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
                 expected="a width that the heads divide",
                 fix=f"--set decoder.num_heads={math.gcd(embed_dim, num_heads)}",
             )
-        self.kind, self.class_token = kind, class_token
+        self.kind, self.class_token, self.grid = kind, class_token, grid
         self.arguments = {
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
         }  # fmt: skip
@@ -171,6 +171,14 @@ class Decoder(nn.Module):
             self.pred = nn.Linear(embed_dim, target_width)
         else:
             self.heads = nn.ModuleList(TeacherHead(embed_dim, width) for width in target_width)
+
+    def like(self, *, depth: int) -> Decoder:
+        """Another of the same shape, with so many blocks and weights of its own."""
+        return Decoder(
+            self.kind, encoder_width=self.embed.in_features, grid=self.grid,
+            target_width=self.target_width, class_token=self.class_token,
+            **self.arguments | {"depth": depth},  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
         """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first.

@@ -6,6 +6,7 @@ B views, N patches = V visible + M masked, P prefix tokens (class token, registe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,18 @@ def encode(
     each block and computes the rest again on the way back. A ViT that averages has its norm
     behind the average: each token gets the same norm.
     """
+    return encode_all(vit, images, visible, recompute=recompute)[0]
+
+
+def encode_all(
+    vit: Any,
+    images: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    recompute: bool = False,
+    blocks: Sequence[int] = (),
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`encode`, and the tokens [B, P + V, E] behind some `blocks`, ascending; the first is 1."""
     positions = vit.pos_embed[:, -vit.patch_embed.num_patches :]
     if visible is None:
         x = vit.patch_embed(images) + positions
@@ -188,10 +201,12 @@ def encode(
         if not vit.no_embed_class:
             tokens = tokens + vit.pos_embed[:, : tokens.shape[1]]
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
-    x = vit.norm_pre(x)
-    for block in vit.blocks:
+    x, behind = vit.norm_pre(x), list[torch.Tensor]()
+    for number, block in enumerate(vit.blocks, start=1):
         x = run_block(block, x, recompute=recompute)
-    return vit.fc_norm(vit.norm(x))
+        if number in blocks:
+            behind.append(x)
+    return vit.fc_norm(vit.norm(x)), behind
 
 
 def pooled_features(vit: Any, tokens: torch.Tensor, *, mean_alone: bool = False) -> torch.Tensor:

@@ -42,6 +42,13 @@ class Mask(NamedTuple):
             return self.masked
         return torch.searchsorted(self.predicted, self.chosen)
 
+    @property
+    def visible_at(self) -> torch.Tensor:
+        """[B, V]: where the visible patches are among those that are predicted."""
+        if self.chosen is None:
+            return self.visible
+        return torch.searchsorted(self.predicted, self.visible)
+
     def boolean(self) -> torch.Tensor:
         """[B, N], True = masked."""
         n = self.visible.shape[1] + self.masked.shape[1]
@@ -83,12 +90,13 @@ def random_mask(noise: torch.Tensor, *, visible: int) -> Mask:
 
 def decode_share(mask: Mask, noise: torch.Tensor, share: float) -> Mask:
     """The mask with a `share` of its masked patches decoded, and the others left out of the step:
-    D = M share, rounded, at least 1 (partial prediction; CrossMAE, arXiv 2401.14391).
+    D = M share, rounded, at least 1 unless the share is 0 (partial prediction; CrossMAE, arXiv
+    2401.14391).
 
     They are chosen uniformly, by the low bits of the `noise` [B, N] float32 whose high bits drew
     the mask: 2^-12 is the coarsest grid of what is left, and ties go to the lower index.
     """
-    count = max(1, round(mask.masked.shape[1] * share))
+    count = max(1, round(mask.masked.shape[1] * share)) if share else 0
     low = (noise * 4096).frac().gather(1, mask.masked)
     at = low.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
     return mask._replace(chosen=mask.masked.gather(1, at))

@@ -24,9 +24,15 @@ from milan.data.loader import Batch
 from milan.errors import ConfigError
 from milan.models.decoder import decoder_arguments
 from milan.models.masking import Mask, decode_share, importance_mask, random_mask, visible_count
-from milan.models.student import Student
+from milan.models.student import Student, split_deep
 from milan.objectives.resample import resampled_attention
 from milan.store.cache import TargetCache
+
+OWN = {
+    "gather": "rils", "text_tower": "rils", "loss": "milan", "target_norm": "milan",
+    "predict": "milan", "class_weight": "milan", "deep_supervision": "milan",
+}  # fmt: skip
+"""Settings that only some objectives have -> one that has it."""
 
 
 class Prediction(NamedTuple):
@@ -42,6 +48,8 @@ class Prediction(NamedTuple):
     joint: Any = None
     """What is compared with other images of the step, a NamedTuple of tensors, each with a row an
     image or a scalar; None where images are independent."""
+    deep: tuple[torch.Tensor, ...] = ()
+    """[B, T, C] each: what intermediate blocks of the encoder predict, the first block first."""
 
     @property
     def patches(self) -> torch.Tensor:
@@ -80,7 +88,9 @@ class Objective(ABC):
     """Whether a batch has to bring the token ids of a caption for each image."""
     needs_texts: ClassVar[bool] = False
     """Whether a batch has to bring a text's features for each image, and its token ids."""
-    pooling: ClassVar[str] = "both"
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Which of the settings that only some objectives have (OWN) it has."""
+    pooling: str = "both"
     """What of the encoder's tokens was trained to stand for an image: both (class token and mean of
     patches) or mean. Frozen evaluations look at it."""
 
@@ -99,14 +109,18 @@ class Objective(ABC):
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """Raises ConfigError for settings that the objective cannot have."""
-        given = [f"objective.{name}" for name in config.objective_args]
-        given += [name for name in ("gather", "text_tower") if getattr(config, name) is not None]
-        if given:
-            raise ConfigError(
-                f"{given[0]} with objective {config.objective}",
-                expected="a setting of this objective",
-                fix=f"--objective rils, or without {given[0]}",
-            )
+        if config.objective_args:
+            name = f"objective.{next(iter(config.objective_args))}"
+            raise _not_its_own(name, config, f"--objective rils, or without {name}")
+        cls.check_own(config)
+
+    @classmethod
+    def check_own(cls, config: PretrainConfig) -> None:
+        """Raises ConfigError for a setting of other objectives (OWN)."""
+        default = PretrainConfig()
+        for name, other in OWN.items():
+            if name not in cls.settings and getattr(config, name) != getattr(default, name):
+                raise _not_its_own(name, config, f"--objective {other}, or without {name}")
 
     @abstractmethod
     def target_width(self, encoder: Any) -> int:
@@ -119,6 +133,14 @@ class Objective(ABC):
     def complete(self, student: Student) -> Student:
         """The student with what else it needs to learn this, initialised by torch's seed."""
         return student
+
+    @property
+    def normalised_by(self) -> list[TargetCache]:
+        """The layers by whose statistics its targets are normalised (milan.store.statistics)."""
+        return []
+
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Have what a step looks up on `device`, before steps are traced or compiled."""
 
     def notes(self) -> list[str]:
         """What a person should know before a run begins, a line each."""
@@ -153,8 +175,13 @@ class Objective(ABC):
             mask = random_mask(batch.noise, visible=visible)
         else:
             mask = importance_mask(attention_of(batch), batch.noise, visible=visible)
-        share = self.config.decode_fraction
+        share = self.decoded_share
         return mask if share == 1 else decode_share(mask, batch.noise, share)
+
+    @property
+    def decoded_share(self) -> float:
+        """Of the masked patches; 0 for an objective that learns from visible ones alone."""
+        return self.config.decode_fraction
 
     def predict(self, network: nn.Module, batch: Batch) -> Prediction:
         """Mask a micro-batch and let `network`, the student, predict; all on one device.
@@ -162,7 +189,8 @@ class Objective(ABC):
         An objective whose student sees more than masked images has its own.
         """
         images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
-        return Prediction(network(images, mask), images, mask, batch)
+        tokens, *deep = split_deep(network(images, mask))
+        return Prediction(tokens, images, mask, batch, deep=tuple(deep))
 
 
 class JointObjective(Objective):
@@ -179,6 +207,11 @@ class JointObjective(Objective):
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`joint_loss` of a micro-batch by itself."""
         return self.joint_loss(prediction.joint).loss
+
+
+def _not_its_own(name: str, config: PretrainConfig, fix: str) -> ConfigError:
+    found = f"{name} with objective {config.objective}"
+    return ConfigError(found, expected="a setting of this objective", fix=fix)
 
 
 def attention_of(batch: Batch) -> torch.Tensor:

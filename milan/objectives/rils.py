@@ -57,11 +57,13 @@ class SentenceReconstruction(JointObjective):
     needs_features = False
     needs_tokens = True
     pooling = "mean"
+    settings = ("gather", "text_tower")
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """Its arguments, at least two captions a step, and weights that ranks hold whole."""
         check_arguments(config, numbers=_NUMBERS, words={"normaliser": NORMALISERS})
+        cls.check_own(config)
         if config.batch_size < 2:
             raise ConfigError(
                 f"batch size {config.batch_size} with objective {config.objective}",

@@ -15,7 +15,6 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD, kept_copy, normalise
 from milan.data.loader import Batch
-from milan.errors import ConfigError
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, JointObjective, Prediction
@@ -55,18 +54,13 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     masking = "random"
     needs_texts = True
+    settings = ()
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        """Its arguments, and those of `rils` that it has not."""
+        """Its arguments, and those of other objectives that it has not."""
         check_arguments(config, numbers=_NUMBERS, words=_WORDS)
-        for name in ("gather", "text_tower"):
-            if getattr(config, name) is not None:
-                raise ConfigError(
-                    f"{name} with objective {config.objective}",
-                    expected="a setting of rils: here texts are the store's and do not learn",
-                    fix=f"--objective rils, or without {name}",
-                )
+        cls.check_own(config)
 
     @cached_property
     def _copies(self) -> dict[Any, torch.Tensor]:

@@ -54,6 +54,7 @@ class SeveralTeachers(Objective):
                 fix="without teacher_dropping",
             )
         self.each = [kind(part, **settings) for part in cache.parts]
+        self.pooling = self.each[0].pooling
         self.names = short_names(cache)
         self.weights = layer_weights(self.config, len(self.each))
 
@@ -64,6 +65,16 @@ class SeveralTeachers(Objective):
     def complete(self, student: Student) -> Student:
         """What each needs, which is the same."""
         return self.each[0].complete(student)
+
+    @property
+    def normalised_by(self) -> list[TargetCache]:
+        """Those of each teacher."""
+        return [cache for one in self.each for cache in one.normalised_by]
+
+    def to(self, device: torch.device) -> None:
+        """The tables of each teacher."""
+        for one in self.each:
+            one.to(device)
 
     def notes(self) -> list[str]:
         """Those of each teacher, and how their losses are weighed."""
@@ -101,13 +112,14 @@ class SeveralTeachers(Objective):
         batch, widths = prediction.batch, [part.spec.channels for part in self.cache.parts]
         assert batch.codes is not None
         coded = [(batch.codes, batch.scale), *batch.others]
-        tokens = prediction.tokens.split(widths, dim=-1)
+        predicted = [part.split(widths, dim=-1) for part in (prediction.tokens, *prediction.deep)]
         return [
             prediction._replace(
-                tokens=own, batch=batch._replace(codes=codes, scale=scale, others=(), drops=None)
+                tokens=own, deep=tuple(deep),
+                batch=batch._replace(codes=codes, scale=scale, others=(), drops=None),
             )
-            for own, (codes, scale) in zip(tokens, coded, strict=True)
-        ]
+            for own, *deep, (codes, scale) in zip(*predicted, coded, strict=True)
+        ]  # fmt: skip
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """The weighted mean over the teachers; with dropping over those that an image keeps."""

@@ -36,7 +36,7 @@ class SheetInputs(NamedTuple):
     features: np.ndarray | None
     """[B, N, C] of the teacher; None where the student predicts pixels"""
     prediction: np.ndarray
-    """[B, N, C], or the pixels predicted, uint8 [B, S, S, 3]"""
+    """[B, N, C], not a number where nothing is learnt; or the pixels, uint8 [B, S, S, 3]"""
 
     @classmethod
     def joined(cls, parts: list[SheetInputs]) -> SheetInputs:
@@ -101,7 +101,8 @@ def features_column(features: np.ndarray, colours: Colours, size: int) -> Column
 
 
 class Colours:
-    """Features as red, green and blue: their first three principal components.
+    """Features as red, green and blue: their first three principal components; grey where they are
+    not a number.
 
     Like colours are like features. Fitted once, to patches [B, N, C] with N a square number, so
     that what is coloured later can be compared. Only directions count.
@@ -141,6 +142,7 @@ class Colours:
         parts = (_unit(features) - self.mean) @ self.axes
         scaled = ((parts - self.low) / np.maximum(self.high - self.low, 1e-12)).clip(0, 1)
         scaled = np.pad(scaled, ((0, 0), (0, 0), (0, 3 - scaled.shape[-1])))
+        scaled[~np.isfinite(features).all(axis=-1)] = GREY / 255
         return to_grid(scaled)
 
 
@@ -201,10 +203,9 @@ def sheet_of_run(shown: SheetInputs, colours: Mapping[str, Colours] | None) -> l
         part = slice(first, first + own.width)
         target = features_column(shown.features[..., part], own, size)
         predicted = upscale(as_bytes(own(shown.prediction[..., part])), size)
-        pair = [
-            target,
-            Column("prediction", "the student's features, in the same colours", predicted),
-        ]
+        what = "the student's features, in the same colours"
+        what += "; grey patches are not learnt" * bool(np.isnan(shown.prediction).any())
+        pair = [target, Column("prediction", what, predicted)]
         if colours and len(colours) > 1:  # a pair for each teacher, explained once
             short = cut(name, PANEL // 2)
             pair = [

@@ -186,8 +186,8 @@ def _inline(name: str) -> Any:
 def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
     """The pictures of a store as the template takes them."""
     cosines = [p.cosine for p in shown.students.values() if p.cosine is not None]
-    low = min((float(np.percentile(c, 1)) for c in cosines), default=0.0)
-    high = max((float(np.percentile(c, 99)) for c in cosines), default=1.0)
+    low = min((float(np.nanpercentile(c, 1)) for c in cosines), default=0.0)
+    high = max((float(np.nanpercentile(c, 99)) for c in cosines), default=1.0)
     images = []
     for i, caption in enumerate(shown.captions):
         parts = [("view", shown.pixels[i], "the pixels that the teacher saw")]

@@ -65,7 +65,8 @@ class Panels:
     predicted: np.ndarray
     """[B, g, g, 3] uint8 in the colours of the target, a cell a patch; or the pixels predicted."""
     cosine: np.ndarray | None
-    """[B, g, g] between prediction and target; None for targets that are no features."""
+    """[B, g, g] between prediction and target, not a number where nothing is learnt; None for
+    targets that are no features."""
     masked: np.ndarray
     """[B, g, g] bool"""
 
@@ -75,10 +76,11 @@ class Panels:
         return Panels(self.visible[:count], self.predicted[:count], cosine, self.masked[:count])
 
     def mean_cosine(self, image: int) -> float | None:
-        """Over the masked patches of an image."""
+        """Over the masked patches of an image; None where they are not learnt."""
         if self.cosine is None or not self.masked[image].any():
             return None
-        return float(self.cosine[image][self.masked[image]].mean())
+        values = self.cosine[image][self.masked[image]]
+        return None if np.isnan(values).any() else float(values.mean())
 
 
 @dataclass(frozen=True)

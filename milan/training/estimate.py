@@ -76,6 +76,7 @@ def estimate_run(
     choose_kernels(student, device, settings.precision)
     optimiser = adamw(student, device, weight_decay=config.weight_decay, beta2=config.beta2)
     objective = settings.objective(cache)
+    objective.to(device)
 
     dataset = CachedDataset(cache, data_root=config.data_root)
     # The second batch is measured: the first opens the store and the images.

@@ -46,8 +46,9 @@ def peak_bytes(
     live = _LiveStorages()
     for part in cache.parts:
         part.codec.to(device)  # its tables are kept for later calls: they need memory
+    objective = settings.objective(cache)
+    objective.to(device)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, live:
-        objective = settings.objective(cache)
         batch = trial_batch(micro_batch, student, cache, device, objective=objective)
         fakes: dict[str, torch.Tensor] = {
             name: nn.Parameter(fake.from_tensor(p.data).to(device), p.requires_grad)

@@ -72,10 +72,12 @@ from milan.training.run_store import (
     decoder_of,
     differing,
     identity_with,
+    keep_statistics,
     known_parts,
     moved_on,
     open_cache_of,
     part_of,
+    settle_statistics,
     store_of_run,
     without_changed,
 )
@@ -190,6 +192,7 @@ def _train(
     step = start.step or 0
     order, cache, parts = _order_and_store(config, start, context)
     dataset = _open_dataset(settings, order, cache, context)
+    digests = settle_statistics(settings.objective(cache), context, start.step)
     _note_settings(settings, cache, differs, progress)
     decoder = None if start.step is None else ranks.on_rank0(lambda: decoder_of(run))
     student = student_of(settings, cache, decoder=decoder)
@@ -203,9 +206,11 @@ def _train(
         values = settings.values(micro_batch=micro_batch)
         kept = {**store_of_run(cache), "decoder": student.decoder.arguments, **initial}
         identity = identity_with(values, cache)
+        identity |= {"target_statistics": digests} if digests else {}
         images = cache.image_places(config.data_root) if dataset.roots else []
         ranks.on_rank0(lambda: check_place(run, images))
         ranks.on_rank0(lambda: start_run(run, identity, values, differs, **kept))
+        ranks.on_rank0(lambda: keep_statistics(settings.objective(cache), run))
     else:
         progress.note(f"resuming: {run} at step {step}")
         ranks.on_rank0(lambda: checkpoint.check_fits(run, step, student))
@@ -251,6 +256,7 @@ def _fit(
     micro_batch = config.batch_size // ranks.size // schedule.accumulate
     choose_kernels(student, device, settings.precision)
     objective = settings.objective(dataset.cache, ranks)
+    objective.to(device)
     network = parallelise(student, ranks, config.parallel, settings.precision)
     workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
     context.progress.note(f"data loading: {workers.words()}")
@@ -471,9 +477,11 @@ def describe_student(name: str, student: Student) -> str:
     encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in parts)
     shape = student.decoder.arguments
     text = sum(p.numel() for p in student.text.parameters()) if student.text else 0
+    deep = sum(p.numel() for p in student.deep_decoders.parameters()) / 1e6
     return (
         f"student: {name}, {encoder:,.3g} M weights; its decoder has {decoder:,.3g} M, "
         f"{shape['depth']} blocks of width {shape['embed_dim']}"
+        + (f"; deep supervision adds {deep:,.3g} M" if deep else "")
         + (f"; its text tower has {text / 1e6:,.3g} M" if text else "")
     )
 

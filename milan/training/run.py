@@ -42,6 +42,7 @@ from milan.reporting.run_files import (
     write_run,
 )
 from milan.store.format import INDEX
+from milan.store.statistics import FOLDER as STATISTICS
 from milan.training import checkpoint
 
 _LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
@@ -157,7 +158,7 @@ def start_run(
     all defaults filled in; `differs` those that deviate from the recipe, with (value, the
     recipe's). `more` is kept in run.json as it is.
     """
-    for folder in (checkpoint.FOLDER, TENSORBOARD):
+    for folder in (checkpoint.FOLDER, TENSORBOARD, STATISTICS):
         shutil.rmtree(run / folder, ignore_errors=True)
     for name in (LOG, CURVES, VALIDATION, METRICS, f"{SHEET}.png", ENCODER, CSV, *SUPERVISED):
         (run / name).unlink(missing_ok=True)

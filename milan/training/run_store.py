@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from milan.config import PretrainConfig
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
-from milan.errors import CacheError
+from milan.errors import CacheError, TrainError
 from milan.models.decoder import PUBLISHED
+from milan.objectives.base import Objective
 from milan.reporting.run_files import layers_of_part, read_run, update_run
 from milan.store.cache import TargetCache
 from milan.store.joined import open_targets
+from milan.store.statistics import FOLDER, Statistics, find_digest, keep, settle, statistics_of
 from milan.training.loop import Context
 from milan.training.run import Differing, compared, identity_of, stored_identity
 
@@ -119,6 +122,55 @@ def differing(run: Path, config: PretrainConfig, values: dict[str, Any]) -> Diff
     if before["cache"] != now["cache"]:
         before, now = before | content["targets"], now | _summary_of(cache)
     return compared(before, now)
+
+
+# --- statistics of targets ------------------------------------------------------------------------
+
+
+def digests_of(run: Path) -> list[str]:
+    """Those of a run's statistics of targets, of each layer that is normalised by some."""
+    return read_run(run)["identity"].get("target_statistics", [])
+
+
+def settle_statistics(objective: Objective, context: Context, step: int | None) -> list[str]:
+    """The digests of the statistics by which targets are normalised, the same on all ranks.
+
+    A run that goes on has its own copy. A new one has those kept with the store; where there are
+    none they are measured, and kept there if it can be written. Raises TrainError for a run without
+    its copy.
+    """
+    ranks, progress, run = context.ranks, context.progress, context.run
+
+    def begun(cache: TargetCache, number: int) -> Statistics:
+        found, store = statistics_of(cache), cache.path
+        if not keep(found, cache, store / FOLDER):
+            progress.note(f"target statistics: kept with the run, {store} cannot be written")
+        return found
+
+    def resumed(cache: TargetCache, number: int) -> Statistics:
+        digest = digests_of(run)[number]
+        for folder in (run / FOLDER, cache.path / FOLDER):
+            if found := find_digest(folder, digest):
+                return found
+        raise TrainError(
+            f"the target statistics {digest[:12]} of {run} are not in its folder {FOLDER}/",
+            expected="the numbers that it was trained with",
+            fix="a copy of that folder, or --out another folder",
+        )
+
+    look, digests = begun if step is None else resumed, list[str]()
+    for number, cache in enumerate(objective.normalised_by):
+        found = ranks.on_rank0(partial(look, cache, number))
+        settle(cache, found)
+        digests.append(found.digest)
+    return digests
+
+
+def keep_statistics(objective: Objective, run: Path) -> None:
+    """Write them into a new run's folder. Raises TrainError."""
+    for cache in objective.normalised_by:
+        if not keep(statistics_of(cache), cache, run / FOLDER):
+            raise TrainError(f"{run} cannot be written", fix="--out another folder")
 
 
 # --- images that changed since extraction ---------------------------------------------------------

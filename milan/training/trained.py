@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from milan.config import PretrainConfig
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, TrainError
-from milan.models.student import Student, build_student
+from milan.models.student import Student, add_deep_decoders, build_student
 from milan.objectives.base import Objective, objective_class
-from milan.objectives.features import FeatureRegression
+from milan.objectives.features import (
+    FeatureRegression,
+    learns_class_token,
+    supervised_blocks,
+)
+from milan.objectives.normalisation import Affine
 from milan.reporting.run_files import RUN, read_run
 from milan.store.cache import TargetCache
 from milan.store.joined import layers_of
+from milan.store.statistics import FOLDER, find_digest, settle
 from milan.training import checkpoint
 from milan.training.build import resolve_defaults, student_of
-from milan.training.run_store import decoder_of
+from milan.training.run_store import decoder_of, digests_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,10 @@ class TrainedStudent:
     """Whose targets of that store; of a run with several teachers the first."""
     teacher: str
     """The teacher's name."""
+    class_token: bool = True
+    """Whether it learnt to predict the class token."""
+    visible: bool = True
+    """Whether it learnt to predict patches that it sees."""
 
 
 def load_student(
@@ -62,6 +73,7 @@ def load_student(
             + (f" (objective {settings['objective']})" if targets else ""),
             expected="a pretraining with objective milan",
         )
+    config = config_of(folder)
     student = build_student(
         settings["model"],
         img_size=targets["image_size"],
@@ -71,13 +83,38 @@ def load_student(
         decoder=decoder_of(folder),
         seed=drawn or 0,
     )
+    add_deep_decoders(student, supervised_blocks(config))
     if drawn is None:
         _load_newest(folder, student, progress)
+    student.deep_decoders.clear()
     layer, teacher, heads = settings.get("layer"), targets["teacher"], student.decoder.heads
     if heads is not None:  # only one head can be compared with a teacher's texts
         student.decoder.heads, teacher = heads[:1], teacher[0]
         layer = layers_of(settings["cache"], layer)[0][1]
-    return TrainedStudent(student.eval().requires_grad_(False), settings["cache"], layer, teacher)
+    for digest in digests_of(folder)[:1]:
+        _restore_features(student, config, folder, digest)
+    return TrainedStudent(
+        student.eval().requires_grad_(False), settings["cache"], layer, teacher,
+        learns_class_token(config), config.predict != "masked",
+    )  # fmt: skip
+
+
+def _restore_features(student: Student, config: PretrainConfig, run: Path, digest: str) -> None:
+    """Let the decoder predict the teacher's features in place of normalised ones. Raises
+    TrainError."""
+    statistics = find_digest(run / FOLDER, digest)
+    if statistics is None:
+        raise TrainError(
+            f"the target statistics {digest[:12]} of {run} are not in its folder {FOLDER}/",
+            fix="a copy of that folder",
+        )
+    assert config.target_norm is not None
+    affine, several = Affine(config.target_norm, statistics), student.decoder.heads
+    last: Any = student.decoder.pred if several is None else several[0].mlp.fc2  # type: ignore
+    back, mean = torch.from_numpy(affine.back), torch.from_numpy(affine.mean)
+    with torch.no_grad():
+        last.weight.copy_(back @ last.weight)
+        last.bias.copy_(back @ last.bias + mean)
 
 
 def load_trained(
@@ -90,8 +127,12 @@ def load_trained(
     config = config_of(run)
     settings = resolve_defaults(replace(config, cache=str(cache.path)), device)
     student = student_of(settings, cache, decoder=decoder_of(run))
+    objective = settings.whole().objective(cache)
+    for part, digest in zip(objective.normalised_by, digests_of(run), strict=True):
+        if found := find_digest(run / FOLDER, digest):
+            settle(part, found)
     _load_newest(run, student, progress)
-    return student.to(device).eval().requires_grad_(False), settings.objective(cache)
+    return student.to(device).eval().requires_grad_(False), objective
 
 
 def config_of(run: Path) -> PretrainConfig:
