@@ -132,7 +132,7 @@ def loader_rate(store: Path, targets: bool, epochs: int) -> float:
 class _RowByRow(CachedDataset):
     """Reads stored views as milan did before: each by itself, decoded by Pillow."""
 
-    def pixels(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    def pixels(self, rows: np.ndarray, views: np.ndarray, seen: Any = None) -> np.ndarray:
         out = np.empty((len(rows), 224, 224, 3), np.uint8)
         for i in range(len(rows)):
             row, view = rows[i : i + 1], views[i : i + 1]

@@ -90,6 +90,15 @@ class PretrainConfig:
     decode_fraction: float = setting(1.0, unit="share", above=0, most=1)
     """Share of the masked patches that a step decodes, drawn by address; the others cost nothing
     and are in no loss. Published: 1."""
+    student_channels: str | None = None
+    """The student sees these channels in place of RGB: numbers from 1, as 1-13; rgb,1 for the
+    image's colours before them. Default: what the teacher sees."""
+    student_data: str | None = setting(None, identity=False)
+    """A folder of files with the image's key for a name, whatever their endings, that the numbers
+    of student_channels are of (.npy, TIFF, PNG); default: the image's own file."""
+    shown_channels: tuple[int, int, int] | None = setting(None, identity=False, least=1)
+    """Which of student_channels pictures show as red, green and blue, by place: 4,3,2; default: the
+    first three, or the first in grey."""
     init: str | None = None
     """Start from weights: another run's encoder (its folder), timm:NAME, a checkpoint of others,
     or published[:FILE]."""
@@ -193,6 +202,24 @@ class PretrainConfig:
                 f"out {self.out!r}",
                 expected="a folder: runs are kept on a disk",
                 fix="--out runs/pretrain",
+            )
+        if "in_chans" in self.model_args and self.student_channels is None:
+            raise ConfigError(
+                f"model argument in_chans={self.model_args['in_chans']}",
+                expected="which channels these are",
+                fix=f"--student-channels 1-{self.model_args['in_chans']}",
+            )
+        if self.student_data is not None and self.student_channels is None:
+            raise ConfigError(
+                "student_data without student_channels",
+                expected="which channels of these files the student sees",
+                fix="--student-channels 1, or rgb,1 for the image's colours too",
+            )
+        if self.student_data is not None and self.on_growth == "move":
+            raise ConfigError(
+                "on_growth move with student_data",
+                expected="keep: the files beside the images were read when the run began",
+                fix="--out another folder, for a run of the store as it is now",
             )
         if (self.local is None) != (self.cache_limit is None):
             raise ConfigError(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from milan.core.config_fields import check_fields, seed_setting, setting
 from milan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from milan.images.views import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class ExtractConfig:
     """Least and greatest width / height of a crop."""
     hflip: float = setting(0.5, unit="probability", least=0, most=1)
     """Probability of a horizontal flip."""
+    bands: tuple[int, int, int] | None = setting(None, unit="number", least=1)
+    """Which channels of files that have more are red, green and blue, such as 4 3 2."""
+    band_range: tuple[float, float] | None = setting(None, unit="of a sample")
+    """With --bands: which samples become 0 and 255, of every image, such as 0 3000."""
     codec: str = "int8"
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
     store_views: str = "none"
@@ -101,6 +109,20 @@ class ExtractConfig:
                 fix="without one of the two",
             )
         allowed_bad(self.max_bad, 1)
+        if self.band_range and not self.bands:
+            raise ConfigError(
+                f"--band-range {' '.join(f'{x:g}' for x in self.band_range)} without --bands",
+                expected="both, for files of more channels than a picture's",
+                fix="--bands 4 3 2",
+            )
+
+    def view_spec(self, size: int) -> ViewSpec:
+        """The views that are drawn, of `size` pixels. Raises ConfigError."""
+        from milan.images.views import ViewSpec
+
+        return ViewSpec(
+            size, self.scale, self.ratio, self.hflip, self.seed, self.bands, self.band_range
+        )
 
 
 @dataclass(frozen=True)

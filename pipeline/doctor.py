@@ -30,7 +30,6 @@ from milan.data.loader import check_locks
 from milan.errors import MilanError
 from milan.images.manifest import Manifest, build_manifest, resolve_data
 from milan.images.splits import WantedSplit
-from milan.images.views import ViewSpec
 from milan.version import __version__
 from pipeline.cluster.node import versions
 from pipeline.config import ExtractConfig
@@ -235,7 +234,7 @@ class _Data:
             device = pick_device(device_name)
         except MilanError:  # it has a finding of its own
             return
-        decoding = decoding_of(self.manifest, self.manifest.root, ViewSpec(224))
+        decoding = decoding_of(self.manifest, self.manifest.root, self.config.view_spec(224))
         if decoding is None:
             yield Finding(
                 "data loading", FAILS, "none of the first images can be decoded",

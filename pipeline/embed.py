@@ -84,7 +84,7 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
         "pooling": config.pooling,
         "dtype": config.dtype,
         "crop_share": config.crop_share,
-        "images": images.identity,
+        "images": images.identity_for(frozen.channels),
         "network": frozen.identity,
     }
     about["digest"] = digest_of(about)  # of what determines the embeddings
@@ -152,8 +152,7 @@ def _shape_of(frozen: Frozen, pooling: str, device: torch.device) -> tuple[int, 
     """(F,) or (N, F): of what one image gives. Raises ConfigError for what the network lacks."""
     assert frozen.tokens is not None
     with torch.inference_mode():
-        blank = torch.zeros(1, frozen.size, frozen.size, 3, dtype=torch.uint8, device=device)
-        first, patches = frozen.tokens(blank)
+        first, patches = frozen.tokens(frozen.blank(device))
     if pooling == "token" and first is None:
         raise ConfigError(
             f"{frozen.name} has no class token",

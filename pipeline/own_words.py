@@ -15,7 +15,7 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TrainError
 from milan.evaluation.config import ZeroShotConfig
 from milan.evaluation.frozen import MEAN_OF_PATCHES, Frozen
-from milan.models.export import ENCODER
+from milan.models.export import ENCODER, read_about, refuse_channels
 from milan.models.rils import RilsStudent, load_rils
 from milan.objectives.base import objective_class
 from milan.objectives.rils import WEIGHTS, SentenceReconstruction
@@ -53,6 +53,8 @@ def joint_student(checkpoint: str) -> TrainedStudent | None:
             expected="a run that has ended, or was stopped: it leaves the student there",
             fix="the run's milan pretrain line",
         )
+    if (folder / ENCODER).is_file():
+        refuse_channels(read_about(folder), checkpoint)
     student = load_rils(file).requires_grad_(False)
     if settings and not student.tokenizer:
         raise ConfigError(

@@ -9,7 +9,10 @@ import typer
 from pipeline.config import ExtractConfig
 from stages.options import settings_command
 
-LAW = ("data", "split", "data_root", "views", "img_size", "scale", "ratio", "hflip", "seed")
+LAW = (
+    "data", "split", "data_root", "views", "img_size", "scale", "ratio", "hflip", "bands",
+    "band_range", "seed",
+)  # fmt: skip
 Teacher = Annotated[
     str | None, typer.Option(help="The teacher's name or config, if its files moved since.")
 ]
@@ -104,14 +107,13 @@ def _views_to_come(
     progress: Any,
 ) -> Any:
     from milan.core.config_resolver import resolve
-    from milan.images.views import ViewSpec
     from milan.reporting.view_sheet import view_sheet
 
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
     config.check()
     # Crops are the same at any size: no teacher is needed to know it.
     size = config.img_size or _SHOWN_AT
-    law = ViewSpec(size, config.scale, config.ratio, config.hflip, config.seed)
+    law = config.view_spec(size)
     return view_sheet(
         config.data, law, config.views, out=out, images=images, split=config.split,
         data_root=config.data_root, progress=progress,

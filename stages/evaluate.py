@@ -24,6 +24,8 @@ _SHARED = {
         "val_data",
         "val_annotations",
         "val_split",
+        "student_data",
+        "val_student_data",
         "data_root",
         "crop_share",
         "limit",

@@ -68,7 +68,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Cut `--scale 0.6,1` in two."""
-        pairs = {name for param in self.params if param.nargs == 2 for name in param.opts}
+        pairs = {name for param in self.params if param.nargs > 1 for name in param.opts}
         cut: list[str] = []
         for i, word in enumerate(args):
             name, equals, value = word.partition("=")

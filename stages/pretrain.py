@@ -21,7 +21,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Store and run": (
         "cache", "layer", "mask_layer", "data_root", "out", "on_changed", "on_growth"
     ),
-    "Student": ("recipe", "model", "init"),
+    "Student": ("recipe", "model", "init", "student_channels", "student_data"),
     "Objective": (
         "objective", "masking", "loss", "target_norm", "predict", "class_weight",
         "deep_supervision", "gather", "text_tower",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,10 +12,13 @@ from torch.utils.data import Dataset
 
 from milan.core.paths import AnyPath
 from milan.errors import CacheError, DataError, ImageFault
-from milan.images.decode import content_digest, decode_pixels
+from milan.images.decode import content_digest
 from milan.images.source import ImageSource, JoinedSource
 from milan.images.views import View, checksum, render, unpack
 from milan.store.cache import TargetCache
+
+if TYPE_CHECKING:
+    from milan.data.channels import StudentChannels
 
 
 class CachedDataset(Dataset):
@@ -44,6 +47,8 @@ class CachedDataset(Dataset):
     ) -> None:
         self.cache, self.transform = cache, transform
         self.stored = cache.spec.stored_views != "none"
+        self.channels: StudentChannels | None = None
+        """What the batches of `training_loader` have for a student that sees other channels."""
         # A store that keeps its views needs no originals.
         self.roots = None if self.stored and not data_root else cache.find_data_roots(data_root)
 
@@ -104,14 +109,21 @@ class CachedDataset(Dataset):
             for i, row in enumerate(rows)
         ]
 
-    def pixels(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    def pixels(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        seen: Callable[[int, bytes, np.ndarray], None] | None = None,
+    ) -> np.ndarray:
         """The pixels the teacher saw of (rows[i], views[i]); uint8 [B, S, S, 3].
 
-        Raises DataError if an image is gone, has changed, or renders to other pixels than it did.
+        Where they are rendered from originals, `seen` is called with i, the image's bytes and its
+        pixels. Raises DataError if an image is gone, has changed, or renders to other pixels than
+        it did.
         """
         rows, views = np.asarray(rows), np.asarray(views)
-        size = self.cache.view_spec.size
-        out = np.empty((len(rows), size, size, 3), np.uint8)
+        spec = self.cache.view_spec
+        out = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
         checksums = self.cache.pixel_checksums(rows, views).tolist()
         places = zip(rows.tolist(), views.tolist(), checksums, strict=True)
         if self.stored:
@@ -120,15 +132,18 @@ class CachedDataset(Dataset):
                 self._unpack(pixels, picture, *place)
             return out
         crops = self.cache.crops(rows, views)
-        for pixels, crop, (row, view, expected) in zip(out, crops, places, strict=True):
+        for i, (pixels, crop, place) in enumerate(zip(out, crops, places, strict=True)):
+            row, view, expected = place
             data = b""
             try:
                 data = self.source.read(row)
-                pixels[:] = render(decode_pixels(data), View.of(crop), size=size)
+                pixels[:] = render(spec.decode(data), View.of(crop), size=spec.size)
             except ImageFault as fault:
                 raise self._changed(row, view, data, str(fault)) from None
             if checksum(pixels) != expected:
                 raise self._changed(row, view, data, "it renders to other pixels")
+            if seen:
+                seen(i, data, pixels)
         return out
 
     def _unpack(self, out: np.ndarray, picture: bytes, row: int, view: int, expected: int) -> None:

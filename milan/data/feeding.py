@@ -35,19 +35,24 @@ class Workers:
 
 
 def loader_workers(
-    wanted: int | None, cache: TargetCache, micro_batch: int, ranks_here: int
+    wanted: int | None,
+    cache: TargetCache,
+    micro_batch: int,
+    ranks_here: int,
+    channels: int = 0,
 ) -> Workers:
     """`wanted` of them; None: as many as this rank's share of the machine has room for.
 
     Of the cores the training process keeps one: on a GPU it queues the step's work, and on a CPU
     loader workers sleep while the step computes. Batches that are ready may take half of the
-    memory that is free. `ranks_here` ranks share the machine.
+    memory that is free. `ranks_here` ranks share the machine. `channels` that a student sees beside
+    the teacher's pixels are float32.
     """
     if wanted is not None:
         return Workers(wanted, "--num-workers")
     cores = cpu_count() // ranks_here - 1
     ready = batches_ahead(cores)
-    batch = micro_batch * (3 * cache.view_spec.size**2 + cache.view_bytes)
+    batch = micro_batch * ((3 + 4 * channels) * cache.view_spec.size**2 + cache.view_bytes)
     rooms = {
         "cores": cores,
         "memory": free_memory() // 2 // ranks_here // (_OWN_BYTES + ready * batch),

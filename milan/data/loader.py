@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from milan.core.device import copy_to
+from milan.core.device import MEAN, STD, copy_to, normalise
 from milan.core.progress import Progress
 from milan.core.rng import mask_noise, teacher_noise
 from milan.core.signals import (
@@ -77,6 +77,14 @@ class Batch(NamedTuple):
     drops: torch.Tensor | None = None
     """[B, teachers] float32 in (0, 1), drawn at (seed, epoch, row, view): which teachers an image
     does without; None for one teacher"""
+    channels: torch.Tensor | None = None
+    """[B, channels, S, S] float32: what a student sees that sees no RGB, as it sees it"""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """What the student sees, [B, channels, S, S] float32: pixels by ImageNet's mean and
+        deviation, or its own channels."""
+        return normalise(self.pixels, MEAN, STD) if self.channels is None else self.channels
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -314,8 +322,12 @@ class CachedBatches:
         if self.texts and address.kind.has_targets:
             vectors, numbers = self.sentences.encoded(rows)
             texts, ids = torch.from_numpy(vectors), torch.from_numpy(numbers)
+        if self.dataset.channels:
+            pixels, channels = self.dataset.channels.load(rows, views)
+        else:
+            pixels, channels = self.dataset.pixels(rows, views), None
         return Batch(
-            torch.from_numpy(self.dataset.pixels(rows, views)),
+            torch.from_numpy(pixels),
             torch.from_numpy(targets.attention),
             torch.from_numpy(noise),
             torch.from_numpy(rows),
@@ -329,6 +341,7 @@ class CachedBatches:
                 for t in targets.others
             ),
             drops,
+            None if channels is None else torch.from_numpy(channels),
         )
 
 

@@ -42,13 +42,12 @@ from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped, Wait
-from milan.errors import DataError, ImageFault
+from milan.errors import ConfigError, DataError, ImageFault
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.splits import LabelledSet, Split
-from milan.images.decode import content_digest, decode
-from milan.images.source import ImageSource
+from milan.images.decode import content_digest, decode_pixels
 from milan.images.views import centre_view, render
 
 FILE_ROWS = 2048
@@ -130,7 +129,14 @@ def features_of(
     """
     view = {"size": frozen.size, "crop_share": config.crop_share}
     view |= corruption.law if corruption else {}
-    about = {"format": _FORMAT, "network": frozen.identity, "images": data.identity, "view": view}
+    about: dict[str, Any] = {"format": _FORMAT, "network": frozen.identity, "view": view}
+    about["images"] = data.identity_for(frozen.channels)
+    if corruption and frozen.channels:
+        raise ConfigError(
+            f"corruptions for {frozen.name}, which sees channels {frozen.channels.spelled}",
+            expected="an encoder of RGB: corruptions are of 8-bit colours",
+            fix="without --corruptions",
+        )
     about |= {"file_rows": file_rows} if file_rows else {}
     key = digest_of(about)
     place = folder / key[:24]
@@ -311,7 +317,8 @@ class Decoded(NamedTuple):
 
     rows: list[int]
     pixels: torch.Tensor
-    """uint8 [b, S, S, 3], pinned where the device is a GPU."""
+    """What the network takes: uint8 [b, S, S, 3], or its channels; pinned where the device is a
+    GPU."""
     digests: list[int]
     rejected: list[str]
 
@@ -333,7 +340,7 @@ def _compute(
     what = f"features of {frozen.name}" + (f", {corruption}" if corruption else "")
     progress.begin(what, total, "images", done=done)
     ranges = [files.ranges[i] for i in mine]
-    batches = decoded(data, ranges, frozen.size, config, context, corruption)
+    batches = decoded(data, ranges, frozen, config, context, corruption)
     written: Future | None = None
     # Whatever ends this, what was handed to the writer is written.
     with closing(batches), ThreadPoolExecutor(1) as writer:
@@ -402,7 +409,7 @@ def _check_room(files: _Files, absent: int, content: File) -> None:
 def decoded(
     data: LabelledSet,
     files: list[np.ndarray],
-    size: int,
+    frozen: Frozen,
     config: EvaluationConfig,
     context: Context,
     corruption: Corruption | None = None,
@@ -411,10 +418,12 @@ def decoded(
     share = max(1, cpu_count() // context.ranks.on_node)
     pool = ThreadPoolExecutor(config.num_workers or min(16, share))
     pinned = context.device.type == "cuda"
-    load = partial(_central_square, data.images, size, config.crop_share, corruption)
+    load = partial(_central_square, data, frozen, config.crop_share, corruption)
+    blank = frozen.blank(torch.device("cpu"))
 
     def begin(rows: list[int]) -> tuple[list[int], torch.Tensor, list[Future]]:
-        pixels = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+        shape = len(rows), *blank.shape[1:]
+        pixels = torch.empty(shape, dtype=blank.dtype, pin_memory=pinned)
         filled = zip(rows, pixels.numpy(), strict=True)
         return rows, pixels, [pool.submit(load, row, place) for row, place in filled]
 
@@ -452,21 +461,27 @@ def _finished(keys: Any, rows: list[int], pixels: torch.Tensor, futures: list[Fu
 
 
 def _central_square(
-    images: ImageSource,
-    size: int,
+    of: LabelledSet,
+    frozen: Frozen,
     share: float,
     corruption: Corruption | None,
     row: int,
     pixels: np.ndarray,
 ) -> int | str:
-    """Fill `pixels`, uint8 [S, S, 3], with an image; half of its content digest, or why not."""
+    """Fill `pixels` with an image as the network takes it; half of its content digest, or why
+    not."""
+    law, size = frozen.channels, frozen.size
     try:
-        data = images.read(row)
-        image = decode(data)
+        data = of.images.read(row)
+        if law:
+            beside = of.beside.read(row) if law.paired and of.beside else b""
+            pixels[:] = law.square(data, beside, share=share, size=size)
+        else:
+            image = decode_pixels(data)
+            view = centre_view(*image.shape[:2], crop_share=share)
+            pixels[:] = render(image, view, size=size)
     except ImageFault as fault:
         return str(fault)
-    width, height = image.size
-    pixels[:] = render(image, centre_view(height, width, crop_share=share), size=size)
     digest = int(content_digest(data)[:16], 16)
     if corruption:
         pixels[:] = corruption.apply(pixels, digest)

@@ -13,6 +13,7 @@ import torch
 from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError
 from milan.evaluation.config import EvaluationConfig
+from milan.images.channels import Channels
 from milan.models.encoder import (
     create_vit,
     encode,
@@ -20,7 +21,7 @@ from milan.models.encoder import (
     pretrained_vit,
     unpretrained_vit,
 )
-from milan.models.export import load_encoder, read_about
+from milan.models.export import CHANNELS, load_encoder, read_about
 from milan.models.state_dict import weights_digest
 from milan.models.weights import find_weights, is_foreign
 
@@ -60,6 +61,15 @@ class Frozen:
     space."""
     said: str = ""
     """How a checkpoint of others was read, in a line."""
+    channels: Channels | None = None
+    """What it sees in place of pictures' RGB: its functions take float32 [B, C, S, S] then, as
+    Channels.square gives them."""
+
+    def blank(self, device: torch.device) -> torch.Tensor:
+        """An input of one image, all zeros."""
+        if self.channels:
+            return torch.zeros(1, self.channels.count, self.size, self.size, device=device)
+        return torch.zeros(1, self.size, self.size, 3, dtype=torch.uint8, device=device)
 
     @property
     def words(self) -> str:
@@ -81,8 +91,9 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             expected="frozen=pipeline.teachers.frozen.frozen_teacher(config, device)",
         )
     trained, said = "both", ""
+    channels: dict[str, Any] | None = None
     if name == "random":
-        vit, built, trained = _random(config)
+        vit, built, trained, channels = _random(config)
     elif name.startswith(_TIMM):
         vit, built = pretrained_vit(name.removeprefix(_TIMM)), {"timm": name}
     elif is_foreign(name):
@@ -90,9 +101,9 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     else:
         vit, about = load_encoder(name), read_about(name)
         built = {"model": about["model"], "model_args": about["model_args"]}
-        trained = about.get("pooling", trained)
+        trained, channels = about.get("pooling", trained), about.get(CHANNELS)
     data_config = timm.data.resolve_model_data_config(vit)
-    size = _edge(name, data_config["input_size"])
+    size = _edge(name, data_config["input_size"], bool(channels))
     own_pass = "timm" in built
     tokens_of = _timm_tokens(name, vit, size) if own_pass else partial(encode, vit)
     vit = vit.eval().requires_grad_(False)
@@ -107,10 +118,12 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         if wanted == "patches" or vit.cls_token is None or not mean_alone
         else f"{MEAN_OF_PATCHES} alone, {wanted}",
     }
+    identity |= {CHANNELS: channels} if channels else {}
     token = () if mean_alone else (TOKEN,)
     if wanted == "blocks":
         with torch.inference_mode():
-            blocks = len(_last_blocks(vit, tokens_of, torch.zeros(1, 3, size, size)))
+            shape = data_config["input_size"]
+            blocks = len(_last_blocks(vit, tokens_of, torch.zeros(1, *shape)))
         parts = (*token * blocks, MEAN_OF_PATCHES) if token else (MEAN_OF_PATCHES,) * blocks
     else:
         parts = (*token, MEAN_OF_PATCHES) if wanted == "pooled" else (wanted,)
@@ -119,8 +132,11 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     def pooled(every: torch.Tensor) -> torch.Tensor:
         return pooled_features(vit, every, mean_alone=mean_alone)
 
+    def seen(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if channels else normalise(pixels, data_config["mean"], data_config["std"])
+
     def found(pixels: torch.Tensor) -> torch.Tensor:
-        return tokens_of(normalise(pixels, data_config["mean"], data_config["std"]))
+        return tokens_of(seen(pixels))
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         every = found(pixels).float()
@@ -133,14 +149,14 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
             return tokens_side_by_side(None if mean_alone else first, patches, wanted)
         if wanted == "pooled":
             return pooled(found(pixels)).float()
-        images = normalise(pixels, data_config["mean"], data_config["std"])
-        every = _last_blocks(vit, tokens_of, images)
+        every = _last_blocks(vit, tokens_of, seen(pixels))
         if not token:
             return torch.cat([pooled(block) for block in every], dim=1).float()
         before = [block[:, 0] for block in every[:-1]]
         return torch.cat([*before, pooled(every[-1])], dim=1).float()
 
-    return Frozen(features, size, name, identity, tokens, parts, said=said)
+    law = Channels.from_about(channels) if channels else None
+    return Frozen(features, size, name, identity, tokens, parts, said=said, channels=law)
 
 
 def tokens_side_by_side(
@@ -175,9 +191,9 @@ def _last_blocks(
     return found
 
 
-def _edge(name: str, shape: tuple[int, int, int]) -> int:
+def _edge(name: str, shape: tuple[int, int, int], any_channels: bool) -> int:
     """The edge of a network's input [channels, height, width]. Raises ConfigError."""
-    if shape[0] != 3 or shape[1] != shape[2]:
+    if (shape[0] != 3 and not any_channels) or shape[1] != shape[2]:
         raise ConfigError(
             f"{name} takes {shape[1]} x {shape[2]} pixels of {shape[0]} channels",
             expected="square RGB images",
@@ -221,7 +237,7 @@ def _foreign(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str]:
 
 def _described(vit: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
     """A ViT that says what images it takes."""
-    size = (3, *vit.patch_embed.img_size)
+    size = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": mean, "std": std, "input_size": size}
     return vit
 
@@ -231,22 +247,24 @@ def _pooling(config: EvaluationConfig, trained: str) -> str:
     return trained if config.pooling == "auto" else config.pooling
 
 
-def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str]:
-    """(a ViT as timm initialises it, what it was built by, the pooling of what it is like)."""
-    like, pooling = config.like or "", "both"
+def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str, dict[str, Any] | None]:
+    """(a ViT as timm initialises it, what it was built by, the pooling of what it is like, and the
+    channels)."""
+    like, pooling, channels = config.like or "", "both", None
     if is_foreign(like):
         weights = find_weights(like, flag="--like", model=config.model)
         name, args, size = weights.model, dict(weights.args), weights.size
     elif like and not like.startswith(_TIMM):
         about = read_about(like)
         name, args, size = about["model"], about["model_args"], about["input_size"]
-        pooling = about.get("pooling", pooling)
+        pooling, channels = about.get("pooling", pooling), about.get(CHANNELS)
     else:
         name, args = config.model, dict(config.model_args)
         size = args.pop("img_size", 224)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if like.startswith(_TIMM):
-            return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}, pooling
-        vit = create_vit(name, img_size=size, args=args)
-    return _described(vit, MEAN, STD), {"model": name, "model_args": args}, pooling
+            return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}, pooling, None
+        vit = create_vit(name, img_size=size, args=args, any_channels=bool(channels))
+    built = {"model": name, "model_args": args}
+    return _described(vit, MEAN, STD), built, pooling, channels

@@ -45,9 +45,8 @@ def features_for(
     limit = config.kept_bytes
     if limit is None:
         return features_of(frozen, data, folder, config, context, corruption=corruption)
-    blank = torch.zeros(1, frozen.size, frozen.size, 3, dtype=torch.uint8, device=context.device)
     with torch.inference_mode():
-        one = frozen.features(blank)
+        one = frozen.features(frozen.blank(context.device))
     if one.ndim != 3:
         raise ConfigError(
             f"{frozen.name} gives one vector an image", expected="patches, float16 [B, N, E]"
@@ -95,9 +94,7 @@ class _Computed(Features):
         ranges = [self.files.ranges[number] for number in numbers]
         ends = [np.searchsorted(self.rows, (rows[0], rows[-1] + 1)) for rows in ranges]
         rows = [self.rows[first:last] for first, last in ends]
-        files = decoded(
-            self.data, rows, self.frozen.size, self.config, self.context, self.corruption
-        )
+        files = decoded(self.data, rows, self.frozen, self.config, self.context, self.corruption)
         with closing(files):
             for batches in files:
                 content = content_of(batches, self.frozen, self.context, lambda _: None)

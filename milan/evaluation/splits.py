@@ -11,13 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from milan.core import rng
-from milan.core.paths import AnyPath, is_local, sizes_below
+from milan.core.paths import AnyPath, as_path, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, DataError, nearest
 from milan.evaluation.config import ClassificationConfig, LabelledConfig
 from milan.evaluation.draws import draw_rows
+from milan.images.channels import Channels
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
+from milan.images.pairing import FilesOfImages
 from milan.images.source import ImageSource
 from milan.images.splits import TEST, VALIDATION, WantedSplit
 
@@ -39,6 +41,25 @@ class LabelledSet:
     """Name of each image."""
     names: list[str] | None = None
     """Of the classes, where they have names."""
+    beside: FilesOfImages | None = None
+    """Files of channels that belong to the images, where a folder of such was named."""
+
+    def identity_for(self, channels: Channels | None) -> str:
+        """`identity`, and that of the files beside the images, for a network that sees these."""
+        if channels is None or not channels.paired:
+            return self.identity
+        if self.beside is None:
+            raise ConfigError(
+                f"channels {channels.spelled} of files beside the images of {self.source}",
+                expected="the folder of these files",
+                fix="--student-data FOLDER, and --val-student-data FOLDER for those of --val-data",
+            )
+        sha = hashlib.sha256(self.identity.encode())
+        for found in self.beside.paths:
+            state = found and is_local(self.beside.root) and _size_and_time(
+                self.beside.root / found[0])  # fmt: skip
+            sha.update(repr((found, state)).encode(errors="surrogatepass"))
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,29 +127,37 @@ def open_draws(
         labels, val_labels, names = _matched(manifest, val_manifest)
         rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
     drawn = draw_rows(config, manifest, labels, rows, class_names=names, progress=progress)
+    beside = getattr(config, "student_data", None)
+    val_beside = beside if val_manifest is manifest else getattr(config, "val_student_data", None)
     if drawn is None:
-        whole = _labelled_set(manifest, labels, names)
+        whole = _labelled_set(manifest, labels, names, beside)
         trains = [Split(whole, rows)]
         val = Split(
-            whole if val_manifest is manifest else _labelled_set(val_manifest, val_labels, names),
+            whole
+            if val_manifest is manifest
+            else _labelled_set(val_manifest, val_labels, names, val_beside),
             val_rows,
         )
     else:
-        trains = _subsets(manifest, labels, names, drawn)
-        (val,) = _subsets(val_manifest, val_labels, names, [val_rows])
+        trains = _subsets(manifest, labels, names, drawn, beside)
+        (val,) = _subsets(val_manifest, val_labels, names, [val_rows], val_beside)
     for train in trains:
         _check_classes(train, val, names, config, progress)
     return trains, val
 
 
 def _subsets(
-    manifest: Manifest, labels: np.ndarray, names: list[str] | None, parts: list[np.ndarray]
+    manifest: Manifest,
+    labels: np.ndarray,
+    names: list[str] | None,
+    parts: list[np.ndarray],
+    beside: str | None,
 ) -> list[Split]:
     """Splits with these rows of a manifest, of a set that holds no others."""
     rows = np.unique(np.concatenate(parts))
     if len(rows) < len(manifest):
         manifest, labels = manifest.take(rows), labels[rows]
-    whole = _labelled_set(manifest, labels, names)
+    whole = _labelled_set(manifest, labels, names, beside)
     return [Split(whole, np.searchsorted(rows, part)) for part in parts]
 
 
@@ -136,13 +165,17 @@ def open_images(config: LabelledConfig, progress: Progress) -> LabelledSet:
     """All images of `config.data`, labelled or not: -1 is the label of one without. Raises
     DataError for data that are not there."""
     manifest = _manifest(config.data, WantedSplit(config.split), config, progress)
-    return _labelled_set(manifest, manifest.labels(), manifest.classes)
+    beside = getattr(config, "student_data", None)
+    return _labelled_set(manifest, manifest.labels(), manifest.classes, beside)
 
 
-def _labelled_set(manifest: Manifest, labels: np.ndarray, names: list[str] | None) -> LabelledSet:
+def _labelled_set(
+    manifest: Manifest, labels: np.ndarray, names: list[str] | None, beside: str | None
+) -> LabelledSet:
     root, keys = manifest.root, manifest.table["key"]
     images = ImageSource(manifest, root)
-    return LabelledSet(root, images, labels, identity_of(manifest), keys, names)
+    files = FilesOfImages(as_path(beside), manifest.keys()) if beside else None
+    return LabelledSet(root, images, labels, identity_of(manifest), keys, names, files)
 
 
 def identity_of(manifest: Manifest) -> str:

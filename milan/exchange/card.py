@@ -10,6 +10,7 @@ from milan.errors import MilanError
 from milan.evaluation.protocols import PROTOCOLS
 from milan.exchange.formats import Written
 from milan.exchange.source import Source
+from milan.models.export import CHANNELS
 from milan.reporting.run_files import METRICS, RUN, read_run
 from milan.store.describe import describe
 
@@ -60,14 +61,27 @@ def _images(source: Source) -> list[tuple[str, str]]:
     rows = [
         ("size", f"{source.size} x {source.size}: shorter edge to {resize}, bicubic, then the "
                  "central square"),
-        ("mean of red, green, blue (of 1)", _numbers(source.mean)),
+        (f"mean of {_seen(source)}", _numbers(source.mean)),
         ("standard deviation", _numbers(source.std)),
         ("an image as one vector", pooled),
     ]  # fmt: skip
+    about = source.about.get(CHANNELS) or {}
+    if about.get("bands"):
+        bands = about["bands"]
+        low, high = bands["low"], bands["high"]
+        rows.append(("red, green and blue", f"channels {bands['numbers']} of the file, of which "
+                     f"{low:g} becomes 0 and {high:g} 255 (of 255)"))  # fmt: skip
+    if about.get("paired"):
+        rows.append(("numbered channels", "of a file beside each image, of its name"))
     if source.size != source.trained_size:
         rows.append(("trained at", f"{source.trained_size} pixels; positions are made for "
                                    f"{source.size}"))  # fmt: skip
     return rows
+
+
+def _seen(source: Source) -> str:
+    return f"channels {source.channels}, in the unit of the files' samples" if (
+        source.channels) else "red, green, blue (of 1)"  # fmt: skip
 
 
 def _origin(source: Source, run: dict[str, Any]) -> list[tuple[str, str]]:

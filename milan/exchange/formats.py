@@ -54,7 +54,7 @@ def write_timm(source: Source, folder: Path) -> Written:
         "global_pool": vit.global_pool,
         "model_args": source.args | {"img_size": source.size},
         "pretrained_cfg": {
-            "input_size": [3, source.size, source.size],
+            "input_size": [vit.patch_embed.proj.in_channels, source.size, source.size],
             "mean": list(source.mean), "std": list(source.std),
             "crop_pct": source.crop_share, "crop_mode": "center", "interpolation": "bicubic",
             "num_classes": len(classes), "pool_size": None, "fixed_input_size": True,
@@ -66,6 +66,15 @@ def write_timm(source: Source, folder: Path) -> Written:
     _json(folder / CONFIG, config)
     save_file(source.state, folder / WEIGHTS, metadata={"format": "pt"})
     kind = "AutoModelForImageClassification" if classes else "AutoModel"
+    if source.channels:  # transforms of timm are for pictures
+        return Written(
+            f"""import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+data = timm.data.resolve_model_data_config(model)  # mean and std of each channel
+tokens = model.forward_features(images)  # {source.input}""",
+            "timm",
+        )
     return Written(
         f"""import timm
 from transformers import {kind}  # opens the same folder, if it is installed
@@ -291,6 +300,7 @@ def _plain(source: Source, what: str, *, mean: bool = False, scale: bool = False
     """
     vit = source.network
     for there, part in (
+        (bool(source.channels), f"channels {source.channels} in place of RGB"),
         (vit.cls_token is None, "no class token"),
         (vit.reg_token is not None, "registers"),
         (vit.no_embed_class, "a class token without a position"),

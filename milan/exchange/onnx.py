@@ -26,7 +26,7 @@ class _Outputs(nn.Module):
         self.vit, self.classifies = source.network, bool(source.classes)
 
     def forward(self, images: torch.Tensor) -> Any:
-        """Images [B, 3, S, S], normalised."""
+        """Images [B, channels, S, S], normalised."""
         if self.classifies:
             return self.vit(images)
         tokens = self.vit.forward_features(images)
@@ -69,12 +69,12 @@ def write_onnx(source: Source, folder: Path) -> str:
     about = {
         "mean": source.mean, "std": source.std, "size": source.size,
         "crop_share": source.crop_share, "interpolation": "bicubic",
-        "classes": source.classes, "pooled": pooled,
+        "classes": source.classes, "pooled": pooled, "channels": source.channels or "rgb",
     }  # fmt: skip
     onnx.helper.set_model_props(file, {k: json.dumps(v) for k, v in about.items()})
     path.write_bytes(file.SerializeToString())
     return f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/{MODEL}")
-# float32 [B, 3, {source.size}, {source.size}], RGB, (pixel / 255 - mean) / std
+# {source.input}
 {", ".join(names)} = session.run(None, {{"images": images}})  # numpy arrays"""

@@ -11,7 +11,7 @@ import torch
 from milan.errors import ConfigError
 from milan.models.classifier import CLASSIFIER, POOLING, load_classifier
 from milan.models.encoder import create_vit
-from milan.models.export import ENCODER, load_encoder, read_about
+from milan.models.export import CHANNELS, ENCODER, load_encoder, read_about
 from milan.models.layouts import State
 from milan.models.weights import find_weights, is_foreign, resampled
 from milan.training.trained import load_student
@@ -52,6 +52,21 @@ class Source:
     def state(self) -> State:
         """Its weights under timm's names."""
         return {k: v.detach().contiguous() for k, v in self.network.state_dict().items()}
+
+    @property
+    def channels(self) -> str:
+        """What it sees in place of RGB, as --student-channels has it; empty: RGB."""
+        spelled = (self.about.get(CHANNELS) or {"spelled": "rgb"})["spelled"]
+        return "" if spelled == "rgb" else spelled
+
+    @property
+    def input(self) -> str:
+        """What its input is, in words."""
+        if not self.channels:
+            return f"float32 [B, 3, {self.size}, {self.size}], RGB, (pixel / 255 - mean) / std"
+        count = self.network.patch_embed.proj.in_channels
+        what = f"channels {self.channels} of the files, (sample - mean) / std"
+        return f"float32 [B, {count}, {self.size}, {self.size}], {what}"
 
     @property
     def averages(self) -> bool:
@@ -97,7 +112,7 @@ def _decoder(folder: Path, about: dict[str, Any]) -> State:
         or not (folder / "checkpoints").is_dir()
     ):
         return {}
-    return load_student(folder).student.decoder.state_dict()
+    return load_student(folder, any_channels=True).student.decoder.state_dict()
 
 
 def _source(
@@ -114,7 +129,7 @@ def _source(
         mean = unseen or trained.cls_token is None
         args |= {"global_pool": "avg", "fc_norm": False} if mean else {"global_pool": "token"}
     own = about["input_size"]
-    vit = create_vit(about["model"], img_size=size or own, args=args)
+    vit = create_vit(about["model"], img_size=size or own, args=args, any_channels=True)
     if classes:
         vit.reset_classifier(len(classes))
     vit.load_state_dict(resampled(trained.state_dict(), vit))
@@ -126,6 +141,7 @@ def _source(
 
 
 def example(source: Source, count: int = 2) -> torch.Tensor:
-    """Images [count, 3, S, S] of noise, as the network sees them."""
+    """Images [count, channels, S, S] of noise, as the network sees them."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, source.size, source.size, generator=generator)
+    channels = source.network.patch_embed.proj.in_channels
+    return torch.randn(count, channels, source.size, source.size, generator=generator)

@@ -36,8 +36,7 @@ MAX_PIXELS = 178_956_970
 
 _DEPTHS = (8, 10, 12, 14, 16)
 _SUBFILE_TYPE, _SUB_PAGES, _SAMPLE_FORMAT, _DNG_VERSION = 254, 330, 339, 50706  # tags of TIFF
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    # EXIF orientation -> what turns the picture upright (EXIF 2.3, tag 0x0112)
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -46,6 +45,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
+"""EXIF orientation -> what turns the picture upright (EXIF 2.3, tag 0x0112)."""
 
 # Pillow warns between half its limit and its limit; only the limit counts here. Its other warnings
 # are of damaged metadata.
@@ -76,17 +76,17 @@ def _decode_any(data: bytes) -> np.ndarray:
     except ImageFault:
         raise
     except Exception as error:
-        fault = _fault(data, error)
+        fault = fault_of(data, error)
     if fault.reason not in ("truncated", "too-large"):
         for variant, white_is_zero in _variants(data):
             try:
                 return _decode(variant, white_is_zero=white_is_zero)
             except Exception as error:
-                _fault(variant, error)
+                fault_of(variant, error)
     raise fault
 
 
-def _fault(data: bytes, error: Exception) -> ImageFault:
+def fault_of(data: bytes, error: Exception) -> ImageFault:
     """What is wrong with an image that cannot be decoded. Raises errors of the machine."""
     # Decoders meet hostile bytes with any exception at all (SyntaxError, struct.error, zlib.error
     # ...), and a bad image must never end a run. But what the system says is about the system.
@@ -131,7 +131,7 @@ def _decode(data: bytes, *, white_is_zero: bool = False) -> np.ndarray:
     pixels = decode_jpeg(data) if image.format in ("JPEG", "MPO") and image.mode == "RGB" else None
     if pixels is None or pixels.shape[:2] != (height, width):
         pixels = _pixels_of(image, data, page, white_is_zero)
-    upright = _UPRIGHT.get(orientation_of(image))
+    upright = UPRIGHT.get(orientation_of(image))
     return upright(pixels) if upright else pixels
 
 
@@ -139,10 +139,11 @@ def _pixels_of(
     image: Image.Image, data: bytes, page: TiffPage | None, white_is_zero: bool
 ) -> np.ndarray:
     """Pillow's pixels of an image, [H, W, 3] uint8; TIFFs are turned upright by Pillow."""
-    high_bytes = _only_high_bytes(image)
+    high_bytes = only_high_bytes(image)
     image.load()
-    if _deep_png(data):
-        return _eight_bits(_png_samples(data))
+    if is_deep_png(data):
+        samples = png_samples(data)
+        return _eight_bits(samples[..., :3] if samples.shape[-1] >= 3 else samples[..., 0])
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         samples = np.asarray(image)
         if page and image.mode == "I" and page.value(_SAMPLE_FORMAT, 1) == 1:
@@ -179,12 +180,13 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _deep_png(data: bytes) -> bool:
-    # Pillow keeps only the high byte of 16-bit colour PNGs; byte 24 of the file is the bit depth.
+def is_deep_png(data: bytes) -> bool:
+    """Whether data are a PNG of 16 bits: of one in colour Pillow keeps only the high bytes."""
+    # Byte 24 of the file is the bit depth.
     return data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16
 
 
-def _only_high_bytes(image: Image.Image) -> int:
+def only_high_bytes(image: Image.Image) -> int:
     """Of how many channels Pillow keeps the high byte of 16 bits; 0: of none."""
     if not image.mode.startswith(("RGB", "CMYK")):
         return 0
@@ -196,13 +198,13 @@ def _only_high_bytes(image: Image.Image) -> int:
     return channels if 16 in np.atleast_1d(bits) else 0
 
 
-def _png_samples(data: bytes) -> np.ndarray:
+def png_samples(data: bytes) -> np.ndarray:
+    """The samples of a PNG as they are, alpha too: [H, W, C], of 16 bits where it has them."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    samples = decode_png(buffer, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-    return samples[..., :3] if samples.shape[-1] >= 3 else samples[..., 0]
+    return decode_png(buffer, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
 
 
 def _eight_bits(samples: np.ndarray, *, white_is_zero: bool = False) -> np.ndarray:

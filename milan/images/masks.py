@@ -10,22 +10,21 @@ a palette. Masks of colours need a palette file, which says what each colour mea
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from milan.core.paths import AnyPath, answered, files_below, folders_in, read_lines
+from milan.core.paths import AnyPath, answered, folders_in, read_lines
 from milan.errors import DataError, ImageFault
 from milan.images.classes import class_name
 from milan.images.decode import orientation_of
 from milan.images.formats import open_picture
 from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest, build_manifest, describe_source
+from milan.images.pairing import FilesBeside, stem_of
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 
@@ -251,15 +250,8 @@ def _of_folders(
             f"no masks at {root} for the images in {manifest.root}",
             expected="a folder of the same name for the masks",
         )
-    others: Counter[str] = Counter()
-    by_stem: dict[str, list[tuple[str, int | None]]] = {}
-    for path, size in files_below(root):
-        if path.lower().endswith(_ENDINGS):
-            by_stem.setdefault(_stem(path), []).append((path, size))
-        else:
-            ending = Path(path).suffix.lower() or "without an ending"
-            others[ending] += 1
-    masks = _matched(manifest, by_stem, root)
+    found = FilesBeside.below(root, _ENDINGS)
+    masks = _matched(manifest, found)
     table = manifest.table
     for name, values in (
         ("path", pa.array([path for path, _ in masks], pa.string())),
@@ -271,51 +263,30 @@ def _of_folders(
     lines = [
         *describe_source(manifest, wanted.flag),
         f"masks: {root}",
-        _reconciled(len(manifest), by_stem, {_stem(path) for path, _ in masks}, others),
+        _reconciled(len(manifest), found, {stem_of(path) for path, _ in masks}),
     ]
     return MaskedImages(manifest, Manifest(table, None, replace(listing, root=root)), ""), lines
 
 
-def _matched(
-    manifest: Manifest, by_stem: dict[str, list[tuple[str, int | None]]], root: AnyPath
-) -> list[tuple[str, int | None]]:
+def _matched(manifest: Manifest, found: FilesBeside) -> list[tuple[str, int | None]]:
     """(path, bytes) of the mask of each image. Raises DataError."""
     keys = manifest.keys()
-    stems = [_stem(key) for key in keys]
-    if absent := [key for key, stem in zip(keys, stems, strict=True) if stem not in by_stem]:
+    masks = found.of_images(keys, "mask")
+    if absent := [key for key, mask in zip(keys, masks, strict=True) if mask is None]:
         first = min(absent)
         raise DataError(
             f"{len(absent):,} of {len(keys):,} images have no mask, the first is {first!r}",
-            expected=f"{root / (_stem(first) + '.png')}, or another format without loss",
+            expected=f"{found.root / (stem_of(first) + '.png')}, or another format without loss",
             fix="move images without a mask elsewhere; --masks NAME, if the folder is another",
         )
-    for stem in stems:
-        if len(by_stem[stem]) > 1:
-            paths = " and ".join(sorted(path for path, _ in by_stem[stem]))
-            raise DataError(f"two masks for one image in {root}: {paths}", fix="remove one of them")
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        both = " and ".join(key for key, stem in zip(keys, stems, strict=True) if stem == twice)
-        raise DataError(f"two images have one mask: {both}", fix="rename one, with its mask")
-    return [by_stem[stem][0] for stem in stems]
+    return [mask for mask in masks if mask]
 
 
-def _reconciled(
-    images: int,
-    by_stem: dict[str, list[tuple[str, int | None]]],
-    used: set[str],
-    others: Counter[str],
-) -> str:
+def _reconciled(images: int, found: FilesBeside, used: set[str]) -> str:
     """'matched: 120 images, each with a mask; 122 masks found, 2 without an image, such as …'."""
-    spare = sorted(set(by_stem) - used)
-    line = f"matched: {images:,} images, each with a mask, of {len(by_stem):,} masks found"
+    spare = sorted(set(found.by_stem) - used)
+    line = f"matched: {images:,} images, each with a mask, of {len(found.by_stem):,} masks found"
     if spare:
         line += f"; left out: {len(spare):,} masks without an image, such as {spare[0]!r}"
-    named = [f"{count:,} {ending}" for ending, count in sorted(others.items())]
+    named = [f"{count:,} {ending}" for ending, count in sorted(found.others.items())]
     return line + (f"; no masks: {', '.join(named)}" if named else "")
-
-
-def _stem(path: str) -> str:
-    folder, _, name = path.rpartition("/")
-    stem = name.rpartition(".")[0] or name
-    return f"{folder}/{stem}" if folder else stem

@@ -18,9 +18,11 @@ from PIL import Image
 
 from milan.core import rng
 from milan.errors import ConfigError
+from milan.images.decode import decode_pixels
 from milan.images.formats import open_picture
 from milan.images.jpeg import decode_jpeg
 from milan.images.resize import resize
+from milan.images.samples import Bands
 
 _TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
 
@@ -38,9 +40,17 @@ class ViewSpec:
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     seed: int = 0
+    bands: tuple[int, int, int] | None = None
+    """Which channels of a file are red, green and blue, from 1; None: those of a picture."""
+    band_range: tuple[float, float] | None = None
+    """Which samples of the bands become 0 and 255."""
 
     def __post_init__(self) -> None:
-        # As plain floats, so that a spec read back from JSON equals the one written.
+        # As plain numbers, so that a spec read back from JSON equals the one written.
+        if self.bands is not None:
+            object.__setattr__(self, "bands", tuple(int(n) for n in self.bands))
+            given = tuple(float(x) for x in self.band_range or ())
+            object.__setattr__(self, "band_range", given or None)
         object.__setattr__(self, "scale", tuple(float(s) for s in self.scale))
         object.__setattr__(self, "ratio", tuple(float(r) for r in self.ratio))
         object.__setattr__(self, "hflip", float(self.hflip))
@@ -50,17 +60,41 @@ class ViewSpec:
             raise ConfigError(f"--ratio {self.ratio}", expected="0 < least <= greatest")
         if not 0 <= self.hflip <= 1:
             raise ConfigError(f"--hflip {self.hflip}", expected="a probability, 0 to 1")
+        low, high = self.band_range or (0.0, 0.0)
+        if self.bands and not low < high:
+            raise ConfigError(
+                f"--bands {' '.join(map(str, self.bands))} with --band-range "
+                f"{' '.join(f'{x:g}' for x in self.band_range or ()) or 'not given'}",
+                expected="two samples, of which the lower becomes 0 and the greater 255",
+                fix="--band-range 0 3000; without one milan extract-targets measures a proposal",
+            )
         if self.size < 1:
             raise ConfigError(f"view size {self.size}", expected="at least 1 pixel")
 
     def law(self) -> dict:
         """The spec as JSON: `view_law` of a store's spec, the rendering rules included."""
-        return {**asdict(self), "interpolation": "bicubic", "renderer": "pillow-crop-resize-1"}
+        fields = asdict(self)
+        if self.bands is None:  # stores of pictures say nothing of bands
+            del fields["bands"], fields["band_range"]
+        return {**fields, "interpolation": "bicubic", "renderer": "pillow-crop-resize-1"}
 
     @classmethod
     def from_law(cls, law: dict) -> ViewSpec:
         """The spec of a stored `view_law`."""
-        return cls(**{key: law[key] for key in ("size", "scale", "ratio", "hflip", "seed")})
+        return cls(**{key: law[key] for key in ("size", "scale", "ratio", "hflip", "seed")},
+                   bands=law.get("bands"), band_range=law.get("band_range"))  # fmt: skip
+
+    @property
+    def colours(self) -> Bands | None:
+        """How red, green and blue are made of a file's channels; None: as decode_pixels does."""
+        return Bands(self.bands, *self.band_range) if self.bands and self.band_range else None
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The RGB pixels of an image, uint8 [H, W, 3], as the teacher sees them.
+
+        Raises ImageFault as decode_pixels and Bands.pixels do.
+        """
+        return self.colours.pixels(data) if self.colours else decode_pixels(data)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ file of embeddings: the image's embedding. So a store can be searched before any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -83,9 +83,11 @@ def _named(labels: list[int | None], names: list[str] | None) -> list[str | None
     ]
 
 
-def _picture(source: Any, row: int) -> np.ndarray | None:
+def _picture(
+    source: Any, row: int, decode: Callable[[bytes], np.ndarray] = decode_pixels
+) -> np.ndarray | None:
     try:
-        return decode_pixels(source.read(row))
+        return decode(source.read(row))
     except ImageFault:
         return None
 
@@ -133,7 +135,8 @@ class _OfStore:
         dataset = CachedDataset(self.cache, data_root=self.data_root)
         if dataset.roots is None:  # the store keeps its views
             return list(dataset.pixels(rows, np.zeros_like(rows)))
-        return [_picture(dataset.source, row) for row in rows.tolist()]
+        decode = self.cache.view_spec.decode
+        return [_picture(dataset.source, row, decode) for row in rows.tolist()]
 
 
 class _OfFile:

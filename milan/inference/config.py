@@ -77,6 +77,8 @@ class EmbedConfig(ImagesConfig):
     features: str | None = setting(None, identity=False)
     """Where pooled features are kept, for evaluations too; default: frozen_features/ in the run's
     folder. Patches are kept beside --out until it is whole."""
+    student_data: str | None = setting(None, identity=False)
+    """Of an encoder that sees files beside the images: the folder of these."""
     like: str | None = setting(None, identity=False)
     """With random: a run, or timm:NAME, whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)
@@ -95,7 +97,7 @@ class EmbedConfig(ImagesConfig):
         names = (
             "checkpoint", "data", "data_root", "split", "limit", "batch_size", "num_workers",
             "device", "devices", "crop_share", "features", "like", "model", "seed", "teacher",
-            "pretrained", "teacher_norm",
+            "pretrained", "teacher_norm", "student_data",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
         return EvaluationConfig(**given, pooling="both")  # --pooling takes its part of them

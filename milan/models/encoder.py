@@ -57,7 +57,7 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
 
     Arguments and errors are `create_vit`'s; `initialise` gives it MAE's initial weights.
     """
-    vit = create_vit(name, img_size=img_size, args=args)
+    vit = create_vit(name, img_size=img_size, args=args, any_channels=True)
     table = sincos_positions(vit.embed_dim, vit.patch_embed.grid_size[0])[:, 1:]
     vit.pos_embed.data.zero_()
     vit.pos_embed.data[:, -table.shape[1] :] = table
@@ -65,8 +65,10 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
     return vit
 
 
-def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) -> Any:
-    """A timm ViT without head, initialised as timm does.
+def create_vit(
+    name: str, *, img_size: int, args: dict[str, Any] | None = None, any_channels: bool = False
+) -> Any:
+    """A timm ViT without head, initialised as timm does; of RGB, unless it may have `any_channels`.
 
     `args` override its arguments (patch_size, embed_dim, depth, num_heads, ...). Raises
     ConfigError: unknown name or argument (the nearest are named), or a ViT of another kind.
@@ -106,7 +108,7 @@ def create_vit(name: str, *, img_size: int, args: dict[str, Any] | None = None) 
         fix = f"--set model.patch_size={_tiling(img_size, patch)}"
     elif vit.pos_embed is None:
         why = "has no absolute positions"
-    elif not vit.patch_embed.flatten or vit.patch_embed.proj.in_channels != 3:
+    elif not vit.patch_embed.flatten or not (any_channels or vit.patch_embed.proj.in_channels == 3):
         why = "takes pictures of any size, or not of three colours"
     elif vit.pos_drop.p or not all(isinstance(m, nn.Identity) for m in (vit.patch_drop, vit.head)):
         why = "drops tokens by itself, or has a classifier"
@@ -173,7 +175,7 @@ def encode(
 ) -> torch.Tensor:
     """Tokens after the final norm: [B, P + V, E], class token and registers first.
 
-    `images` [B, 3, S, S] normalised; `visible` [B, V] raster indices, None for all patches.
+    `images` [B, channels, S, S] normalised; `visible` [B, V] raster indices, None for all patches.
     Positions are added before patches are dropped (MAE). `recompute` keeps only what goes into
     each block and computes the rest again on the way back. A ViT that averages has its norm
     behind the average: each token gets the same norm.

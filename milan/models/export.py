@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from milan.errors import CacheError
+from milan.errors import CacheError, ConfigError
 from milan.models.encoder import build_encoder
 from milan.models.state_dict import check_fetched, unwrapped
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ENCODER = "encoder.safetensors"
 """The file in a run's folder."""
+CHANNELS = "channels"
+"""What a file says of an encoder that sees other channels than pictures' RGB."""
 _NEEDED = {"model", "model_args", "mean", "std", "input_size"}
 
 
@@ -93,6 +95,22 @@ def read_about(run: str | Path) -> dict[str, Any]:
     return about
 
 
+def refuse_channels(about: dict[str, Any], name: str) -> None:
+    """Raises ConfigError if an encoder sees other channels than RGB of pictures, as its file says,
+    for who reads such pictures alone."""
+    if channels := about.get(CHANNELS):
+        bands = channels["bands"]
+        seen = f"bands {' '.join(map(str, bands['numbers']))} as RGB" if bands else ""
+        if channels["spelled"] != "rgb":
+            seen = f"channels {channels['spelled']}"
+        raise ConfigError(
+            f"{name} sees {seen} of its images' files, and this command reads pictures as RGB",
+            expected="an encoder of RGB, or a command that reads channels",
+            fix="milan knn, linear-probe, attentive-probe, few-shot or embed --checkpoint "
+            f"{name}; milan export writes the encoder for other programs",
+        )
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file says of itself what `save_encoder` writes; a damaged one may be."""
     try:
@@ -147,7 +165,7 @@ def load_encoder(run: str | Path) -> VisionTransformer:
         **encoder.pretrained_cfg,
         "mean": tuple(about["mean"]),
         "std": tuple(about["std"]),
-        "input_size": (3, size, size),
+        "input_size": (encoder.patch_embed.proj.in_channels, size, size),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
     }

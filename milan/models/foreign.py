@@ -48,6 +48,9 @@ class Weights:
     """Of attention, where known: no shape tells them."""
     said: str = ""
     """How a checkpoint of others was read, in a line."""
+    channels: dict[str, Any] | None = None
+    """What it sees in place of a picture's RGB, as its file says; mean and std are then theirs, in
+    the unit of samples."""
 
     @property
     def flags(self) -> str:

@@ -30,6 +30,8 @@ class Student(nn.Module):
         self.encoder, self.decoder, self.recompute = encoder, decoder, recompute
         self.deep_decoders = nn.ModuleDict()
         """A decoder for each block of the encoder that is supervised too, by its number."""
+        self.own_channels = False
+        """Whether it sees other channels than the teacher's pixels."""
         self.text: nn.Module | None = None
         """A text tower that is trained along, where the objective has one."""
 
@@ -39,7 +41,8 @@ class Student(nn.Module):
         return self.encoder.patch_embed.num_patches
 
     def forward(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Normalised images [B, 3, S, S] to predictions [B, T, C], fewer where the mask chooses.
+        """Normalised images [B, channels, S, S] to predictions [B, T, C], fewer where the mask
+        chooses.
 
         With deep decoders [1 + those, B, T, C], theirs behind the decoder's (`split_deep`).
         """
@@ -63,7 +66,7 @@ class Student(nn.Module):
         return torch.cat([latent[:, : prefix - registers], latent[:, prefix:]], dim=1)
 
     def pooled_features(self, images: torch.Tensor) -> torch.Tensor:
-        """What a probe sees of whole images [B, 3, S, S] (milan.models.encoder.summary)."""
+        """What a probe sees of whole images [B, channels, S, S] (milan.models.encoder.summary)."""
         return pooled_features(self.encoder, encode(self.encoder, images))
 
 

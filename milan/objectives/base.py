@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from milan.config import OBJECTIVES, PretrainConfig
-from milan.core.device import MEAN, STD, normalise
 from milan.core.distributed import SINGLE, Ranks
 from milan.data.loader import Batch
 from milan.errors import ConfigError
@@ -41,7 +40,7 @@ class Prediction(NamedTuple):
     tokens: torch.Tensor
     """[B, T, C]; T = 1 + V + D where the mask chooses D masked patches."""
     images: torch.Tensor
-    """[B, 3, S, S] normalised."""
+    """[B, channels, S, S] normalised."""
     mask: Mask
     batch: Batch
     """On the same device."""
@@ -188,7 +187,7 @@ class Objective(ABC):
 
         An objective whose student sees more than masked images has its own.
         """
-        images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
+        images, mask = batch.images, self.mask(batch)
         tokens, *deep = split_deep(network(images, mask))
         return Prediction(tokens, images, mask, batch, deep=tuple(deep))
 
@@ -220,6 +219,17 @@ def attention_of(batch: Batch) -> torch.Tensor:
     if batch.attention.shape[1] == patches:
         return batch.attention
     return resampled_attention(batch.attention, patches)
+
+
+def shown_channels(images: torch.Tensor, chosen: tuple[int, int, int] | None) -> torch.Tensor:
+    """Three of a student's channels [B, C, S, S] as colours, uint8 [B, S, S, 3].
+
+    `chosen` by place, from 1; default: the first three, or the first in grey where there are fewer.
+    The mean is grey, two deviations below it are black, two above white.
+    """
+    places = chosen or ((1, 2, 3) if images.shape[1] >= 3 else (1, 1, 1))
+    three = images[:, [place - 1 for place in places]].float().permute(0, 2, 3, 1)
+    return (128 + 64 * three).round().clamp(0, 255).to(torch.uint8)
 
 
 def objective_class(name: str) -> type[Objective]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from milan.core.device import MEAN, STD, denormalise
-from milan.objectives.base import Objective, Prediction
+from milan.objectives.base import Objective, Prediction, shown_channels
 
 
 class PixelRegression(Objective):
@@ -18,8 +18,8 @@ class PixelRegression(Objective):
     needs_features = False
 
     def target_width(self, encoder: Any) -> int:
-        """Three colours of every pixel of a patch."""
-        return 3 * encoder.patch_embed.patch_size[0] ** 2
+        """The student's channels of every pixel of a patch."""
+        return encoder.patch_embed.proj.in_channels * encoder.patch_embed.patch_size[0] ** 2
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`pixel_regression`."""
@@ -37,11 +37,13 @@ class PixelRegression(Objective):
         images = unpatchify_prediction(
             prediction.tokens, prediction.images, patch=prediction.patch_size
         )
-        return None, denormalise(images, MEAN, STD)
+        if prediction.batch.channels is None:
+            return None, denormalise(images, MEAN, STD)
+        return None, shown_channels(images, self.config.shown_channels)
 
 
 def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, 3, S, S] to [B, N, patch * patch * 3], raster order, channels last within a patch."""
+    """[B, C, S, S] to [B, N, patch * patch * C], raster order, channels last within a patch."""
     b, c, height, width = images.shape
     grid = images.reshape(b, c, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
@@ -57,7 +59,7 @@ def pixel_regression(
 ) -> torch.Tensor:
     """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
 
-    `prediction` [B, T, patch * patch * 3] (a class token's is ignored), `images` [B, 3, S, S]
+    `prediction` [B, T, patch * patch * C] (a class token's is ignored), `images` [B, C, S, S]
     normalised, `masked` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
     `at` [B, K] names the patches that are predicted, if not all N: `masked` is theirs then.
     """
@@ -72,20 +74,20 @@ def pixel_regression(
 def unpatchify_prediction(
     prediction: torch.Tensor, images: torch.Tensor, *, patch: int
 ) -> torch.Tensor:
-    """Predicted patches as pictures [B, 3, S, S], normalised as `images` are.
+    """Predicted patches as pictures [B, C, S, S], normalised as `images` are.
 
     Mean and deviation of a patch, which the student does not predict, are the image's own.
     """
     _, mean, deviation = _patches(images, patch)
-    b, _, size, _ = images.shape
+    b, c, size, _ = images.shape
     grid = size // patch
     pixels = prediction[:, -mean.shape[1] :].float() * deviation + mean
-    pixels = pixels.reshape(b, grid, grid, patch, patch, 3)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
+    pixels = pixels.reshape(b, grid, grid, patch, patch, c)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, c, size, size)
 
 
 def _patches(images: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(patches [B, N, patch * patch * 3], the mean of each, the deviation of each)"""
+    """(patches [B, N, patch * patch * C], the mean of each, the deviation of each)"""
     patches = patchify(images, patch).float()
     deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return patches, patches.mean(dim=-1, keepdim=True), deviation

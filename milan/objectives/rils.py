@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, normalise
 from milan.data.loader import Batch
 from milan.errors import ConfigError, DataError
 from milan.models.decoder import decoder_arguments
@@ -156,7 +155,7 @@ class SentenceReconstruction(JointObjective):
 
     def predict(self, network: nn.Module, batch: Batch) -> Prediction:
         """The student sees each image twice, and its caption."""
-        images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
+        images, mask = batch.images, self.mask(batch)
         output = network(images, mask, batch.ids)
         return Prediction(output.predicted, images, mask, batch, output)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, kept_copy, normalise
+from milan.core.device import kept_copy
 from milan.data.loader import Batch
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
@@ -142,7 +142,7 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     def predict(self, network: nn.Module, batch: Batch) -> Prediction:
         """The student's prediction, with the rows of the teacher's features that count."""
-        images, mask = normalise(batch.pixels, MEAN, STD), self.mask(batch)
+        images, mask = batch.images, self.mask(batch)
         plain = Prediction(network(images, mask), images, mask, batch)
         features = self.features(plain)
         assert batch.texts is not None

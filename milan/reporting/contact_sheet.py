@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from milan.core import rng
 from milan.core.config_fields import check_seed
 from milan.core.paths import AnyPath, check_unicode
 from milan.core.rng import mask_noise
 from milan.data.dataset import CachedDataset, open_cache
-from milan.images.decode import decode
 from milan.images.views import View
 from milan.models.masking import importance_mask, visible_count
 from milan.reporting.panels import (
@@ -78,7 +78,7 @@ def contact_sheet(
         masked.append(Column(name, "" if masked else explanation, column.panels))
     crops = [
         draw_crops(
-            decode(dataset.source.read(row)),
+            Image.fromarray(store.view_spec.decode(dataset.source.read(row))),
             [View.of(c) for c in store.crops(np.full(store.views, row), np.arange(store.views))],
             size * zoom_of(size),
             thick=view,
@@ -175,7 +175,7 @@ def _saved(
 
 def draw_crops(image: Any, crops: list[View], edge: int, *, thick: int | None = None) -> np.ndarray:
     """An image with a box for each of its crops, in a square of `edge` pixels, uint8."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     scale = edge / max(image.size)
     small = image.convert("RGB").resize([max(1, round(scale * n)) for n in image.size])

@@ -37,6 +37,8 @@ class SheetInputs(NamedTuple):
     """[B, N, C] of the teacher; None where the student predicts pixels"""
     prediction: np.ndarray
     """[B, N, C], not a number where nothing is learnt; or the pixels, uint8 [B, S, S, 3]"""
+    student: np.ndarray | None = None
+    """Three channels that the student saw in place of the pixels, uint8 [B, S, S, 3]"""
 
     @classmethod
     def joined(cls, parts: list[SheetInputs]) -> SheetInputs:
@@ -195,6 +197,10 @@ def sheet_of_run(shown: SheetInputs, colours: Mapping[str, Colours] | None) -> l
         attention_column(shown.pixels, shown.attention),
         visible_column(shown.pixels, shown.masked),
     ]
+    if shown.student is not None:
+        what = "three channels that the student saw; grey is a channel's mean, black and white 2 "
+        what += "deviations from it (shown_channels)"
+        columns.insert(1, Column("student's view", what, shown.student))
     if shown.features is None:
         what = "the student's pixels; MAE trains those of masked patches only"
         return [*columns, Column("prediction", what, shown.prediction)]

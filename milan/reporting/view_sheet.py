@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError, ImageFault
-from milan.images.decode import decode
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
@@ -54,7 +54,7 @@ def view_sheet(
     edge, shown, captions, shares = law.size * zoom_of(law.size), [], [], []
     for row in range(len(manifest)):
         try:
-            image = decode(source.read(row))
+            image = Image.fromarray(law.decode(source.read(row)))
         except ImageFault as fault:
             progress.note(f"left out: {manifest.key(row)} ({fault})")
             continue

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from milan.core.device import MEAN, STD, normalise, pick_device
 from milan.core.progress import Progress
+from milan.data.channels import StudentChannels
 from milan.data.dataset import CachedDataset
 from milan.data.loader import CachedBatches
 from milan.data.sampler import Address, Kind
@@ -33,6 +34,7 @@ from milan.reporting.panels import (
 from milan.reports.sources import Run
 from milan.store.cache import TargetCache
 from milan.training.build import run_order
+from milan.training.channels import kept_channels
 from milan.training.trained import config_of, load_trained
 from milan.training.validation import sheet_inputs
 
@@ -171,13 +173,14 @@ def shown_of(
         try:
             student, objective = load_trained(run.folder, known, device, progress)
             inside = CachedDataset(known, data_root=settings.data_root)
+            inside.channels = kept_channels(run.folder, inside)
             shown.students[run.name] = _panels(student, objective, inside, rows, colours, device)
         except (MilanError, OSError) as error:  # one that is gone: a run may be writing now
             why = getattr(error, "found", error)
             shown.missing.append(f"{run.name}: no predictions and no neighbours ({why})")
             continue
         if bank:
-            bank.add(run.name, student)
+            bank.add(run.name, student, inside.channels)
     return shown
 
 
@@ -257,16 +260,22 @@ class _Bank:
             tokens = np.concatenate([class_tokens(cache, part) for part in parts])
             self.teachers = self._note(TEACHER, torch.from_numpy(tokens))
 
-    def add(self, name: str, student: Student) -> None:
-        """The neighbours by what a probe sees of a student."""
+    def add(self, name: str, student: Student, channels: StudentChannels | None) -> None:
+        """The neighbours by what a probe sees of a student, which may see channels of its own."""
         pixels = self.shown.bank
         assert pixels is not None
         found = []
         self.progress.begin(f"features of {name}", len(pixels), "images")
         with torch.inference_mode():
             for at in range(0, len(pixels), _AT_ONCE):
-                part = torch.from_numpy(pixels[at : at + _AT_ONCE]).to(self.device)
-                found.append(student.pooled_features(normalise(part, MEAN, STD)).float().cpu())
+                if channels:
+                    rows = self.rows[at : at + _AT_ONCE]
+                    images = torch.from_numpy(channels.load(rows, np.zeros_like(rows))[1])
+                    images = images.to(self.device)
+                else:
+                    part = torch.from_numpy(pixels[at : at + _AT_ONCE]).to(self.device)
+                    images = normalise(part, MEAN, STD)
+                found.append(student.pooled_features(images).float().cpu())
                 self.progress.advance(min(at + _AT_ONCE, len(pixels)))
         self.progress.end()
         self._note(name, torch.cat(found))

@@ -287,15 +287,24 @@ class TargetCache:
 
     def content_digests(self, rows: np.ndarray) -> list[str]:
         """The same of many rows, each record read once. Raises CacheError."""
-        found: dict[int, str] = {}
+        return [digest or "" for digest, _, _ in self._of_records(rows)]
+
+    def image_sizes(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """(height, width) of the images at extraction, upright. Raises CacheError."""
+        return [(height, width) for _, height, width in self._of_records(rows)]
+
+    def _of_records(self, rows: np.ndarray) -> list[tuple[str | None, int, int]]:
+        """(content digest, height, width) of each row's image."""
+        found: dict[int, tuple[str | None, int, int]] = {}
         for g in self._row_generations():
             mine, size = rows[g.holds_rows(rows)] - g.spec.first_row, g.spec.shard_size
             blocks = np.unique(mine // size).tolist()
             records = map_files(g.root, partial(g.intact_record, view=0), blocks)
             for block, record in zip(blocks, records, strict=True):
+                columns = [record[name] for name in ("digests", "heights", "widths")]
                 for row in mine[mine // size == block].tolist():
-                    digest = record["digests"][row - record["rows"][0]]
-                    found[row + g.spec.first_row] = digest or ""
+                    at = row - record["rows"][0]
+                    found[row + g.spec.first_row] = tuple(column[at] for column in columns)
         return [found[row] for row in rows.tolist()]
 
     @property

@@ -22,6 +22,7 @@ from milan.objectives.base import Objective, objective_class
 from milan.objectives.teachers import SeveralTeachers, check_one_teacher
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
+from milan.training.channels import law_of
 from milan.training.optim import Schedule
 from milan.training.validation import Validation
 
@@ -76,6 +77,7 @@ def resolve_defaults(
     """Fill in the defaults of a run on `ranks` devices. Raises ConfigError."""
     objective = objective_class(config.objective)
     objective.check(config)
+    config = _with_channels(config, objective)
     share = config.batch_size // ranks.size
     if config.batch_size % ranks.size:
         raise ConfigError(
@@ -92,6 +94,33 @@ def resolve_defaults(
         lr=config.lr or _BASE_LR * config.batch_size / 256,
         precision=precision_of(config.precision, device),
     )
+
+
+def _with_channels(config: PretrainConfig, objective: type[Objective]) -> PretrainConfig:
+    """The settings with the encoder's argument for so many channels. Raises ConfigError."""
+    law = law_of(config)
+    if law is None:
+        return config
+    given = config.model_args.get("in_chans", law.count)
+    if given != law.count:
+        raise ConfigError(
+            f"model argument in_chans={given}",
+            expected=f"{law.count}, as {law.spelled} are",
+            fix="without it",
+        )
+    if objective.needs_tokens or objective.needs_texts:
+        raise ConfigError(
+            f"student_channels with objective {config.objective}",
+            expected="an objective without texts",
+            fix="--objective milan, or pixels",
+        )
+    if max(config.shown_channels or (1,)) > law.count:
+        raise ConfigError(
+            f"shown_channels {' '.join(map(str, config.shown_channels or ()))}",
+            expected=f"three of the {law.count} channels {law.spelled}, by place",
+            fix="--set shown_channels=1,1,1",
+        )
+    return replace(config, model_args={**config.model_args, "in_chans": law.count})
 
 
 def precision_of(precision: str, device: torch.device) -> str:
@@ -141,6 +170,7 @@ def student_of(
         recompute=config.checkpoint_activations,
         complete=objective.complete,
     )
+    student.own_channels = config.student_channels is not None
     visible_count(student.patches, config.mask_ratio)  # refuses a ratio before the run begins
     return student
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from milan.config import PretrainConfig
@@ -27,6 +28,7 @@ from milan.training.build import (
     schedule_of,
     student_of,
 )
+from milan.training.channels import prepare, resumed
 from milan.training.compilation import StepLoss, compile_step
 from milan.training.initial import initialise_from
 from milan.training.loop import Context
@@ -68,8 +70,16 @@ def estimate_run(
         progress=progress,
     )
     student = student_of(settings, cache, decoder=decoder_of(run) if start.step else None)
+    dataset = CachedDataset(cache, data_root=config.data_root)
+    own = Context(run, device, progress=progress)
     if start.step is None:
-        initialise_from(config, student, progress)
+        rows = np.union1d(order.train_rows, order.validation_rows)
+        prepared = prepare(config, dataset, rows, own)
+        initialise_from(config, student, progress, prepared.law)
+        order = order.without(np.array(list(prepared.faults), np.int64), order.replaced[:0])
+    else:
+        prepared = resumed(config, dataset, own)
+    dataset.channels = prepared.channels
     student = student.to(device)
     micro = micro_batch_of(config, student, device, ranks, progress)
     schedule = schedule_of(settings, order, micro, ranks.size)
@@ -78,7 +88,6 @@ def estimate_run(
     objective = settings.objective(cache)
     objective.to(device)
 
-    dataset = CachedDataset(cache, data_root=config.data_root)
     # The second batch is measured: the first opens the store and the images.
     loader = training_loader(
         dataset,
@@ -90,7 +99,10 @@ def estimate_run(
         patches=student.patches,
     )
     *_, batch = loader
-    workers = loader_workers(config.num_workers, cache, micro, ranks.on_node)
+    workers = loader_workers(
+        config.num_workers, cache, micro, ranks.on_node,
+        prepared.channels.law.count if prepared.channels else 0,
+    )  # fmt: skip
 
     step_loss = compile_step(
         StepLoss(objective, student, objective.loss),

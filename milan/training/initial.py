@@ -11,15 +11,19 @@ rils, and of a checkpoint in RILS's layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from timm.models import adapt_input_conv
 
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD
 from milan.core.progress import Progress
 from milan.errors import ConfigError
+from milan.images.channels import RGB, Channels
 from milan.models.checkpoint_file import read_checkpoint
 from milan.models.export import is_ours
 from milan.models.foreign import Weights
@@ -31,8 +35,12 @@ from milan.models.weights import find_weights, resampled
 from milan.objectives.rils import WEIGHTS as RILS_WEIGHTS
 
 
-def initialise_from(config: PretrainConfig, student: Student, progress: Progress) -> dict[str, Any]:
+def initialise_from(
+    config: PretrainConfig, student: Student, progress: Progress, law: Channels | None = None
+) -> dict[str, Any]:
     """Give a student, which lies on the CPU, the weights that `config.init` names, if it does.
+
+    `law`: the channels that it sees, measured; None: RGB.
 
     Returns what run.json keeps of them. Raises ConfigError for weights that do not fit the
     student, with the first that does not, and for those that are not there.
@@ -44,10 +52,12 @@ def initialise_from(config: PretrainConfig, student: Student, progress: Progress
     if whole:
         found, joint = _of_rils(whole)
     else:
-        found = find_weights(config.init, flag="--init", model=config.model, size=size)
+        found = find_weights(config.init, flag="--init", model=config.model, size=size,
+                             any_channels=True)  # fmt: skip
         joint = None
+    note = _adapt_channels(found, student.encoder, config, law)
     state = _fitting(found, student.encoder, config)
-    note = _fold_normalisation(state, found)
+    note += _fold_normalisation(state, found, law)
     student.encoder.load_state_dict(state, strict=True)
     decoder = "drawn by the seed"
     if found.decoder is not None:
@@ -139,20 +149,67 @@ def _fitting(found: Weights, encoder: Any, config: PretrainConfig) -> State:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def _fold_normalisation(state: State, found: Weights) -> str:
-    """Let the patch embedding expect pixels of the student's normalisation; says what it did.
+def _adapt_channels(
+    found: Weights, encoder: Any, config: PretrainConfig, law: Channels | None
+) -> str:
+    """Let weights of RGB see other channels, by timm's rule; says what it did.
+
+    The kernels of red, green and blue are repeated, and scaled by 3 / C; of one channel they are
+    added up (timm.models.adapt_input_conv). Weights of other channels fit the same ones only.
+    Raises ConfigError.
+    """
+    seen = None if found.channels is None else found.channels["spelled"]
+    wanted = None if law is None else law.spelled
+    if seen in (None, RGB):
+        if law is None:
+            return ""
+        name, count = "patch_embed.proj.weight", encoder.patch_embed.proj.in_channels
+        fold = _folded(found.encoder, MEAN, STD, found.mean, found.std)
+        found.encoder.update(fold)
+        found.encoder[name] = adapt_input_conv(count, found.encoder[name])
+        return f", its RGB kernels made ones of {count} channels by timm's rule"
+    if seen != wanted:
+        raise ConfigError(
+            f"the weights of {config.init} see channels {seen}, the student "
+            + (f"sees {wanted}" if wanted else "RGB"),
+            expected="the same channels, or weights of RGB",
+            fix=f"--student-channels {seen}",
+        )
+    return ""
+
+
+def _fold_normalisation(state: State, found: Weights, law: Channels | None) -> str:
+    """Let the patch embedding expect the student's normalisation; says what it did."""
+    if law is not None and found.channels is None:
+        return ""  # channels that the weights never saw have none
+    mine = (MEAN, STD) if law is None else (law.mean, law.std)
+    theirs = tuple(found.mean), tuple(found.std)
+    if all(np.allclose(a, b) for a, b in zip(mine, theirs, strict=True)):
+        return ""
+    changed = _folded(state, *mine, *theirs)
+    state.update(changed)
+    if "patch_embed.proj.bias" not in changed:
+        return ", its normalisation folded in, but for the mean (its patches have no bias)"
+    return ", its normalisation folded in"
+
+
+def _folded(
+    state: State, mean: Sequence[float], std: Sequence[float], their_mean: Sequence[float],
+    their_std: Sequence[float],
+) -> State:  # fmt: skip
+    """The patch embedding for pixels of another normalisation, its bias where it has one.
 
     (p - m') / s' = (x s + m - m') / s' for x = (p - m) / s: the factor goes into the weights, the
     rest into the bias.
     """
-    mine, theirs = (torch.tensor(v) for v in ((MEAN, STD), (tuple(found.mean), tuple(found.std))))
-    if torch.allclose(mine, theirs):
-        return ""
     name = "patch_embed.proj.weight"
-    factor, shift = mine[1] / theirs[1], (mine[0] - theirs[0]) / theirs[1]
+    (m, s), (n, t) = (
+        [torch.tensor(v) for v in pair] for pair in ((mean, std), (their_mean, their_std))
+    )
+    factor, shift = s / t, (m - n) / t
     weight, bias = state[name], state.get("patch_embed.proj.bias")
-    state[name] = weight * factor.view(1, 3, 1, 1)
-    if bias is None:
-        return ", its normalisation folded in, but for the mean (its patches have no bias)"
-    state["patch_embed.proj.bias"] = bias + (weight * shift.view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
-    return ", its normalisation folded in"
+    folded = {name: weight * factor.view(1, -1, 1, 1)}
+    if bias is not None:
+        added = (weight * shift.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))
+        folded["patch_embed.proj.bias"] = bias + added
+    return folded

@@ -103,6 +103,7 @@ def trial_batch(
         torch.ones(size, spec.channels, device=device) if texts else None,
         tuple(others),
         torch.full((size, 1 + len(others)), 0.5, device=device) if others else None,
+        _trial_channels(size, student, edge, device),
     )
 
 
@@ -116,6 +117,16 @@ def _trial_codes(
         dtype=getattr(torch, codec.dtype), device=device,
     )  # fmt: skip
     return codes, torch.ones(size, spec.tokens, device=device) if codec.scaled else None
+
+
+def _trial_channels(
+    size: int, student: Student, edge: int, device: torch.device
+) -> torch.Tensor | None:
+    """What a student sees that does not see the teacher's pixels."""
+    if not student.own_channels:
+        return None
+    count = student.encoder.patch_embed.proj.in_channels
+    return torch.zeros(size, count, edge, edge, device=device)
 
 
 def _trial_ids(size: int, cache: TargetCache, device: torch.device) -> torch.Tensor:

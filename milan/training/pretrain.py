@@ -30,7 +30,7 @@ from milan.data.loader import batch_wait, training_loader
 from milan.data.order import GrownOrder, Order, Stream, shuffle_quality
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
-from milan.models.export import ENCODER, save_encoder
+from milan.models.export import CHANNELS, ENCODER, save_encoder
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
 from milan.objectives.base import JointObjective
@@ -52,6 +52,8 @@ from milan.training.build import (
     student_of,
     untold_rows,
 )
+from milan.training.channels import colours_of, prepare, resumed
+from milan.training.channels import describe as describe_channels
 from milan.training.compilation import StepLoss, compile_step
 from milan.training.initial import initialise_from
 from milan.training.joint import JointStep
@@ -197,25 +199,42 @@ def _train(
     decoder = None if start.step is None else ranks.on_rank0(lambda: decoder_of(run))
     student = student_of(settings, cache, decoder=decoder)
     progress.note(describe_student(config.model, student))
-    initial = {} if start.step is not None else initialise_from(config, student, progress)
+    if start.step is None:
+        newest = order.for_epoch(0)
+        rows = np.union1d(newest.train_rows, newest.validation_rows)
+        prepared = prepare(config, dataset, rows[~np.isin(rows, cache.dropped)], context)
+    else:
+        prepared = resumed(config, dataset, context)
+    dataset.channels = prepared.channels
+    if prepared.channels:
+        progress.note(describe_channels(prepared))
+    initial = {}
+    if start.step is None:
+        initial = initialise_from(config, student, progress, prepared.law)
     student = student.to(context.device)
     micro_batch = micro_batch_of(config, student, context.device, ranks, progress)
     if start.step is None:
         if start.why:
             progress.note(f"begins anew: {run} ({start.why})")
         values = settings.values(micro_batch=micro_batch)
-        kept = {**store_of_run(cache), "decoder": student.decoder.arguments, **initial}
+        kept = {**store_of_run(cache), "decoder": student.decoder.arguments, **initial,
+                **prepared.kept}  # fmt: skip
         identity = identity_with(values, cache)
         identity |= {"target_statistics": digests} if digests else {}
         images = cache.image_places(config.data_root) if dataset.roots else []
         ranks.on_rank0(lambda: check_place(run, images))
         ranks.on_rank0(lambda: start_run(run, identity, values, differs, **kept))
         ranks.on_rank0(lambda: keep_statistics(settings.objective(cache), run))
+        ranks.on_rank0(lambda: prepared.keep_table(run))
     else:
         progress.note(f"resuming: {run} at step {step}")
         ranks.on_rank0(lambda: checkpoint.check_fits(run, step, student))
         ranks.on_rank0(lambda: continue_run(run, start, settings.values(), stretches=parts))
-    order = without_changed(dataset, order, context, policy=config.on_changed, step=step)
+    order = without_changed(
+        dataset, order, context, policy=config.on_changed, step=step, prepared=prepared
+    )
+    if prepared.channels:
+        prepared.channels.of_run(run)
     schedule = schedule_of(settings, order, micro_batch, ranks.size)
     _note_schedule(settings, schedule, order, micro_batch, context)
     if start.schedule:
@@ -230,7 +249,7 @@ def _train(
         )  # fmt: skip
         weights = checkpoint.whole_weights(student.encoder, ranks)
         if figures["step"]:
-            ranks.on_rank0(lambda: _finish(settings, schedule, run, figures, cache, weights))
+            ranks.on_rank0(lambda: _finish(settings, schedule, run, figures, dataset, weights))
             ranks.on_rank0(lambda: settings.objective(cache).leave(run, student))
     if step == schedule.steps:
         progress.note(f"nothing is left to do: {run} is at step {step} of {schedule.steps}")
@@ -258,7 +277,10 @@ def _fit(
     objective = settings.objective(dataset.cache, ranks)
     objective.to(device)
     network = parallelise(student, ranks, config.parallel, settings.precision)
-    workers = loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node)
+    workers = loader_workers(
+        config.num_workers, dataset.cache, micro_batch, ranks.on_node,
+        dataset.channels.law.count if dataset.channels else 0,
+    )  # fmt: skip
     context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
     trial = partial(trial_batch, micro_batch, student, dataset.cache, device, objective=objective)
@@ -381,16 +403,18 @@ def _finish(
     schedule: Schedule,
     run: Path,
     figures: dict[str, Any],
-    cache: TargetCache,
+    dataset: CachedDataset,
     weights: dict[str, torch.Tensor],
 ) -> None:
     """Write the encoder, and the figures of the call that trained last."""
-    config, several = settings.config, len(cache.parts) > 1
+    config, cache = settings.config, dataset.cache
+    law = dataset.channels.law if dataset.channels else None
+    several = len(cache.parts) > 1
     about = {
         "model": config.model,
         "model_args": config.model_args,
-        "mean": MEAN,
-        "std": STD,
+        "mean": law.mean if law else MEAN,
+        "std": law.std if law else STD,
         "input_size": cache.view_spec.size,
         "objective": config.objective,
         "pooling": settings.objective(cache).pooling,
@@ -400,6 +424,8 @@ def _finish(
         **({"teachers": [part.attributes["about"] for part in cache.parts]} if several else {}),
         "milan": version("milan-pretrain"),
     }
+    if law := law or colours_of(cache.view_spec):
+        about[CHANNELS] = law.about()
     save_encoder(run / ENCODER, weights, about)
     lines = read_log(run, figures["step"])
     write_curves(run, lines)

@@ -24,6 +24,7 @@ from milan.core.config_fields import identity_names
 from milan.core.paths import AnyPath, is_local
 from milan.core.progress import Progress
 from milan.data.changed_images import CSV
+from milan.data.channels import TABLE
 from milan.errors import TrainError
 from milan.models.export import ENCODER
 from milan.reporting.log import last_step
@@ -160,7 +161,17 @@ def start_run(
     """
     for folder in (checkpoint.FOLDER, TENSORBOARD, STATISTICS):
         shutil.rmtree(run / folder, ignore_errors=True)
-    for name in (LOG, CURVES, VALIDATION, METRICS, f"{SHEET}.png", ENCODER, CSV, *SUPERVISED):
+    for name in (
+        LOG,
+        CURVES,
+        VALIDATION,
+        METRICS,
+        f"{SHEET}.png",
+        ENCODER,
+        CSV,
+        TABLE,
+        *SUPERVISED,
+    ):
         (run / name).unlink(missing_ok=True)
     content = {
         "id": uuid.uuid4().hex[:12],

@@ -15,11 +15,13 @@ from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
 from milan.errors import CacheError, TrainError
 from milan.models.decoder import PUBLISHED
+from milan.models.export import CHANNELS
 from milan.objectives.base import Objective
 from milan.reporting.run_files import layers_of_part, read_run, update_run
 from milan.store.cache import TargetCache
 from milan.store.joined import open_targets
 from milan.store.statistics import FOLDER, Statistics, find_digest, keep, settle, statistics_of
+from milan.training.channels import Prepared, colours_of
 from milan.training.loop import Context
 from milan.training.run import Differing, compared, identity_of, stored_identity
 
@@ -100,13 +102,15 @@ def store_of_run(cache: TargetCache) -> dict[str, Any]:
 
 def _summary_of(cache: TargetCache) -> dict[str, Any]:
     """What people know a store by; of several layers a list of what differs between them."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "teacher": [part.attributes["about"]["name"] for part in cache.parts],
         "image_size": [cache.view_spec.size],
         "grid": [part.grid for part in cache.parts],
         "width": [part.spec.channels for part in cache.parts],
         "codec": [part.spec.codec for part in cache.parts],
     }
+    if colours := colours_of(cache.view_spec):
+        columns[CHANNELS] = [colours.about()]
     return {name: of[0] if len(of) == 1 else of for name, of in columns.items()}
 
 
@@ -177,11 +181,18 @@ def keep_statistics(objective: Objective, run: Path) -> None:
 
 
 def without_changed(
-    dataset: CachedDataset, order: Stream, context: Context, *, policy: str, step: int
+    dataset: CachedDataset,
+    order: Stream,
+    context: Context,
+    *,
+    policy: str,
+    step: int,
+    prepared: Prepared,
 ) -> Stream:
     """The order without images that changed or are gone: those saved with the run, and new ones.
 
-    Those dropped from the store are known; with the policy `drop` all others are compared. New
+    Those dropped from the store are known; with the policy `drop` all others are compared, and the
+    channels of a student that sees some of its own. New
     ones are saved in run.json, with the `step` that this call starts from. At the beginning of a
     run such rows leave the order as those without targets do; in a resumed run other rows take
     their places, so that an epoch keeps its steps. Raises ConfigError if too few images are left.
@@ -197,6 +208,9 @@ def without_changed(
         )
         parts = ranks.gather_objects(mine)
         new |= {row: (step, why) for _, part in parts for row, why in part.items()}
+    if policy == "drop":
+        faults = prepared.faults_now(dataset.good, context)
+        new |= {row: (step, why) for row, why in faults.items() if row not in dropped | new}
     dropped |= new
     if new:
         ranks.on_rank0(lambda: update_run(run, dropped=dropped))

@@ -23,7 +23,7 @@ from milan.data.loader import BatchSource
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.config import SupervisedConfig, teacher_refused
-from milan.models.export import read_about
+from milan.models.export import read_about, refuse_channels
 from milan.models.foreign import Weights
 from milan.models.state_dict import misfit
 from milan.models.weights import find_weights, is_foreign, resampled
@@ -254,6 +254,7 @@ def initial_weights(config: SupervisedConfig) -> Weights:
         found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
         return replace(found, encoder={})
     about = read_about(config.like)
+    refuse_channels(about, config.like)
     return Weights({}, about["model"], about["input_size"], about["model_args"])
 
 

@@ -11,6 +11,7 @@ import torch
 from milan.config import PretrainConfig
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, TrainError
+from milan.models.export import CHANNELS, refuse_channels
 from milan.models.student import Student, add_deep_decoders, build_student
 from milan.objectives.base import Objective, objective_class
 from milan.objectives.features import (
@@ -47,12 +48,17 @@ class TrainedStudent:
 
 
 def load_student(
-    run: str | Path, *, drawn: int | None = None, progress: Progress | None = None
+    run: str | Path,
+    *,
+    drawn: int | None = None,
+    progress: Progress | None = None,
+    any_channels: bool = False,
 ) -> TrainedStudent:
     """The student of a run that predicts the teacher's features, by its newest checkpoint.
 
-    `drawn`: a student of the same shape with weights drawn by this seed, as before training. Raises
-    ConfigError for a run of another objective, TrainError for one without run.json or checkpoints:
+    `drawn`: a student of the same shape with weights drawn by this seed, as before training. One
+    of other channels than pictures' RGB is refused, unless `any_channels`. Raises ConfigError for
+    that and for a run of another objective, TrainError for one without run.json or checkpoints:
     encoder.safetensors has no decoder.
     """
     folder = Path(run)
@@ -73,6 +79,8 @@ def load_student(
             + (f" (objective {settings['objective']})" if targets else ""),
             expected="a pretraining with objective milan",
         )
+    if not any_channels:
+        refuse_channels({CHANNELS: content.get(CHANNELS) or targets.get(CHANNELS)}, str(run))
     config = config_of(folder)
     student = build_student(
         settings["model"],

@@ -16,7 +16,7 @@ import torch
 
 from milan.config import PretrainConfig
 from milan.core import rng
-from milan.core.device import MEAN, STD, autocast, normalise
+from milan.core.device import autocast
 from milan.core.distributed import Ranks
 from milan.data.dataset import CachedDataset
 from milan.data.loader import Batch
@@ -26,7 +26,7 @@ from milan.errors import ConfigError
 from milan.evaluation.knn import NEIGHBOURS, nearest_neighbours
 from milan.evaluation.meaning import doubts
 from milan.models.student import Student
-from milan.objectives.base import JointObjective, Objective, attention_of
+from milan.objectives.base import JointObjective, Objective, attention_of, shown_channels
 from milan.reporting.panels import Colours, SheetInputs, caption_of, draw_page, sheet_of_run
 from milan.reporting.run_files import SHEET
 from milan.store.joined import short_names
@@ -120,8 +120,7 @@ class Validation:
                 elif address.kind is Kind.PICTURE:
                     sheet.append(sheet_inputs(self.student, self.objective, batch))
                 elif knn:
-                    images = normalise(batch.pixels, MEAN, STD)
-                    knn.add(address, self.student.pooled_features(images).float())
+                    knn.add(address, self.student.pooled_features(batch.images).float())
         ranks = self.plan.ranks
         # Read at the end: reading a value waits for the device.
         sums = [sum(n * float(value) for n, value in parts) for parts in found.values()]
@@ -184,7 +183,9 @@ def sheet_inputs(student: Student, objective: Objective, batch: Batch) -> SheetI
         prediction.mask.boolean().cpu().numpy(),
         None if target is None else target.cpu().numpy(),
         predicted.cpu().numpy(),
-    )
+        None if batch.channels is None
+        else shown_channels(batch.channels, objective.config.shown_channels).cpu().numpy(),
+    )  # fmt: skip
 
 
 class _KNN:

@@ -9,7 +9,6 @@ from milan.core.machine import cpu_count
 from milan.core.paths import AnyPath
 from milan.data.feeding import cores_needed
 from milan.errors import ImageFault
-from milan.images.decode import decode
 from milan.images.manifest import Manifest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
@@ -74,10 +73,10 @@ def decoding_of(
             break
         started = time.thread_time()
         try:
-            image = decode(source.read(row))
+            image = view_spec.decode(source.read(row))
         except ImageFault:
             continue
-        view = view_of(view_spec, row, view=0, height=image.height, width=image.width)
+        view = view_of(view_spec, row, view=0, height=image.shape[0], width=image.shape[1])
         pixels = render(image, view, size=view_spec.size)
         checksum(pixels)
         original += time.thread_time() - started

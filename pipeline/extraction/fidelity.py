@@ -20,7 +20,6 @@ from milan.core.machine import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.rng import mask_noise
 from milan.errors import CacheError, ImageFault, TeacherError
-from milan.images.decode import decode
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, pack, render, unpack, view_of
 from milan.models.masking import importance_mask, visible_count
@@ -169,10 +168,10 @@ def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.n
 
     def first_view(row: int) -> np.ndarray | None:
         try:
-            image = decode(source.read(row))
+            image = view_spec.decode(source.read(row))
         except ImageFault:
             return None
-        address = {"view": spec.first_view, "height": image.height, "width": image.width}
+        address = {"view": spec.first_view, "height": image.shape[0], "width": image.shape[1]}
         view = view_of(view_spec, spec.first_row + row, **address)
         pixels = render(image, view, size=view_spec.size)
         stored = spec.stored_views

@@ -8,10 +8,11 @@ from importlib.metadata import version
 
 from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
-from milan.errors import DataError
-from milan.images.manifest import build_manifest, describe_source, resolve_data
+from milan.errors import ConfigError, DataError
+from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
+from milan.images.samples import percentiles
+from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
-from milan.images.views import ViewSpec
 from milan.store.codecs import NO_TARGETS, codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
@@ -23,6 +24,7 @@ from pipeline.teachers.spec import TeacherSpec
 from pipeline.writing.backend import Location, location_of
 
 TOKENS_ONLY = "--targets none"
+_MEASURED = 64  # images, of which a range of samples is proposed
 _RECORDED = ("torch", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "ray")
 
 
@@ -95,6 +97,18 @@ def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
     )
 
 
+def _without_range(bands: tuple[int, int, int], manifest: Manifest) -> ConfigError:
+    """The error for --bands without --band-range, with one measured on the first images."""
+    source = ImageSource(manifest, manifest.root)
+    some = map(source.read, range(min(_MEASURED, len(manifest))))
+    low, high, count = percentiles(some, bands)
+    return ConfigError(
+        f"--bands {' '.join(map(str, bands))} without --band-range",
+        expected="which samples become 0 and 255, the same for all images",
+        fix=f"--band-range {low:.6g} {high:.6g} (percentiles 2 and 98 of {count} of the images)",
+    )
+
+
 def plan(config: ExtractConfig, progress: Progress) -> Plan:
     """Find data, load the teacher and derive the specs. Raises MilanError.
 
@@ -111,6 +125,8 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     rows = min(len(manifest), config.limit or len(manifest))
     of_all = f" of {len(manifest):,}" if rows < len(manifest) else ""
     progress.note(f"manifest: {rows:,}{of_all} images{classes}")
+    if config.bands and not config.band_range:
+        raise _without_range(config.bands, manifest)
     images, wants = manifest.head(rows), "--texts" if config.targets == "teacher" else TOKENS_ONLY
     if config.texts or config.targets == "none":
         captions = int(images.captioned().sum())
@@ -129,7 +145,7 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
         what = f"the tokenizer of {config.teacher}; no teacher"
     progress.note(f"loading: {what}")
     teacher = load_teacher(teacher_spec(config, hardware), device=device)
-    views = ViewSpec(teacher.size, config.scale, config.ratio, config.hflip, config.seed)
+    views = config.view_spec(teacher.size)
     codec.width(teacher.channels)  # raises if it cannot encode so many
     texts = teacher.texts.identity if teacher.texts else None
     if texts and config.targets == "none":

@@ -22,7 +22,7 @@ from milan.core.ahead import Ahead
 from milan.core.paths import as_path
 from milan.core.transfer import through_device
 from milan.errors import ImageFault, TeacherError
-from milan.images.decode import content_digest, decode_pixels
+from milan.images.decode import content_digest
 from milan.images.source import ImageSource
 from milan.images.views import ViewSpec, checksum, pack, render, unpack, view_of
 from milan.store.codecs import NO_TARGETS, Codec
@@ -240,7 +240,7 @@ class Extractor:
             data = self.source.read(row)
             digest = content_digest(data)
             self._check_same(row, digest)
-            image = decode_pixels(data)
+            image = self.view_spec.decode(data)
         except ImageFault as fault:
             return _Rendered(row, digest=digest, reason=str(fault))
         height, width = image.shape[:2]

@@ -1,0 +1,162 @@
+"""What a student sees that is not, or not only, the teacher's red, green and blue.
+
+The teacher's view and the student's are the same crop, resized by the same filter and mirrored
+alike; the student's is of other channels, of the image's own file or of one beside it. Values are
+never squeezed to 8 bits: they are (x - mean) / std of the file's samples, float32.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from milan.core.device import MEAN, STD
+from milan.errors import ConfigError, ImageFault
+from milan.images.decode import decode_pixels
+from milan.images.samples import Bands, pick, read_samples, resize_samples
+from milan.images.views import View, ViewSpec, centre_view, render
+
+RGB = "rgb"
+"""The word for the view's own three colours, as the teacher sees them."""
+_MOST = 1024
+_PART = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of a student, in order, and how they become its input."""
+
+    spelled: str
+    """As --student-channels has them: rgb,1,4-6."""
+    paired: bool = False
+    """Whether numbers are those of a file beside the image, or of the image's own."""
+    mean: tuple[float, ...] = ()
+    """Of each channel, in the unit of the file's samples; empty: not measured yet."""
+    std: tuple[float, ...] = ()
+    """Of each channel, > 0."""
+    bands: Bands | None = None
+    """How the colours are made of a file of more channels; None: as pictures have them."""
+
+    @classmethod
+    def parse(cls, text: str, *, paired: bool, law: ViewSpec | None = None) -> Channels:
+        """Channels as a person writes them. Raises ConfigError."""
+        channels = cls(text.replace(" ", "").lower(), paired, bands=law.colours if law else None)
+        numbers = channels.numbers
+        if not numbers or len(set(numbers)) < len(numbers) or len(numbers) > _MOST:
+            raise ConfigError(
+                f"student_channels {text!r}",
+                expected=f"each channel once, and others than {RGB} alone, which all students see "
+                "without this setting",
+                fix=f"--student-channels {RGB},1",
+            )
+        return channels
+
+    @property
+    def colours(self) -> bool:
+        """Whether the first three are the view's colours."""
+        return self.spelled.split(",")[0] == RGB
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The others, by number from 1. Raises ConfigError for what are none."""
+        found = list[int]()
+        parts = self.spelled.split(",")[self.colours :]
+        for part in parts:
+            match = _PART.fullmatch(part)
+            first, last = (int(n or match[1]) for n in match.groups()) if match else (0, 0)
+            if not 1 <= first <= last <= first + _MOST:
+                raise ConfigError(
+                    f"student_channels {self.spelled!r}: {part!r}",
+                    expected=f"numbers from 1, and ranges, with commas between; {RGB} before them "
+                    "for the image's own colours",
+                    fix=f"--student-channels 1-13, or {RGB},1",
+                )
+            found += range(first, last + 1)
+        return tuple(found)
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return 3 * self.colours + len(self.numbers)
+
+    def measured(self, mean: np.ndarray, std: np.ndarray) -> Channels:
+        """With mean and deviation of the numbered channels, each [n] float64.
+
+        Colours have ImageNet's, as for every student of RGB. Raises ConfigError for one that is
+        constant.
+        """
+        for number, m, s in zip(self.numbers, mean, std, strict=True):
+            if not s > 1e-6 * max(1e-3, abs(m)):
+                raise ConfigError(
+                    f"channel {number} is {m:g} everywhere, in all images that were looked at",
+                    expected="channels that vary: this one says nothing",
+                    fix=f"--student-channels without {number}",
+                )
+        colours = [[255 * x for x in values] if self.colours else [] for values in (MEAN, STD)]
+        means, stds = ((*c, *v.tolist()) for c, v in zip(colours, (mean, std), strict=True))
+        return replace(self, mean=means, std=stds)
+
+    def about(self) -> dict[str, Any]:
+        """As JSON, for run.json and encoder.safetensors."""
+        return asdict(self)
+
+    @classmethod
+    def from_about(cls, about: dict[str, Any]) -> Channels:
+        """What `about` gave."""
+        bands = about["bands"]
+        if bands is not None:
+            bands = Bands(tuple(bands["numbers"]), bands["low"], bands["high"])
+        return cls(about["spelled"], about["paired"], tuple(about["mean"]), tuple(about["std"]),
+                   bands)  # fmt: skip
+
+    # --- one image --------------------------------------------------------------------------------
+
+    def samples(self, data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The numbered channels of a file, [H, W, n] in their own type.
+
+        Raises ImageFault as read_samples, for a file that has fewer, and for one of another `size`
+        (height, width) than its image.
+        """
+        found = pick(read_samples(data), self.numbers)
+        if size and found.shape[:2] != size:
+            height, width = found.shape[:2]
+            raise ImageFault(
+                "other-size", f"{height} x {width} (height x width), its image is "
+                f"{size[0]} x {size[1]}"
+            )  # fmt: skip
+        return found
+
+    def view(
+        self, samples: np.ndarray | None, view: View, size: int, pixels: np.ndarray | None
+    ) -> np.ndarray:
+        """What the student sees of an image: float32 [C, S, S], (x - mean) / std.
+
+        `samples` are the numbered channels of the whole image, if there are any; `pixels` the
+        teacher's view of it, uint8 [S, S, 3], where colours are seen too.
+        """
+        planes = list[np.ndarray]()
+        if self.colours and pixels is not None:
+            planes.append(pixels.transpose(2, 0, 1).astype(np.float32))
+        if samples is not None:
+            crop = samples[view.top : view.top + view.height, view.left : view.left + view.width]
+            planes.append(resize_samples(crop, size, flip=view.flip))
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return (np.concatenate(planes) - mean) / std
+
+    def square(self, data: bytes, beside: bytes, *, share: float, size: int) -> np.ndarray:
+        """The same of an image's central square (centre_view), for evaluations; `beside` is the
+        file that belongs to it, if channels are of such. Raises ImageFault."""
+        image = samples = None
+        if self.colours or self.paired:  # of the image itself only the size may count
+            image = self.bands.pixels(data) if self.bands else decode_pixels(data)
+        if self.numbers:
+            known = None if image is None else (image.shape[0], image.shape[1])
+            samples = self.samples(beside if self.paired else data, known)
+        whole = image if samples is None else samples
+        assert whole is not None
+        view = centre_view(whole.shape[0], whole.shape[1], crop_share=share)
+        pixels = render(image, view, size=size) if self.colours and image is not None else None
+        return self.view(samples, view, size, pixels)
