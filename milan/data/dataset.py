@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +12,20 @@ from torch.utils.data import Dataset
 
 from milan.core.paths import AnyPath
 from milan.errors import CacheError, DataError, ImageFault
+from milan.images.channels import Channels
 from milan.images.decode import content_digest
 from milan.images.source import ImageSource, JoinedSource
 from milan.images.views import View, checksum, render, unpack
 from milan.store.cache import TargetCache
 
-if TYPE_CHECKING:
-    from milan.data.channels import StudentChannels
+
+class OwnChannels(Protocol):
+    """What a student sees in place of the pixels (milan.data.channels)."""
+
+    law: Channels
+
+    def load(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the teacher's pixels uint8 [B, S, S, 3], channels float32 [B, C, S, S])."""
 
 
 class CachedDataset(Dataset):
@@ -47,7 +54,7 @@ class CachedDataset(Dataset):
     ) -> None:
         self.cache, self.transform = cache, transform
         self.stored = cache.spec.stored_views != "none"
-        self.channels: StudentChannels | None = None
+        self.channels: OwnChannels | None = None
         """What the batches of `training_loader` have for a student that sees other channels."""
         # A store that keeps its views needs no originals.
         self.roots = None if self.stored and not data_root else cache.find_data_roots(data_root)

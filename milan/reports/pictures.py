@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from milan.core.device import MEAN, STD, normalise, pick_device
 from milan.core.progress import Progress
-from milan.data.channels import StudentChannels
-from milan.data.dataset import CachedDataset
+from milan.data.dataset import CachedDataset, OwnChannels
 from milan.data.loader import CachedBatches
 from milan.data.sampler import Address, Kind
 from milan.errors import MilanError
@@ -260,7 +259,7 @@ class _Bank:
             tokens = np.concatenate([class_tokens(cache, part) for part in parts])
             self.teachers = self._note(TEACHER, torch.from_numpy(tokens))
 
-    def add(self, name: str, student: Student, channels: StudentChannels | None) -> None:
+    def add(self, name: str, student: Student, channels: OwnChannels | None) -> None:
         """The neighbours by what a probe sees of a student, which may see channels of its own."""
         pixels = self.shown.bank
         assert pixels is not None
