@@ -8,7 +8,6 @@ teacher dropping.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,63 @@ from milan.store.cache import TargetCache
 from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
 
-PIXELS: dict[str, Any] = {"objective": "pixels"}
+CLIP, OWN = "teacher/int8", "timm:own/int8"
 SECOND = "second teacher"
+METHODS: dict[str, dict[str, Any]] = {
+    "CLIP": {"layer": CLIP},
+    "second teacher alone": {"layer": OWN},
+    "both": {"layer": [CLIP, OWN]},
+    "both, dropping 0.5": {"layer": [CLIP, OWN], "teacher_dropping": 0.5},
+}
 MEASURES = ("k-NN", "linear")
 
 
-def second_teacher(setting: Setting, store: Path, run: Path, given: argparse.Namespace) -> float:
-    """Train it, and add its targets to the store; CPU seconds of the training."""
-    clip = TargetCache(store).layers[0]
-    spent = setting.train(store, run, 0, layer=clip, epochs=given.teacher_epochs, **PIXELS)
-    folder = run.parent / "own"
+def train_second(given: argparse.Namespace, setting: Setting, work: Path) -> float:
+    """Train the second teacher on CLIP's store, for its images alone; CPU seconds."""
+    store = work / "targets.zarr"
+    if not store.exists():
+        setting.extract(store, views=given.views, limit=given.images)
+    return setting.train(
+        store, work / SECOND, 0, epochs=given.teacher_epochs, layer=CLIP, objective="pixels"
+    )
+
+
+def store_of_both(given: argparse.Namespace, setting: Setting, work: Path) -> Path:
+    """The store with the targets of both, made if it is not there."""
+    store, folder = work / "targets.zarr", work / "own"
     if not folder.exists():
-        milan.export(str(run), out=str(folder), format="timm")
-    own: dict[str, Any] = {"teacher": f"timm:local-dir:{folder}", "pretrained": None}
-    setting.extract(store, views=given.views, limit=given.images, extend=True, **own)
-    return spent
-
-
-def rows_of(store: Path) -> dict[str, dict[str, Any]]:
-    """Method -> settings, by the names of the layers."""
-    clip, own = TargetCache(store).layers
-    both: dict[str, Any] = {"layer": [clip, own]}
-    return {
-        "CLIP": {"layer": clip},
-        "self-supervised": {"layer": own},
-        "both": both,
-        "both, dropping 0.5": both | {"teacher_dropping": 0.5},
-    }
+        train_second(given, setting, work)
+        milan.export(str(work / SECOND), out=str(folder), format="timm")
+    if OWN not in TargetCache(store).layers:
+        own: dict[str, Any] = {"teacher": f"timm:local-dir:{folder}", "pretrained": None}
+        setting.extract(store, views=given.views, limit=given.images, extend=True, **own)
+    return store
 
 
 def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
     parser = flags("teachers", __doc__)
     add_images(parser)
-    parser.add_argument("--images", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--teacher-epochs", type=int, default=12)
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
-    work = given.work / f"teachers-{setting.name}-{given.images}-{given.views}"
-    store, second = work / "targets.zarr", work / "second"
-    if len(TargetCache(store).layers if store.exists() else []) < 2:
-        setting.extract(store, views=given.views, limit=given.images)
-    train = partial(second_teacher, setting, store, second, given)
-    figures.run(SECOND, 0, train, setting.probes(second, MEASURES))
-    train()  # its targets have to be there, if its figures are known
-    methods = rows_of(store)
+    work = given.work / f"teachers/{setting.name}-{given.images}-{given.views}"
+    second = setting.probes(work / SECOND, MEASURES)
+    figures.run(SECOND, 0, lambda: train_second(given, setting, work), second)
     for seed in range(given.seeds):
-        for method, settings in methods.items():
+        for method, how in METHODS.items():
             run = work / f"{method.replace(', ', '-').replace(' ', '-')}-{given.epochs}-{seed}"
-            learn = partial(setting.train, store, run, seed, epochs=given.epochs, **settings)
-            figures.run(method, seed, learn, setting.probes(run, MEASURES))
+
+            def train(run: Path = run, how: dict[str, Any] = how, seed: int = seed) -> float:
+                store = store_of_both(given, setting, work)
+                return setting.train(store, run, seed, epochs=given.epochs, **how)
+
+            figures.run(method, seed, train, setting.probes(run, MEASURES))
     measures = (*MEASURES, "CPU s")
-    rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*methods, SECOND)]
+    rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*METHODS, SECOND)]
     print("\n" + markdown([["", *measures], *rows]))
 
 

@@ -108,10 +108,11 @@ def test_cached_against_online(study: Study, tmp_path: Path) -> None:
         ("views", ("--keep", "1", "2", "--codecs", "int8", "pq:16")),
         ("ablation", ("--views", "1")),
         ("dense", ("--rows", "60")),
+        ("teachers", ("--views", "1", "--teacher-epochs", "2")),
     ],
 )
 def test_every_study_runs(study: Study, tmp_path: Path, name: str, flags: tuple[str, ...]) -> None:
     """Each has figures for all that its table shows."""
-    if name != "dense":
+    if name in ("views", "ablation"):
         flags = (*flags, "--picture", str(tmp_path / "p.png"))
     assert study(name, *SMALL, *flags).known

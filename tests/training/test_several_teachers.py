@@ -19,6 +19,7 @@ from milan.config import PretrainConfig
 from milan.core.rng import teacher_noise
 from milan.data.dataset import CachedDataset
 from milan.data.loader import Batch, CachedBatches, FileChannel, SharedBatch
+from milan.data.order import order_of
 from milan.data.sampler import Address, Kind
 from milan.errors import CacheError, MilanError
 from milan.objectives.resample import resampled_features
@@ -131,6 +132,21 @@ def test_stores_are_joined_by_key(
     joined.read(rows[:2], zeros[:2])
     with pytest.raises(CacheError, match="other pixels"):
         joined.read(rows, zeros)
+
+
+def test_a_validation_row_stays_one_when_a_layer_gains_images(layers: Path) -> None:
+    """Whatever the other layer lacks, validation images are those of the first layer."""
+    clip = TargetCache(layers)
+    joined = open_targets(layers, f"{clip.layer},{VIT}")
+    whole = order_of(joined, seed=0, batch_size=4, held_out=0.34)
+    assert np.array_equal(
+        whole.validation_rows, order_of(clip, seed=0, batch_size=4, held_out=0.34).validation_rows
+    )
+    joined.places[1][:5] = -1  # type: ignore[attr-defined]
+    some = order_of(joined, seed=0, batch_size=4, held_out=0.34)
+    rows = np.arange(5, 24)
+    assert np.array_equal(some.validation_rows, np.intersect1d(whole.validation_rows, rows))
+    assert np.array_equal(some.train_rows, np.intersect1d(whole.train_rows, rows))
 
 
 def test_a_batch_of_several_teachers_arrives_as_it_was(layers: Path) -> None:
@@ -266,7 +282,7 @@ def test_two_ranks_with_loader_workers_learn_as_one(layers: Path, tmp_path: Path
 def test_a_run_moves_on_when_both_layers_have_grown(
     photos: Path, teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
-    """Images that only one layer has got are left out, and no validation row is trained on."""
+    """Images that only one layer has got yet are left out until the other has them too."""
     store, out = tmp_path / "t.zarr", str(tmp_path / "run")
     clip: dict[str, Any] = {**EXTRACTION, **teacher_files, "out": str(store), "views": 1}
     vit: dict[str, Any] = {**OTHER, "out": str(store), "img_size": 32, "extend": True, "views": 1}
