@@ -39,17 +39,18 @@ def test_a_turn_of_all_tokens_changes_nothing() -> None:
     moved = true.clone()
     moved[0, 2] = randn(8, seed=2)
     found = relation_distance(moved, true)
-    assert found[0].min() > 1e-4
+    assert found[0, 2] > 1e-4
     assert found[1].abs().max() < 1e-6
 
 
 def test_gradients_are_finite_for_zeros_and_halves() -> None:
-    """A zero has no direction."""
-    said, true = randn(1, 4, 8).half(), randn(1, 4, 8, seed=1)
+    """A zero has no direction; a half is compared in float32."""
+    said, true = randn(1, 4, 8), randn(1, 4, 8, seed=1)
     said[0, 0], true[0, 1] = 0, 0
     said.requires_grad_()
-    loss = relation_distance(said, true).mean()
-    loss.backward()
-    assert loss.dtype == torch.float32
+    relation_distance(said, true).mean().backward()
     assert said.grad is not None
     assert said.grad.isfinite().all()
+    half = relation_distance(300 * randn(1, 4, 8).half(), true)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, relation_distance(randn(1, 4, 8), true), atol=1e-2, rtol=1e-2)
