@@ -51,9 +51,9 @@ class PretrainConfig:
     objective_args: dict[str, Any] = field(default_factory=dict)
     """rils: weight, teacher_tau, student_tau, normaliser; rils-cached: teacher_tau, student_tau,
     rows, gate, sentences, draws, milan: --set objective.weight=0.5."""
-    loss: str = setting("cosine", choices=("cosine", "smooth-l1"))
-    """milan: the distance of a predicted token: cosine (2 - 2 cos, as published), or smooth-l1
-    (beta 2, as data2vec)."""
+    loss: str = setting("cosine", choices=("cosine", "smooth-l1", "relation"))
+    """milan: the distance of a predicted token: cosine (2 - 2 cos, as published), smooth-l1 (beta
+    2, as data2vec), or relation (of its relation to the image's other tokens, after TinyMIM)."""
     target_norm: str | None = setting(
         None, choices=("none", "layernorm", "standardise", "phi-s"), auto=True
     )

@@ -212,9 +212,12 @@ class FeatureRegression(Objective):
         """The loss, and the mean cosine to the teacher over masked patches.
 
         Over visible ones where those alone are learnt from. `class_cosine`, where the class token
-        has a weight; `cosine_block_N` of deep decoders.
+        has a weight; `cosine_block_N` of deep decoders. Of relations the loss alone: predictions
+        may be turned against the features.
         """
         target, mask = self.features(prediction), prediction.mask
+        if self.config.loss == "relation":
+            return {"loss": self._loss(prediction, target)}
         features = self._as_given(prediction, target)
         at = mask.visible_at if self.config.predict == "visible" else mask.decoded_at
 

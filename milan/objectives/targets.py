@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from milan.data.loader import Batch
 from milan.models.masking import Mask
 from milan.objectives.normalisation import MEASURED, Affine, layer_norm
+from milan.objectives.relations import relation_distance
 from milan.objectives.resample import resampled_features
 from milan.store.cache import TargetCache
 from milan.store.statistics import statistics_of
@@ -118,7 +119,7 @@ def smooth_l1_distance(prediction: torch.Tensor, features: torch.Tensor) -> torc
 
 
 DISTANCES: Final[dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
-    "cosine": cosine_distance, "smooth-l1": smooth_l1_distance,
+    "cosine": cosine_distance, "smooth-l1": smooth_l1_distance, "relation": relation_distance,
 }  # fmt: skip
 """--loss -> the distance of each token."""
 

@@ -82,6 +82,12 @@ def load_student(
     if not any_channels:
         refuse_channels({CHANNELS: content.get(CHANNELS) or targets.get(CHANNELS)}, str(run))
     config = config_of(folder)
+    if config.loss == "relation":
+        raise ConfigError(
+            f"{run} predicts how tokens are related, not the teacher's features (loss relation)",
+            expected="a pretraining whose predictions are features",
+            fix="a run with --loss cosine or smooth-l1",
+        )
     student = build_student(
         settings["model"],
         img_size=targets["image_size"],

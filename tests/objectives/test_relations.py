@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import SMALL, log_of
 
+import milan
+from milan.errors import ConfigError
 from milan.objectives.relations import TAU, relation_distance
+from milan.training.trained import load_student
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -54,3 +60,14 @@ def test_gradients_are_finite_for_zeros_and_halves() -> None:
     half = relation_distance(300 * randn(1, 4, 8).half(), true)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, relation_distance(randn(1, 4, 8), true), atol=1e-2, rtol=1e-2)
+
+
+def test_a_run_learns_relations(store: Path, tmp_path: Path) -> None:
+    """By their loss alone: what it predicts is not compared with features or texts."""
+    given: dict[str, Any] = {**SMALL, "loss": "relation", "held_out": 0.34, "lr": 3e-3}
+    milan.pretrain(str(store), out=str(tmp_path / "run"), **given)
+    losses = [line["val_loss"] for line in log_of(tmp_path / "run") if "val_loss" in line]
+    assert losses[-1] < losses[0]
+    assert not any("val_cosine" in line for line in log_of(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="predicts how tokens are related.*--loss cosine"):
+        load_student(tmp_path / "run")
