@@ -69,5 +69,5 @@ def test_a_run_learns_relations(store: Path, tmp_path: Path) -> None:
     losses = [line["val_loss"] for line in log_of(tmp_path / "run") if "val_loss" in line]
     assert losses[-1] < losses[0]
     assert not any("val_cosine" in line for line in log_of(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="predicts how tokens are related.*--loss cosine"):
+    with pytest.raises(ConfigError, match="predicts how tokens are related"):
         load_student(tmp_path / "run")
