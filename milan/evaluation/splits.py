@@ -302,8 +302,7 @@ def _check_classes(
         progress.note(found)
         return
     known = [names[label] for label in np.unique(train.labels)] if names else []
-    raise DataError(
-        found,
-        expected="classes that there are images of to fit on",
-        fix=nearest(first, known) if isinstance(first, str) else "",
-    )
+    fix = nearest(first, known) if isinstance(first, str) else ""
+    if config.val_data is None:
+        fix = "more images of each class, or --val-data with images of its own"
+    raise DataError(found, expected="classes that there are images of to fit on", fix=fix)

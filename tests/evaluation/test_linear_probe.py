@@ -255,6 +255,9 @@ def test_a_sample_may_lack_classes(tmp_path: Path) -> None:
         linear_probe(data=str(data), frozen=COLOURS, progress=notes, **more)
         assert any(said in line for line in notes.lines), notes.lines
         assert any("images could never be right" in line for line in notes.lines)
+    two = paintings(tmp_path / "two", {p: p for p in PAINTS}, count=1)
+    with pytest.raises(DataError, match="try: more images of each class, or --val-data"):
+        linear_probe(data=str(two), frozen=COLOURS)
 
 
 @pytest.mark.parametrize("same", ["folder", "part", "copies", "some copies", "twins"])
