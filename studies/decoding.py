@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from studies.rils import METHODS, extract, probe, train
+from studies.rils import METHODS, Runs
 from studies.steps import Figures, flags, markdown
 
 SHARES = (1.0, 0.5, 0.25)
@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--objectives", nargs="+", default=["MILAN", "pixels"])
     given = parser.parse_args()
-    work, figures = given.work, Figures(given.out)
-    extract(work)
+    runs, figures = Runs(given.work, given.epochs), Figures(given.out)
+    runs.extract()
     methods = {
         f"{name}, {share:.0%} decoded": METHODS[name] | {"decode_fraction": share}
         for name in given.objectives
@@ -31,10 +31,10 @@ def main() -> None:
     for seed in range(given.seeds):
         for method, settings in methods.items():
             name = method.replace(", ", "-").replace("%", "")
-            pretrain = partial(train, work, name, seed, given.epochs, **settings)
+            pretrain = partial(runs.train, name, seed, **settings)
             figures.measure(method, seed, "CPU s", pretrain)
             for measure in MEASURES:
-                figures.measure(method, seed, measure, partial(probe, work, name, seed, measure))
+                figures.measure(method, seed, measure, partial(runs.probe, name, seed, measure))
     measures = (*MEASURES, "CPU s")
     rows = [[method, *(figures.cell(method, m) for m in measures)] for method in methods]
     print("\n" + markdown([["", *measures], *rows]))

@@ -1,7 +1,8 @@
 """What RILS is worth beside MILAN, pixels and plain CLIP: `python -m studies.rils`.
 
-On the images and captions in demo/: one store, the same small ViT, the same images and epochs for
-every method; three seeds. Whatever is done is skipped, so the same line goes on after a stop.
+On the images and captions in demo/, or with --cifar10 on CIFAR-10 and sentences with the names of
+its classes: one store, the same small ViT, the same images and epochs for every method; three
+seeds. Whatever is done is skipped, so the same line goes on after a stop.
 
     WORK/targets.zarr            the store, with texts
          METHOD-SEED/            a run
@@ -9,13 +10,14 @@ every method; three seeds. Whatever is done is skipped, so the same line goes on
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import milan
 from milan.core.progress import NoProgress
-from studies.setting import DEMO, PROBES, unless_stopped
+from studies.setting import DEMO, PROBES, Setting, unless_stopped
 from studies.steps import Figures, flags, markdown
 
 # Learning rates: the demo's for what has a frozen or pixel target, those of the training of the
@@ -35,63 +37,103 @@ ZERO_SHOT = {"MILAN": "token_top1", "rils-cached": "mean_top1", "teacher": "toke
 """What is compared with texts: the class token where it is trained, else the mean of patches."""
 
 
-def run_of(work: Path, method: str, seed: int) -> Path:
-    """The folder of a run."""
-    return work / f"{method.replace(' ', '-')}-{seed}"
+@dataclass(frozen=True)
+class Runs:
+    """The runs of all methods on some images, in the folder `work`."""
+
+    work: Path
+    epochs: int
+    setting: Setting = DEMO
+    made: Path | None = None
+    """The store, where it is there already."""
+
+    @property
+    def store(self) -> Path:
+        """That of all methods."""
+        return self.made or self.work / "targets.zarr"
+
+    def extract(self) -> None:
+        """Make the store, unless it is there."""
+        if not self.made:
+            self.setting.extract(self.store, views=1, scale=(1.0, 1.0), hflip=0.0, texts=True)
+
+    def run(self, method: str, seed: int) -> Path:
+        """The folder of a run."""
+        return self.work / f"{method.replace(' ', '-')}-{seed}"
+
+    def train(self, method: str, seed: int, **settings: Any) -> float:
+        """Pretrain with a method's `settings`; CPU seconds."""
+        run = self.run(method, seed)
+        return self.setting.train(self.store, run, seed, epochs=self.epochs, **settings)
+
+    def probe(self, method: str, seed: int, name: str) -> float:
+        """A figure of frozen features, in percent."""
+        kept: dict[str, Any] = {"features": str(self.work / "features" / f"{method}-{seed}")}
+        if method == "random encoder":
+            return self.setting.probe("random", name, like=str(self.run("MILAN", 0)), **kept)
+        checkpoint = "teacher" if method == "teacher" else self.run(method, seed)
+        return self.setting.probe(checkpoint, name, **kept)
+
+    def by_words(self, method: str, seed: int) -> float:
+        """Zero-shot, in percent."""
+        checkpoint = "teacher" if method == "teacher" else str(self.run(method, seed))
+        images = dict(self.setting.measured)  # all that are measured on; nothing is fitted
+        for name in ("data", "split"):
+            images.pop(name, None)
+        found = milan.evaluate(
+            "zero_shot", checkpoint, cache=str(self.store), crop_share=1.0, pictures=0,
+            num_workers=1, progress=NoProgress(), **images,
+        )  # fmt: skip
+        return unless_stopped(found)[ZERO_SHOT.get(method, "mean_top1")]
 
 
-def train(work: Path, method: str, seed: int, epochs: int, **settings: Any) -> float:
-    """Pretrain with a method's `settings`; CPU seconds."""
-    store, run = work / "targets.zarr", run_of(work, method, seed)
-    return DEMO.train(store, run, seed, epochs=epochs, **settings)
+def on_cifar10(data: Path, made: Path, work: Path) -> Runs:
+    """Runs on CIFAR-10's Parquet files `data`, by the teacher and store that studies.cifar10 made.
 
-
-def probe(work: Path, method: str, seed: int, name: str) -> float:
-    """A figure of frozen features, in percent."""
-    kept: dict[str, Any] = {"features": str(work / "features" / f"{method}-{seed}")}
-    if method == "random encoder":
-        return DEMO.probe("random", name, like=str(run_of(work, "MILAN", 0)), **kept)
-    checkpoint = "teacher" if method == "teacher" else run_of(work, method, seed)
-    return DEMO.probe(checkpoint, name, **kept)
-
-
-def by_words(work: Path, method: str, seed: int) -> float:
-    """Zero-shot, in percent."""
-    checkpoint = "teacher" if method == "teacher" else str(run_of(work, method, seed))
-    found = milan.evaluate(
-        "zero_shot", checkpoint, cache=str(work / "targets.zarr"),
-        val_data=DEMO.measured["val_data"], crop_share=1.0, pictures=0, num_workers=1,
-        progress=NoProgress(),
+    One pass over its 20,000 images is as many steps as two over the demo's.
+    """
+    teacher = made / "teacher"
+    setting = Setting(
+        name="cifar10",
+        data={"data": str(data), "split": "train"},
+        measured={
+            "data": str(data), "split": "train", "val_data": str(data), "val_split": "test",
+            "limit": 4000,
+        },
+        teacher={
+            "teacher": str(teacher / "config.json"),
+            "pretrained": str(teacher / "model.safetensors"),
+        },
+        student=DEMO.student | {"model_args": DEMO.student["model_args"] | {"patch_size": 8}},
     )  # fmt: skip
-    return unless_stopped(found)[ZERO_SHOT.get(method, "mean_top1")]
-
-
-def extract(work: Path) -> None:
-    """The store of all methods."""
-    DEMO.extract(work / "targets.zarr", views=1, scale=(1.0, 1.0), hflip=0.0, texts=True)
+    return Runs(work, 1, setting, made / "targets.zarr")
 
 
 def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
     parser = flags("rils", __doc__)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2, help="of the demo's images")
+    parser.add_argument("--cifar10", type=Path, help="its Parquet files; without it: demo/")
+    parser.add_argument(
+        "--made", type=Path, default=Path("runs/cifar10"), help="of studies.cifar10"
+    )
     given = parser.parse_args()
-    work, figures = given.work, Figures(given.out)
-    extract(work)
-    quick, *slower, longest = PROBES
-    runs = [(method, seed) for seed in range(given.seeds) for method in METHODS]
-    measured = [*runs, *((method, 0) for method in BESIDE)]
+    runs, figures = Runs(given.work, given.epochs), Figures(given.out)
+    if given.cifar10:
+        runs = on_cifar10(given.cifar10, given.made, given.work)
+    runs.extract()
+    quick, *slower = PROBES
+    trained = [(method, seed) for seed in range(given.seeds) for method in METHODS]
+    measured = [*trained, *((method, 0) for method in BESIDE)]
     for of in measured:
-        if of in runs:
-            figures.measure(*of, "CPU s", partial(train, work, *of, given.epochs, **METHODS[of[0]]))
-        figures.measure(*of, quick, partial(probe, work, *of, quick))
+        if of in trained:
+            figures.measure(*of, "CPU s", partial(runs.train, *of, **METHODS[of[0]]))
+        figures.measure(*of, quick, partial(runs.probe, *of, quick))
         if of[0] not in ("pixels", "random encoder"):
-            figures.measure(*of, "zero-shot", partial(by_words, work, *of))
-    for of in measured:
-        for name in slower:
-            figures.measure(*of, name, partial(probe, work, *of, name))
-    for method in (*METHODS, *BESIDE):  # of one seed: it takes as long as all others together
-        figures.measure(method, 0, longest, partial(probe, work, method, 0, longest))
+            figures.measure(*of, "zero-shot", partial(runs.by_words, *of))
+    for name in slower:
+        for of in measured:
+            figures.measure(*of, name, partial(runs.probe, *of, name))
     measures = (*PROBES, "zero-shot", "CPU s")
     rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*METHODS, *BESIDE)]
     print("\n" + markdown([["", *measures], *rows]))
