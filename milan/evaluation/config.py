@@ -76,9 +76,14 @@ class LabelledConfig:
             return Path("runs") / folder.name.partition(".")[0]
         return folder.parent if folder.is_file() else folder
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The name of each."""
+        return names_in(self.checkpoint)
+
     def each(self) -> list[Self]:
         """These settings for each checkpoint, checked. Raises ConfigError, also if one is twice."""
-        names = names_in(self.checkpoint)
+        names = self.checkpoints
         if len(names) == 1:
             self.check()
             return [self]
@@ -168,11 +173,17 @@ class EvaluationConfig(ClassificationConfig):
     """Features that each rank keeps in memory between two passes, such as 8GB; auto: half of a
     GPU's free memory, 1GB on a CPU. Others are read from disk again."""
     teacher: str | None = None
-    """With checkpoint teacher: its name or config, as in extract-targets."""
+    """Its name or config, as in extract-targets: it is measured beside the checkpoint."""
     pretrained: str | None = setting(None, auto=True)
-    """With checkpoint teacher: its weights, as in extract-targets."""
+    """Its weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, auto=True)
-    """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
+    """imagenet, own or auto, as in extract-targets."""
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The name of each; a teacher that is named is one of them."""
+        names = names_in(self.checkpoint)
+        return [*names, "teacher"] if self.teacher and "teacher" not in names else names
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""

@@ -49,6 +49,15 @@ def published_file(path: Path) -> Path:
     return path
 
 
+def test_a_teacher_that_is_named_is_measured_beside() -> None:
+    """With --teacher the table has it too; it is not asked for twice."""
+    for checkpoint in ("a,b", "a,teacher,b"):
+        config = EvaluationConfig(checkpoint, teacher="ViT-B-16", pretrained="openai")
+        names = [one.checkpoint for one in config.each()]
+        assert sorted(names) == ["a", "b", "teacher"]
+    assert [one.checkpoint for one in EvaluationConfig("a").each()] == ["a"]
+
+
 @pytest.mark.parametrize("several", [{"checkpoint": "a,b"}, {"shots": 2, "draws": 2}])
 def test_ranks_that_others_started_train_one(
     several: dict[str, Any], monkeypatch: pytest.MonkeyPatch
