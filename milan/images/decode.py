@@ -101,7 +101,8 @@ def fault_of(data: bytes, error: Exception) -> ImageFault:
     page = TiffPage.first(data)
     if isinstance(error, UnidentifiedImageError):
         if page and page.pages():
-            return ImageFault("unsupported", f"TIFF of {page.samples()}, which Pillow cannot read")
+            return ImageFault("unsupported", f"TIFF of {page.samples()}, which Pillow cannot read; "
+                "extract-targets --bands R G B takes three of its channels")  # fmt: skip
         return ImageFault("not-an-image", f"begins with {data[:8]!r}")
     reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
     return ImageFault(reason, f"{type(error).__name__}: {error}")

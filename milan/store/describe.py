@@ -58,7 +58,12 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
             "view",
             f"{views.size} px, area {views.scale[0]:g} to {views.scale[1]:g}, width / height "
             f"{views.ratio[0]:.3g} to {views.ratio[1]:.3g}, mirrored {views.hflip:.0%}, "
-            f"seed {views.seed}",
+            f"seed {views.seed}"
+            + (
+                f"; RGB are channels {views.bands}, {views.band_range} become (0, 255)"
+                if views.bands
+                else ""
+            ),
         ),
         ("identity", cache.digest),
     ]
