@@ -13,7 +13,7 @@ from milan.core.launch import as_rank
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.models.masking import random_mask
-from milan.models.student import build_student
+from milan.models.student import add_deep_decoders, build_student, split_deep
 from milan.objectives.features import feature_regression
 
 CPU = torch.device("cpu")
@@ -23,13 +23,15 @@ class Step:
     """The two micro-batches of one rank; sharded with `size` ranks, which all make a step."""
 
     def __init__(
-        self, precision: str, *, recompute: bool = False, rank: int = 0, size: int = 0
-    ) -> None:
+        self, precision: str, *, recompute: bool = False, deep: bool = False, rank: int = 0,
+        size: int = 0,
+    ) -> None:  # fmt: skip
         student = build_student(
             "vit_tiny_patch16_224", img_size=32, target_width=8, recompute=recompute,
             model_args={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
             decoder={"embed_dim": 16, "depth": 2, "num_heads": 2},
         )  # fmt: skip
+        add_deep_decoders(student, [1] if deep else [])
         generator = torch.Generator().manual_seed(0)
         for parameter in student.parameters():  # norms and tokens that half precision would round
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -44,8 +46,9 @@ class Step:
             noise = torch.rand(3, 16, generator=generator).clamp(1e-6)
             with sync_gradients(network, micro == 1):
                 with autocast(CPU, precision):
-                    tokens = network(images, random_mask(noise, visible=4))
-                    loss = feature_regression(tokens, torch.ones(3, 17, 8))
+                    tokens = split_deep(network(images, random_mask(noise, visible=4)))
+                    losses = [feature_regression(one, torch.ones(3, 17, 8)) for one in tokens]
+                    loss = torch.stack(losses).sum()
                 loss.backward()
             self.losses.append(loss.detach())
         self.dtypes = {p.dtype for p in student.parameters()}

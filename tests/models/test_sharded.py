@@ -23,16 +23,19 @@ def assert_half_where_products_are(seen: dict[str, torch.dtype], precision: str)
 
 
 @pytest.mark.parametrize(
-    ("precision", "recompute"), [("bf16", False), ("bf16", True), ("fp16", False)]
+    ("precision", "recompute", "deep"),
+    [("bf16", False, False), ("bf16", True, True), ("fp16", False, False)],
 )
-def test_a_sharded_student_computes_what_autocast_does(precision: str, recompute: bool) -> None:
+def test_a_sharded_student_computes_what_autocast_does(
+    precision: str, recompute: bool, deep: bool
+) -> None:
     """To the bit on one rank: the loss, gradients and what is kept stay in float32."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        ours = Step(precision, recompute=recompute, size=1)
+        ours = Step(precision, recompute=recompute, deep=deep, size=1)
     finally:
         torch.distributed.destroy_process_group()
-    bare = Step(precision, recompute=recompute)
+    bare = Step(precision, recompute=recompute, deep=deep)
     assert_half_where_products_are(ours.seen, precision)
     assert ours.dtypes == {torch.float32}
     assert [loss.dtype for loss in ours.losses] == 2 * [torch.float32]

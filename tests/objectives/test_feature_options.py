@@ -274,3 +274,18 @@ def test_runs_of_before_go_on(store: Path, tmp_path: Path) -> None:
     assert milan.pretrain(str(store), **run)["finished"]
     assert statistics_of(TargetCache(store)).views[0] == 24  # asked for, and not written
     assert not (store / FOLDER).exists()
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("more", [EVERYTHING, {"predict": "visible"}], ids=["all", "visible"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_learn_what_one_does(
+    parallel: str, more: dict[str, Any], copy: Path, tmp_path: Path
+) -> None:
+    """Deep decoders, frozen blocks and statistics, which all ranks have from the first."""
+    run = {**RUN, **more}
+    milan.pretrain(str(copy), out=str(tmp_path / "one"), **run)
+    milan.pretrain(str(copy), out=str(tmp_path / "two"), devices=2, parallel=parallel, **run)
+    ours, theirs = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-4)

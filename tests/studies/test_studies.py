@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from studies import options
 from studies.ablation import block_mask
 from studies.dense import cut
 from studies.online import ONLINE, curve
@@ -99,6 +100,24 @@ def test_cached_against_online(study: Study, tmp_path: Path) -> None:
     (tmp_path / "online").rename(tmp_path / "gone")
     assert study("online", *flags).known == first.known
     assert not (tmp_path / "online").exists()
+
+
+def test_options_at_equal_steps_and_at_equal_time(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both rows of an option, and the epochs that take as long as the published objective's."""
+    monkeypatch.setattr(options, "PROBED", ("k-NN",))
+    monkeypatch.setattr(options, "MEASURES", ("k-NN", "fine-tuned"))
+    figures = study(
+        "options", "--images", "96", "--epochs", "1", "--seeds", "1", "--measured", "40",
+        "--options", "visible", "--tuning", "1", "--tuned-images", "64",
+    )  # fmt: skip
+    names = ("CPU s", "k-NN", "fine-tuned", "epochs")
+    for method in ("published", "visible", "visible, equal time"):
+        assert all(figures.value(method, 0, name) > 0 for name in names)
+    share = figures.value("published", 0, "CPU s") / figures.value("visible", 0, "CPU s")
+    expected = max(1, round(figures.value("published", 0, "epochs") * share))
+    assert figures.value("visible, equal time", 0, "epochs") == expected
 
 
 @pytest.mark.soak

@@ -15,6 +15,10 @@ from milan.errors import ConfigError
 from milan.training import compilation
 
 RUN: dict[str, Any] = {**SMALL, "epochs": 2, "micro_batch": 4, "log_every": 1}
+OPTIONS: dict[str, Any] = {
+    "loss": "smooth-l1", "target_norm": "standardise", "predict": "both", "class_weight": 0.5,
+    "deep_supervision": "1", "decode_fraction": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -27,16 +31,22 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, pytest.param({"objective": "pixels"}, marks=pytest.mark.soak)], ids=str
+    "more",
+    [
+        {},
+        pytest.param({"objective": "pixels"}, marks=pytest.mark.soak),
+        pytest.param(OPTIONS, marks=pytest.mark.soak),
+    ],
+    ids=["milan", "pixels", "options"],
 )
 def test_a_run_is_two_graphs(
-    more: dict[str, Any], graphs: CompileCounterWithBackend, store: Path, tmp_path: Path
+    more: dict[str, Any], graphs: CompileCounterWithBackend, copy: Path, tmp_path: Path
 ) -> None:
     """Student and loss, compiled once: neither steps nor validation compile again. The run is the
     one without compiling, but for rounding."""
-    milan.pretrain(str(store), compile="on", **{**RUN, **more, "out": str(tmp_path / "on")})
+    milan.pretrain(str(copy), compile="on", **{**RUN, **more, "out": str(tmp_path / "on")})
     assert graphs.frame_count == 2
-    milan.pretrain(str(store), compile="off", **{**RUN, **more, "out": str(tmp_path / "off")})
+    milan.pretrain(str(copy), compile="off", **{**RUN, **more, "out": str(tmp_path / "off")})
     assert graphs.frame_count == 2
     ours, theirs = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("on", "off"))
     assert ours == pytest.approx(theirs, rel=1e-5)

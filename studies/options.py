@@ -1,0 +1,130 @@
+"""What the options over a cache are worth: `python -m studies.options --options both phi-s`.
+
+Each at the steps of the published objective, and at its time: with as many epochs as take as many
+CPU seconds. Option by option, all seeds of each, so that a stopped call leaves whole rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import milan
+from milan.core.progress import NoProgress
+from studies.setting import Setting, add_images, small, unless_stopped
+from studies.steps import Figures, flags, markdown
+
+PUBLISHED = "published"
+OPTIONS: dict[str, dict[str, Any]] = {
+    PUBLISHED: {},
+    "both": {"predict": "both"},
+    "visible": {"predict": "visible"},
+    "deep": {"deep_supervision": "1,2"},
+    "phi-s": {"target_norm": "phi-s"},
+    "smooth-l1": {"loss": "smooth-l1"},
+    "quarter": {"decode_fraction": 0.25},
+    "masked": {"predict": "masked"},
+    "class": {"class_weight": 0.5},
+    "both-class": {"predict": "both", "class_weight": 0.5},
+    "layernorm": {"target_norm": "layernorm"},
+    "standardise": {"target_norm": "standardise"},
+    "smooth-l1-phi-s": {"loss": "smooth-l1", "target_norm": "phi-s"},
+}
+"""Name -> what differs from the published objective."""
+PROBED = ("k-NN", "linear")
+TUNED = "fine-tuned"
+MEASURES = (*PROBED, TUNED)
+TUNING: dict[str, Any] = {
+    "batch_size": 64, "lr": 1e-3, "warmup_epochs": 0.5, "mixup": 0.0, "cutmix": 0.0,
+    "auto_augment": "none", "erasing": 0.0, "scale": (0.6, 1.0), "num_workers": 0,
+    "report_to": "none",
+}  # fmt: skip
+"""A short fine-tuning of all weights."""
+
+
+def at_equal_time(name: str) -> str:
+    """The method whose epochs take as long as the published objective's."""
+    return f"{name}, equal time"
+
+
+def fine_tuned(setting: Setting, run: Path, seed: int, *, epochs: int, images: int) -> float:
+    """Top-1 in percent after so many epochs of a few training images."""
+    found = milan.finetune(
+        str(run), seed=seed, epochs=epochs, progress=NoProgress(),
+        **setting.measured | TUNING | {"limit": images},
+    )  # fmt: skip
+    return unless_stopped(found)["top1"]
+
+
+def measure(
+    given: argparse.Namespace, setting: Setting, figures: Figures, name: str, epochs: int,
+    method: str,
+) -> None:  # fmt: skip
+    """An option with so many epochs, all seeds."""
+    store = setting.store(given.work, codec="int8", views=given.views, images=given.images)
+    for seed in range(given.seeds):
+        run = given.work / f"options/{name}-{given.images}-{epochs}-{seed}"
+        train = partial(
+            setting.train, store, run, seed, epochs=epochs, warmup_epochs=epochs / 10,
+            **OPTIONS[name],
+        )  # fmt: skip
+        tune = partial(
+            fine_tuned, setting, run, seed, epochs=given.tuning, images=given.tuned_images
+        )
+        figures.run(method, seed, train, setting.probes(run, PROBED) | {TUNED: tune})
+        figures.keep(method, seed, "epochs", epochs)
+
+
+def epochs_at_equal_time(figures: Figures, name: str, epochs: int) -> int:
+    """How many epochs of an option take as long as so many of the published objective, rounded."""
+    share = figures.mean(PUBLISHED, "CPU s") / figures.mean(name, "CPU s")
+    return max(1, round(epochs * share))
+
+
+def rows(figures: Figures, names: Sequence[str]) -> list[list[str]]:
+    """The table: equal steps, and beside it equal time."""
+    found = [
+        ["", *MEASURES, "CPU s", "epochs at equal time", *(f"{m}, equal time" for m in MEASURES)]
+    ]
+    for name in names:
+        timed = at_equal_time(name) if name != PUBLISHED else name
+        found.append([
+            name, *(figures.cell(name, m) for m in (*MEASURES, "CPU s")),
+            figures.cell(timed, "epochs", "{:.0f}").partition(" ")[0],
+            *(figures.cell(timed, m) for m in MEASURES),
+        ])  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """All runs and their figures, option by option, then the table."""
+    parser = flags("options", __doc__)
+    add_images(parser)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--tuning", type=int, default=3, help="epochs of fine-tuning")
+    parser.add_argument("--tuned-images", type=int, default=1000)
+    given = parser.parse_args()
+    setting, figures = small(given), Figures(given.out)
+    names = list(dict.fromkeys([PUBLISHED, *given.options]))
+    for name in names:
+        measure(given, setting, figures, name, given.epochs, name)
+        if name == PUBLISHED:
+            continue
+        epochs, timed = epochs_at_equal_time(figures, name, given.epochs), at_equal_time(name)
+        if epochs == given.epochs:  # the same runs
+            for seed in range(given.seeds):
+                for what in (*MEASURES, "CPU s", "epochs"):
+                    figures.keep(timed, seed, what, figures.value(name, seed, what))
+        else:
+            measure(given, setting, figures, name, epochs, timed)
+    print("\n" + markdown(rows(figures, names)))
+
+
+if __name__ == "__main__":
+    main()
