@@ -203,7 +203,8 @@ def encode_all(
         if not vit.no_embed_class:
             tokens = tokens + vit.pos_embed[:, : tokens.shape[1]]
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
-    x, behind = vit.norm_pre(x), list[torch.Tensor]()
+    x = vit.norm_pre(x)
+    behind: list[torch.Tensor] = []
     for number, block in enumerate(vit.blocks, start=1):
         x = run_block(block, x, recompute=recompute)
         if number in blocks:
