@@ -26,6 +26,7 @@ from milan.evaluation.protocols import Protocol, get_protocol
 from milan.evaluation.ranks import on_ranks
 from milan.evaluation.splits import open_draws
 from milan.evaluation.table import write_table
+from milan.images.channels import Channels
 from milan.models.weights import check_rgb, find_weights
 
 Load = Callable[..., Any]
@@ -209,12 +210,25 @@ def _measure_all(
     write: bool,
 ) -> dict[str, Any]:
     """Metrics of each checkpoint. Images are listed once, a baseline is measured once a shape."""
+    seen = list[Channels]()
     for config in configs:  # a bad one is found before hours of work
         network = loaders.network(config, context)
+        if network.channels:
+            seen.append(network.channels)
+            if config.corruptions:
+                raise ConfigError(
+                    f"corruptions for {network.name}, which sees channels "
+                    f"{network.channels.spelled} of files",
+                    expected="an encoder of RGB: corruptions are of 8-bit pictures",
+                    fix="without --corruptions",
+                )
         if network.said:
             context.progress.note(f"{config.checkpoint} was read {network.said}")
     # One rank lists the images: what the others listed might be something else by then.
     splits = context.ranks.on_rank0(lambda: open_draws(configs[0], context.progress))
+    for split in (*splits[0], splits[1]):
+        for channels in seen:
+            split.of.identity_for(channels)  # refuses images whose channel files nobody named
     known: dict[str, dict[str, Any]] = {}  # by the network's identity
     shapes: dict[str, str] = {}  # the first checkpoint whose shape a baseline has
     found: dict[str, Any] = {}

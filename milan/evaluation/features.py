@@ -42,7 +42,7 @@ from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped, Wait
-from milan.errors import ConfigError, DataError, ImageFault
+from milan.errors import DataError, ImageFault
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
@@ -131,12 +131,6 @@ def features_of(
     view |= corruption.law if corruption else {}
     about: dict[str, Any] = {"format": _FORMAT, "network": frozen.identity, "view": view}
     about["images"] = data.identity_for(frozen.channels)
-    if corruption and frozen.channels:
-        raise ConfigError(
-            f"corruptions for {frozen.name}, which sees channels {frozen.channels.spelled}",
-            expected="an encoder of RGB: corruptions are of 8-bit colours",
-            fix="without --corruptions",
-        )
     about |= {"file_rows": file_rows} if file_rows else {}
     key = digest_of(about)
     place = folder / key[:24]

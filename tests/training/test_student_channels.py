@@ -181,7 +181,7 @@ def test_evaluations_read_channels_or_refuse(scene_run: Path, scenes: Path, tmp_
                 batch_size=8,
                 **{**data, "out": str(tmp_path / "f")},
             )
-    with pytest.raises(ConfigError, match="corruptions are of 8-bit colours"):
+    with pytest.raises(ConfigError, match="corruptions are of 8-bit pictures"):
         evaluate("linear_probe", str(scene_run), corruptions=True, features="none", **data)
 
 
@@ -245,6 +245,9 @@ def test_a_student_of_colours_and_depth(
     metrics = {"data": str(photos), "features": "none", "out": str(tmp_path / "m.json")}
     with pytest.raises(ConfigError, match="--student-data FOLDER"):
         evaluate("knn", str(out), **metrics)
+    val = shutil.copytree(photos, tmp_path / "val")
+    with pytest.raises(ConfigError, match="--val-student-data FOLDER"):
+        evaluate("knn", str(out), val_data=str(val), student_data=str(depths), **metrics)
     assert evaluate("knn", str(out), student_data=str(depths), **metrics)["val_images"] == 4
     assert (out / "sheet.png").exists()
 
