@@ -12,13 +12,12 @@ table.csv and steps.csv (the lines with their seconds) in the folder of --out.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from studies import cifar_teacher
-from studies.steps import Figures, in_a_fork, markdown, run
+from studies.steps import Figures, in_a_fork, run, with_interval, write_table
 
 TEACHER = "--teacher teacher/config.json --pretrained teacher/model.safetensors"
 STUDENT = (
@@ -88,12 +87,7 @@ def table(out: Path) -> list[list[str]]:
     for name, step in STEPS.items():
         for title, key in step.rows:
             found = json.loads((out / f"tables/{name}.json").read_text())
-            cells = []
-            for checkpoint in ENCODERS.values():
-                metrics = found.get(checkpoint, {})
-                interval = metrics.get(f"{key}_interval")
-                cell = f"{metrics[key]:.1f}" if metrics.get(key) is not None else "-"
-                cells.append(f"{cell} ({interval[0]:.1f}-{interval[1]:.1f})" if interval else cell)
+            cells = [with_interval(found.get(one, {}), key) for one in ENCODERS.values()]
             rows.append([title, *cells])
     return rows
 
@@ -113,11 +107,7 @@ def main() -> None:
         run(figures, step.line + f" --out tables/{name}.json" * bool(step.rows), out, DATA=data)
         if name == args.until:
             return
-    rows = table(out)
-    with (out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    (out / "table.md").write_text(markdown(rows))
-    print("\n" + markdown(rows))
+    write_table(table(out), out)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,22 @@ def _milan(words: list[str], folder: Path) -> None:
     cli.main()
 
 
+def with_interval(metrics: dict[str, Any], key: str) -> str:
+    """A figure of a protocol with its interval, as far as they are among the metrics."""
+    if metrics.get(key) is None:
+        return "-"
+    interval = metrics.get(f"{key}_interval")
+    return f"{metrics[key]:.1f}" + (f" ({interval[0]:.1f}-{interval[1]:.1f})" if interval else "")
+
+
+def write_table(rows: list[list[str]], out: Path) -> None:
+    """Print a table, and leave it as table.md and table.csv in the folder `out`."""
+    with (out / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (out / "table.md").write_text(markdown(rows))
+    print("\n" + markdown(rows))
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A table, its first row the headings."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -80,7 +80,7 @@ def flags_of_scripts() -> set[str]:
 
 def check(words: list[str]) -> None:
     """Parse a simple command as far as it can be done without doing anything."""
-    if "milan" in words:  # torchrun and srun may stand before it
+    if "milan" in words and words[0] != "python":  # torchrun and srun may stand before it
         name, *arguments = words[words.index("milan") + 1 :]
         if f"{name} {arguments[0] if arguments else ''}" in commands():
             name, arguments = f"{name} {arguments[0]}", arguments[1:]
