@@ -80,6 +80,7 @@ class Runs:
         images = dict(self.setting.measured)  # all that are measured on; nothing is fitted
         for name in ("data", "split"):
             images.pop(name, None)
+        images |= self.setting.teacher if method == "teacher" else {}
         found = milan.evaluate(
             "zero_shot", checkpoint, cache=str(self.store), crop_share=1.0, pictures=0,
             num_workers=1, progress=NoProgress(), **images,
