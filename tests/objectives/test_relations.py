@@ -64,7 +64,7 @@ def test_gradients_are_finite_for_zeros_and_halves() -> None:
 
 def test_a_run_learns_relations(store: Path, tmp_path: Path) -> None:
     """By their loss alone: what it predicts is not compared with features or texts."""
-    given: dict[str, Any] = {**SMALL, "loss": "relation", "held_out": 0.34, "lr": 3e-3}
+    given: dict[str, Any] = {**SMALL, "loss": "relation", "held_out": 0.34, "lr": 3e-3, "epochs": 3}
     milan.pretrain(str(store), out=str(tmp_path / "run"), **given)
     losses = [line["val_loss"] for line in log_of(tmp_path / "run") if "val_loss" in line]
     assert losses[-1] < losses[0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import EXTRACTION, SMALL, Notes, log_of, weights
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import milan
@@ -28,6 +29,7 @@ from milan.reporting.run_files import read_run
 from milan.reports.sources import Run, find_store
 from milan.store.cache import TargetCache
 from milan.store.joined import open_targets, short_names
+from milan.training import compilation
 from milan.training.build import Settings, resolve_defaults, student_of
 from milan.training.estimate import estimate_run
 from milan.training.memory import peak_bytes
@@ -280,6 +282,22 @@ def test_two_ranks_with_loader_workers_learn_as_one(layers: Path, tmp_path: Path
 
 
 @pytest.mark.soak
+def test_a_step_of_several_teachers_is_two_graphs(
+    layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student and loss, compiled whole, also with dropping; the run is the one without."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", counter)
+    torch._dynamo.reset()
+    given = both(layers, teacher_dropping=0.5, log_every=1, epochs=2)
+    for how in ("on", "off"):
+        milan.pretrain(str(layers), out=str(tmp_path / how), compile=how, **given)
+    assert counter.frame_count == 2
+    ours, theirs = ([line["loss"] for line in log_of(tmp_path / how)] for how in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.soak
 def test_a_run_moves_on_when_both_layers_have_grown(
     photos: Path, teacher_files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -303,6 +321,7 @@ def test_a_run_moves_on_when_both_layers_have_grown(
     assert log_of(Path(out))[-1]["epoch"] == 7
 
 
+@pytest.mark.soak
 def test_memory_counts_all_teachers(layers: Path) -> None:
     """Heads and batches of every teacher."""
     settings, peaks = settings_of(layers), []
