@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deep": {"deep_supervision": "1,2"},
     "phi-s": {"target_norm": "phi-s"},
     "smooth-l1": {"loss": "smooth-l1"},
+    "relation": {"loss": "relation"},
     "quarter": {"decode_fraction": 0.25},
     "masked": {"predict": "masked"},
     "class": {"class_weight": 0.5},
