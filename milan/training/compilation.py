@@ -51,6 +51,9 @@ def compile_step(
     choice = "off" if config.compile == "auto" and config.parallel != "ddp" else config.compile
 
     def build() -> StepLoss:
+        # What the first step makes and keeps is there before a step is traced.
+        with torch.no_grad(), autocast(context.device, settings.precision):
+            step(trial())
         network: Any = compile_network(step.network, context)
         loss: Any = step.objective.loss
         if not isinstance(

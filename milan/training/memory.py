@@ -97,7 +97,7 @@ def trial_batch(
         torch.ones(size, cache.masking.spec.tokens - 1, device=device),
         torch.full((size, student.patches), 0.5, device=device),
         rows,
-        rows,
+        rows.clone(),  # no alias: a compiled step would be compiled again for a real batch
         *first,
         _trial_ids(size, cache, device) if tokens else None,
         torch.ones(size, spec.channels, device=device) if texts else None,
