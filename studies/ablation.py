@@ -160,7 +160,7 @@ def main() -> None:
     """All runs and their figures, seed by seed, then the tables and the picture."""
     parser = flags("ablation", __doc__)
     add_images(parser)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/study-ablation.png"))

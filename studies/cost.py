@@ -38,7 +38,9 @@ def extraction(given: argparse.Namespace, setting: Setting) -> float:
     """CPU seconds of an extraction into a new store."""
     store = given.work / "cost.zarr"
     shutil.rmtree(store, ignore_errors=True)
-    spent = setting.extract(store, codec="int8", views=given.views, limit=given.images)
+    spent = setting.extract(
+        store, codec="int8", views=given.views, limit=given.images, store_views="jpeg:95"
+    )
     shutil.rmtree(store)
     return spent
 
@@ -100,8 +102,8 @@ def main() -> None:
     parser = flags("cost", __doc__)
     add_images(parser)
     parser.add_argument("--runs", type=Path, default=Path("studies/results/online.csv"))
-    parser.add_argument("--images", type=int, default=4000, help="as for studies.online")
-    parser.add_argument("--epochs", type=int, default=8, help="as for studies.online")
+    parser.add_argument("--images", type=int, default=2000, help="as for studies.online")
+    parser.add_argument("--epochs", type=int, default=4, help="as for studies.online")
     parser.add_argument("--views", type=int, default=4, help="as for studies.online")
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)

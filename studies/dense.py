@@ -175,8 +175,8 @@ def main() -> None:
     """All runs and their figures, seed by seed, then the table."""
     parser = flags("dense", __doc__)
     add_images(parser)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rows", type=int, default=500, help="images whose cosines are measured")
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)

@@ -13,6 +13,7 @@ from typing import Any
 import milan
 from milan.core.progress import NoProgress
 from milan.core.signals import REQUEUE
+from milan.store.format import INDEX
 from pipeline.teachers.frozen import frozen_teacher
 from studies import cifar_teacher
 from studies.steps import Probe, in_a_fork
@@ -41,10 +42,14 @@ class Setting:
     """Settings of pretraining."""
 
     def store(self, work: Path, *, codec: str, views: int, images: int) -> Path:
-        """A store of so many images, made if it is not there; its name says what is in it."""
+        """A store of so many images, made if it is not there; its name says what is in it.
+
+        With the views: to decode originals would take longer than a step of such a student.
+        """
         folder = work / "stores" / self.name
         store = folder / f"{codec.replace(':', '')}-{images}-{views}.zarr"
-        self.extract(store, codec=codec, views=views, limit=images)
+        if not (store / INDEX).exists():  # it is written last
+            self.extract(store, codec=codec, views=views, limit=images, store_views="jpeg:95")
         return store
 
     def extract(self, store: Path, **settings: Any) -> float:
@@ -122,7 +127,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cifar10", type=Path, help="its Parquet files; without it: demo/")
     parser.add_argument("--teacher", type=Path, default=Path("runs/cifar10/teacher"))
     parser.add_argument(
-        "--measured", type=int, default=5000, help="images of each set that probes see, at most"
+        "--measured", type=int, default=2000, help="images of each set that probes see, at most"
     )
 
 

@@ -24,7 +24,7 @@ from studies.online import online
 from studies.setting import Setting, add_images, small, unless_stopped
 from studies.steps import Figures, flags, markdown
 
-CODECS = ("float16", "int8", "pq:64", "pq:32", "pq:16")
+CODECS = ("float16", "int8", "pq:32", "pq:16")
 FRESH = "a new view in every epoch, teacher online"
 MEASURES = ("k-NN", "linear")
 BYTES = "bytes an image"
@@ -101,8 +101,8 @@ def main() -> None:
     """All runs and their figures, seed by seed, then the table and the picture."""
     parser = flags("views", __doc__)
     add_images(parser)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 2, 4, 8], help="views")
     parser.add_argument("--codecs", nargs="+", default=CODECS)
     parser.add_argument("--finetune", action="store_true", help="the ends of the front, too")
