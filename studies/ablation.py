@@ -10,7 +10,7 @@ import argparse
 import itertools
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from milan.models.masking import Mask, visible_count
 from milan.objectives.base import Objective, Prediction
 from milan.objectives.features import FeatureRegression
 from milan.objectives.pixels import PixelRegression, pixel_regression
+from milan.store.cache import TargetCache
 from studies import pictures
 from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
@@ -69,11 +70,11 @@ def block_mask(noise: torch.Tensor, *, visible: int) -> Mask:
 
 
 class _Ablated(Objective):
-    """Masks in blocks, and the tokens in the loss, by settings of its own."""
+    """Masks in blocks, if its own setting `masking` says so."""
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        """`masking` and `loss`, from `cells`."""
+        """Its own settings are those of `measure`."""
 
     def mask(self, batch: Batch) -> Mask:
         """As the objective's, or a block."""
@@ -81,34 +82,24 @@ class _Ablated(Objective):
             return super().mask(batch)
         return block_mask(batch.noise, visible=visible_count(batch.noise.shape[1], self.mask_ratio))
 
-    @property
-    def of_all(self) -> bool:
-        """Whether visible tokens, and the class token, are in the loss."""
-        return self.config.objective_args["loss"] == "all"
-
 
 class AblatedFeatures(_Ablated, FeatureRegression):
-    """MILAN's objective, of all tokens or of the masked patches alone."""
+    """MILAN's objective; probes see the class token of all students, also if it is in no loss."""
 
-    def loss(self, prediction: Prediction) -> torch.Tensor:
-        """2 - 2 cos, mean over what is in the loss."""
-        if self.of_all:
-            return super().loss(prediction)
-        features = self.features(prediction)
-        cosine = torch.cosine_similarity(prediction.tokens.float(), features.float(), dim=-1)
-        return (2 - 2 * prediction.of_patches(cosine).gather(1, prediction.mask.masked)).mean()
+    def __init__(self, cache: TargetCache, **settings: Any) -> None:
+        super().__init__(cache, **settings)
+        self.pooling = "both"
 
 
 class AblatedPixels(_Ablated, PixelRegression):
-    """MAE's objective, of all patches or of the masked ones alone."""
+    """MAE's objective, of all patches or of the masked ones alone (`predict`)."""
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
-        """Squared error of normalised pixels, mean over what is in the loss."""
-        hidden = prediction.mask.boolean()
+        """Squared error of normalised pixels, mean over the patches in the loss."""
+        counted = prediction.mask.boolean() | (self.config.predict == "all")
         return pixel_regression(
-            prediction.patches, prediction.images, hidden | self.of_all,
-            patch=prediction.patch_size,
-        )  # fmt: skip
+            prediction.patches, prediction.images, counted, patch=prediction.patch_size
+        )
 
 
 OBJECTIVES = {"CLIP": "AblatedFeatures", "pixels": "AblatedPixels"}
@@ -124,7 +115,7 @@ def measure(given: argparse.Namespace, setting: Setting, figures: Figures, seed:
             return setting.train(
                 store, run, seed, epochs=given.epochs, warmup_epochs=given.epochs / 10,
                 objective=f"studies.ablation:{OBJECTIVES[cell.target]}",
-                objective_args={"masking": cell.masking, "loss": cell.loss},
+                objective_args={"masking": cell.masking}, predict=cell.loss,
                 decoder_kind=cell.decoder,
                 masking="semantic" if cell.masking == "semantic" else "random",
             )  # fmt: skip
