@@ -20,6 +20,7 @@ from pipeline.config import ExtractConfig
 from pipeline.estimate.accelerators import view_flop
 from pipeline.estimate.cost import EPOCHS
 from pipeline.extraction.plan import plan
+from studies import pictures
 from studies.online import ONLINE
 from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
@@ -83,22 +84,26 @@ def count_operations(figures: Figures) -> None:
         figures.keep("student", 0, "GFLOP a step", round(3 * forward, 1))
 
 
-def on_paper(figures: Figures) -> list[list[str]]:
-    """A100 hours for ImageNet-1K: online, and by one store of 4 or 16 views."""
+def hours(figures: Figures, teacher: str, views: int, students: int) -> tuple[float, float]:
+    """A100 hours for ImageNet-1K: with the teacher online, and by one store with its extraction."""
     step = figures.value("student", 0, "GFLOP a step")
-    whole = step + figures.value(TEACHERS[0], 0, "GFLOP a view")
-    hours = PUBLISHED_HOURS / (EPOCHS * whole)  # of an epoch, for a GFLOP an image
-    rows = [["teacher", "views", "store", "extraction, h", "break-even, epochs"]]
-    rows[0] += [f"{n} student{'s' * (n > 1)}, h: online / from a store" for n in STUDENTS]
+    view = figures.value(teacher, 0, "GFLOP a view")
+    epoch = PUBLISHED_HOURS / EPOCHS / (step + figures.value(TEACHERS[0], 0, "GFLOP a view"))
+    online = students * EPOCHS * (view + step) * epoch
+    return online, (views * view + students * EPOCHS * step) * epoch
+
+
+def on_paper(figures: Figures) -> list[list[str]]:
+    """Store, extraction and `hours` by teacher and views."""
+    rows = [["teacher", "views", "store", "extraction, A100 h", "break-even, epochs"]]
+    rows[0] += [f"{n} student{'s' * (n > 1)}, A100 h: online / store" for n in STUDENTS]
     for name in TEACHERS:
-        teacher = figures.value(name, 0, "GFLOP a view")
         for views in VIEWS:
             size = IMAGES * views * figures.value(name, 0, "bytes a view")
-            once = views * teacher * hours
+            once = hours(figures, name, views, 0)[1]
             row = [name, str(views), f"{size / 1e12:.2f} TB", f"{once:,.1f}", str(views)]
             for count in STUDENTS:
-                online = count * EPOCHS * (teacher + step) * hours
-                ours = once + count * EPOCHS * step * hours
+                online, ours = hours(figures, name, views, count)
                 row.append(f"{online:,.0f} / {ours:,.0f} = {online / ours:.2f}")
             rows.append(row)
     return rows
@@ -112,12 +117,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="as for studies.online")
     parser.add_argument("--epochs", type=int, default=4, help="as for studies.online")
     parser.add_argument("--views", type=int, default=4, help="as for studies.online")
+    parser.add_argument("--picture", type=Path, default=Path("docs/pictures/study-cost.png"))
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
     for repeat in range(given.seeds):
         figures.measure("extraction", repeat, "CPU s", lambda: extraction(given, setting))
     count_operations(figures)
     print("\n" + markdown(measured(given, figures)) + "\n" + markdown(on_paper(figures)))
+    counts = range(1, STUDENTS[-1] + 1)
+    curves = {
+        f"{name}, {how}": {n: hours(figures, name, VIEWS[0], n)[at] for n in counts}
+        for name in TEACHERS
+        for at, how in enumerate(("online", f"a store of {VIEWS[0]} views"))
+    }
+    pictures.costs(curves, given.picture)
 
 
 if __name__ == "__main__":

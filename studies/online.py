@@ -7,7 +7,6 @@ What is compared: the curves of the loss, and probes of what was learnt. Leaves 
 from __future__ import annotations
 
 import argparse
-from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,35 +30,18 @@ CODECS = ("float16", "int8", "pq:16")
 MEASURES = ("k-NN", "linear")
 
 
-class GivenTargets(FeatureRegression):
-    """MILAN's objective with targets that are made in the step; of a store only views are used."""
+class OnlineTargets(FeatureRegression):
+    """MILAN's objective with the teacher in every step: it sees the pixels that the student sees.
+
+    Its files are the settings `objective.teacher` and `objective.pretrained`. Of the store only
+    the views are used.
+    """
 
     needs_features = False
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        """Any settings of its own."""
-
-    @abstractmethod
-    def made(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [B, T, C] and attention [B, N] > 0 of a micro-batch, float32."""
-
-    def predict(self, network: nn.Module, batch: Batch) -> Prediction:
-        """As MILAN's, by the targets that are made now."""
-        features, attention = self.made(batch)
-        return super().predict(network, batch._replace(codes=features, attention=attention))
-
-    def features(self, prediction: Prediction) -> torch.Tensor:
-        """Those that were made, [B, T, C]."""
-        assert prediction.batch.codes is not None
-        return prediction.batch.codes[:, -prediction.tokens.shape[1] :]
-
-
-class OnlineTargets(GivenTargets):
-    """With the teacher in every step: it sees the pixels that the student sees.
-
-    Its files are the settings `objective.teacher` and `objective.pretrained`.
-    """
+        """Its own settings are those of `online`."""
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -67,10 +49,17 @@ class OnlineTargets(GivenTargets):
         files = self.config.objective_args
         return load_teacher(TeacherSpec(files["teacher"], files["pretrained"]), device="cpu")
 
-    def made(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cloned: what was computed in inference mode cannot be kept for a gradient."""
+    def predict(self, network: nn.Module, batch: Batch) -> Prediction:
+        """As MILAN's, by the targets that the teacher gives now."""
         features, attention = self.teacher.targets(batch.pixels)
-        return features.clone(), attention.clone()
+        # Cloned: what was computed in inference mode cannot be kept for a gradient.
+        given = batch._replace(codes=features.clone(), attention=attention.clone())
+        return super().predict(network, given)
+
+    def features(self, prediction: Prediction) -> torch.Tensor:
+        """The teacher's own numbers, [B, T, C] float32."""
+        assert prediction.batch.codes is not None
+        return prediction.batch.codes[:, -prediction.tokens.shape[1] :]
 
 
 def online(setting: Setting) -> dict[str, Any]:

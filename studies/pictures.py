@@ -61,6 +61,18 @@ def losses(curves: dict[str, dict[int, float]], reference: str, path: Path) -> N
         right.legend(fontsize=8)
 
 
+def costs(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """Hours by the number of students."""
+    with drawn(path, 1) as (axis,):
+        for at, (name, curve) in enumerate(curves.items()):
+            axis.plot(
+                list(curve), list(curve.values()), color=COLOURS[at], marker=SIGNS[at],
+                linestyle=DASHES[at], markersize=4, label=name,
+            )  # fmt: skip
+        axis.set(xlabel="students", ylabel="A100 hours (prediction)")
+        axis.legend(fontsize=8)
+
+
 def fronts(
     figures: Figures,
     points: dict[str, dict[str, tuple[float, float]]],
@@ -87,7 +99,9 @@ def fronts(
             axis.axhline(statistics.mean(level), color="#666666", linestyle=(0, (1, 1)),
                          label="a new view every epoch")  # fmt: skip
             axis.set(xscale="log", xlabel="bytes an image", ylabel=f"{measure}, top-1 %")
-        axes[-1].legend(fontsize=7)
+        axes[0].figure.legend(
+            *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
+        )
 
 
 def effects(found: dict[str, dict[str, list[float]]], path: Path) -> None:

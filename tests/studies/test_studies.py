@@ -13,7 +13,6 @@ from helpers import ROOT
 
 from studies import options
 from studies.ablation import block_mask
-from studies.dense import cut
 from studies.online import ONLINE, curve
 from studies.steps import Figures
 from studies.views import front
@@ -74,20 +73,6 @@ def test_a_block_is_a_block() -> None:
     assert len({tuple(row) for row in mask.visible.tolist()}) > 10
 
 
-def test_a_map_is_cut_where_the_crop_is() -> None:
-    """A map that says where it is says so in every crop, mirrored or not."""
-    at = (torch.arange(8) + 0.5) * 4  # centres of 8 x 8 cells, in pixels of an image of 32
-    maps = torch.stack([at[:, None].expand(8, 8), at.expand(8, 8)])[None].expand(3, -1, -1, -1)
-    crops = torch.tensor([[0, 0, 32, 32, 0], [8, 4, 16, 24, 0], [8, 4, 16, 24, 1]])
-    found = cut(maps, crops, edge=32, grid=4)
-    centres = (torch.arange(4) + 0.5) / 4
-    for one, (top, left, height, width, flip) in zip(found, crops.tolist(), strict=True):
-        rows, columns = top + centres * height, left + centres * width
-        columns = columns.flip(0) if flip else columns
-        torch.testing.assert_close(one[0], rows[:, None].expand(4, 4))
-        torch.testing.assert_close(one[1], columns.expand(4, 4))
-
-
 def test_cached_against_online(study: Study, tmp_path: Path) -> None:
     """The command gives both methods, equal curves, and a picture; a second call trains nothing."""
     flags = (*SMALL, "--codecs", "float16", "--picture", str(tmp_path / "p.png"))
@@ -126,7 +111,6 @@ def test_options_at_equal_steps_and_at_equal_time(
     [
         ("views", ("--keep", "1", "2", "--codecs", "int8", "pq:16")),
         ("ablation", ("--views", "1")),
-        ("dense", ("--rows", "60")),
         ("teachers", ("--views", "1", "--teacher-epochs", "2")),
     ],
 )
