@@ -73,8 +73,12 @@ def flags_of(name: str) -> set[str]:
 
 @cache
 def flags_of_scripts() -> set[str]:
-    """Those of benchmarks and of the demo."""
-    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py")]
+    """Those of benchmarks, studies and the demo."""
+    files = [
+        path
+        for folder in ("benchmarks", "studies", "demo")
+        for path in (ROOT / folder).glob("*.py")
+    ]
     return {flag for file in files for flag in re.findall(r'"(--[a-z][\w-]+)"', file.read_text())}
 
 
