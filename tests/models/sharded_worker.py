@@ -31,6 +31,7 @@ class Step:
             model_args={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
             decoder={"embed_dim": 16, "depth": 2, "num_heads": 2},
         )  # fmt: skip
+        torch.manual_seed(0)
         add_deep_decoders(student, [1] if deep else [])
         generator = torch.Generator().manual_seed(0)
         for parameter in student.parameters():  # norms and tokens that half precision would round

@@ -321,6 +321,26 @@ def test_a_run_moves_on_when_both_layers_have_grown(
     assert log_of(Path(out))[-1]["epoch"] == 7
 
 
+def test_options_of_the_objective_hold_for_each_teacher(layers: Path, tmp_path: Path) -> None:
+    """Each has statistics of its own, and blocks predict all of them; it resumes to the bit."""
+    own = tmp_path / "own.zarr"
+    shutil.copytree(layers, own)
+    run = both(
+        own, epochs=1, loss="smooth-l1", target_norm="phi-s", predict="both", class_weight=0.5,
+        deep_supervision="1", decode_fraction=0.5, teacher_dropping=0.5,
+    )  # fmt: skip
+    figures = milan.pretrain(str(own), out=str(tmp_path / "whole"), **run)
+    for name in ("val_loss", "val_class_cosine", "val_cosine_block_1", "val_cosine_timm-test_vit"):
+        assert np.isfinite(figures[name])
+    milan.pretrain(str(own), out=str(tmp_path / "two"), stop_after=1, **run)
+    milan.pretrain(str(own), out=str(tmp_path / "two"), **run)
+    assert weights(tmp_path / "two") == weights(tmp_path / "whole")
+    digests = read_run(tmp_path / "two")["identity"]["target_statistics"]
+    assert len({*digests}) == 2
+    assert len([*(own / "statistics").iterdir()]) == 2
+    assert load_student(tmp_path / "two").student.decoder.heads is not None
+
+
 @pytest.mark.soak
 def test_memory_counts_all_teachers(layers: Path) -> None:
     """Heads and batches of every teacher."""
