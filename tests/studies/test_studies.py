@@ -73,6 +73,7 @@ def test_a_block_is_a_block() -> None:
     assert len({tuple(row) for row in mask.visible.tolist()}) > 10
 
 
+@pytest.mark.soak
 def test_cached_against_online(study: Study, tmp_path: Path) -> None:
     """The command gives both methods, equal curves, and a picture; a second call trains nothing."""
     flags = (*SMALL, "--codecs", "float16", "--picture", str(tmp_path / "p.png"))
