@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import forget
 
 from milan.core import retry
@@ -29,6 +30,8 @@ from milan.data.changed_images import changed_images
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, DataError, ImageFault, MachineError
 from milan.evaluation.features import _central_square
+from milan.evaluation.frozen import Frozen
+from milan.evaluation.splits import LabelledSet
 from milan.images import decode as decoding
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
@@ -182,10 +185,12 @@ def test_whoever_reads_images_ends(
         "changed images": lambda: changed_images(
             dataset, at[0], stop=Stop(), progress=NoProgress()
         ),
-        "probe": lambda: _central_square(dataset.source, 32, 0.875, None, 0, square),
+        "probe": lambda: _central_square(labelled, network, 0.875, None, 0, square),
         "audit": lambda: verify(store, audit=Audit(4)),
     }
-    square = np.empty((32, 32, 3), np.uint8)
+    images, labels = dataset.source, dataset.labels
+    labelled = LabelledSet(store, images, labels, "", dataset.cache.manifest.table["key"])
+    square, network = np.empty((32, 32, 3), np.uint8), Frozen(torch.flatten, 32, "none")
     failing = Failing(LocalFiles.read_below, system("EIO"), 10**6)
     real = LocalFiles.read_below
 

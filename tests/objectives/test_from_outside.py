@@ -77,6 +77,7 @@ def test_it_trains(outside: Path, store: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.soak
 def test_two_ranks_train_it(outside: Path, store: Path, tmp_path: Path, forked_ranks: None) -> None:
     """Each process of a run imports it by its name."""
     run = {**SMALL, "objective": NAME, "epochs": 1, "log_every": 1}

@@ -81,7 +81,7 @@ def test_one_two_one(
     parallel: str, alone: Path, store: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Begun on one rank, continued on two, ended on one: rows, masks and losses are the same."""
-    if parallel == "fsdp":  # ranks of ddp are started as a user's are
+    if parallel == "ddp":  # ranks of fsdp are started as a user's are
         request.getfixturevalue("forked_ranks")
     run = {**TWO, "out": str(tmp_path / "run"), "parallel": parallel, "micro_batch": 2}
     milan.pretrain(str(store), **run | {"devices": 1, "stop_after": 5})
