@@ -106,7 +106,7 @@ def case(
         spec=SimpleNamespace(channels=channels, tokens=1 + patches, has_targets=True),
         view_spec=SimpleNamespace(size=224),
     )
-    targets.parts = [targets]
+    targets.parts, targets.masking = [targets], targets
     student = student_of(settings, targets).to(device).train()
     config = settings.config
     at_once = micro_batch_of(config, student, device)

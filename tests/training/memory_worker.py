@@ -28,7 +28,7 @@ TARGETS: Any = SimpleNamespace(
     spec=SimpleNamespace(channels=CHANNELS, tokens=1 + PATCHES, has_targets=True),
     view_spec=SimpleNamespace(size=SIZE),
 )
-TARGETS.parts = [TARGETS]
+TARGETS.parts, TARGETS.masking = [TARGETS], TARGETS
 
 
 def status(key: str) -> int:
