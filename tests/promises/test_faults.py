@@ -165,6 +165,7 @@ def rows_of(store: Path, run: dict[str, Any], step: int, rank: int) -> str:
     return ", ".join(f"{row}.{view}" for row, view in pairs)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_whose_loss_is_not_finite(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ def test_mlflow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert pictures == [f"sheet-{step:08d}.png" for step in (2, 10, 16)]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("failing", "later"), [(range(5, 9), 0.0), (range(5, 6), 60.0)])
 def test_a_server_that_is_away(
     failing: range, later: float, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -151,6 +151,7 @@ def test_it_learns_shapes(data: dict[str, str], tmp_path: Path) -> None:
         assert metric.figures()[name] == pytest.approx(figures[name], abs=0.5)
 
 
+@pytest.mark.soak
 def test_resumed_it_is_the_same_run(data: dict[str, str], tmp_path: Path) -> None:
     """Stopped in an epoch and called again: the same bits, whatever torchvision samples."""
     run(data, tmp_path, "whole")

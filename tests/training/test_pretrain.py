@@ -85,6 +85,7 @@ def test_another_seed_gives_other_weights(whole: Path, store: Path, tmp_path: Pa
     assert weights(tmp_path)["encoder"] != weights(whole)["encoder"]
 
 
+@pytest.mark.soak
 def test_a_killed_command_goes_on_to_the_same_bits(store: Path, tmp_path: Path) -> None:
     """SIGKILL at a random step, then the same line: the bits of a run left alone.
 
