@@ -65,21 +65,22 @@ def mask_noise(
     seed: int, epochs: np.ndarray, rows: np.ndarray, views: np.ndarray, patches: int
 ) -> np.ndarray:
     """Noise in (0, 1) at the addresses (epoch, row, view), each [B]; float32 [B, N]."""
-    noise = [
-        uniforms(seed, MASK, (int(r), int(v), int(e)), patches)
-        for e, r, v in zip(epochs, rows, views, strict=True)
-    ]
     # float32 would round some draws to 0 or 1, whose logarithms are no use: keep them inside.
     eps = np.finfo(np.float32).eps
-    return np.clip(np.stack(noise), eps, 1 - eps).astype(np.float32)
+    noise = _uniforms_at(seed, MASK, (rows, views, epochs), patches)
+    return np.clip(noise, eps, 1 - eps).astype(np.float32)
 
 
 def teacher_noise(
     seed: int, epochs: np.ndarray, rows: np.ndarray, views: np.ndarray, teachers: int
 ) -> np.ndarray:
-    """Noise in (0, 1) for each teacher at the addresses (epoch, row, view), each [B]; float32."""
-    noise = [
-        uniforms(seed, TEACHER, (int(r), int(v), int(e)), teachers)
-        for e, r, v in zip(epochs, rows, views, strict=True)
-    ]
-    return np.stack(noise).astype(np.float32)
+    """Noise in [0, 1] for each teacher at the addresses (epoch, row, view), each [B]; float32."""
+    return _uniforms_at(seed, TEACHER, (rows, views, epochs), teachers).astype(np.float32)
+
+
+def _uniforms_at(
+    seed: int, purpose: int, addresses: tuple[np.ndarray, ...], count: int
+) -> np.ndarray:
+    """`uniforms` at each of B addresses, given part by part; float64 [B, count]."""
+    places = np.stack(addresses, axis=1).tolist()
+    return np.stack([uniforms(seed, purpose, tuple(at), count) for at in places])
