@@ -8,12 +8,10 @@ have the same numbers. C channels.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from milan.core import rng
-from milan.core.atomic import sync_folder
+from milan.core.atomic import sync_folder, write_bytes
 from milan.core.paths import AnyPath, is_local, names_in, read_file
 from milan.store.cache import TargetCache
 
@@ -147,15 +145,8 @@ def keep(statistics: Statistics, cache: TargetCache, folder: AnyPath) -> bool:
     name = f"{start}-{statistics.digest[:_SHOWN]}.safetensors"
     try:
         folder.mkdir(exist_ok=True)
-        part = folder / f".{name}.{os.getpid()}.tmp"
-        part.write_bytes(statistics.content)
-        os.replace(part, folder / name)
+        write_bytes(folder / name, statistics.content)
         sync_folder(folder)
     except OSError:
-        return False
+        return find(folder, cache) is not None  # another run wrote them at the same time
     return True
-
-
-def folder_of(place: Path) -> Path:
-    """Where a run keeps those that it has."""
-    return place / FOLDER
