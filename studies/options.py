@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import milan
-from milan.core.progress import NoProgress
-from studies.setting import Setting, add_images, small, unless_stopped
+from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
 
 PUBLISHED = "published"
@@ -38,26 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PROBED = ("k-NN", "linear")
 TUNED = "fine-tuned"
 MEASURES = (*PROBED, TUNED)
-TUNING: dict[str, Any] = {
-    "batch_size": 64, "lr": 1e-3, "warmup_epochs": 0.5, "mixup": 0.0, "cutmix": 0.0,
-    "auto_augment": "none", "erasing": 0.0, "scale": (0.6, 1.0), "num_workers": 0,
-    "report_to": "none",
-}  # fmt: skip
-"""A short fine-tuning of all weights."""
 
 
 def at_equal_time(name: str) -> str:
     """The method whose epochs take as long as the published objective's."""
     return f"{name}, equal time"
-
-
-def fine_tuned(setting: Setting, run: Path, seed: int, *, epochs: int, images: int) -> float:
-    """Top-1 in percent after so many epochs of a few training images."""
-    found = milan.finetune(
-        str(run), seed=seed, epochs=epochs, progress=NoProgress(),
-        **setting.measured | TUNING | {"limit": images},
-    )  # fmt: skip
-    return unless_stopped(found)["top1"]
 
 
 def measure(
@@ -73,7 +55,7 @@ def measure(
             **OPTIONS[name],
         )  # fmt: skip
         tune = partial(
-            fine_tuned, setting, run, seed, epochs=given.tuning, images=given.tuned_images
+            setting.fine_tuned, run, seed, epochs=given.tuning, images=given.tuned_images
         )
         figures.run(method, seed, train, setting.probes(run, PROBED) | {TUNED: tune})
         figures.keep(method, seed, "epochs", epochs)

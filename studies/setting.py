@@ -26,6 +26,12 @@ PROBES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "attentive": ("attentive_probe", "top1", {"epochs": 4}),
 }
 """measure -> (protocol, figure, settings)"""
+TUNING: dict[str, Any] = {
+    "batch_size": 64, "lr": 1e-3, "warmup_epochs": 0.5, "mixup": 0.0, "cutmix": 0.0,
+    "auto_augment": "none", "erasing": 0.0, "scale": (0.6, 1.0), "num_workers": 0,
+    "report_to": "none",
+}  # fmt: skip
+"""A short fine-tuning of all weights."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,14 @@ class Setting:
             **self.measured | own | more | settings,
         )  # fmt: skip
         return unless_stopped(found)[figure]
+
+    def fine_tuned(self, run: Path, seed: int, *, epochs: int, images: int) -> float:
+        """Top-1 in percent after so many epochs of a few training images, of all weights."""
+        found = milan.finetune(
+            str(run), seed=seed, epochs=epochs, progress=NoProgress(),
+            **self.measured | TUNING | {"limit": images},
+        )  # fmt: skip
+        return unless_stopped(found)["top1"]
 
     def probes(self, run: Path, names: Sequence[str]) -> dict[str, Probe]:
         """What `Figures.run` measures of a run."""

@@ -12,27 +12,19 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import milan
-from milan.core.progress import NoProgress
 from milan.store.cache import TargetCache
 from pipeline.copy_store import copy_store
 from pipeline.prune import Drop, prune
 from studies import pictures
 from studies.online import online
-from studies.setting import Setting, add_images, small, unless_stopped
+from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
 
 CODECS = ("float16", "int8", "pq:32", "pq:16")
 FRESH = "a new view in every epoch, teacher online"
 MEASURES = ("k-NN", "linear")
 BYTES = "bytes an image"
-FINETUNED: dict[str, Any] = {
-    "epochs": 5, "batch_size": 64, "lr": 1e-3, "layer_decay": 0.8, "drop_path": 0.0,
-    "scale": (0.6, 1.0), "auto_augment": "none", "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0,
-    "report_to": "none", "num_workers": 1, "overwrite": True,
-}  # fmt: skip
 
 
 def store_of(given: argparse.Namespace, setting: Setting, codec: str, views: int) -> Path:
@@ -48,15 +40,6 @@ def store_of(given: argparse.Namespace, setting: Setting, codec: str, views: int
     prune(building, Drop(views=views), agree=lambda decision: True)
     os.rename(building, cut)
     return cut
-
-
-def finetune(setting: Setting, run: Path) -> float:
-    """Top-1 after fine-tuning, in percent."""
-    found = milan.evaluate(
-        "finetune", str(run), baseline="none", crop_share=1.0, progress=NoProgress(),
-        out=str(run / "finetune.json"), **setting.measured | FINETUNED,
-    )  # fmt: skip
-    return unless_stopped(found)["top1"]
 
 
 def measure(given: argparse.Namespace, setting: Setting, figures: Figures, seed: int) -> None:
@@ -105,7 +88,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 2, 4, 8], help="views")
     parser.add_argument("--codecs", nargs="+", default=CODECS)
-    parser.add_argument("--finetune", action="store_true", help="the ends of the front, too")
+    parser.add_argument(
+        "--tuning", type=int, default=0, help="epochs of fine-tuning, at the ends of the front"
+    )
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/study-views.png"))
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
@@ -119,12 +104,15 @@ def main() -> None:
     fronts = {m: front(points[m]) for m in MEASURES}
     ends = [fronts["linear"][0], fronts["linear"][-1], FRESH]
     measures = [*MEASURES]
-    if given.finetune:
+    if given.tuning:
         measures.append("fine-tuned")
         for seed in range(given.seeds):
             for name in ends:
                 run = given.work / f"views/{name.replace(' ', '-').replace(':', '')}-{seed}"
-                figures.measure(name, seed, "fine-tuned", partial(finetune, setting, run))
+                tune = partial(
+                    setting.fine_tuned, run, seed, epochs=given.tuning, images=given.measured
+                )
+                figures.measure(name, seed, "fine-tuned", tune)
     rows = [["store", BYTES, *measures, "on the front"]]
     for name in [*names, FRESH]:
         size = "" if name == FRESH else f"{figures.value(name, 0, BYTES):,.0f}"

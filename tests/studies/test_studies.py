@@ -110,7 +110,10 @@ def test_options_at_equal_steps_and_at_equal_time(
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("views", ("--keep", "1", "2", "--codecs", "int8", "pq:16")),
+        (
+            "views",
+            ("--keep", "1", "2", "--codecs", "int8", "pq:16", "--tuning", "1", "--measured", "80"),
+        ),
         ("ablation", ("--views", "1")),
         ("teachers", ("--views", "1", "--teacher-epochs", "2")),
     ],
