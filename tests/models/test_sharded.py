@@ -24,7 +24,12 @@ def assert_half_where_products_are(seen: dict[str, torch.dtype], precision: str)
 
 @pytest.mark.parametrize(
     ("precision", "recompute", "deep"),
-    [("bf16", False, False), ("bf16", True, True), ("fp16", False, False)],
+    [
+        ("bf16", False, False),
+        ("bf16", True, False),
+        ("bf16", True, True),
+        ("fp16", False, False),
+    ],
 )
 def test_a_sharded_student_computes_what_autocast_does(
     precision: str, recompute: bool, deep: bool
