@@ -4,14 +4,18 @@
 
 The encoders are the random one, and the MILAN student and teacher of studies.cifar10, which must be
 there (`python -m studies.cifar10 --until milan`). As there every step is a `milan` command that
-runs once. Leaves table.md, table.csv and steps.csv (the lines with their seconds) in --out.
+runs once. Leaves table.md, table.csv, figures.csv (of every seed) and steps.csv (the lines with
+their seconds) in --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 from studies.steps import Figures, run, with_interval, write_table
 
@@ -31,7 +35,7 @@ DETECT = (
     "--schedule cosine --scale 0.8 1.25 --report-to none --num-workers 0"
 )
 MILAN, RANDOM = "--checkpoint MILAN", "--checkpoint random --like MILAN"
-TEACHER = "--checkpoint teacher --teacher TEACHER --pretrained WEIGHTS"
+TEACHER = "--checkpoint TEACHER"
 ENCODERS = {"random encoder": "random", "MILAN": "milan", "teacher": "teacher"}
 """Heading -> the end of a step's name."""
 ROWS = {
@@ -43,24 +47,54 @@ ROWS = {
 STEPS = {
     "linear-milan": f"{LINEAR} --width 160 {MILAN}",
     "linear-random": f"{LINEAR} --width 160 {RANDOM}",
-    "linear-teacher": f"{LINEAR} {TEACHER}",
+    "linear-teacher": f"{LINEAR} --width 160 {TEACHER}",
     "upernet-milan": f"{UPERNET} {MILAN}",
     "upernet-random": f"{UPERNET} {RANDOM}",
     "detect-milan": f"{DETECT} {MILAN}",
     "detect-random": f"{DETECT} {RANDOM}",
+    "detect-teacher": f"{DETECT} {TEACHER}",
+    "upernet-teacher": f"{UPERNET} {TEACHER}",
 }
 
 
+def step(name: str, seed: int) -> str:
+    """A step of a seed; its metrics have this name."""
+    return f"{name}-{seed}" if seed else name
+
+
+def found(out: Path, name: str) -> dict[int, dict[str, Any]]:
+    """Metrics of a step by seed, as far as they are there."""
+    files = {seed: out / f"{step(name, seed)}.json" for seed in range(100)}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+
+
+def cell(metrics: list[dict[str, Any]], key: str) -> str:
+    """Mean and standard deviation over seeds; of one seed the figure with its interval."""
+    if len(metrics) < 2:
+        return with_interval(metrics[0] if metrics else {}, key)
+    values = [one[key] for one in metrics]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
+
+
 def table(out: Path) -> list[list[str]]:
-    """Headings, then a row for each figure: percent and its 95 % interval, by encoder."""
-    rows = [["percent, 95 % over images", *ENCODERS]]
+    """Headings, then a row for each figure, in percent, by encoder."""
+    rows = [["percent", *ENCODERS]]
     for protocol, figures in ROWS.items():
-        files = [out / f"{protocol}-{name}.json" for name in ENCODERS.values()]
-        found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        rows += [
-            [title, *(with_interval(metrics, key) for metrics in found)] for title, key in figures
-        ]
+        seeds = [list(found(out, f"{protocol}-{n}").values()) for n in ENCODERS.values()]
+        rows += [[title, *(cell(metrics, key) for metrics in seeds)] for title, key in figures]
     return rows
+
+
+def write_figures(out: Path) -> None:
+    """figures.csv: every figure of every seed, with its interval over images."""
+    with open(out / "figures.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "seed", "measure", "value", "low", "high"])
+        for name in STEPS:
+            for seed, metrics in found(out, name).items():
+                for _, key in ROWS[name.partition("-")[0]]:
+                    interval = metrics.get(f"{key}_interval") or ("", "")
+                    writer.writerow([name, seed, key, metrics[key], *interval])
 
 
 def main() -> None:
@@ -70,17 +104,22 @@ def main() -> None:
     parser.add_argument("--bccd", type=Path, required=True, help="BCCD with COCO's JSON")
     parser.add_argument("--cifar10", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=STEPS, default=list(STEPS), help="steps")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "camvid.txt").write_text("\n".join(CLASSES.split()) + "\n")
     cifar = args.cifar10.resolve()
     folders = {
         "CAMVID": args.camvid.resolve(), "BCCD": args.bccd.resolve(), "MILAN": cifar / "runs/milan",
-        "TEACHER": cifar / "teacher/config.json", "WEIGHTS": cifar / "teacher/model.safetensors",
+        "TEACHER": cifar / "teacher",
     }  # fmt: skip
     figures = Figures(args.out / "steps.csv")
-    for name, line in STEPS.items():
-        run(figures, f"{line} --out {name}.json", args.out, **folders)
+    for seed in range(args.seeds):
+        for name in args.only:
+            drawn = f" --seed {seed}" if seed else ""
+            run(figures, f"{STEPS[name]}{drawn} --out {step(name, seed)}.json", args.out, **folders)
+    write_figures(args.out)
     write_table(table(args.out), args.out)
 
 

@@ -365,8 +365,9 @@ def teacher_refused() -> ConfigError:
     """The error for a teacher that would be trained."""
     return ConfigError(
         "checkpoint teacher: its network is not trained here",
-        expected="a run, timm:NAME, published[:FILE] or random",
-        fix="--checkpoint timm:vit_base_patch16_clip_224.openai, the published teacher",
+        expected="a run, a checkpoint, timm:NAME, published[:FILE] or random",
+        fix="--checkpoint FOLDER, where config.json and weights of the teacher are, or "
+        "timm:vit_base_patch16_clip_224.openai, the published one",
     )
 
 

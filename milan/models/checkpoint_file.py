@@ -23,6 +23,8 @@ from milan.models.state_dict import check_fetched, inner_state, listed, unwrappe
 
 _COMMAND_LINE = ["argparse.Namespace"]  # what old files, which cannot be searched, may hold
 _FILES = ("model.safetensors", "pytorch_model.bin")
+CLIP_CONFIG = "open_clip_config.json"
+_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -33,7 +35,7 @@ class CheckpointFile:
     state: dict[str, torch.Tensor]
     """Weights by name, without what DDP, FSDP or torch.compile put before it."""
     config: dict[str, Any] = field(default_factory=dict)
-    """config.json of a folder of timm or transformers."""
+    """config.json of a folder of timm, transformers or open_clip."""
     processor: dict[str, Any] = field(default_factory=dict)
     """preprocessor_config.json beside it."""
     others: tuple[str, ...] = ()
@@ -48,7 +50,8 @@ class _Unread:
 
 
 def read_checkpoint(path: str | Path) -> CheckpointFile:
-    """Weights of a file (.pth, .pt, .bin, .safetensors) or a folder of timm or transformers.
+    """Weights of a file (.pth, .pt, .bin, .safetensors) or a folder of timm, transformers or
+    open_clip.
 
     Raises ConfigError for what is no checkpoint, is damaged, or would need code of its own to load.
     """
@@ -128,16 +131,19 @@ def _start(path: Path) -> bytes:
 
 
 def _folder(path: Path) -> CheckpointFile:
-    """A folder as timm and transformers leave it: config.json and weights, in one file or more."""
-    config = _json(path / "config.json")
-    if (path / _INDEX).is_file():
+    """A folder as timm, transformers and open_clip leave it: config.json and weights, in one file
+    or more."""
+    clip = (path / CLIP_CONFIG).is_file()  # its repositories also have transformers' config.json
+    config = _json(path / (CLIP_CONFIG if clip else "config.json"))
+    files = (*_CLIP_FILES, *_FILES) if clip else _FILES
+    if not clip and (path / _INDEX).is_file():
         parts = sorted(set(_json(path / _INDEX).get("weight_map", {}).values()))
     else:
-        parts = [name for name in _FILES if (path / name).is_file()][:1]
+        parts = [name for name in files if (path / name).is_file()][:1]
     if not parts:
         raise ConfigError(
-            f"no checkpoint at {path}: the folder has no {' or '.join(_FILES)}",
-            expected="a run, or a folder of timm or transformers",
+            f"no checkpoint at {path}: the folder has no {' or '.join(files)}",
+            expected="a run, or a folder of timm, transformers or open_clip",
         )
     state: dict[str, torch.Tensor] = {}
     for part in parts:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from milan.core.device import MEAN, STD
 from milan.errors import ConfigError
 from milan.models.checkpoint_file import CheckpointFile, read_checkpoint
 from milan.models.encoder import create_vit
-from milan.models.layouts import Layout, State, layout_of, split_up
+from milan.models.layouts import CLIP, HALVES, OPENAI_KEYS, Layout, State, layout_of, split_up
 from milan.models.state_dict import listed, misfit
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -27,7 +28,11 @@ _KNOWN = {
 """(width, depth, patch) -> the ViT of timm."""
 _HEAD = ("head.",)
 _EPS = 1e-6  # of timm's ViTs
-_CENTRE = (0.5, 0.5, 0.5)
+_NORMALISATIONS = {
+    "ImageNet's": (MEAN, STD), HALVES: ((0.5,) * 3, (0.5,) * 3),
+    "CLIP's": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+}  # fmt: skip
+_CLIP_VIT = "vit_base_patch16_clip_224"  # CLIP's blocks: norms of eps 1e-5, patches without bias
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def read_foreign(path: str | Path) -> Weights:
     left += [name for name in encoder if name.startswith(_HEAD)]
     encoder = {name: tensor for name, tensor in encoder.items() if not name.startswith(_HEAD)}
     model, args, size, heads = _shape(encoder, file, path)
+    if layout.title == CLIP:
+        args |= _clip_arguments(file, path)
     with torch.device("meta"):  # nothing is drawn
         vit = create_vit(model, img_size=size, args=args)
     if odd := misfit(encoder, vit):
@@ -87,6 +94,9 @@ def read_foreign(path: str | Path) -> Weights:
         said.append(f"norms have eps {eps:g} there, and {_EPS:g} here")
     if assumed:
         said.append(f"normalisation is not in it: {assumed} assumed")
+    if layout.title == CLIP:
+        stated = args.get("act_layer") or ("gelu" if _clip_config(file) else "gelu assumed")
+        said.append(f"activation {stated}")
     if left:
         said.append(f"left out: {listed(left)}")
     if file.others:
@@ -132,7 +142,10 @@ def _shape(
     stated = _stated_heads(file, path)
     heads = stated or HEADS.get(width) or max(1, width // 64)
     args = {}
-    if (model := _KNOWN.get((width, depth, patch), "")) == "" or heads != HEADS.get(width):
+    if "norm_pre.weight" in state and "patch_embed.proj.bias" not in state:
+        args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        model = _CLIP_VIT
+    elif (model := _KNOWN.get((width, depth, patch), "")) == "" or heads != HEADS.get(width):
         args = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
         model = "vit_base_patch16_224"
     if hidden != 4 * width:
@@ -164,8 +177,10 @@ def _edge(patches: int) -> int:
 
 
 def _stated_heads(file: CheckpointFile, path: str | Path) -> int | None:
-    """The heads that transformers' config.json states. Raises ConfigError for what timm's ViT does
-    otherwise."""
+    """The heads that config.json of transformers or open_clip states. Raises ConfigError for what
+    timm's ViT does otherwise."""
+    if tower := _clip_config(file):
+        return int(tower["width"] // tower.get("head_width", 64)) if "width" in tower else None
     if "num_attention_heads" not in file.config:
         return None
     if (activation := file.config.get("hidden_act", "gelu")) != "gelu":
@@ -173,17 +188,35 @@ def _stated_heads(file: CheckpointFile, path: str | Path) -> int | None:
     return int(file.config["num_attention_heads"])
 
 
+def _clip_config(file: CheckpointFile) -> dict[str, Any] | None:
+    """What open_clip's config says of its image tower."""
+    config = file.config.get("model_cfg", file.config)
+    return config.get("vision_cfg")
+
+
+def _clip_arguments(file: CheckpointFile, path: str | Path) -> dict[str, Any]:
+    """QuickGELU, where a CLIP has it. Raises ConfigError for what its weights do not show, and
+    timm's ViT does otherwise."""
+    tower, config = _clip_config(file) or {}, file.config.get("model_cfg", file.config)
+    odd = [key for key in ("act_kwargs", "norm_kwargs") if tower.get(key)]
+    if odd or tower.get("pool_type", "tok") != "tok":
+        raise ConfigError(
+            f"{path} is a CLIP with {', '.join(odd) or 'pool_type ' + tower['pool_type']}",
+            expected="norms, activation and class token as OpenAI's CLIPs have them",
+        )
+    quick = config.get("quick_gelu") or any(key in file.state for key in OPENAI_KEYS)
+    return {"act_layer": "quick_gelu"} if quick else {}
+
+
 def _normalisation(
     file: CheckpointFile, layout: Layout
 ) -> tuple[Sequence[float], Sequence[float], str]:
     """(mean, deviation, in words what was assumed because the file says nothing)."""
-    stated = file.config.get("pretrained_cfg") or {}
+    stated = file.config.get("pretrained_cfg") or file.config.get("preprocess_cfg") or {}
     for mean, std in (
         (stated.get("mean"), stated.get("std")),
         (file.processor.get("image_mean"), file.processor.get("image_std")),
     ):
         if mean and std:
             return tuple(mean), tuple(std), ""
-    if layout.centred:
-        return _CENTRE, _CENTRE, "0.5 and 0.5"
-    return MEAN, STD, "ImageNet's"
+    return *_NORMALISATIONS[layout.normalisation], layout.normalisation

@@ -4,7 +4,7 @@ An encoder's names are timm's VisionTransformer's, a decoder's are Decoder's. A 
 by the names in it alone. Sources: facebookresearch/mae (models_mae.py), zejiangh/MILAN
 (models_milan.py), hustvl/RILS (models_rils.py), open-mmlab/mmpretrain (backbones, necks),
 microsoft/unilm (beit), transformers (models/vit, models/vit_mae), torchvision
-(models/vision_transformer.py).
+(models/vision_transformer.py), mlfoundations/open_clip (transformer.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from milan.errors import ConfigError
 from milan.models.state_dict import listed
 
 State = dict[str, torch.Tensor]
+HALVES = "0.5 and 0.5"
+CLIP = "open_clip's"
+OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
+"""In files of OpenAI's making, beside the weights; their towers run QuickGELU."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Layout:
     """What may stand before every name of the encoder."""
     leave: tuple[str, ...] = ()
     """Beginnings of names of what is neither encoder nor decoder."""
-    centred: bool = False
-    """Whether its networks see pixels of mean 0.5 and deviation 0.5."""
+    normalisation: str = "ImageNet's"
+    """What its networks see, where the file does not say (milan.models.foreign)."""
 
 
 _OUTSIDE = {name: name for name in (
@@ -151,7 +155,14 @@ TORCHVISION = Names(
      "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"},
     {"mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"},
 )  # fmt: skip
-_DECODERS = ("mask_token", "decoder_")
+OPEN_CLIP = Names(
+    {"cls_token": "visual.class_embedding", "pos_embed": "visual.positional_embedding",
+     "patch_embed.proj": "visual.conv1", "norm_pre": "visual.ln_pre", "norm": "visual.ln_post"},
+    "visual.transformer.resblocks.",
+    {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv.weight": "attn.in_proj_weight",
+     "attn.qkv.bias": "attn.in_proj_bias", "attn.proj": "attn.out_proj",
+     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "ls1": "ls_1", "ls2": "ls_2"},
+)  # fmt: skip
 _TEXT = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection",
          "image_projection", "logit_scale")  # fmt: skip
 
@@ -172,11 +183,16 @@ LAYOUTS = (
     ),
     Layout(
         "transformers'", "embeddings.patch_embeddings", _any("embeddings.patch_embeddings."),
-        TRANSFORMERS, _TRANSFORMERS_DECODER, ("vit.",), ("pooler.", "embeddings.mask_token"), True,
+        TRANSFORMERS, _TRANSFORMERS_DECODER, ("vit.",), ("pooler.", "embeddings.mask_token"),
+        HALVES,
     ),
     Layout(
         "RILS's", "visual.blocks.i, text_projection", _any("visual.blocks.0."), PLAIN,
         OFFICIAL_DECODER, ("visual.",), _TEXT,
+    ),
+    Layout(
+        CLIP, "visual.transformer.resblocks.i", _any("visual.transformer.resblocks.0."), OPEN_CLIP,
+        leave=(*_TEXT, "text.", "logit_bias", "visual.proj", *OPENAI_KEYS), normalisation="CLIP's",
     ),
     Layout(
         "MILAN's", "blocks.i, decoder_blocks.j.attn.kv", _any("decoder_blocks.0.attn.kv."), PLAIN,
@@ -189,7 +205,7 @@ LAYOUTS = (
     Layout(
         "BEiT's", "blocks.i.attn.q_bias or blocks.i.gamma_1",
         _any("attn.q_bias", ".gamma_1", "relative_position_", "rel_pos_bias"), PLAIN,
-        leave=("lm_head.", "mask_token"), centred=True,
+        leave=("lm_head.", "mask_token"), normalisation=HALVES,
     ),
     Layout(
         "timm's", "blocks.i, patch_embed.proj", _any("blocks.0."), PLAIN, leave=("mask_token",)
@@ -248,8 +264,11 @@ def split_up(state: State, layout: Layout, where: object) -> tuple[State, State,
 
 def joined(state: State) -> State:
     """Queries, keys and values in one tensor, as timm has them; biases of BEiT too, whose keys have
-    none: softmax does not see them."""
+    none: softmax does not see them. Class token and positions with the axis of images, which
+    open_clip leaves out."""
     found = dict(state)
+    for name in {"cls_token", "pos_embed"} & state.keys():
+        found[name] = state[name].reshape(1, -1, state[name].shape[-1])
     for name in state:
         if not name.endswith(("attn.k.weight", "attn.k.bias", "attn.q_bias")):
             continue

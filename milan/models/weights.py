@@ -10,6 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from milan.errors import ConfigError, nearest
+from milan.models.checkpoint_file import CLIP_CONFIG
 from milan.models.encoder import create_vit, pretrained_vit, sincos_positions
 from milan.models.export import (
     CHANNELS,
@@ -23,8 +24,8 @@ from milan.models.foreign import Weights, read_foreign
 from milan.models.layouts import State
 
 POSITIONS = "pos_embed"
-FOLDER = ("config.json", "model.safetensors", "pytorch_model.bin")
-"""What a folder of timm or transformers has."""
+FOLDER = ("config.json", "model.safetensors", "pytorch_model.bin", CLIP_CONFIG)
+"""What a folder of timm, transformers or open_clip has."""
 
 
 def find_weights(

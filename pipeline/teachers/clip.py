@@ -16,6 +16,7 @@ import torch
 
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
+from milan.models.layouts import OPENAI_KEYS
 from pipeline.teachers.spec import DEFAULT_PRETRAINED, DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower, no_texts
 from pipeline.teachers.timm_vit import check_module, check_tiling, known_vits, resize
@@ -32,8 +33,6 @@ from pipeline.teachers.weights import (
 
 _PUBLISHED: Final = ("hf-hub:", "local-dir:")
 _FILES: Final = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# What OpenAI's converted checkpoints hold beside weights; their models run QuickGELU.
-_OPENAI_KEYS: Final = ("input_resolution", "context_length", "vocab_size")
 # Keys of vision_cfg that do not change what a frozen tower of given weights and size computes.
 _NOT_ARCHITECTURE: Final = (
     "image_size", "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path",
@@ -153,8 +152,8 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
             file = weight_file(name, pretrained, tags)
             licence = stated_licence(file)
         state = read_weights(file)
-        if any(key in state for key in _OPENAI_KEYS):
-            state = {k: v for k, v in state.items() if k not in _OPENAI_KEYS}
+        if any(key in state for key in OPENAI_KEYS):
+            state = {k: v for k, v in state.items() if k not in OPENAI_KEYS}
             if not config.get("quick_gelu", False):
                 config = {**config, "quick_gelu": True}
                 notes.append(f"{file.name} is of OpenAI's making: {name} runs QuickGELU")

@@ -7,14 +7,16 @@ import builtins
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Notes, published
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from milan.config import PretrainConfig
 from milan.core.device import normalise
@@ -22,9 +24,14 @@ from milan.core.paths import LFS_POINTER
 from milan.errors import ConfigError
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.frozen import frozen_encoder
+from milan.models.detector import Detector, DetectorSpec, detector_encoder, interpolated
+from milan.models.encoder import create_vit
 from milan.models.foreign import read_foreign
 from milan.models.student import Student, build_student
 from milan.training.initial import initialise_from
+from milan.training.supervised import load_weights
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.spec import TeacherSpec
 
 VIT = "vit_base_patch16_224"
 ARGS = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -196,6 +203,47 @@ def test_folders_state_what_files_do_not(tmp_path: Path) -> None:
     assert alone.args["init_values"] == 1e-5
     assert {"reg_tokens": 3, "class_token": False}.items() <= alone.args.items()
     assert "heads are not in it: 1 assumed" in alone.said
+
+
+def test_the_image_tower_of_a_clip(teacher_files: dict[str, str], tmp_path: Path) -> None:
+    """A folder of open_clip gives the tokens of the teacher that it is; a detector stands on it."""
+    weights = tmp_path / "open_clip_model.safetensors"
+    shutil.copy(teacher_files["pretrained"], weights)
+    shutil.copy(teacher_files["teacher"], tmp_path / "open_clip_config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # transformers', beside it
+    found = read_foreign(tmp_path)
+    assert ("in open_clip's layout" in found.said, "left out: " in found.said) == (True, True)
+    assert "activation quick_gelu;" in found.said
+    spec = TeacherSpec(teacher_files["teacher"], str(weights), precision="fp32")
+    teacher = load_teacher(spec, device="cpu")
+    vit = create_vit(found.model, img_size=found.size, args=found.args).eval()
+    load_weights(vit, found, name="", leave=())
+    images = torch.randn(2, 3, found.size, found.size)
+    with torch.no_grad():
+        expected = teacher.tower.tokens(images)
+        tokens = vit.forward_features(images) @ teacher.visual.proj
+    assert (tokens - expected).abs().max() <= 1e-5
+
+    detecting = DetectorSpec(
+        found.model, ("cell",), masks=False, size=64, model_args=found.args, window=0, width=8
+    )
+    under = detector_encoder(detecting)
+    known = replace(found, encoder=interpolated(found.encoder, under))
+    load_weights(under, known, name="", leave=("head.", "norm."))
+    with torch.no_grad():
+        maps = Detector(under, detecting).backbone(torch.randn(1, 3, 64, 64))
+    assert all(m.isfinite().all() for m in maps.values())
+
+    alone = read_foreign(weights)
+    assert "CLIP's assumed; activation gelu assumed" in alone.said
+    openai = {"context_length": torch.tensor(77)}  # as its files have, which run QuickGELU
+    save_file(load_file(weights) | openai, weights)
+    assert read_foreign(weights).args["act_layer"] == "quick_gelu"
+    config = json.loads(Path(teacher_files["teacher"]).read_text())
+    config["vision_cfg"]["pool_type"] = "avg"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is a CLIP with pool_type avg"):
+        read_foreign(tmp_path)
 
 
 class Hostile:
