@@ -29,7 +29,7 @@ from milan.core.device import MEAN, STD, autocast, normalise
 from milan.data.loader import Batch
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
-from milan.store.codecs import CODECS
+from milan.store.codecs import CODECS, Codec
 from milan.training.build import Settings, micro_batch_of, resolve_defaults, student_of
 from milan.training.compilation import StepLoss, compile_step
 from milan.training.loop import Context
@@ -78,6 +78,17 @@ class Case(NamedTuple):
         return step
 
 
+def in_place_of_a_store(codec: Codec, *, size: int, patches: int, channels: int) -> Any:
+    """What student and objective ask of a TargetCache, without any file."""
+    targets: Any = SimpleNamespace(
+        codec=codec,
+        spec=SimpleNamespace(channels=channels, tokens=1 + patches, has_targets=True),
+        view_spec=SimpleNamespace(size=size),
+    )
+    targets.parts, targets.masking = [targets], targets
+    return targets
+
+
 def case(
     precision: str,
     size: int,
@@ -101,12 +112,7 @@ def case(
         device,
     )
     codec = CODECS["int8"].fitted(torch.randn(16 * (1 + patches), channels))
-    targets: Any = SimpleNamespace(
-        codec=codec,
-        spec=SimpleNamespace(channels=channels, tokens=1 + patches, has_targets=True),
-        view_spec=SimpleNamespace(size=224),
-    )
-    targets.parts, targets.masking = [targets], targets
+    targets = in_place_of_a_store(codec, size=224, patches=patches, channels=channels)
     student = student_of(settings, targets).to(device).train()
     config = settings.config
     at_once = micro_batch_of(config, student, device)

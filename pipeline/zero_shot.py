@@ -40,6 +40,7 @@ from milan.models.weights import published_file
 from milan.reporting.dense import DenseMap, draw_dense
 from milan.reporting.panels import check_apart, save_picture
 from milan.store.cache import TargetCache
+from milan.store.joined import BETWEEN
 from milan.training.trained import TrainedStudent, load_student
 from pipeline.own_words import class_texts, joint_student, joint_view, templates_of
 from pipeline.teachers.frozen import frozen_view
@@ -96,6 +97,7 @@ def _measure(config: ZeroShotConfig, context: Context) -> dict[str, Any]:
     share = np.bincount(labels, minlength=len(names)) / len(labels)
     metrics = {
         "checkpoint": networks[0].name,
+        **({"layer": config.layer} if config.layer else {}),
         **first,
         "chance": round(100 / len(names), 2),
         "most_frequent": round(100 * float(share.max()), 2),
@@ -161,8 +163,8 @@ def _student(config: ZeroShotConfig, progress: Progress) -> TrainedStudent | Non
     if name == "random":
         if not config.like:
             raise ConfigError("checkpoint random without like", fix="--like runs/pretrain")
-        return load_student(config.like, drawn=config.seed)
-    return joint_student(name) or load_student(name, progress=progress)
+        return load_student(config.like, drawn=config.seed, layer=config.layer)
+    return joint_student(name) or load_student(name, progress=progress, layer=config.layer)
 
 
 def _store(
@@ -172,8 +174,11 @@ def _store(
     name = config.cache or (trained.store if trained else "")
     if not name:
         return None
+    layer = trained.layer if trained and not config.cache else None
+    if config.layer:
+        layer = config.layer.rpartition(BETWEEN)[2] or None
     try:
-        cache = TargetCache(name, layer=trained.layer if trained and not config.cache else None)
+        cache = TargetCache(name, layer=layer)
     except MilanError:
         if config.cache or not config.teacher:
             raise
@@ -187,7 +192,7 @@ def _store(
             f"{name} has targets of {theirs}, and {config.checkpoint} predicts those of "
             f"{trained.teacher}",
             expected="a store of the same teacher",
-            fix=f"--cache {trained.store}",
+            fix=f"--cache {trained.store}, or --layer, of a store with several",
         )
     return cache
 

@@ -1,7 +1,8 @@
 """What the options over a cache are worth: `python -m studies.options --options both phi-s`.
 
 Each at the steps of the published objective, and at its time: with as many epochs as take as many
-CPU seconds. Option by option, all seeds of each, so that a stopped call leaves whole rows.
+CPU seconds. First all at equal steps, option by option with all seeds of each, so that a stopped
+call leaves whole rows.
 """
 
 from __future__ import annotations
@@ -97,8 +98,7 @@ def main() -> None:
     names = list(dict.fromkeys([PUBLISHED, *given.options]))
     for name in names:
         measure(given, setting, figures, name, given.epochs, name)
-        if name == PUBLISHED:
-            continue
+    for name in names[1:]:
         epochs, timed = epochs_at_equal_time(figures, name, given.epochs), at_equal_time(name)
         if epochs == given.epochs:  # the same runs
             for seed in range(given.seeds):

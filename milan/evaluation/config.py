@@ -468,6 +468,9 @@ class ZeroShotConfig(LabelledConfig):
     cache: str | None = None
     """The store whose class texts are compared with; default: the one that the run was trained
     on. Of a store without texts the teacher's text tower is used."""
+    layer: str | None = None
+    """Of a run with several teachers, or a store with several layers: whose features are compared;
+    default: the first."""
     teacher: str | None = None
     """The teacher that is measured beside, and whose text tower gives the texts of classes that the
     store lacks; default: the store's, if its weights are at hand."""

@@ -22,7 +22,7 @@ from milan.errors import ConfigError, MilanError
 from milan.images.formats import open_picture
 from milan.reporting.run_files import SHEET
 from milan.reports import figures
-from milan.reports.pictures import TEACHER, Alike, PictureSettings, Shown, shown_of
+from milan.reports.pictures import TEACHER, Alike, Panels, PictureSettings, Shown, shown_of
 from milan.reports.sources import Run, find_store, read_sources
 from milan.store.cache import TargetCache
 from milan.store.describe import describe
@@ -185,7 +185,8 @@ def _inline(name: str) -> Any:
 
 def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
     """The pictures of a store as the template takes them."""
-    cosines = [p.cosine for p in shown.students.values() if p.cosine is not None]
+    every = (panels for of in shown.students.values() for panels in of)
+    cosines = [panels.cosine for panels in every if panels.cosine is not None]
     low = min((float(np.nanpercentile(c, 1)) for c in cosines), default=0.0)
     high = max((float(np.nanpercentile(c, 99)) for c in cosines), default=1.0)
     images = []
@@ -200,25 +201,16 @@ def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
         groups: list[dict[str, Any]] = [
             {"run": None, "name": "teacher", "below": "", "panels": panels}
         ]
-        for name, student in shown.students.items():
-            panels = [
-                _panel("input", student.visible[i], f"what {name} sees", caption),
-                _panel("prediction", student.predicted[i], f"what {name} predicts", caption),
-            ]
-            mean = student.mean_cosine(i)
-            if student.cosine is not None:
-                heat = _heat(student.cosine[i], low, high)
-                label = f"cosine to the target, {name}"
-                label += "" if mean is None else f": {mean:.3f} over masked patches"
-                panels.append(_panel("cosine", heat, label, caption))
-            below = "" if mean is None else f"cosine {mean:.3f} over masked patches"
-            groups.append({"run": numbers[name], "name": name, "below": below, "panels": panels})
+        for run, of in shown.students.items():
+            for student in of:
+                groups.append(_predicted(student, i, run, numbers[run], caption, (low, high)))
         images.append({"caption": caption, "groups": groups})
     return {
         "title": str(shown.cache.path),
         "layer": shown.cache.layer if len(shown.cache.layers) > 1 else "",
         "images": images,
         "origin": shown.origin,
+        "several": any(len(of) > 1 for of in shown.students.values()),
         "trained_on": shown.trained_on,
         "scale": None if not cosines else {
             "low": f"{low:.2f}", "high": f"{high:.2f}",
@@ -226,6 +218,27 @@ def _pictures(shown: Shown, numbers: dict[str, int]) -> dict[str, Any]:
         },
         "neighbours": _neighbours(shown, numbers),
     }  # fmt: skip
+
+
+def _predicted(
+    student: Panels, image: int, run: str, number: int, caption: str, scale: tuple[float, float]
+) -> dict[str, Any]:
+    """What a run's student predicts of one teacher for an image; cosines coloured by `scale`."""
+    name = f"{run}, {student.teacher}" if student.teacher else run
+    panels = []
+    if student.target is None:  # seen with the first teacher's
+        panels.append(_panel("input", student.visible[image], f"what {run} sees", caption))
+    else:
+        what = f"the patches of {student.teacher} by colour"
+        panels.append(_panel("target", student.target[image], what, caption))
+    panels.append(_panel("prediction", student.predicted[image], f"what {name} predicts", caption))
+    mean = student.mean_cosine(image)
+    below = "" if mean is None else f"cosine {mean:.3f} over masked patches"
+    if student.cosine is not None:
+        label = f"cosine to the target, {name}"
+        label += "" if mean is None else f": {mean:.3f} over masked patches"
+        panels.append(_panel("cosine", _heat(student.cosine[image], *scale), label, caption))
+    return {"run": number, "name": name, "below": below, "panels": panels}
 
 
 def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ B images, N patches, C channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from milan.reporting.panels import (
 )
 from milan.reports.sources import Run
 from milan.store.cache import TargetCache
+from milan.store.joined import short_names
 from milan.training.build import run_order
 from milan.training.channels import kept_channels
 from milan.training.trained import config_of, load_trained
@@ -59,7 +61,7 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class Panels:
-    """B images as one student saw and predicted them."""
+    """B images as one student saw them, and predicted one teacher."""
 
     visible: np.ndarray
     """[B, S, S, 3] uint8, masked patches in grey."""
@@ -70,11 +72,17 @@ class Panels:
     targets that are no features."""
     masked: np.ndarray
     """[B, g, g] bool"""
+    teacher: str = ""
+    """Of several teachers the name of the one that is predicted."""
+    target: np.ndarray | None = None
+    """[B, g, g, 3] uint8, the patches of a teacher that is not the store's first, by colour."""
 
     def first(self, count: int) -> Panels:
         """Of so many images."""
-        cosine = None if self.cosine is None else self.cosine[:count]
-        return Panels(self.visible[:count], self.predicted[:count], cosine, self.masked[:count])
+        arrays: dict[str, Any] = {
+            name: of[:count] for name, of in vars(self).items() if isinstance(of, np.ndarray)
+        }
+        return replace(self, **arrays)
 
     def mean_cosine(self, image: int) -> float | None:
         """Over the masked patches of an image; None where they are not learnt."""
@@ -115,8 +123,8 @@ class Shown:
     """What colours are fitted to."""
     trained_on: list[str]
     """Names of the runs that were trained on these images."""
-    students: dict[str, Panels] = field(default_factory=dict)
-    """By the name of the run."""
+    students: dict[str, list[Panels]] = field(default_factory=dict)
+    """By the name of the run: one for each of its teachers."""
     bank: np.ndarray | None = None
     """[m, S, S, 3] uint8: the images among which neighbours were sought, view 0."""
     bank_captions: list[str] = field(default_factory=list)
@@ -133,7 +141,9 @@ class Shown:
             self, captions=self.captions[:count], pixels=self.pixels[:count],
             attention=None if self.attention is None else self.attention[:count],
             target=None if self.target is None else self.target[:count],
-            students={name: panels.first(count) for name, panels in self.students.items()},
+            students={
+                name: [panels.first(count) for panels in of] for name, of in self.students.items()
+            },
         )  # fmt: skip
 
 
@@ -207,8 +217,9 @@ def _panels(
     rows: np.ndarray,
     colours: Colours | None,
     device: torch.device,
-) -> Panels:
-    """The predictions of a student for view 0 of `rows`, masked as in its validation."""
+) -> list[Panels]:
+    """The predictions of a student for view 0 of `rows`, masked as in its validation, of each of
+    its teachers; `colours` are those of the first."""
     source = CachedBatches(
         dataset, objective.config.seed, objective.needs_features, student.patches,
         objective.needs_tokens, objective.needs_texts,
@@ -219,16 +230,24 @@ def _panels(
     visible = visible_column(seen.pixels, seen.masked).panels
     masked = to_grid(seen.masked)
     if seen.features is None:
-        return Panels(visible, seen.prediction, None, masked)
-    target, predicted, cache = seen.features, seen.prediction, dataset.cache
-    if target.shape[2] == sum(part.spec.channels for part in cache.parts):
-        # Of several teachers the first is shown, the store's.
-        target, predicted = (t[..., : cache.spec.channels] for t in (target, predicted))
-    if colours is None or target.shape[2] != cache.spec.channels:
-        colours = Colours(target)
-    ours, theirs = (torch.from_numpy(part).float() for part in (target, predicted))
-    cosine = F.cosine_similarity(ours, theirs, dim=-1).numpy()
-    return Panels(visible, as_bytes(colours(predicted)), to_grid(cosine), masked)
+        return [Panels(visible, seen.prediction, None, masked)]
+    parts = dataset.cache.parts
+    widths = [part.spec.channels for part in parts]
+    if seen.features.shape[2] != sum(widths):  # no features of a store
+        widths, colours = [seen.features.shape[2]], None
+    names = short_names(dataset.cache) if len(widths) > 1 else [""]
+    ends = np.cumsum(widths)[:-1]
+    pairs = (np.split(tokens, ends, axis=2) for tokens in (seen.features, seen.prediction))
+    found = list[Panels]()
+    for name, target, predicted in zip(names, *pairs, strict=True):
+        own = colours if colours is not None and not found else Colours(target)
+        ours, theirs = (torch.from_numpy(part).float() for part in (target, predicted))
+        cosine = F.cosine_similarity(ours, theirs, dim=-1).numpy()
+        found.append(Panels(
+            visible, as_bytes(own(predicted)), to_grid(cosine), masked, name,
+            as_bytes(own(target)) if found else None,
+        ))  # fmt: skip
+    return found
 
 
 # --- neighbours -----------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from milan.config import PretrainConfig
+from milan.core.config_fields import names_in
 from milan.core.progress import NoProgress, Progress
-from milan.errors import ConfigError, TrainError
+from milan.errors import ConfigError, TrainError, nearest
 from milan.models.export import CHANNELS, refuse_channels
 from milan.models.student import Student, add_deep_decoders, build_student
 from milan.objectives.base import Objective, objective_class
@@ -36,9 +37,9 @@ class TrainedStudent:
     student: Student
     """In eval mode, on the CPU."""
     store: str
-    """The store that it was trained on, as the run names it."""
+    """The store that has the teacher's targets, as the run names it."""
     layer: str | None
-    """Whose targets of that store; of a run with several teachers the first."""
+    """Whose targets of that store; None: those of its first layer."""
     teacher: str
     """The teacher's name."""
     class_token: bool = True
@@ -53,13 +54,15 @@ def load_student(
     drawn: int | None = None,
     progress: Progress | None = None,
     any_channels: bool = False,
+    layer: str | None = None,
 ) -> TrainedStudent:
     """The student of a run that predicts the teacher's features, by its newest checkpoint.
 
     `drawn`: a student of the same shape with weights drawn by this seed, as before training. One
-    of other channels than pictures' RGB is refused, unless `any_channels`. Raises ConfigError for
-    that and for a run of another objective, TrainError for one without run.json or checkpoints:
-    encoder.safetensors has no decoder.
+    of other channels than pictures' RGB is refused, unless `any_channels`. Of a run with several
+    teachers it predicts that of `layer`, as the run spells it; default: the first. Raises
+    ConfigError for that, for a layer that the run has not, and for a run of another objective,
+    TrainError for one without run.json or checkpoints: encoder.safetensors has no decoder.
     """
     folder = Path(run)
     folder = folder.parent if folder.is_file() else folder
@@ -101,14 +104,23 @@ def load_student(
     if drawn is None:
         _load_newest(folder, student, progress)
     student.deep_decoders.clear()
-    layer, teacher, heads = settings.get("layer"), targets["teacher"], student.decoder.heads
+    layers, teacher, heads = settings.get("layer"), targets["teacher"], student.decoder.heads
+    store, own, number = settings["cache"], layers, 0
     if heads is not None:  # only one head can be compared with a teacher's texts
-        student.decoder.heads, teacher = heads[:1], teacher[0]
-        layer = layers_of(settings["cache"], layer)[0][1]
-    for digest in digests_of(folder)[:1]:
+        spelled = names_in(layers)
+        if layer and layer not in spelled:
+            raise ConfigError(
+                f"{run} has no layer {layer!r}", expected="one of " + ", ".join(spelled),
+                fix=nearest(layer, spelled),
+            )  # fmt: skip
+        number = spelled.index(layer) if layer else 0
+        place, own = layers_of(store, layers)[number]
+        store = store if number == 0 else str(place)
+        student.decoder.heads, teacher = heads[number : number + 1], teacher[number]
+    for digest in digests_of(folder)[number : number + 1]:
         _restore_features(student, config, folder, digest)
     return TrainedStudent(
-        student.eval().requires_grad_(False), settings["cache"], layer, teacher,
+        student.eval().requires_grad_(False), store, own, teacher,
         learns_class_token(config), config.predict != "masked",
     )  # fmt: skip
 

@@ -106,6 +106,34 @@ def test_options_at_equal_steps_and_at_equal_time(
     assert figures.value("visible, equal time", 0, "epochs") == expected
 
 
+def test_what_a_store_saves(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both tables, from seconds and operations that are known, and an extraction that is not."""
+    runs, known = Figures(tmp_path / "online.csv"), Figures(tmp_path / "cost.csv")
+    for method, spent in ((ONLINE, 400.0), ("int8", 200.0)):
+        runs.keep(method, 0, "CPU s", spent)
+    for name, operations, size in (("ViT-B-16-quickgelu", 34, 1e5), ("ViT-L-14", 150, 2e5)):
+        known.keep(name, 0, "GFLOP a view", operations)
+        known.keep(name, 0, "bytes a view", size)
+    known.keep("student", 0, "GFLOP a step", 50)
+    picture = tmp_path / "p.png"
+    figures = study(
+        "cost", *SMALL, "--images", "32", "--views", "1", "--runs", str(runs.path),
+        "--picture", str(picture),
+    )  # fmt: skip
+    once = figures.value("extraction", 0, "CPU s")
+    assert once > 0
+    said = capsys.readouterr().out
+    assert f"| 3 | 1,200 / {once + 600:,.0f} = {1200 / (once + 600):.2f} |" in said
+    assert f"| break-even | {once / 100:.1f} epochs, of all students together |" in said
+    epoch = 312 / 400 / 84  # A100 hours of a GFLOP an image
+    ours = (4 * 34 + 400 * 50) * epoch
+    row = f"| ViT-B-16-quickgelu | 4 | 0.51 TB | {4 * 34 * epoch:.1f} | 4 | 312 / {ours:.0f} = "
+    assert row in said
+    assert picture.stat().st_size > 10_000
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "flags"),

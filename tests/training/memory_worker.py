@@ -6,11 +6,11 @@ import ctypes
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from benchmarks.step import in_place_of_a_store
 from milan.config import PretrainConfig
 from milan.core.device import autocast
 from milan.data.loader import Batch
@@ -23,12 +23,7 @@ from milan.training.optim import adamw
 CPU = torch.device("cpu")
 SIZE, PATCHES, CHANNELS = 96, 144, 64
 CODEC = CODECS["int8"].fitted(torch.ones(1, CHANNELS))
-TARGETS: Any = SimpleNamespace(
-    codec=CODEC,
-    spec=SimpleNamespace(channels=CHANNELS, tokens=1 + PATCHES, has_targets=True),
-    view_spec=SimpleNamespace(size=SIZE),
-)
-TARGETS.parts, TARGETS.masking = [TARGETS], TARGETS
+TARGETS = in_place_of_a_store(CODEC, size=SIZE, patches=PATCHES, channels=CHANNELS)
 
 
 def status(key: str) -> int:

@@ -17,15 +17,18 @@ from torch.nn import functional as F
 
 import milan
 from milan.config import PretrainConfig
+from milan.core.progress import NoProgress
 from milan.core.rng import teacher_noise
 from milan.data.dataset import CachedDataset
 from milan.data.loader import Batch, CachedBatches, FileChannel, SharedBatch
 from milan.data.order import order_of
 from milan.data.sampler import Address, Kind
-from milan.errors import CacheError, MilanError
+from milan.errors import CacheError, ConfigError, MilanError
 from milan.objectives.resample import resampled_features
 from milan.objectives.teachers import SeveralTeachers, kept_teachers
 from milan.reporting.run_files import read_run
+from milan.reports.page import write_page
+from milan.reports.pictures import PictureSettings, shown_of
 from milan.reports.sources import Run, find_store
 from milan.store.cache import TargetCache
 from milan.store.joined import open_targets, short_names
@@ -36,6 +39,7 @@ from milan.training.memory import peak_bytes
 from milan.training.trained import load_student
 from pipeline.extract import extract_targets
 from pipeline.prune import Drop, prune
+from pipeline.zero_shot import zero_shot
 
 CPU = torch.device("cpu")
 OTHER: dict[str, Any] = {
@@ -226,7 +230,7 @@ def test_the_worst_teacher_is_kept_and_others_at_the_rate() -> None:
 
 
 def test_a_run_resumes_to_the_bit_and_says_what_each_teacher_taught(
-    layers: Path, tmp_path: Path
+    layers: Path, photos: Path, tmp_path: Path
 ) -> None:
     """Stopped, and with a local cache, it ends as if it had not been; its store is found again."""
     notes = Notes()
@@ -259,6 +263,25 @@ def test_a_run_resumes_to_the_bit_and_says_what_each_teacher_taught(
             )
         ),
     ).shape == (1, 17, 24)  # fmt: skip
+    run = Run("whole", whole, about)
+    shown = shown_of(store, [(run, store)], PictureSettings(images=3, compared=0), NoProgress())
+    assert not shown.missing
+    first, second = shown.students["whole"]
+    assert (first.teacher, second.teacher) == ("teacher0", "timm-test_vit")
+    assert first.target is None
+    assert second.target is not None
+    assert second.target.shape == first.predicted.shape == (3, 4, 4, 3)
+    assert second.cosine is not None
+    assert not np.allclose(first.cosine, second.cosine)
+    page = write_page(tmp_path / "r.html", [run], [], PictureSettings(images=1, compared=0))
+    assert "cosine to the target, whole, timm-test_vit" in page.read_text()
+    drawn = load_student(whole, layer=VIT)
+    assert (drawn.layer, drawn.store, drawn.teacher) == (VIT, str(layers), "timm:test_vit")
+    assert drawn.student.decoder.heads[0].mlp.fc2.out_features == 64
+    with pytest.raises(ConfigError, match=f"no layer 'timm'; expected: one of .*, {VIT}"):
+        load_student(whole, layer="timm")
+    with pytest.raises(ConfigError, match=r"no text of 3 classes, .* and its teacher gives none"):
+        zero_shot(str(whole), layer=VIT, data=str(photos))
     for other in ({"mask_layer": VIT}, {"layer": given["layer"][::-1]}, {"layer": VIT}):
         with pytest.raises(MilanError, match="other settings"):
             milan.pretrain(str(layers), out=str(parts), **{**given, **other})
