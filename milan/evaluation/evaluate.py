@@ -16,8 +16,14 @@ from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError
+from milan.evaluation.board import write_board
 from milan.evaluation.classifier import classifier_robustness
-from milan.evaluation.config import ClassificationConfig, EvaluationConfig, LabelledConfig
+from milan.evaluation.config import (
+    ClassificationConfig,
+    EvaluationConfig,
+    LabelledConfig,
+    SupervisedConfig,
+)
 from milan.evaluation.draws import over_draws
 from milan.evaluation.evaluation import FACTS, Measurement, drawn
 from milan.evaluation.features import Context, features_folder
@@ -50,10 +56,10 @@ def evaluate(
     `checkpoint` and `settings` are the command's arguments; `load_teacher` makes the network of
     checkpoint teacher, or `frozen` is one. Returns the metrics; those of several checkpoints by
     their names; ranks after the first return {}. `write`: as soon as a checkpoint is measured, its
-    metrics are written to `protocol.metrics_path`, tables of the classes beside them. With several
-    GPUs it starts a rank for each, as pretraining does. Asked to stop, or by SIGINT, SIGTERM or
-    SIGUSR1, it returns {"stopped_by": signal}; features that were computed stay. Raises MilanError,
-    and RankError if other ranks are out of reach.
+    metrics are written to `protocol.metrics_path`, tables of the classes and the figures for
+    TensorBoard beside them. With several GPUs it starts a rank for each, as pretraining does. Asked
+    to stop, or by SIGINT, SIGTERM or SIGUSR1, it returns {"stopped_by": signal}; features that were
+    computed stay. Raises MilanError, and RankError if other ranks are out of reach.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = from_call(protocol.settings, "checkpoint", checkpoint, settings, protocol.name)
@@ -172,6 +178,9 @@ def _write(protocol: Protocol, config: LabelledConfig, metrics: dict[str, Any]) 
     path = protocol.metrics_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)
+    if not isinstance(config, SupervisedConfig):  # a training has its own
+        keys = [column.key for column in protocol.columns]
+        write_board(protocol.tables_folder(config), protocol.name, keys, metrics)
 
 
 # --- protocols on features ------------------------------------------------------------------------

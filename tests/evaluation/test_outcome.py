@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_here
+from helpers import board_of, run_here
 
 from milan.core.distributed import Ranks
 from milan.errors import DataError
+from milan.evaluation.board import write_board
 from milan.evaluation.iou import Areas, agreement
 from milan.evaluation.meaning import accuracy_interval
 from milan.evaluation.outcome import Answers
@@ -112,6 +113,14 @@ def test_what_a_command_leaves(protocol: str, photos: Path, tmp_path: Path) -> N
     low, high = metrics[f"{key}_interval"]
     assert 0 <= low <= metrics[key] <= high <= 100
     assert f"{metrics[key]} ({low} to {high})" in " ".join(ran.out.split())
+    (seen,) = board_of(tmp_path / "a/probe").Scalars(f"{protocol.replace('-', '_')}/{key}")
+    assert seen.value == pytest.approx(metrics[key])
+    write_board(tmp_path / "a/probe", "x", [key, "y"], {key: 3.0, "baseline": {key: 2.0}})
+    assert board_of(tmp_path / "a/probe").Tags()["scalars"] == [f"x/{key}"]
+    beside = tmp_path / "a/probe/tensorboard/baseline"  # its own run, in the same charts
+    (tmp_path / "b").mkdir()
+    (seen,) = board_of(beside.rename(tmp_path / "b/tensorboard").parent).Scalars(f"x/{key}")
+    assert seen.value == 2
     classes = read(tmp_path / "a/probe/classes.csv")
     assert [line[0] for line in classes[1:]] == ["class 0", "class 1", "class 2"]
     assert sum(int(line[1]) for line in classes[1:]) == metrics["val_images"]
