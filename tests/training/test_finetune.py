@@ -276,7 +276,7 @@ def test_what_is_refused(data: dict[str, str], tmp_path: Path) -> None:
         assert not (tmp_path / "a").exists(), said
     with pytest.raises(ConfigError, match="checkpoint teacher") as error:
         finetune("teacher", **data, batch_size=8, out=str(tmp_path / "a.json"))
-    assert error.value.fix.startswith("--checkpoint timm:")
+    assert error.value.fix.startswith("--checkpoint FOLDER, where config.json and weights")
 
 
 def test_other_settings_are_another_run(data: dict[str, str], tmp_path: Path) -> None:
