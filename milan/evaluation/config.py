@@ -121,6 +121,10 @@ class ClassificationConfig(LabelledConfig):
     corruptions: bool = setting(False, identity=False)
     """Measure on corrupted validation images too: noise, blur, ..., at five severities. After
     fine-tuning on one device, otherwise on all."""
+    student_data: str | None = setting(None, identity=False)
+    """Of an encoder that sees files beside the images: the folder of those of --data."""
+    val_student_data: str | None = setting(None, identity=False)
+    """The folder of those of --val-data."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -157,10 +161,6 @@ class ClassificationConfig(LabelledConfig):
 class EvaluationConfig(ClassificationConfig):
     """Settings of the protocols that look at features of a frozen network."""
 
-    student_data: str | None = setting(None, identity=False)
-    """Of an encoder that sees files beside the images: the folder of those of --data."""
-    val_student_data: str | None = setting(None, identity=False)
-    """The folder of those of --val-data."""
     features: str | None = None
     """Where features are kept for the next evaluation, float32, or none; default:
     frozen_features/ in the run's folder."""

@@ -119,11 +119,14 @@ def _train_all(
             fix="a line for each checkpoint and draw (--first-draw)",
         )
     for config in configs:
-        if config.checkpoint not in ("random", "teacher"):  # never paths
+        if not protocol.channels and config.checkpoint not in ("random", "teacher"):  # never paths
             check_rgb(config.checkpoint)
     for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
         if config.checkpoint not in ("random", "teacher"):
-            find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
+            find_weights(
+                config.checkpoint, flag="--checkpoint", model=config.model,
+                any_channels=protocol.channels,
+            )  # fmt: skip
     found: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         if progress and len(configs) > 1:

@@ -468,8 +468,7 @@ def _central_square(
     try:
         data = of.images.read(row)
         if law:
-            beside = of.beside.read(row) if law.paired and of.beside else b""
-            pixels[:] = law.square(data, beside, share=share, size=size)
+            pixels[:] = law.square(data, of.beside_of(row, law), share=share, size=size)
         else:
             image = decode_pixels(data)
             view = centre_view(*image.shape[:2], crop_share=share)

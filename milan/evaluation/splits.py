@@ -44,6 +44,13 @@ class LabelledSet:
     beside: FilesOfImages | None = None
     """Files of channels that belong to the images, where a folder of such was named."""
 
+    def beside_of(self, row: int, channels: Channels) -> bytes:
+        """The file of channels beside a row's image; none where they are of its own file.
+
+        Raises ImageFault.
+        """
+        return self.beside.read(row) if channels.paired and self.beside else b""
+
     def identity_for(self, channels: Channels | None) -> str:
         """`identity`, and that of the files beside the images, for a network that sees these."""
         if channels is None or not channels.paired:

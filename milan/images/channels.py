@@ -8,7 +8,9 @@ never squeezed to 8 bits: they are (x - mean) / std of the file's samples, float
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,8 +149,16 @@ class Channels:
         return (np.concatenate(planes) - mean) / std
 
     def square(self, data: bytes, beside: bytes, *, share: float, size: int) -> np.ndarray:
-        """The same of an image's central square (centre_view), for evaluations; `beside` is the
-        file that belongs to it, if channels are of such. Raises ImageFault."""
+        """The same of an image's central square, for evaluations. Raises ImageFault."""
+        return self.part(data, beside, partial(centre_view, crop_share=share), size=size)
+
+    def part(
+        self, data: bytes, beside: bytes, place: Callable[[int, int], View], *, size: int
+    ) -> np.ndarray:
+        """The same of the part of an image that `place` says, of its height and width.
+
+        `beside` is the file that belongs to the image, if channels are of such. Raises ImageFault.
+        """
         image = samples = None
         if self.colours or self.paired:  # of the image itself only the size may count
             image = self.bands.pixels(data) if self.bands else decode_pixels(data)
@@ -157,6 +167,6 @@ class Channels:
             samples = self.samples(beside if self.paired else data, known)
         whole = image if samples is None else samples
         assert whole is not None
-        view = centre_view(whole.shape[0], whole.shape[1], crop_share=share)
+        view = place(whole.shape[0], whole.shape[1])
         pixels = render(image, view, size=size) if self.colours and image is not None else None
         return self.view(samples, view, size, pixels)

@@ -15,6 +15,7 @@ from milan.images.views import centre_view, render
 from milan.inference.pictures import Pictures
 from milan.inference.predict import Job
 from milan.models.classifier import load_classifier
+from milan.models.export import read_about, refuse_channels
 from milan.reporting.panels import Tile, thumbnail
 
 _TOP = 5
@@ -27,6 +28,7 @@ def predict_classes(job: Job) -> dict[str, Any]:
     its central square. Where the data have labels of classes that the classifier knows, returns
     top1 (percent) over the images that have one, with its 95 % interval.
     """
+    refuse_channels(read_about(job.file), str(job.file))
     vit = load_classifier(job.file).to(job.device)
     data = timm.data.resolve_model_data_config(vit)
     size, share, names = data["input_size"][1], data["crop_pct"], vit.class_names

@@ -10,7 +10,7 @@ from torch import nn
 
 from milan.errors import CacheError
 from milan.models.encoder import create_vit
-from milan.models.export import load_whole, read_about
+from milan.models.export import CHANNELS, load_whole, read_about
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -29,16 +29,18 @@ _HEAD_STD = 0.02
 
 
 def create_classifier(
-    model: str, args: dict[str, Any], *, size: int, classes: int, pooling: str, drop_path: float = 0
-) -> Any:
+    model: str, args: dict[str, Any], *, size: int, classes: int, pooling: str,
+    drop_path: float = 0, any_channels: bool = False,
+) -> Any:  # fmt: skip
     """A timm ViT with a head for `classes`, drawn by torch's generator; positions are trained.
 
     Pooling `mean`: the mean of patches, a norm of its own, the head (MAE, models_vit.py); `token`:
-    the class token after the encoder's norm. Raises ConfigError as create_vit does.
+    the class token after the encoder's norm. Of RGB, unless it may have `any_channels`. Raises
+    ConfigError as create_vit does.
     """
     args = {k: v for k, v in args.items() if k != "img_size"}
     args |= {"drop_path_rate": drop_path, "global_pool": POOLING[pooling]}
-    vit = create_vit(model, img_size=size, args=args)
+    vit = create_vit(model, img_size=size, args=args, any_channels=any_channels)
     vit.reset_classifier(classes)
     nn.init.trunc_normal_(vit.head.weight, std=_HEAD_STD)
     nn.init.zeros_(vit.head.bias)
@@ -53,7 +55,7 @@ def new_weights(pooling: str) -> tuple[str, ...]:
 def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a fine-tuning (its folder, or a classifier.safetensors), in eval mode.
 
-    A timm VisionTransformer: images [B, 3, S, S] to logits [B, classes];
+    A timm VisionTransformer: images [B, C, S, S], C 3 for RGB, to logits [B, classes];
     `timm.data.resolve_model_data_config` gives its mean, std and size, and `class_names` the names
     of its classes. Raises CacheError.
     """
@@ -66,8 +68,9 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise CacheError(f"{path} is an encoder, without a head", fix="milan finetune")
     size, names = about["input_size"], about["classes"]
     vit = create_classifier(
-        about["model"], about["model_args"], size=size, classes=len(names), pooling=about["pooling"]
-    )
+        about["model"], about["model_args"], size=size, classes=len(names),
+        pooling=about["pooling"], any_channels=CHANNELS in about,
+    )  # fmt: skip
     load_whole(vit, path, about["model"])
     describe_input(vit, about["mean"], about["std"], size=size, crop_share=about["crop_share"])
     vit.class_names = names
@@ -78,7 +81,8 @@ def describe_input(vit: Any, mean: Any, std: Any, *, size: int, crop_share: floa
     """Let timm know what images a ViT takes."""
     vit.pretrained_cfg = {
         **vit.pretrained_cfg, "mean": tuple(mean), "std": tuple(std),
-        "input_size": (3, size, size), "crop_pct": crop_share, "interpolation": "bicubic",
+        "input_size": (vit.patch_embed.proj.in_channels, size, size), "crop_pct": crop_share,
+        "interpolation": "bicubic",
     }  # fmt: skip
 
 

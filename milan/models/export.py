@@ -106,8 +106,8 @@ def refuse_channels(about: dict[str, Any], name: str) -> None:
         raise ConfigError(
             f"{name} sees {seen} of its images' files, and this command reads pictures as RGB",
             expected="an encoder of RGB, or a command that reads channels",
-            fix="milan knn, linear-probe, attentive-probe, few-shot or embed --checkpoint "
-            f"{name}; milan export writes the encoder for other programs",
+            fix="milan knn, linear-probe, attentive-probe, few-shot, finetune or embed; milan "
+            "export writes it for other programs",
         )
 
 

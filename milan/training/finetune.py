@@ -27,11 +27,12 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
-from milan.errors import DataError
+from milan.errors import ConfigError, DataError
 from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.meaning import chance
 from milan.evaluation.outcome import TOP, Answers, Outcome
 from milan.evaluation.splits import Split, open_splits
+from milan.images.channels import Channels
 from milan.models.classifier import CLASSIFIER, describe_input, new_weights, seeded_classifier
 from milan.models.foreign import Weights
 from milan.training.finetune_data import Augmentation, LabelledBatch, LabelledImages, seeded
@@ -41,6 +42,7 @@ from milan.training.supervised import (
     Supervised,
     SupervisedData,
     SupervisedTask,
+    law_of,
     load_weights,
 )
 from milan.training.supervised_run import train_supervised
@@ -90,9 +92,16 @@ class _Data(SupervisedData):
     @property
     def identity(self) -> str:
         """Changes with the images, their order and their labels."""
+        return self.identity_for(None)
+
+    def identity_for(self, channels: Channels | None) -> str:
+        """The same, and with the files beside the images, for an encoder that sees these.
+
+        Raises ConfigError if nobody says where they are.
+        """
         sha = hashlib.sha256()
         for split in (self.train, self.val):
-            sha.update(split.of.identity.encode())
+            sha.update(split.of.identity_for(channels).encode())
             sha.update(split.rows.tobytes() + split.labels.tobytes())
         return sha.hexdigest()
 
@@ -100,7 +109,9 @@ class _Data(SupervisedData):
 class Finetune(Supervised):
     """The protocol `finetune`."""
 
-    kind, file = FinetuneConfig, CLASSIFIER
+    kind, file, channels = FinetuneConfig, CLASSIFIER, True
+    law: Channels | None = None
+    """What the encoder sees in place of RGB, once it is built."""
     pairs = "pairs of images, which mixup and cutmix mix", ", or --mixup 0 --cutmix 0"
 
     @property
@@ -129,13 +140,16 @@ class Finetune(Supervised):
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Any:
         """A timm ViT with a new head. Raises ConfigError."""
         _augmentation(plan).build()  # refuses what it does not know before the run begins
+        self.law = law_of(weights)
+        if self.law:
+            _check_channels(self.law, self.config)
         return classifier_of(weights, self.config, size=plan.size, classes=len(data.classes))
 
     def source(self, plan: Plan, data: _Data) -> LabelledImages:
         """Augmented images to train on, central squares to measure on."""
         return LabelledImages(
             data.train, data.val, _augmentation(plan), crop_share=self.config.crop_share,
-            seed=self.config.seed,
+            seed=self.config.seed, channels=self.law,
         )  # fmt: skip
 
     def task(self, network: Any, plan: Plan, data: _Data, context: Context) -> FinetuneTask:
@@ -161,11 +175,25 @@ def classifier_of(weights: Weights, config: FinetuneConfig, *, size: int, classe
     """
     vit = seeded_classifier(
         config.seed, weights.model, weights.args, size=size, classes=classes,
-        pooling=config.pooling, drop_path=config.drop_path,
+        pooling=config.pooling, drop_path=config.drop_path, any_channels=bool(weights.channels),
     )  # fmt: skip
     load_weights(vit, weights, name=config.checkpoint, leave=new_weights(config.pooling))
     describe_input(vit, weights.mean, weights.std, size=size, crop_share=config.crop_share)
     return vit
+
+
+def _check_channels(law: Channels, config: FinetuneConfig) -> None:
+    """Raises ConfigError for settings that are of 8-bit pictures of RGB."""
+    for name, value, without in (
+        ("auto_augment", config.auto_augment, "none"), ("corruptions", config.corruptions, False)
+    ):  # fmt: skip
+        if value != without:
+            raise ConfigError(
+                f"{name} {value} for {config.checkpoint}, which sees channels {law.spelled} of "
+                "files",
+                expected="crops and mirrors alone: the others are of 8-bit pictures of RGB",
+                fix="--auto-augment none" if without == "none" else f"without {name}",
+            )
 
 
 def _augmentation(plan: Plan) -> Augmentation:
@@ -203,7 +231,7 @@ class FinetuneTask(SupervisedTask):
 
     def loss(self, batch: LabelledBatch) -> torch.Tensor:
         """Cross-entropy of a micro-batch, its images erased and mixed, labels smoothed."""
-        images, labels = normalise(batch.pixels, self.plan.mean, self.plan.std), batch.labels
+        images, labels = self._images(batch), batch.labels
         # The loop seeds torch at an address; so are the draws of timm's parts.
         with seeded(torch.initial_seed(), rng.MIXED, ()):
             images = self.erase(images)
@@ -217,7 +245,7 @@ class FinetuneTask(SupervisedTask):
         total, answers = 0.0, Answers(self.data.val.labels, self.data.classes)
         with autocast(self.context.device, self.plan.precision):
             for batch in batches:
-                logits = self.judged(normalise(batch.pixels, self.plan.mean, self.plan.std)).float()
+                logits = self.judged(self._images(batch)).float()
                 known = batch.labels.clamp(min=0)  # -1: a class that training lacks
                 losses = F.cross_entropy(logits, known, reduction="none")
                 best = logits.topk(min(TOP, self.classes), dim=1).indices
@@ -225,6 +253,12 @@ class FinetuneTask(SupervisedTask):
                 places = (batch.positions - self.data.train_count)[batch.readable]
                 answers.see(places.cpu().numpy(), best[batch.readable])
         return self._metrics(answers, total), {}
+
+    def _images(self, batch: LabelledBatch) -> torch.Tensor:
+        """What the network sees, [B, C, S, S]; channels of files come as it sees them."""
+        if batch.pixels.is_floating_point():
+            return batch.pixels
+        return normalise(batch.pixels, self.plan.mean, self.plan.std)
 
     def _metrics(self, answers: Answers, total: float) -> dict[str, float]:
         """Metrics of what all ranks have seen."""

@@ -26,8 +26,9 @@ from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError, DataError, ImageFault
 from milan.evaluation.splits import Split
+from milan.images.channels import Channels
 from milan.images.decode import decode
-from milan.images.views import centre_view, render
+from milan.images.views import View, ViewSpec, centre_view, render, view_of
 
 _PART = re.compile(r"(m|n|w|d|t|p|a|b|inc|mmax)[0-9.]+|mstd([0-9.]+|inf)|3a|weights")
 """Of a policy of timm: what its functions take apart."""
@@ -37,7 +38,7 @@ class LabelledBatch(NamedTuple):
     """B labelled images."""
 
     pixels: torch.Tensor
-    """[B, S, S, 3] uint8"""
+    """[B, S, S, 3] uint8; channels of files [B, C, S, S] float32, normalised"""
     labels: torch.Tensor
     """[B] int64"""
     positions: torch.Tensor
@@ -111,11 +112,16 @@ class LabelledImages:
     """Batches of two splits; a loader's source (milan.data.loader.BatchSource)."""
 
     def __init__(
-        self, train: Split, val: Split, augmentation: Augmentation, *, crop_share: float, seed: int
-    ) -> None:
+        self, train: Split, val: Split, augmentation: Augmentation, *, crop_share: float, seed: int,
+        channels: Channels | None = None,
+    ) -> None:  # fmt: skip
+        """`channels`: what is seen in place of RGB, cropped and mirrored alone."""
         self.train, self.val, self.augmentation = train, val, augmentation
-        self.crop_share, self.seed = crop_share, seed
+        self.crop_share, self.seed, self.channels = crop_share, seed, channels
         self._transform: Any = None
+        self._crops = ViewSpec(
+            augmentation.size, augmentation.scale, hflip=augmentation.hflip, seed=seed
+        )
 
     def load(self, address: Address) -> LabelledBatch:
         """The images at `address`. Raises DataError if none of them can be read."""
@@ -125,16 +131,10 @@ class LabelledImages:
         why = ""
         for position in address.rows.tolist():
             try:
-                image = decode(split.of.images.read(int(split.rows[position])))
+                pixels.append(self._seen(split, position, address.epoch if training else None))
             except ImageFault as fault:
                 pixels.append(None)
                 why = why or f"{split.key(position)}: {fault}"
-                continue
-            pixels.append(
-                self._augmented(image, address.epoch, position)
-                if training
-                else self._central_square(image)
-            )
         readable = np.array([picture is not None for picture in pixels])
         if not readable.any():
             raise DataError(f"no image of a batch of {len(pixels)} can be read: {why}")
@@ -146,6 +146,24 @@ class LabelledImages:
             torch.from_numpy(positions),
             torch.from_numpy(readable),
         )
+
+    def _seen(self, split: Split, position: int, epoch: int | None) -> np.ndarray:
+        """An image as it is trained on in an epoch, or its central square. Raises ImageFault."""
+        row, law = int(split.rows[position]), self.channels
+        data = split.of.images.read(row)
+        if law is None:
+            image = decode(data)
+            if epoch is None:
+                return self._central_square(image)
+            return self._augmented(image, epoch, position)
+
+        def place(height: int, width: int) -> View:
+            if epoch is None:
+                return centre_view(height, width, crop_share=self.crop_share)
+            return view_of(self._crops, position, view=epoch, height=height, width=width)
+
+        beside = split.of.beside_of(row, law)
+        return law.part(data, beside, place, size=self.augmentation.size)
 
     def _augmented(self, image: Image.Image, epoch: int, position: int) -> np.ndarray:
         """uint8 [S, S, 3], as drawn for this image in this epoch."""

@@ -23,7 +23,8 @@ from milan.data.loader import BatchSource
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.config import SupervisedConfig, teacher_refused
-from milan.models.export import read_about, refuse_channels
+from milan.images.channels import Channels
+from milan.models.export import CHANNELS, read_about, refuse_channels
 from milan.models.foreign import Weights
 from milan.models.state_dict import misfit
 from milan.models.weights import find_weights, is_foreign, resampled
@@ -46,7 +47,7 @@ class Plan:
     """Edge of the images in pixels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Of the encoder's normalisation."""
+    """Of the encoder's normalisation, of each channel."""
     micro_batch: int
 
     def values(self, **more: Any) -> dict[str, Any]:
@@ -75,6 +76,10 @@ class SupervisedData(ABC):
     @abstractmethod
     def identity(self) -> str:
         """Changes with the images, their order and their labels."""
+
+    def identity_for(self, channels: Channels | None) -> str:
+        """`identity`, and that of the files beside the images, for an encoder that sees these."""
+        return self.identity
 
     @abstractmethod
     def key(self, position: int) -> str:
@@ -181,6 +186,8 @@ class Supervised(ABC):
     default_size: ClassVar[int | None] = None
     """Edge of the images in pixels, if not the encoder's."""
 
+    channels: ClassVar[bool] = False
+    """Whether it takes an encoder of other channels than RGB."""
     places: ClassVar[tuple[str, ...]] = ()
     """Settings of its own that no recipe has: where data are, and what they mean."""
 
@@ -206,7 +213,7 @@ class Supervised(ABC):
 
     def weights(self) -> Weights:
         """Weights, model and normalisation that the run starts from. Raises ConfigError."""
-        return initial_weights(self.config)
+        return initial_weights(self.config, any_channels=self.channels)
 
     @abstractmethod
     def open_data(self, progress: Progress) -> Any:
@@ -235,13 +242,17 @@ class Supervised(ABC):
 # --- weights --------------------------------------------------------------------------------------
 
 
-def initial_weights(config: SupervisedConfig) -> Weights:
-    """Weights, model and normalisation that a run starts from. Raises ConfigError."""
+def initial_weights(config: SupervisedConfig, *, any_channels: bool = False) -> Weights:
+    """Weights, model and normalisation that a run starts from; of RGB, unless it may have
+    `any_channels`. Raises ConfigError."""
     name = config.checkpoint
     if name == "teacher":
         raise teacher_refused()
     if name != "random":
-        return find_weights(name, flag="--checkpoint", model=config.model, size=config.size)
+        return find_weights(
+            name, flag="--checkpoint", model=config.model, size=config.size,
+            any_channels=any_channels,
+        )  # fmt: skip
     if not config.like:
         args = dict(config.model_args)
         size = args.pop("img_size", 224)
@@ -254,8 +265,17 @@ def initial_weights(config: SupervisedConfig) -> Weights:
         found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
         return replace(found, encoder={})
     about = read_about(config.like)
-    refuse_channels(about, config.like)
-    return Weights({}, about["model"], about["input_size"], about["model_args"])
+    if not any_channels:
+        refuse_channels(about, config.like)
+    return Weights(
+        {}, about["model"], about["input_size"], about["model_args"], mean=about["mean"],
+        std=about["std"], channels=about.get(CHANNELS),
+    )  # fmt: skip
+
+
+def law_of(weights: Weights) -> Channels | None:
+    """How what the encoder sees in place of RGB is read; None: it sees RGB."""
+    return Channels.from_about(weights.channels) if weights.channels else None
 
 
 def load_weights(vit: Any, weights: Weights, *, name: str, leave: tuple[str, ...]) -> None:

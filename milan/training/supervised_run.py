@@ -10,6 +10,7 @@ Folder, log, checkpoints, exact resume, ranks and restarts are those of pretrain
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -35,7 +36,7 @@ from milan.data.sampler import StepSampler
 from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
 from milan.images.manifest import resolve_data
-from milan.models.export import is_whole, save_encoder
+from milan.models.export import CHANNELS, is_whole, save_encoder
 from milan.models.foreign import Weights
 from milan.reporting.log import RunLog, read_log, write_curves
 from milan.reporting.run_files import METRICS, read_metrics
@@ -58,12 +59,12 @@ from milan.training.run import (
     start_run,
     stored_identity,
 )
-from milan.training.supervised import Plan, Supervised, SupervisedTask, parameter_groups
+from milan.training.supervised import Plan, Supervised, SupervisedTask, law_of, parameter_groups
 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
     "model", "model_args", "overwrite", "device", "devices", "num_workers", "save_lists",
-    "corruptions",
+    "corruptions", "student_data", "val_student_data",
 )  # fmt: skip
 """Settings that no recipe has."""
 _SPEED = ("images_per_second", "seconds")
@@ -130,7 +131,7 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
     plan = _plan_of(work, weights, context)
     network = work.build(weights, plan, data)
     values = plan.values(classes=len(data.classes))
-    identity = {"data": data.identity, "weights": _digest(weights)}
+    identity = {"data": data.identity_for(law_of(weights)), "weights": _digest(weights)}
     identity |= identity_of(work.kind, values)
     start = ranks.on_rank0(
         lambda: decide(
@@ -192,7 +193,7 @@ def _data_of(config: SupervisedConfig) -> list[AnyPath]:
 def _compiled(task: SupervisedTask) -> Any:
     """The network that `loss` calls, as the setting `compile` asks for it."""
     plan, context, plain = task.plan, task.context, task.network
-    shape = (plan.micro_batch, 3, plan.size, plan.size)
+    shape = (plan.micro_batch, len(plan.mean), plan.size, plan.size)
 
     def trial(network: Any) -> torch.Tensor:
         return network(torch.zeros(shape, device=context.device)).float().mean()
@@ -261,6 +262,8 @@ class _Trainer:
 def _digest(weights: Weights) -> str:
     """Of what a run starts from: drawn weights are named by their seed."""
     sha = hashlib.sha256(f"{weights.model} {sorted(weights.args.items())}".encode())
+    if weights.channels:
+        sha.update(json.dumps(weights.channels, sort_keys=True).encode())
     for name, tensor in sorted(weights.encoder.items()):
         sha.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
     return sha.hexdigest()
@@ -334,6 +337,7 @@ def _finish(
         "mean": plan.mean, "std": plan.std, "input_size": plan.size, "classes": data.classes,
         "epochs": config.epochs, "from": config.checkpoint, "milan": version("milan-pretrain"),
     }  # fmt: skip
+    about |= {CHANNELS: weights.channels} if weights.channels else {}
     save_encoder(run / work.file, state, about | described)
     write_curves(run, read_log(run, figures["step"]))
     write_json(run / METRICS, {

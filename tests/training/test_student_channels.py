@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,22 @@ from milan.data.dataset import open_cache
 from milan.data.loader import CachedBatches
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError, DataError, MilanError
+from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.evaluate import evaluate
+from milan.evaluation.splits import open_splits
 from milan.exchange.export import export
+from milan.images.channels import Channels
 from milan.images.decode import decode_pixels
 from milan.images.views import View, render
+from milan.inference.predict import predict
+from milan.models.classifier import CLASSIFIER, load_classifier
 from milan.models.export import read_about
 from milan.reporting.run_files import read_run
 from milan.store.cache import TargetCache
 from milan.training.channels import kept_channels
 from milan.training.estimate import estimate_run
+from milan.training.finetune import finetune
+from milan.training.finetune_data import Augmentation, LabelledImages
 from milan.training.pretrain import pretrain
 from pipeline.extract import extract_targets
 
@@ -167,20 +175,13 @@ def test_an_interrupted_run_of_channels_ends_as_one(
 
 
 def test_evaluations_read_channels_or_refuse(scene_run: Path, scenes: Path, tmp_path: Path) -> None:
-    """k-NN reads the same bands; fine-tuning, and whoever reads pictures, says what to type."""
+    """k-NN reads the same bands; whoever reads pictures says what to type."""
     data = {"data": str(scenes), "device": "cpu", "out": str(tmp_path / "m.json")}
     found = evaluate("knn", str(scene_run), features="none", **data)
     assert found["train_images"] == 20
     assert found["baseline"]["checkpoint"] == "random"
-    for protocol in ("finetune", "segment"):
-        with pytest.raises(ConfigError, match=r"sees channels 1-5.*milan knn"):
-            evaluate(
-                protocol,
-                str(scene_run),
-                epochs=1,
-                batch_size=8,
-                **{**data, "out": str(tmp_path / "f")},
-            )
+    with pytest.raises(ConfigError, match=r"sees channels 1-5.*milan knn"):
+        evaluate("segment", str(scene_run), epochs=1, **{**data, "out": str(tmp_path / "f")})
     with pytest.raises(ConfigError, match="corruptions are of 8-bit pictures"):
         evaluate("linear_probe", str(scene_run), corruptions=True, features="none", **data)
 
@@ -214,9 +215,55 @@ def test_a_student_of_colours_from_bands_is_told_apart(scene_store: Path, tmp_pa
     data = {"data": str(open_cache(scene_store).source.root), "out": str(tmp_path / "m.json")}
     assert evaluate("knn", str(out), features="none", **data)["train_images"] == 20
     with pytest.raises(ConfigError, match="bands 3 2 1 as RGB"):
-        evaluate(
-            "finetune", str(out), epochs=1, batch_size=8, **{**data, "out": str(tmp_path / "f")}
-        )
+        evaluate("segment", str(out), epochs=1, **{**data, "out": str(tmp_path / "f")})
+
+
+TUNING: dict[str, Any] = {
+    "epochs": 2, "batch_size": 8, "num_workers": 0, "report_to": "none", "auto_augment": "none",
+}  # fmt: skip
+
+
+def test_fine_tuning_sees_the_same_channels(scene_run: Path, scenes: Path, tmp_path: Path) -> None:
+    """Crops of all five bands by address; central squares as evaluations have them; the file says
+    which, and who cannot read them refuses it in a line."""
+    out, run = tmp_path / "f.json", tmp_path / "f"
+    config = FinetuneConfig(checkpoint=str(scene_run), data=str(scenes), out=str(out), **TUNING)
+    figures = evaluate("finetune", str(scene_run), data=str(scenes), out=str(out), **TUNING)
+    about = read_about(run / CLASSIFIER)
+    assert about["channels"] == read_about(scene_run)["channels"]
+    vit = load_classifier(run)
+    assert timm.data.resolve_model_data_config(vit)["input_size"] == (5, 32, 32)
+    law = Channels.from_about(about["channels"])
+    train, val = open_splits(config)
+    with torch.inference_mode():
+        seen = [
+            law.square(val.of.images.read(row), b"", share=0.875, size=32)
+            for row in val.rows.tolist()
+        ]
+        named = vit(torch.from_numpy(np.stack(seen))).argmax(dim=1).numpy()
+    numbers = np.unique(train.labels)
+    assert figures["top1"] == pytest.approx(100 * (numbers[named] == val.labels).mean(), abs=0.01)
+    images = LabelledImages(
+        train, val, Augmentation(32, (0.1, 0.5), 0.5, "none", ()), crop_share=0.875, seed=0,
+        channels=law,
+    )  # fmt: skip
+    rows = np.arange(6)
+    first, again, next_ = (
+        images.load(Address(Kind.TRAIN, epoch, rows, rows * 0)).pixels.numpy()
+        for epoch in (0, 0, 1)
+    )
+    assert np.array_equal(first, again)
+    assert np.abs(first - next_).mean() > 0.1
+    raw = first * np.float32(law.std)[:, None, None] + np.float32(law.mean)[:, None, None]
+    assert np.abs(raw[:, 4] - (65_000 - 200 / 37 * raw[:, 1])).max() < 40  # one box for all bands
+    for more, words in (
+        ({"auto_augment": "rand-m9"}, "sees channels 1-5 of files.*--auto-augment none"),
+        ({"corruptions": True}, "corruptions True for .* sees channels 1-5"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            finetune(replace(config, **more))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"sees channels 1-5 .* reads pictures as RGB"):
+        predict(str(run), data=str(scenes), out=str(tmp_path / "p.csv"))
 
 
 @pytest.mark.parametrize("objective", ["milan", "pixels"])
@@ -250,6 +297,11 @@ def test_a_student_of_colours_and_depth(
         evaluate("knn", str(out), val_data=str(val), student_data=str(depths), **metrics)
     assert evaluate("knn", str(out), student_data=str(depths), **metrics)["val_images"] == 4
     assert (out / "sheet.png").exists()
+    if objective == "milan":
+        tuning = {"data": str(photos), "out": str(tmp_path / "f.json"), **TUNING, "epochs": 1}
+        with pytest.raises(ConfigError, match="--student-data FOLDER"):
+            finetune(str(out), **tuning)
+        assert finetune(str(out), student_data=str(depths), **tuning)["val_images"] == 4
 
 
 class Notes(NoProgress):
