@@ -17,6 +17,9 @@ EXACT: dict[str, Any] = {"dtype": torch.float64, "precision": "fp32", "drop_path
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], *, within: float) -> None:
+    apart = max(float((other["grads"][n] - one["grads"][n]).abs().max()) for n in one["grads"])
+    loss = one["parts"]["loss"], other["parts"]["loss"]
+    print(f"loss {loss[0]:.8f}, {abs(loss[0] - loss[1]):.1e} apart; gradients {apart:.1e}")
     assert other["parts"].keys() == one["parts"].keys()
     for name, value in one["parts"].items():
         assert other["parts"][name] == pytest.approx(value, abs=within), name
