@@ -63,9 +63,9 @@ def zero_shot(
     in percent, top1 and top5 (None with 5 classes and less) of the class token (`token_`, None for
     a student without) and of the mean of all patches, each scaled to length 1 (`mean_`), with 95 %
     intervals; chance, counts, and the same of the teacher as `baseline`, if it is at hand; draws
-    the dense maps (`picture`). With several GPUs it starts a rank for each; ranks after the first
-    return {}. Asked to stop, or by SIGINT, SIGTERM or SIGUSR1, it returns {"stopped_by": signal}.
-    Raises MilanError.
+    the dense maps (`picture`) and writes the tables of the classes. With several GPUs it starts a
+    rank for each; ranks after the first return {}. Asked to stop, or by SIGINT, SIGTERM or SIGUSR1,
+    it returns {"stopped_by": signal}. Raises MilanError.
     """
     config = from_call(ZeroShotConfig, "checkpoint", checkpoint, settings, "zero_shot")
     config.check()
@@ -93,6 +93,7 @@ def _measure(config: ZeroShotConfig, context: Context) -> dict[str, Any]:
     if not context.ranks.is_rank0:
         return {}
     first, *others = [one.figures(len(names)) for one in seen]
+    seen[0].outcome(names).write_tables(PROTOCOLS["zero_shot"].tables_folder(config))
     labels = seen[0].labels
     share = np.bincount(labels, minlength=len(names)) / len(labels)
     metrics = {

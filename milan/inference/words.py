@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from milan.core.distributed import Ranks
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.meaning import accuracy_interval
+from milan.evaluation.outcome import TOP, Outcome
 from milan.images.views import centre_view, render
 from milan.inference.pictures import Pictures
-
-_TOP = 5
 
 
 class Seen:
@@ -26,6 +25,7 @@ class Seen:
     def __init__(self) -> None:
         self._labels: list[np.ndarray] = []
         self._ranks: dict[str, list[np.ndarray]] = {"token": [], "mean": []}
+        self._best: dict[str, list[np.ndarray]] = {"token": [], "mean": []}
         self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         """row -> (pixels, cosines [N, P]) of the images that are shown"""
 
@@ -36,22 +36,26 @@ class Seen:
 
     def add(self, labels: torch.Tensor, vectors: dict[str, torch.Tensor | None],
             texts: torch.Tensor) -> None:  # fmt: skip
-        """How many classes are more like each image [b, C] than its own."""
+        """How many classes are more like each image [b, C] than its own, and which one most."""
         self._labels.append(labels.cpu().numpy())
         for name, x in vectors.items():
             if x is None:
                 continue
             cosine = F.normalize(x, dim=1) @ texts.T
             own = cosine.gather(1, labels[:, None])
-            self._ranks[name].append((cosine > own).sum(dim=1).cpu().numpy())
+            rank = (cosine > own).sum(dim=1)
+            best = torch.where(rank == 0, labels, cosine.argmax(dim=1))
+            self._ranks[name].append(rank.cpu().numpy())
+            self._best[name].append(best.cpu().numpy())
 
     def gather(self, ranks: Ranks) -> None:
         """Add what the other ranks saw; all must call it."""
         parts = [seen for _, seen in ranks.gather_objects(self)]
         self._labels = [labels for part in parts for labels in part._labels]
-        self._ranks = {
-            name: [found for part in parts for found in part._ranks[name]] for name in self._ranks
-        }
+        self._ranks, self._best = (
+            {name: [found for kind in kinds for found in kind[name]] for name in kinds[0]}
+            for kinds in ([p._ranks for p in parts], [p._best for p in parts])
+        )
         self.maps = {row: map_ for part in parts for row, map_ in part.maps.items()}
 
     def figures(self, classes: int) -> dict[str, Any]:
@@ -59,16 +63,22 @@ class Seen:
         found: dict[str, Any] = {}
         for name, parts in self._ranks.items():
             if not parts:
-                found |= {f"{name}_top1": None, f"{name}_top{_TOP}": None}
+                found |= {f"{name}_top1": None, f"{name}_top{TOP}": None}
                 continue
             ranks = np.concatenate(parts)
-            top5 = round(100 * float((ranks < _TOP).mean()), 2) if classes > _TOP else None
+            top5 = round(100 * float((ranks < TOP).mean()), 2) if classes > TOP else None
             found |= {
                 f"{name}_top1": round(100 * float((ranks < 1).mean()), 2),
                 f"{name}_top1_interval": accuracy_interval(ranks < 1),
-                f"{name}_top{_TOP}": top5,
+                f"{name}_top{TOP}": top5,
             }
         return found
+
+    def outcome(self, names: list[str]) -> Outcome:
+        """What the class token says, or without one the mean of patches."""
+        kind = "token" if self._ranks["token"] else "mean"
+        ranks, best = (np.concatenate(found[kind]) for found in (self._ranks, self._best))
+        return Outcome(self.labels, best, ranks < TOP, names)
 
 
 def look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,12 @@ def test_as_each_is_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low, high = metrics["mean_top1_interval"]
     assert low <= metrics["mean_top1"] <= high
     assert (metrics["images"], metrics["classes"], metrics["chance"]) == (24, 10, 10.0)
+    with open(place / "run/zero_shot/classes.csv", newline="") as file:
+        counted = [(int(line["images"]), int(line["correct"])) for line in csv.DictReader(file)]
+    images, right = (sum(column) for column in zip(*counted, strict=True))
+    assert (images, 100 * right / images) == (24, pytest.approx(metrics["token_top1"], abs=0.01))
+    with open(place / "run/zero_shot/confusion.csv", newline="") as file:
+        assert sum(int(line["images"]) for line in csv.DictReader(file)) == 24 - right
     with Image.open(place / "run/zero_shot.png") as sheet:
         assert np.asarray(sheet).std() > 30
 
@@ -112,7 +119,8 @@ def test_ranks_measure_the_same(place: Path, tmp_path: Path, forked_ranks: None)
         figures = zero_shot(str(place / "run"), data=str(place / "clothes.parquet"), pictures=3,
                             crop_share=1.0, devices=ranks, device="cpu", out=str(out))  # fmt: skip
         pixels = np.asarray(Image.open(figures.pop("picture")))
-        found.append((figures | {"seconds": 0}, pixels.tobytes()))
+        tables = [(tmp_path / f"{ranks}/{n}.csv").read_text() for n in ("classes", "confusion")]
+        found.append((figures | {"seconds": 0}, pixels.tobytes(), tables))
     assert found[0][0]["images"] == 24
     assert found[0] == found[1]
 
