@@ -338,6 +338,9 @@ class SupervisedConfig(LabelledConfig):
     """How often all ranks restart from the last checkpoint after one crashed."""
     overwrite: bool = setting(False, identity=False)
     """Replace a run of other settings."""
+    baseline: str | None = setting("none", identity=False, choices=("random", "none"))
+    """What is trained beside the checkpoint: random, the same network as timm initialises it, for
+    double the hours; or none."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""

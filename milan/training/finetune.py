@@ -45,7 +45,7 @@ from milan.training.supervised import (
     law_of,
     load_weights,
 )
-from milan.training.supervised_run import train_supervised
+from milan.training.supervised_run import beside_random, train_supervised
 
 
 def finetune(
@@ -63,7 +63,8 @@ def finetune(
     milan.training.supervised_run.train_supervised.
     """
     config = from_call(FinetuneConfig, "checkpoint", checkpoint, settings, "finetune")
-    return train_supervised(Finetune, config, stop=stop, progress=progress)
+    found = train_supervised(Finetune, config, stop=stop, progress=progress)
+    return beside_random(found, Finetune, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from milan.core.config_resolver import from_call
 from milan.core.device import autocast, normalise
-from milan.core.distributed import Ranks
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind, split_over_ranks
@@ -56,7 +55,7 @@ from milan.training.supervised import (
     initial_weights,
     load_weights,
 )
-from milan.training.supervised_run import train_supervised
+from milan.training.supervised_run import beside_random, train_supervised
 
 _SIZE = 512  # of crops and windows (DINOv3, MAE)
 _PICTURES = 6
@@ -84,20 +83,7 @@ def segment(
     require_torchmetrics()
     protocol = partial(Segment, load=load)
     found = train_supervised(protocol, config, stop=stop, progress=progress)
-    if not found or "stopped_by" in found or config.baseline == "none":
-        return found
-    if config.checkpoint in ("random", "teacher") or Ranks.from_environment():
-        if progress and config.checkpoint not in ("random", "teacher"):
-            progress.note("no baseline: ranks that others started train one network")
-        return found
-    like = None if config.checkpoint.startswith("published") else config.checkpoint
-    other = replace(
-        config, checkpoint="random", like=like, out=str(config.run / "random.json"), baseline="none"
-    )
-    if progress:
-        progress.note("baseline: the same network as timm initialises it")
-    beside = train_supervised(Segment, other, stop=stop, progress=progress)
-    return beside if "stopped_by" in beside else found | {"baseline": beside}
+    return beside_random(found, Segment, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ class Segment(Supervised):
     compiles = False  # BatchNorm
     pairs = "two images at least, of which UPerNet's BatchNorm takes statistics", ""
     places = (
-        "masks", "mask_column", "classes", "palette", "ignore", "reduce_zero_label", "baseline",
+        "masks", "mask_column", "classes", "palette", "ignore", "reduce_zero_label",
     )  # fmt: skip
 
     def __init__(self, config: SegmentConfig, load: LoadTeacher | None = None) -> None:

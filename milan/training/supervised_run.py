@@ -64,7 +64,7 @@ from milan.training.supervised import Plan, Supervised, SupervisedTask, law_of, 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
     "model", "model_args", "overwrite", "device", "devices", "num_workers", "save_lists",
-    "corruptions", "student_data", "val_student_data",
+    "corruptions", "student_data", "val_student_data", "baseline",
 )  # fmt: skip
 """Settings that no recipe has."""
 _SPEED = ("images_per_second", "seconds")
@@ -112,6 +112,34 @@ def train_supervised(
                 return figures if ranks.is_rank0 else {}
     except Stopped as stopped:
         return {"stopped_by": stopped.by}
+
+
+def beside_random(
+    found: dict[str, Any],
+    protocol: Callable[[Any], Supervised],
+    config: SupervisedConfig,
+    *,
+    stop: Stop | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What train_supervised has `found`, and as `baseline` the same of a network as timm
+    initialises it, trained alike in the folder `random` of the run, if the settings say so."""
+    if not found or "stopped_by" in found or config.baseline == "none":
+        return found
+    if config.checkpoint in ("random", "teacher"):
+        return found
+    if Ranks.from_environment():
+        if progress:
+            progress.note("no baseline: ranks that others started train one network")
+        return found
+    like = None if config.checkpoint.startswith("published") else config.checkpoint
+    other = replace(
+        config, checkpoint="random", like=like, out=str(config.run / "random.json"), baseline="none"
+    )
+    if progress:
+        progress.note("baseline: the same network as timm initialises it")
+    beside = train_supervised(protocol, other, stop=stop, progress=progress)
+    return beside if "stopped_by" in beside else found | {"baseline": beside}
 
 
 def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str, Any]:

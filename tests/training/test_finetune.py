@@ -222,6 +222,21 @@ def test_ranks_that_crashed_go_on(
     assert asked[1]["config"].overwrite is False
 
 
+def test_a_random_encoder_beside(
+    data: dict[str, str], tmp_path: Path, finished_run: Callable[..., Path]
+) -> None:
+    """--baseline random trains the same network as timm initialises it; both go on together."""
+    settings = SMALL | data | {"epochs": 1, "baseline": "random", "out": str(tmp_path / "a.json")}
+    figures = finetune(str(finished_run()), **settings)
+    beside = figures["baseline"]
+    assert (beside["checkpoint"], beside["run"]) == ("random", str(tmp_path / "a/random"))
+    assert beside["finished"]
+    notes = Notes()
+    again = finetune(str(finished_run()), **settings, progress=notes)
+    assert again["baseline"]["top1"] == beside["top1"]
+    assert "baseline: " in notes.line("baseline")
+
+
 def test_more_epochs(data: dict[str, str], tmp_path: Path) -> None:
     """A finished fine-tuning goes on by the longer schedule, and says so."""
     run(data, tmp_path, epochs=1, warmup_epochs=0)
