@@ -97,6 +97,32 @@ def test_torch_is_never_replaced() -> None:
     assert "dvc" not in names
 
 
+def test_ci_tries_the_oldest_and_the_newest() -> None:
+    """The Pythons that are named begin with the oldest that is allowed, and CI tries both ends."""
+    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.MULTILINE)
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert "\n.ci/package oldest newest\n" in (ROOT / ".ci/run").read_text()
+    script = (ROOT / ".ci/package").read_text()
+    listed = subprocess.run(
+        ["bash", "-ec", re.search(r"^supported\(\).*?^}$", script, re.M | re.S)[0] + "\nsupported"],  # type: ignore[index]
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert listed.stdout.split() == named
+    for told in (f"Python {', '.join(named[:-1])} and {named[-1]}", "torch ≥ 2.6"):
+        assert told in (ROOT / "docs/stability.md").read_text()
+    assert "torch>=2.6" in PROJECT["dependencies"]
+
+
+@pytest.mark.parametrize("name", ["run", "package"])
+def test_scripts_of_ci(name: str) -> None:
+    """By a linter of shell scripts."""
+    linter = shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is absent: .ci/ is not linted")
+    done = subprocess.run([linter, str(ROOT / ".ci" / name)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_one_name_everywhere() -> None:
     """`milan` on the package index is someone else's: no text may send people there."""
     name = PROJECT["name"]

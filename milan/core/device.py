@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from milan.core.machine import cpu_count
 from milan.core.progress import Progress
 from milan.errors import ConfigError
 
@@ -49,6 +50,15 @@ def pick_device(name: str = "auto") -> torch.device:
             fix=fix,
         )
     return torch.device("cuda", index)
+
+
+def device_name(device: torch.device, ranks: int) -> str:
+    """What speeds were measured on, such as "CPU with 2 cores" or "8 x NVIDIA H200"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU with {cpu_count()} cores" if device.type == "cpu" else device.type.upper()
+    return f"{ranks} x {name}" if ranks > 1 else name
 
 
 def try_device(device: torch.device) -> None:

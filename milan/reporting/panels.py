@@ -356,11 +356,11 @@ def zoom_of(size: int) -> int:
     return max(1, round(PANEL / size))
 
 
-def _font_file() -> Path:
+def _font_file() -> str:
     """Of matplotlib, because it has more letters than Pillow's."""
     import matplotlib
 
-    return Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 
 
 @lru_cache

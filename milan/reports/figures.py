@@ -84,7 +84,7 @@ def overview(runs: Sequence[Run]) -> Grid:
             Cell(run.name),
             Cell(run.state),
             Cell(str(settings.get("objective") or run.about.get("kind") or _kind(run))),
-            Cell(str(settings.get("model") or NOTHING)),
+            Cell(_model(settings)),
             number(log_epochs, "{:.3g}"),
             number(run.last("loss")),
             *(number(run.last(key)) for key in metrics),
@@ -95,6 +95,12 @@ def overview(runs: Sequence[Run]) -> Grid:
     headings += [key.replace("_", " ") for key in metrics]
     headings += ["least val loss"] if "val_loss" in metrics else []
     return Grid("Runs, with the newest figures of their logs", headings, rows)
+
+
+def _model(settings: dict[str, Any]) -> str:
+    """The name in timm, and how the run's model differs from it."""
+    changed = [f"{k} {v}" for k, v in (settings.get("model_args") or {}).items()]
+    return ", ".join([str(settings.get("model") or NOTHING), *changed])
 
 
 def _kind(run: Run) -> str:
@@ -308,9 +314,9 @@ def _notes(rows: list[dict[str, Any]], settings: Any) -> list[str]:
     drawn = max((len(row.get("draws") or ()) for row in rows), default=0)
     if any(f"{key}_interval" in row for row in rows for key in row):
         notes.append(
-            f"Small print: 95 % interval over {drawn} draws of training images."
+            f"Small figures: 95 % interval over {drawn} draws of training images."
             if drawn
-            else "Small print: 95 % interval over images."
+            else "Small figures: 95 % interval over images."
         )
     return notes
 
@@ -334,7 +340,7 @@ def cost_tables(runs: Sequence[Run], stores: Sequence[TargetCache]) -> list[Grid
                     number(run.images_per_second, "{:,.0f}"),
                     number(None if waited is None else 100 * waited, "{:.1f} %"),
                     Cell(format_bytes(kept), kept),
-                    Cell(str(run.config.get("device", NOTHING))),
+                    Cell(str(run.figures.get("device", NOTHING))),
                     Cell(str(run.config.get("precision", NOTHING))),
                 ],
                 at,

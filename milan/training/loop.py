@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from milan.core import rng
-from milan.core.device import Idle, Sender, Sent, autocast, copy_to_host, reached
+from milan.core.device import Idle, Sender, Sent, autocast, copy_to_host, device_name, reached
 from milan.core.distributed import SINGLE, Ranks, sync_gradients
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
@@ -155,6 +155,7 @@ def fit(
             "images_per_second": round(images / trained, 2),
             "wait_share": round(feed.idle.seconds / trained, 4),
             "checkpoint_share": round(loop.saving / max(seconds, 1e-9), 4),
+            "device": device_name(context.device, context.ranks.size),
         }
         | loop.speed_figures,
     )

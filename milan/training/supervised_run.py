@@ -67,7 +67,7 @@ _PLACES = (
     "corruptions", "student_data", "val_student_data", "baseline",
 )  # fmt: skip
 """Settings that no recipe has."""
-_SPEED = ("images_per_second", "seconds")
+_SPEED = ("images_per_second", "seconds", "device")
 """Of the metrics, what a call that trains nothing does not know."""
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import milan
 from milan.core.atomic import write_with_digest
 from milan.core.device import MEAN, STD, normalise
+from milan.core.machine import cpu_count
 from milan.reports.pipeline import build_report
 from milan.training.trained import load_student
 
@@ -163,6 +164,15 @@ def test_curves_and_settings_are_those_of_the_runs(page: Page, runs: dict[str, P
     assert ["batch_size", "8", "8"] in page.tables["All settings"]
 
 
+def test_models_and_devices_are_what_was_trained(page: Page) -> None:
+    """Not the default that the model was changed from, and not the word `auto`."""
+    args = [f"{name} {value}" for name, value in SMALL["model_args"].items()]
+    (_, *rows) = page.tables["Runs, with the newest figures of their logs"]
+    assert {row[3] for row in rows} == {", ".join(["vit_base_patch16_224", *args])}
+    heading, *rows = page.tables["Cost of training"]
+    assert {row[heading.index("device")] for row in rows} == {f"CPU with {cpu_count()} cores"}
+
+
 def test_evaluations_have_their_intervals(page: Page, runs: dict[str, Path]) -> None:
     """Every protocol of every run, and the baseline once."""
     heading, *rows = page.tables["Linear probe"]
@@ -172,7 +182,7 @@ def test_evaluations_have_their_intervals(page: Page, runs: dict[str, Path]) -> 
         probe = json.loads((folder / "linear_probe.json").read_text())
         low, high = probe["top1_interval"]
         assert row[1] == f"{probe['top1']:.1f} ({low:.1f}–{high:.1f})"
-    assert "Small print: 95 % interval over images." in page.text
+    assert "Small figures: 95 % interval over images." in page.text
 
 
 def test_pictures_and_neighbours(page: Page, runs: dict[str, Path], store: Path) -> None:
