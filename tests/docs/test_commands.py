@@ -24,6 +24,7 @@ SHELL = {".", "[", "apt-get", "cd", "dpkg", "exit", "export", "mkdir", "pid=$!",
 SHELL |= {"code=$?", "dvc", "docker", "git", "kill", "python3", "ray", "sbatch", "wait"}
 """Other commands that a block may begin with."""
 OTHERS = {
+    "--md",
     "--version",
     "--no-scm",
     "--queue",
