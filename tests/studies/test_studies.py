@@ -144,6 +144,7 @@ def test_what_a_store_saves(
         ),
         ("ablation", ("--views", "1")),
         ("teachers", ("--views", "1", "--teacher-epochs", "2")),
+        ("channels", ("--views", "1")),
     ],
 )
 def test_every_study_runs(study: Study, tmp_path: Path, name: str, flags: tuple[str, ...]) -> None:

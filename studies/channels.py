@@ -1,0 +1,101 @@
+"""What a student of other channels than its teacher's learns: `python -m studies.channels`.
+
+The teacher sees RGB. Brightness and edges lie in files beside the images, as depth or the picture
+of another sensor would; a student sees RGB, or these, or both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milan.data.dataset import open_cache
+from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.splits import open_splits
+from milan.images.decode import decode_pixels
+from milan.images.pairing import stem_of
+from studies.setting import Setting, add_images, small
+from studies.steps import Figures, flags, markdown
+
+STUDENTS = {
+    "RGB": "", "brightness": "1", "edges": "2", "RGB and edges": "rgb,2",
+}  # fmt: skip
+"""Name -> --student-channels; none for RGB."""
+MEASURES = ("k-NN", "linear")
+
+
+def channels_of(data: bytes) -> np.ndarray:
+    """Brightness, the mean of the colours, and its steepness: float32 [H, W, 2] of an image."""
+    brightness = decode_pixels(data).astype(np.float32).mean(axis=2)
+    down, right = np.gradient(brightness)
+    return np.stack([brightness, np.hypot(down, right)], axis=2)
+
+
+def images_of(setting: Setting, store: Path) -> Iterator[tuple[str, bytes]]:
+    """(key, bytes) of all images that students or probes see."""
+    dataset = open_cache(store)
+    for row, key in enumerate(dataset.cache.manifest.keys()):
+        yield key, dataset.source.read(row)
+    for split in open_splits(EvaluationConfig(**setting.measured)):
+        for position, row in enumerate(split.rows.tolist()):
+            yield split.key(position), split.of.images.read(row)
+
+
+def files_beside(setting: Setting, store: Path, folder: Path) -> Path:
+    """The folder of `channels_of` all images, made once."""
+    done = folder / "done"
+    if not done.exists():
+        for key, data in images_of(setting, store):
+            file = folder / f"{stem_of(key)}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, channels_of(data))
+        done.touch()
+    return folder
+
+
+def main() -> None:
+    """All runs and their figures, seed by seed, then the table."""
+    parser = flags("channels", __doc__)
+    add_images(parser)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4)
+    given = parser.parse_args()
+    setting, figures = small(given), Figures(given.out)
+    for seed in range(given.seeds):
+        for name, spelled in STUDENTS.items():
+            measure(given, setting, figures, name, spelled, seed)
+    rows = [[name, *(figures.cell(name, m) for m in (*MEASURES, "CPU s"))] for name in STUDENTS]
+    print("\n" + markdown([["the student sees", *MEASURES, "CPU s"], *rows]))
+
+
+def measure(
+    given: argparse.Namespace, setting: Setting, figures: Figures, name: str, spelled: str,
+    seed: int,
+) -> None:  # fmt: skip
+    """The figures of a student of these channels."""
+    run = given.work / f"channels/{setting.name}-{name.replace(' ', '-')}-{given.epochs}-{seed}"
+    store = partial(setting.store, given.work, codec="int8", views=given.views, images=given.images)
+    folder = given.work / f"channels/{setting.name}-{given.images}-{given.measured}"
+    own: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
+    if spelled:
+        own = {"student_channels": spelled, "student_data": str(folder)}
+        beside = {"student_data": str(folder), "val_student_data": str(folder)}
+
+    def train() -> float:
+        if spelled:
+            files_beside(setting, store(), folder)
+        return setting.train(store(), run, seed, epochs=given.epochs, **own)
+
+    probes = {m: partial(setting.probe, run, m, **beside) for m in MEASURES}
+    figures.run(name, seed, train, probes)
+
+
+if __name__ == "__main__":
+    main()
