@@ -264,6 +264,11 @@ def test_fine_tuning_sees_the_same_channels(scene_run: Path, scenes: Path, tmp_p
             finetune(replace(config, **more))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"sees channels 1-5 .* reads pictures as RGB"):
         predict(str(run), data=str(scenes), out=str(tmp_path / "p.csv"))
+    export(str(run), out=str(tmp_path / "timm"))
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert torch.allclose(
+        model(torch.from_numpy(np.stack(seen))).argmax(1), torch.from_numpy(named)
+    )
 
 
 @pytest.mark.parametrize("objective", ["milan", "pixels"])
