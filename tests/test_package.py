@@ -113,6 +113,16 @@ def test_ci_tries_the_oldest_and_the_newest() -> None:
     assert "torch>=2.6" in PROJECT["dependencies"]
 
 
+def test_every_extra_is_told() -> None:
+    """In the table of the first hour, and in the image, which has all that milan can use."""
+    extras = set(PROJECT["optional-dependencies"]) - {"test", "dev"}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/start.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == extras
+    image = re.search(r"\.\[(.*?)\]", (ROOT / "deploy/Dockerfile").read_text())
+    assert image
+    assert set(image[1].split(",")) == extras - {"docs"}
+
+
 @pytest.mark.parametrize("name", ["run", "package"])
 def test_scripts_of_ci(name: str) -> None:
     """By a linter of shell scripts."""

@@ -24,6 +24,12 @@ def test_it_is_on_the_first_screen() -> None:
     assert README[: README.index(LINES)].count("\n") < 25
 
 
+def test_the_whole_is_two_screens() -> None:
+    """Of 1,400 pixels, in a column of 840; what else is to be said is a page of docs/."""
+    assert len(README.splitlines()) <= 90
+    assert len(README.split()) <= 900
+
+
 @pytest.mark.soak
 def test_it_runs_as_it_stands(tmp_path: Path) -> None:
     """On one's own photographs, without Ray; the weights are random, and lie where the hub puts
