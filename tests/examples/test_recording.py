@@ -58,9 +58,9 @@ def test_lines_appear_and_scroll(record: ModuleType, tmp_path: Path) -> None:
     """At their times; the window follows the last line; markup in a line is text."""
     recording = record.Recording(tmp_path)
     for number in range(record.HEIGHT + 2):
-        recording.show(f"<line> {number} & " + "x" * number * 5, "output", after=0.5)
+        recording.show(f"<line> {number} & " + "x" * number * 10, "output", after=0.5)
     picture = record.svg(recording, "a & b")
-    assert shown(picture)[1] == "<line> 1 & xxxxx"
+    assert shown(picture)[1] == "<line> 1 & " + 10 * "x"
     assert shown(picture)[-1].endswith("x…")
     assert max(map(len, shown(picture))) == record.WIDTH
     total, last = recording.now + 5, recording.now
