@@ -1,4 +1,7 @@
-"""Fixtures that many tests share: a small real teacher, real JPEGs, finished stores and runs."""
+"""Fixtures that many tests share: a small real teacher, real JPEGs, finished stores and runs.
+
+They import torch and more themselves: pytest-xdist's own process reads this file and runs no test.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,19 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import helpers  # noqa: F401 - before torch, whose number of threads it sets
 import pytest
-import torch
-from helpers import (
-    EXTRACTION,
-    SHARED,
-    SMALL,
-    TEACHER,
-    forking_context,
-    fresh_fork_server,
-    make_photos,
-)
-from safetensors.torch import save_file
 
-from milan.core import retry
-from milan.store.cache import TargetCache
-from milan.training.pretrain import pretrain
-from pipeline.extract import extract_targets
+if TYPE_CHECKING:
+    from milan.store.cache import TargetCache
 
 pytest_plugins = ["s3"]
+
+# Models here are tiny: a second thread costs more at its barriers than it brings, above all where
+# several processes share the cores. Set before torch is imported; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,12 +44,16 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_fork_server() -> None:
     """One for all tests of this process, started on demand, which has imported everything."""
+    from helpers import fresh_fork_server
+
     fresh_fork_server()
 
 
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that this process starts are forks: what they do is tested, not how they start."""
+    from helpers import forking_context
+
     forkserver.ensure_running()  # before signals are blocked, which its forks would inherit
     monkeypatch.setattr(multiprocessing, "get_context", forking_context)
 
@@ -63,6 +61,8 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def short_pauses() -> Iterator[None]:
     """Errors that pass are tried as often as ever, but not waited for."""
+    from milan.core import retry
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "PAUSES", (0.001,) * len(retry.PAUSES))
         yield
@@ -71,6 +71,8 @@ def short_pauses() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Small tensors gain nothing from more threads, and lose much on a busy machine."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -81,6 +83,9 @@ def teacher_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     2-D weights are doubled, or the attention of random weights would be nearly flat.
     """
     import open_clip
+    import torch
+    from helpers import TEACHER
+    from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("teacher")
     (folder / "config.json").write_text(json.dumps(TEACHER))
@@ -97,6 +102,8 @@ def teacher_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 JPEGs in 3 class folders; not to be changed by a test."""
+    from helpers import make_photos
+
     return make_photos(tmp_path_factory.mktemp("photos"))
 
 
@@ -108,6 +115,11 @@ def finished_store(
 
     Made once for each set of `changes`; not to be changed by a test, which copies it first.
     """
+    import torch
+    from helpers import EXTRACTION
+
+    from pipeline.extract import extract_targets
+
     stores: dict[str, Path] = {}
 
     def make(**changes: Any) -> Path:
@@ -141,6 +153,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Calla
 
     Made once for each set of `changes`; not to be changed by a test, which copies it first.
     """
+    import torch
+    from helpers import SMALL
+
+    from milan.training.pretrain import pretrain
+
     runs: dict[str, Path] = {}
 
     def make(**changes: Any) -> Path:
@@ -158,12 +175,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Calla
 @pytest.fixture(scope="session")
 def cache(store: Path) -> TargetCache:
     """`store`, opened."""
+    from milan.store.cache import TargetCache
+
     return TargetCache(store)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """CIFAR-10 and ImageNet photographs beside the checkout; tests of them skip where absent."""
+    from helpers import SHARED
+
     if not SHARED.exists():
         pytest.skip("../shared/data is absent: CIFAR-10 and ImageNet photographs are not tested")
     return SHARED

@@ -17,11 +17,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Models here are tiny: a second thread costs more at its barriers than it brings, above all where
-# several processes share the cores. Set before torch is imported; subprocesses inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-
 import numpy as np
 import pytest
 import torch
