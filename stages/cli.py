@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NoReturn
 
 import typer
@@ -135,13 +136,19 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
+@cache
+def _group() -> Any:
+    """The commands with their options, which take a tenth of a second to read off signatures."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; a MilanError becomes one line on stderr and exit code 1."""
     previous, threading.excepthook = threading.excepthook, _thread_excepthook
     try:
         prepare_process()
         with watched():
-            app(prog_name="milan")
+            _group()(prog_name="milan")
     except (MilanError, RankError) as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a share that is gone: not a bug

@@ -241,6 +241,25 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+@contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """What torch draws on the CPU inside follows from `seed`; what it draws later is unchanged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def manual_seed(seed: int, device: torch.device) -> None:
+    """torch.manual_seed for what is drawn on `device`.
+
+    torch's own also notes the calls for a GPU that is not used yet: a millisecond each.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Autocast for `precision` (fp32, bf16, fp16) on `device`; nothing for fp32."""
     if precision not in PRECISIONS:

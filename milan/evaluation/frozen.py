@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 
-from milan.core.device import MEAN, STD, normalise
+from milan.core.device import MEAN, STD, normalise, seeded_weights
 from milan.errors import ConfigError
 from milan.evaluation.config import EvaluationConfig
 from milan.images.channels import Channels
@@ -261,8 +261,7 @@ def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str, dict[st
     else:
         name, args = config.model, dict(config.model_args)
         size = args.pop("img_size", 224)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded_weights(config.seed):
         if like.startswith(_TIMM):
             return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}, pooling, None
         vit = create_vit(name, img_size=size, args=args, any_channels=bool(channels))

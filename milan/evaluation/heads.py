@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from milan.core.device import seeded_weights
 from milan.core.waiting import Stopped
 from milan.errors import ConfigError, DataError
 from milan.evaluation.evaluation import Evaluation
@@ -171,8 +172,7 @@ def _add_up_gradients(parameters: list[torch.Tensor], context: Context) -> None:
 
 def _seeded(evaluation: Evaluation, make: Callable[..., Head], settings: dict[str, Any]) -> Head:
     """A head whose weights are the same on all ranks, and for all settings of the same shape."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(evaluation.config.seed)
+    with seeded_weights(evaluation.config.seed):
         return make(**settings)
 
 

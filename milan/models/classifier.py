@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from milan.core.device import seeded_weights
 from milan.errors import CacheError
 from milan.models.encoder import create_vit
 from milan.models.export import CHANNELS, load_whole, read_about
@@ -88,6 +88,5 @@ def describe_input(vit: Any, mean: Any, std: Any, *, size: int, crop_share: floa
 
 def seeded_classifier(seed: int, *args: Any, **kwargs: Any) -> Any:
     """create_classifier(*args, **kwargs) with all that is drawn drawn by `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_weights(seed):
         return create_classifier(*args, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from milan.core.device import seeded_weights
 from milan.models.decoder import Decoder, decoder_arguments
 from milan.models.encoder import build_encoder, encode, encode_all, pooled_features
 from milan.models.masking import Mask
@@ -107,8 +108,7 @@ def build_student(
     `decoder_arguments`. The target's width may follow from the encoder, and all arguments of the
     decoder; `complete` adds parts. Raises ConfigError.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_weights(seed):
         vit = build_encoder(name, img_size=img_size, args=model_args)
         grid = vit.patch_embed.grid_size[0]
         head = Decoder(

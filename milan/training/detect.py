@@ -21,7 +21,7 @@ import torch
 
 from milan.core import rng
 from milan.core.config_resolver import from_call
-from milan.core.device import autocast
+from milan.core.device import autocast, manual_seed, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.errors import DataError, ImageFault
@@ -130,8 +130,7 @@ class Detect(Supervised):
             weights.args, config.window, config.width, config.anchor_scale, config.proposals,
             plan.mean, plan.std,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded_weights(config.seed):
             vit = detector_encoder(spec, drop_path=config.drop_path)
             known = replace(weights, encoder=interpolated(weights.encoder, vit))
             leave = ("head.", "fc_norm.", "norm.")
@@ -192,7 +191,7 @@ class DetectTask(SupervisedTask):
             positions = (batch.positions - self.data.train_count).tolist()
             shapes = [(int(h), int(w)) for h, w in val.shapes[positions]]
             draw = rng.bits(self.config.seed, rng.MIXED, (positions[0],), 1)[0]
-            torch.manual_seed(int(draw >> 1))
+            manual_seed(int(draw >> 1), self.context.device)
             with autocast(self.context.device, self.plan.precision):
                 found, losses = self.judged.detect(batch.images(), shapes, batch.targets())
             for name, loss in losses.items():

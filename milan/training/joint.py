@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milan.core.device import autocast
+from milan.core.device import autocast, manual_seed
 from milan.core.distributed import sync_gradients
 from milan.objectives.base import JointLoss
 
@@ -73,7 +73,7 @@ class JointStep:
         return found._replace(loss=found.loss.detach())
 
     def _output(self, batch: Any, seed: int) -> Any:
-        torch.manual_seed(seed)
+        manual_seed(seed, self.device)
         with autocast(self.device, self.precision):  # a context each: it keeps weights it has cast
             return self.output(batch)
 

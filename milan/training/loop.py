@@ -19,7 +19,16 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from milan.core import rng
-from milan.core.device import Idle, Sender, Sent, autocast, copy_to_host, device_name, reached
+from milan.core.device import (
+    Idle,
+    Sender,
+    Sent,
+    autocast,
+    copy_to_host,
+    device_name,
+    manual_seed,
+    reached,
+)
 from milan.core.distributed import SINGLE, Ranks, sync_gradients
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
@@ -377,7 +386,7 @@ class _Loop:
         for micro in range(count):
             with self.feed.idle.measured():
                 batch, there = self.feed.take()
-            torch.manual_seed(self._seed(step, micro))
+            manual_seed(self._seed(step, micro), self.device)
             with sync_gradients(self.task.network, micro + 1 == count):
                 with autocast(self.device, self.schedule.precision):
                     part = self.task.loss(there) / count

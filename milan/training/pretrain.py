@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ from milan.training.run_store import (
     without_changed,
 )
 from milan.training.validation import Validation, ValidationPlan, check_labels
+from milan.version import __version__
 
 _CLUSTER = "pipeline.cluster.pretrain"  # loaded only for a run on several machines
 _PLACES = ("cache", "out", "data_root", "local", "cache_limit", "recipe")  # not of a recipe
@@ -422,7 +422,7 @@ def _finish(
         "cache": cache.digest,
         "teacher": cache.attributes["about"],
         **({"teachers": [part.attributes["about"] for part in cache.parts]} if several else {}),
-        "milan": version("milan-pretrain"),
+        "milan": __version__,
     }
     if law := law or colours_of(cache.view_spec):
         about[CHANNELS] = law.about()

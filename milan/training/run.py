@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,12 @@ from milan.reporting.run_files import (
 from milan.store.format import INDEX
 from milan.store.statistics import FOLDER as STATISTICS
 from milan.training import checkpoint
+from milan.version import installed_version
 
 _LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _SCHEDULE = ("epochs", "warmup_epochs", "lr", "min_lr")  # what a finished run may go on with anew
+_RECORDED = ("milan-pretrain", "torch", "timm", "tensorstore")  # packages whose versions a run says
 
 Differing = dict[str, tuple[Any, Any]]
 """field -> (the run's, the one now) for each that differs."""
@@ -178,7 +179,9 @@ def start_run(
         "identity": identity,
         "config": values,
         "differs": {name: list(pair) for name, pair in differs.items()},
-        "versions": {n: version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")},
+        "versions": {
+            n: installed_version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")
+        },
         "command": sys.argv,
         "platform": platform.platform(),
     }

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.core.config_resolver import from_call
-from milan.core.device import autocast, normalise
+from milan.core.device import autocast, normalise, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind, split_over_ranks
@@ -172,8 +172,7 @@ class Segment(Supervised):
         config, args = self.config, dict(weights.args)
         if config.drop_path:
             args["drop_path_rate"] = config.drop_path
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded_weights(config.seed):
             vit = self.teacher or create_encoder(weights.model, args, size=weights.size)
             if not self.teacher:
                 set_window(vit, self.window)

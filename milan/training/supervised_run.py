@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -60,6 +59,7 @@ from milan.training.run import (
     stored_identity,
 )
 from milan.training.supervised import Plan, Supervised, SupervisedTask, law_of, parameter_groups
+from milan.version import __version__
 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
@@ -363,7 +363,7 @@ def _finish(
     about = {
         "model": weights.model, "model_args": weights.args,
         "mean": plan.mean, "std": plan.std, "input_size": plan.size, "classes": data.classes,
-        "epochs": config.epochs, "from": config.checkpoint, "milan": version("milan-pretrain"),
+        "epochs": config.epochs, "from": config.checkpoint, "milan": __version__,
     }  # fmt: skip
     about |= {CHANNELS: weights.channels} if weights.channels else {}
     save_encoder(run / work.file, state, about | described)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 
 from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
@@ -15,6 +14,7 @@ from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.store.codecs import NO_TARGETS, codec_of
 from milan.store.format import CacheSpec
+from milan.version import __version__, installed_version
 from pipeline.config import ExtractConfig
 from pipeline.extraction.growth import Found, Part, parts_of
 from pipeline.extraction.hardware import Hardware, hardware_of
@@ -66,8 +66,11 @@ class Plan:
     def origin(self) -> dict:
         """The content of origin.json: what differs between machines, and is never compared."""
         root = self.root.resolve()
-        versions = {name: version(name) for name in _RECORDED}
-        versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
+        versions = {name: installed_version(name) for name in _RECORDED}
+        versions |= {
+            "milan": __version__,
+            "python": platform.python_version(),
+        }
         return {
             "data": self.config.data,
             "data_root": str(root),

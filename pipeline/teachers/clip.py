@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
+from milan.core.device import seeded_weights
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from milan.models.layouts import OPENAI_KEYS
@@ -111,8 +110,7 @@ def _build_published(spec: TeacherSpec, pretrained: str) -> _Clip:
     name = spec.name
     config = _published_config(name)
     options = _size_options(name, config, spec.img_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded_weights(0):
         try:
             with stalled_connections_fail():
                 model = open_clip.create_model(
@@ -157,11 +155,10 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
             if not config.get("quick_gelu", False):
                 config = {**config, "quick_gelu": True}
                 notes.append(f"{file.name} is of OpenAI's making: {name} runs QuickGELU")
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+    with tempfile.TemporaryDirectory() as folder, seeded_weights(0):
         # open_clip takes a config only from a folder in the layout of its hub.
         hub_config = {"model_cfg": config, "preprocess_cfg": preprocess}
         Path(folder, "open_clip_config.json").write_text(json.dumps(hub_config), encoding="utf-8")
-        torch.manual_seed(0)
         try:
             model = open_clip.create_model(
                 f"local-dir:{folder}", load_weights=False, force_patch_dropout=0.0, **options

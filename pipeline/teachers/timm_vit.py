@@ -17,6 +17,7 @@ from timm.models import (
 )
 from torch import nn
 
+from milan.core.device import seeded_weights
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from pipeline.teachers.spec import TeacherSpec
@@ -111,8 +112,7 @@ def build(
         }
         overlay = {"state_dict": state, "num_classes": 0, "custom_load": False, "label_offset": 0}
         options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded_weights(0):
         try:
             trunk: Any = timm.create_model(model, num_classes=0, **options)
         except _TIMM_ERRORS as error:
