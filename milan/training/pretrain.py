@@ -22,6 +22,7 @@ from milan.core.launch import as_rank, launch
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import parse_bytes
+from milan.core.versions import version
 from milan.core.waiting import Stopped
 from milan.data.dataset import CachedDataset
 from milan.data.feeding import Feeding, Loading, loader_workers
@@ -83,7 +84,6 @@ from milan.training.run_store import (
     without_changed,
 )
 from milan.training.validation import Validation, ValidationPlan, check_labels
-from milan.version import __version__
 
 _CLUSTER = "pipeline.cluster.pretrain"  # loaded only for a run on several machines
 _PLACES = ("cache", "out", "data_root", "local", "cache_limit", "recipe")  # not of a recipe
@@ -422,7 +422,7 @@ def _finish(
         "cache": cache.digest,
         "teacher": cache.attributes["about"],
         **({"teachers": [part.attributes["about"] for part in cache.parts]} if several else {}),
-        "milan": __version__,
+        "milan": version("milan-pretrain"),
     }
     if law := law or colours_of(cache.view_spec):
         about[CHANNELS] = law.about()

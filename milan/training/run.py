@@ -22,6 +22,7 @@ from milan.core.atomic import cannot_write, ensure_writable, lock_folder
 from milan.core.config_fields import identity_names
 from milan.core.paths import AnyPath, is_local
 from milan.core.progress import Progress
+from milan.core.versions import version
 from milan.data.changed_images import CSV
 from milan.data.channels import TABLE
 from milan.errors import TrainError
@@ -44,7 +45,6 @@ from milan.reporting.run_files import (
 from milan.store.format import INDEX
 from milan.store.statistics import FOLDER as STATISTICS
 from milan.training import checkpoint
-from milan.version import installed_version
 
 _LOCK_SECONDS = 10.0  # in which an earlier attempt of the same run, that is ending, holds the lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -179,9 +179,7 @@ def start_run(
         "identity": identity,
         "config": values,
         "differs": {name: list(pair) for name, pair in differs.items()},
-        "versions": {
-            n: installed_version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")
-        },
+        "versions": {n: version(n) for n in ("milan-pretrain", "torch", "timm", "tensorstore")},
         "command": sys.argv,
         "platform": platform.platform(),
     }

@@ -28,6 +28,7 @@ from milan.core.machine import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
+from milan.core.versions import version
 from milan.core.waiting import Stopped
 from milan.data.loader import batch_loader, batch_wait
 from milan.data.order import Order
@@ -59,7 +60,6 @@ from milan.training.run import (
     stored_identity,
 )
 from milan.training.supervised import Plan, Supervised, SupervisedTask, law_of, parameter_groups
-from milan.version import __version__
 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
@@ -363,7 +363,7 @@ def _finish(
     about = {
         "model": weights.model, "model_args": weights.args,
         "mean": plan.mean, "std": plan.std, "input_size": plan.size, "classes": data.classes,
-        "epochs": config.epochs, "from": config.checkpoint, "milan": __version__,
+        "epochs": config.epochs, "from": config.checkpoint, "milan": version("milan-pretrain"),
     }  # fmt: skip
     about |= {CHANNELS: weights.channels} if weights.channels else {}
     save_encoder(run / work.file, state, about | described)

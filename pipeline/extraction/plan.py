@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
+from milan.core.versions import version
 from milan.errors import ConfigError, DataError
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
 from milan.images.samples import percentiles
@@ -14,7 +15,6 @@ from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.store.codecs import NO_TARGETS, codec_of
 from milan.store.format import CacheSpec
-from milan.version import __version__, installed_version
 from pipeline.config import ExtractConfig
 from pipeline.extraction.growth import Found, Part, parts_of
 from pipeline.extraction.hardware import Hardware, hardware_of
@@ -66,9 +66,9 @@ class Plan:
     def origin(self) -> dict:
         """The content of origin.json: what differs between machines, and is never compared."""
         root = self.root.resolve()
-        versions = {name: installed_version(name) for name in _RECORDED}
+        versions = {name: version(name) for name in _RECORDED}
         versions |= {
-            "milan": __version__,
+            "milan": version("milan-pretrain"),
             "python": platform.python_version(),
         }
         return {

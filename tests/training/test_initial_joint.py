@@ -152,8 +152,8 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "few words": (_tower(vocabulary=99), "ids up to 49,407, and the text tower .* of up to 98"),
     "short texts": (_tower(context=9), "texts of 24 tokens .* reads 9 of"),
     "a wider encoder": (_encoder(embed_dim=64), "do not fit vit_base_patch16_224: "),
-    "another layout": (lambda folder: {"init": str(DEMO / "model.safetensors")},
-                       "which timm's layout does not have"),
+    "another CLIP": (lambda folder: {"init": str(DEMO / "model.safetensors")},
+                     "blocks.0.attn.proj.bias is 128 in it, and 32 in the model"),
 }  # fmt: skip
 
 

@@ -391,6 +391,7 @@ class Gpu:
         for name, value in {
             "Event": Event, "Stream": lambda _: Stream("copies"), "stream": On,
             "current_stream": lambda _: Stream(gpu.current),
+            "get_device_name": lambda _: "a GPU",
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(
