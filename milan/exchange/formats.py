@@ -70,7 +70,7 @@ def write_timm(source: Source, folder: Path) -> Written:
         return Written(
             f"""import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm 1.0.26 or newer
 data = timm.data.resolve_model_data_config(model)  # mean and std of each channel
 tokens = model.forward_features(images)  # {source.input}""",
             "timm",
@@ -79,7 +79,7 @@ tokens = model.forward_features(images)  # {source.input}""",
         f"""import timm
 from transformers import {kind}  # opens the same folder, if it is installed
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm 1.0.26 or newer
 data = timm.data.resolve_model_data_config(model)  # mean, std, size, crop
 transform = timm.data.create_transform(**data, is_training=False)
 same = {kind}.from_pretrained("FOLDER")""",
