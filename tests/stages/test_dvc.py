@@ -321,8 +321,8 @@ def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -
     Of one student: each stage is a process, whose imports take most of its time. Two are in
     test_the_whole_pipeline.
     """
-    for name in ("data", "teacher"):
-        shutil.copytree(project / name, tmp_path / name)
+    shutil.copytree(project / "data", tmp_path / "data")
+    shutil.copytree(ROOT / "demo/teacher", tmp_path / "teacher")  # which knows all words
     shutil.copy(project / "params.yaml", tmp_path)
     pipeline = yaml.safe_load((project / "dvc.yaml").read_text())
     for stage in pipeline["stages"].values():
@@ -334,12 +334,13 @@ def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -
     draw_scenes(tmp_path / "scenes", size=(48, 96))
     short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0}
     own = {
-        "segment": {"data": "masked", "ignore": VOID, "size": 32, "baseline": "none"},
+        "segment": {"data": "masked", "ignore": VOID, "size": 28, "baseline": "none"},
         "detect": {"data": "scenes", "size": 64, "width": 16, "proposals": 20, "samples": 16},
         "finetune": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
     }
     path = tmp_path / "params.yaml"
     params = yaml.safe_load(path.read_text())
+    params["pretrain"]["model_args"] |= {"patch_size": 7}
     params["evaluation"] = {
         "protocols": ["linear_probe"], "finetuned": [*own], "by_words": ["zero_shot"]
     }  # fmt: skip
