@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Figures:
             writer.writerow((*key, value))
 
     def run(
-        self, method: str, seed: int, train: Callable[[], float], probes: dict[str, Probe]
+        self, method: str, seed: int, train: Callable[[], float], probes: Mapping[str, Probe]
     ) -> None:
         """Train by `method` and measure what comes out, unless all of it is known.
 
