@@ -43,10 +43,10 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_fork_server() -> None:
-    """One for all tests of this process, started on demand, which has imported everything."""
-    from helpers import fresh_fork_server
+    """One for all tests of this process: it takes ten seconds to import everything."""
+    from helpers import prepare_fork_server
 
-    fresh_fork_server()
+    prepare_fork_server()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, spawn
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,12 +319,24 @@ another than here."""
 PRELOADED = ["milan.training.pretrain", "pipeline.extract", "stages.cli", "zarr", "open_clip"]
 
 
-def fresh_fork_server() -> None:
-    """Stop the fork server: the next one, started on demand, has the environment of that moment."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+class Environment:
+    """That of this process; a process that unpickles it has the same from then on."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        change = f"import os; os.environ.clear(); os.environ.update({dict(os.environ)!r})"
+        return exec, (change,)
+
+
+def prepare_fork_server() -> None:
+    """The one fork server of this process, started on demand, will have imported everything.
+
+    Its forks have the environment that this process has when it asks for them.
+    """
     forkserver._forkserver.set_forkserver_preload(PRELOADED)  # type: ignore[attr-defined]
     # A loader asks for less, and would get it for all that comes later.
     forkserver.set_forkserver_preload = lambda modules: None
+    prepared = spawn.get_preparation_data
+    spawn.get_preparation_data = lambda name: {**prepared(name), "environment": Environment()}
 
 
 def forking_context(method: str | None = None, get: Any = multiprocessing.get_context) -> Any:

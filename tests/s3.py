@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +24,9 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def port() -> Iterator[int]:
-    """Of a moto server for one module."""
+    """Of a moto server."""
     for package in ("moto", "s3fs"):
         pytest.importorskip(
             package, reason="pip install milan-pretrain[test]: buckets are not tested"
@@ -45,7 +46,7 @@ def port() -> Iterator[int]:
 def s3(port: int) -> Iterator[Proxy]:
     """The proxy before it; the environment points there, and there is a bucket `models`."""
     import boto3
-    from helpers import forget, fresh_fork_server
+    from helpers import forget
     from s3_proxy import Proxy
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,10 +54,9 @@ def s3(port: int) -> Iterator[Proxy]:
             patch.setenv(name, value)
         proxy = Proxy(port)
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")
+        urllib.request.urlopen(asked).close()  # of another module
         boto3.client("s3").create_bucket(Bucket="models")
         forget()  # another module's server
-        # A fork server of an earlier test would hand its own environment to our workers.
-        fresh_fork_server()
         yield proxy
         proxy.stop()
-        fresh_fork_server()

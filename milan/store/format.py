@@ -53,6 +53,8 @@ LOG = "extract.log.jsonl"
 """Times, hosts, attempts: what varies between runs; in no digest."""
 LOGS = "extract.log"
 """The same in an object store, where nothing is appended to: an object a run."""
+CHECK = ".milan-check-"
+"""How the names begin of what is written to see whether a place can be written."""
 
 
 def canonical(value: Any) -> bytes:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from milan.core.paths import AnyPath, Url, files_below, names_in
 from milan.errors import CacheError, MilanError
-from milan.store.format import GENERATION, GENERATIONS, INDEX, LOGS
+from milan.store.format import CHECK, GENERATION, GENERATIONS, INDEX, LOGS
 from pipeline.writing.lease import Lease, check_conditions
 from pipeline.writing.s3 import delete, get, has_content, head, put
 
@@ -47,7 +47,7 @@ class BucketLocation:
 
     def check(self) -> None:
         """Put an object on conditions, and remove it."""
-        probe = self.path / f".milan-check-{uuid.uuid4().hex}"
+        probe = self.path / f"{CHECK}{uuid.uuid4().hex}"
         put(probe, b"x", over=None)
         try:
             check_conditions(self.path, probe, b"xy")
@@ -95,7 +95,9 @@ class Bucket:
         if store.is_file():
             raise CacheError(f"{store} is an object", expected="a folder for the store",
                              fix="--out …")  # fmt: skip
-        names = set(names_in(store)) - {""}
+        found = set(names_in(store)) - {""}
+        checks = {name for name in found if name.startswith(CHECK)}
+        names = found - checks
         ours = {".lock", "zarr.json", GENERATIONS, LOGS}
         finished = {INDEX, GENERATIONS} <= names
         if not (names <= ours or finished or head(store / GENERATION / "zarr.json")):
@@ -104,6 +106,8 @@ class Bucket:
                 fix="--out another.zarr",
             )  # fmt: skip
         self._lease = Lease(store, run)
+        for name in checks:  # of runs that were killed
+            delete(store / name)
         self._temporary = tempfile.TemporaryDirectory(prefix="milan-store-")
         self.staging = Path(self._temporary.name)
         self._etags: dict[str, str | None] = {}  # of the files read or written; None: no file

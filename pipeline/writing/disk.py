@@ -17,7 +17,7 @@ from pathlib import Path
 from milan.core.atomic import cannot_write, lock_folder, sync_folder
 from milan.core.paths import AnyPath
 from milan.errors import CacheError
-from milan.store.format import GENERATION, GENERATIONS, INDEX, LOG
+from milan.store.format import CHECK, GENERATION, GENERATIONS, INDEX, LOG
 
 STAGING = ".staging"
 
@@ -41,9 +41,7 @@ class DiskLocation:
         try:
             if any(os.path.isfile(folder) for folder in self.path.absolute().parents):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            with tempfile.TemporaryDirectory(
-                prefix=".milan-check-", dir=self.scratch_parent()
-            ) as name:
+            with tempfile.TemporaryDirectory(prefix=CHECK, dir=self.scratch_parent()) as name:
                 folder = Path(name)
                 write_whole(folder / "index", b"x", temporary_folder=folder)
                 lock_folder(folder).close()
@@ -101,8 +99,9 @@ class Disk:
             raise _not_writable(store, error) from None
         # Absolute: the workers of a cluster have other working directories.
         self.staging = store.absolute() / STAGING / run
-        # We hold the lock, so every other staging folder was left by a run that was killed.
-        shutil.rmtree(store / STAGING, ignore_errors=True)
+        # We hold the lock, so these were left by runs that were killed.
+        for left in (store / STAGING, *store.glob(f"{CHECK}*")):
+            shutil.rmtree(left, ignore_errors=True)
         self.staging.mkdir(parents=True)
 
     def read(self, name: str) -> bytes | None:
@@ -202,7 +201,7 @@ def _not_writable(store: Path, error: OSError) -> CacheError:
 
 def _is_store(path: Path) -> bool:
     # A run that was killed right after its start leaves only its lock and its staging.
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(CHECK)}
     ours = {".lock", STAGING, "zarr.json", GENERATIONS, LOG}
     first = (path / GENERATION / "zarr.json").exists()  # it may be pruned
     return first or {INDEX, GENERATIONS} <= names or names <= ours

@@ -12,8 +12,9 @@ import pytest
 from milan.core.paths import AnyPath, Url, files_below, names_in, read_file, size_of
 from milan.errors import CacheError, ConfigError
 from milan.images.views import ViewSpec
-from milan.store.format import GENERATION, LOG, LOGS, CacheSpec
+from milan.store.format import CHECK, GENERATION, LOG, LOGS, CacheSpec
 from pipeline.writing.backend import Backend, Location, location_of, open_backend
+from pipeline.writing.s3 import put
 from pipeline.writing.shards import create_arrays, stage_shard
 
 SPEC = CacheSpec(
@@ -166,6 +167,16 @@ def test_a_check_leaves_nothing(location: Location, where: AnyPath) -> None:
     before = sorted(names_in(where))
     location.check()
     assert sorted(names_in(where)) == before
+
+
+def test_what_a_killed_check_left_is_no_obstacle(location: Location, where: AnyPath) -> None:
+    """A run that died between writing and removing; the next one removes it."""
+    if isinstance(where, Path):
+        (where / f"{CHECK}abc").mkdir(parents=True)
+    else:
+        put(where / f"{CHECK}abc", b"x", over=None)
+    location.open("run").close()
+    assert not [name for name in names_in(where) if name.startswith(CHECK)]
 
 
 def test_a_url_without_a_backend_is_refused() -> None:
