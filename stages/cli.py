@@ -138,7 +138,7 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
 @cache
 def _group() -> Any:
-    """The commands with their options, which take a tenth of a second to read off signatures."""
+    """The commands with their options, read off signatures once for all calls in a process."""
     return typer.main.get_command(app)
 
 

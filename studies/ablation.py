@@ -23,7 +23,7 @@ from milan.objectives.pixels import PixelRegression, pixel_regression
 from milan.store.cache import TargetCache
 from studies import pictures
 from studies.setting import Setting, add_images, small
-from studies.steps import Figures, flags, markdown
+from studies.steps import Figures, flags, markdown, spread
 
 MEASURES = ("k-NN", "linear")
 
@@ -166,7 +166,7 @@ def main() -> None:
     found = {m: effects(figures, m, given.seeds) for m in MEASURES}
     rows = [["part, and what it adds", *MEASURES]]
     for name in found["linear"]:
-        cells = [pictures.spread(found[m][name], "{:+.1f}") for m in MEASURES]
+        cells = [spread(found[m][name], "{:+.1f}") for m in MEASURES]
         rows.append([name, *cells])
     print(markdown(rows))
     pictures.effects(found, given.picture)

@@ -19,12 +19,6 @@ SIGNS = ("o", "s", "^", "D", "v", "P", "x")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-", "--")
 
 
-def spread(values: list[float], form: str = "{:.1f}") -> str:
-    """Mean and standard deviation, as far as there are several."""
-    text = form.format(statistics.mean(values))
-    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 @contextmanager
 def drawn(path: Path, panels: int, *, height: float = 3.2) -> Iterator[Any]:
     """Axes side by side, written as a picture in the end."""

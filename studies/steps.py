@@ -101,10 +101,15 @@ class Figures:
 
     def cell(self, method: str, name: str, form: str = "{:.1f}") -> str:
         """Mean and standard deviation over the seeds, as far as they are known."""
-        found = self.values(method, name)
-        if len(found) < 2:
-            return form.format(found[0]) if found else "-"
-        return f"{form.format(statistics.mean(found))} ± {form.format(statistics.stdev(found))}"
+        return spread(self.values(method, name), form)
+
+
+def spread(values: list[float], form: str = "{:.1f}") -> str:
+    """Mean and standard deviation over seeds; one value alone, and - for none."""
+    if len(values) < 2:
+        return form.format(values[0]) if values else "-"
+    deviation = form.replace("+", "").format(statistics.stdev(values))
+    return f"{form.format(statistics.mean(values))} ± {deviation}"
 
 
 def run(figures: Figures, line: str, out: Path, **folders: Path) -> None:

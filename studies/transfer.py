@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
-from studies.steps import Figures, run, with_interval, write_table
+from studies.steps import Figures, run, spread, with_interval, write_table
 
 CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 SEGMENT = (
@@ -72,8 +71,7 @@ def cell(metrics: list[dict[str, Any]], key: str) -> str:
     """Mean and standard deviation over seeds; of one seed the figure with its interval."""
     if len(metrics) < 2:
         return with_interval(metrics[0] if metrics else {}, key)
-    values = [one[key] for one in metrics]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
+    return f"{spread([one[key] for one in metrics])} ({len(metrics)} seeds)"
 
 
 def table(out: Path) -> list[list[str]]:

@@ -252,7 +252,7 @@ def seeded_weights(seed: int) -> Iterator[None]:
 def manual_seed(seed: int, device: torch.device) -> None:
     """torch.manual_seed for what is drawn on `device`.
 
-    torch's own also notes the calls for a GPU that is not used yet: a millisecond each.
+    torch's own also keeps each call, with its stack, for a GPU that nobody has used yet.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)

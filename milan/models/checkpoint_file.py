@@ -24,7 +24,7 @@ from milan.models.state_dict import check_fetched, inner_state, listed, unwrappe
 _COMMAND_LINE = ["argparse.Namespace"]  # what old files, which cannot be searched, may hold
 _FILES = ("model.safetensors", "pytorch_model.bin")
 CLIP_CONFIG = "open_clip_config.json"
-_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -135,7 +135,7 @@ def _folder(path: Path) -> CheckpointFile:
     or more."""
     clip = (path / CLIP_CONFIG).is_file()  # its repositories also have transformers' config.json
     config = _json(path / (CLIP_CONFIG if clip else "config.json"))
-    files = (*_CLIP_FILES, *_FILES) if clip else _FILES
+    files = (*CLIP_FILES, *_FILES) if clip else _FILES
     if not clip and (path / _INDEX).is_file():
         parts = sorted(set(_json(path / _INDEX).get("weight_map", {}).values()))
     else:

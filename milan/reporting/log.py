@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from milan.core.atomic import is_open_file, write_bytes, write_text
+from milan.core.atomic import is_open_file, write_text
 from milan.reporting.run_files import CURVES, LOG, VALIDATION
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "wait_share")
@@ -27,8 +26,8 @@ class Tracker(Protocol):
     def add(self, line: dict[str, Any]) -> None:
         """Metrics of a step, by name."""
 
-    def picture(self, name: str, step: int, pixels: np.ndarray, png: bytes) -> None:
-        """A picture, uint8 [H, W, 3], and the same as a PNG."""
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
 
     def flush(self) -> None:
         """Make sure that everything so far is kept."""
@@ -61,12 +60,12 @@ class RunLog:
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        self._track(line)
         for name, pixels in pictures.items():
-            png = png_of(pixels)
-            write_bytes(self.run / f"{name}.png", png)
-            for tracker in self.trackers:
-                tracker.picture(name, line["step"], pixels, png)
+            write_picture(self.run / f"{name}.png", pixels)
+        self._track(line)
+        for tracker in self.trackers:
+            for name, pixels in pictures.items():
+                tracker.picture(name, line["step"], pixels)
 
     def _track(self, line: dict[str, Any]) -> None:
         """A resumed run repeats the steps after its checkpoint: trackers may have them already."""
@@ -111,13 +110,13 @@ def write_curves(run: Path, lines: list[dict[str, Any]]) -> None:
         write_text(run / name, "".join(",".join(row) + "\n" for row in rows))
 
 
-def png_of(pixels: np.ndarray) -> bytes:
-    """A PNG of uint8 [H, W, 3]."""
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of uint8 [H, W, 3], there whole or not at all."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="png")
-    return file.getvalue()
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(pixels).save(temporary, format="png")
+    os.replace(temporary, path)
 
 
 def read_log(run: Path, step: int) -> list[dict[str, Any]]:

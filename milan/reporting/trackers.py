@@ -63,15 +63,9 @@ class TensorBoard:
                 group = "train" if key in COLUMNS else "val"
                 self.board.add_scalar(f"{group}/{key.removeprefix('val_')}", value, line["step"])
 
-    def picture(self, name: str, step: int, pixels: np.ndarray, png: bytes) -> None:
-        """A picture, uint8 [H, W, 3], and the same as a PNG."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        height, width, colours = pixels.shape
-        image = Summary.Image(
-            height=height, width=width, colorspace=colours, encoded_image_string=png
-        )
-        self._writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Write what came so far."""
@@ -136,8 +130,8 @@ class WeightsAndBiases:
         """Every figure of a line, at its step."""
         self.run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
-    def picture(self, name: str, step: int, pixels: np.ndarray, png: bytes) -> None:
-        """A picture, uint8 [H, W, 3], and the same as a PNG."""
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
         self.run.log({name: self._image(pixels)}, step=step)
 
     def flush(self) -> None:
@@ -221,7 +215,7 @@ class MLflow:
         except self._fault:
             self.later = time.monotonic() + _LATER
 
-    def picture(self, name: str, step: int, pixels: np.ndarray, png: bytes) -> None:
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3]; one that a server does not take is in TensorBoard alone."""
         if time.monotonic() < self.later:
             return

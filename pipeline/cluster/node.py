@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 
 from milan.core.paths import as_path
+from milan.core.versions import version
 from milan.errors import MilanError
 
 PACKAGES = ("milan-pretrain", "ray", "torch")

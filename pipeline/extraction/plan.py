@@ -67,10 +67,7 @@ class Plan:
         """The content of origin.json: what differs between machines, and is never compared."""
         root = self.root.resolve()
         versions = {name: version(name) for name in _RECORDED}
-        versions |= {
-            "milan": version("milan-pretrain"),
-            "python": platform.python_version(),
-        }
+        versions |= {"milan": version("milan-pretrain"), "python": platform.python_version()}
         return {
             "data": self.config.data,
             "data_root": str(root),

@@ -15,6 +15,7 @@ from typing import Any, Final
 from milan.core.device import seeded_weights
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
+from milan.models.checkpoint_file import CLIP_CONFIG, CLIP_FILES
 from milan.models.layouts import OPENAI_KEYS
 from pipeline.teachers.spec import DEFAULT_PRETRAINED, DEFAULT_TEACHER, TeacherSpec
 from pipeline.teachers.text_tower import TextTower, no_texts
@@ -31,7 +32,6 @@ from pipeline.teachers.weights import (
 )
 
 _PUBLISHED: Final = ("hf-hub:", "local-dir:")
-_FILES: Final = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Keys of vision_cfg that do not change what a frozen tower of given weights and size computes.
 _NOT_ARCHITECTURE: Final = (
     "image_size", "patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path",
@@ -158,7 +158,7 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
     with tempfile.TemporaryDirectory() as folder, seeded_weights(0):
         # open_clip takes a config only from a folder in the layout of its hub.
         hub_config = {"model_cfg": config, "preprocess_cfg": preprocess}
-        Path(folder, "open_clip_config.json").write_text(json.dumps(hub_config), encoding="utf-8")
+        Path(folder, CLIP_CONFIG).write_text(json.dumps(hub_config), encoding="utf-8")
         try:
             model = open_clip.create_model(
                 f"local-dir:{folder}", load_weights=False, force_patch_dropout=0.0, **options
@@ -231,7 +231,7 @@ def tokenizer_of(name: str) -> Any:
     config = architecture_of(name)
     with tempfile.TemporaryDirectory() as folder:
         content = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-        Path(folder, "open_clip_config.json").write_text(content, encoding="utf-8")
+        Path(folder, CLIP_CONFIG).write_text(content, encoding="utf-8")
         return _tokenizer(f"local-dir:{folder}")
 
 
@@ -241,9 +241,7 @@ def _published_config(name: str) -> dict:
     kind, address = name.split(":", 1)
     try:
         if kind == "local-dir":
-            config = json.loads(Path(address, "open_clip_config.json").read_text(encoding="utf-8"))[
-                "model_cfg"
-            ]
+            config = json.loads(Path(address, CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
         else:
             config = open_clip.factory._get_hf_config(address)["model_cfg"]
         config["vision_cfg"].keys(), config["embed_dim"]
@@ -251,7 +249,7 @@ def _published_config(name: str) -> dict:
     except Exception as error:  # hub clients raise many kinds; all mean: no such teacher here
         raise TeacherError(
             f"teacher {name} cannot be loaded: {type(error).__name__}: {error}",
-            expected="a folder with open_clip_config.json and weights"
+            expected=f"a folder with {CLIP_CONFIG} and weights"
             if kind == "local-dir"
             else f"{address} on the hub, or in its local cache",
             fix=f"download {address} elsewhere and use --teacher local-dir:FOLDER"
@@ -325,7 +323,7 @@ def weights_of(spec: TeacherSpec) -> Weights:
     if spec.name.startswith(_PUBLISHED):
         if kind == "local-dir":
             return Weights(spec.name, Path(address).expanduser())
-        return Weights(spec.name, None, address, _FILES)
+        return Weights(spec.name, None, address, CLIP_FILES)
     _, _, source = _local_or_named_config(spec.name, texts=False)
     if pretrained == "none":
         return Weights(spec.name)
@@ -336,7 +334,7 @@ def weights_of(spec: TeacherSpec) -> Weights:
     what = f"{pretrained} of {spec.name}"
     repository, file = os.path.split(entry.get("hf_hub", ""))
     if repository:
-        return Weights(what, None, repository, (file,) if file else _FILES)
+        return Weights(what, None, repository, (file,) if file else CLIP_FILES)
     url = entry.get("url", "")
     cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
     return Weights(what, cached) if cached.is_file() else Weights(what, url=url)

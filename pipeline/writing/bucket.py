@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan.core.paths import AnyPath, Url, files_below, names_in
-from milan.errors import CacheError, MilanError
+from milan.errors import CacheError, DataError, MilanError
 from milan.store.format import CHECK, GENERATION, GENERATIONS, INDEX, LOGS
 from pipeline.writing.lease import Lease, check_conditions
 from pipeline.writing.s3 import delete, get, has_content, head, put
@@ -106,8 +106,12 @@ class Bucket:
                 fix="--out another.zarr",
             )  # fmt: skip
         self._lease = Lease(store, run)
-        for name in checks:  # of runs that were killed
-            delete(store / name)
+        try:
+            for name in checks:  # of runs that were killed
+                delete(store / name)
+        except DataError:
+            self._lease.close()
+            raise
         self._temporary = tempfile.TemporaryDirectory(prefix="milan-store-")
         self.staging = Path(self._temporary.name)
         self._etags: dict[str, str | None] = {}  # of the files read or written; None: no file

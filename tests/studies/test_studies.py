@@ -98,9 +98,11 @@ def test_options_at_equal_steps_and_at_equal_time(
         "options", "--images", "96", "--epochs", "1", "--seeds", "1", "--measured", "40",
         "--options", "visible", "--tuning", "1", "--tuned-images", "64",
     )  # fmt: skip
-    names = ("CPU s", "k-NN", "fine-tuned", "epochs")
     for method in ("published", "visible", "visible, equal time"):
-        assert all(figures.value(method, 0, name) >= 0 for name in names)  # accuracy may be 0
+        assert all(figures.value(method, 0, name) > 0 for name in ("CPU s", "k-NN", "epochs"))
+        # How many epochs take as long differs from call to call, and a head that has seen 64 images
+        # may know none of the 40.
+        assert 0 <= figures.value(method, 0, "fine-tuned") <= 100
     share = figures.value("published", 0, "CPU s") / figures.value("visible", 0, "CPU s")
     expected = max(1, round(figures.value("published", 0, "epochs") * share))
     assert figures.value("visible, equal time", 0, "epochs") == expected
