@@ -436,7 +436,11 @@ def drive(data: str, out: str, settings: dict[str, Any], last_step: int, scratch
     """An extraction in this process, which kills itself before its PUT or DELETE `last_step`."""
     tempfile.tempdir = scratch  # what it leaves there
     steps = 0
-    for name in ("put", "delete"):
+    for module, name in (
+        (pipeline.writing.bucket, "put"),
+        (pipeline.writing.bucket, "delete"),
+        (pipeline.writing.lease, "put"),
+    ):
         real = getattr(pipeline.writing.s3, name)
 
         def step(*arguments: Any, real: Callable = real, **more: Any) -> Any:
@@ -446,7 +450,7 @@ def drive(data: str, out: str, settings: dict[str, Any], last_step: int, scratch
             steps += not arguments[0].text.endswith(".lock")
             return real(*arguments, **more)
 
-        setattr(pipeline.writing.bucket, name, step)
+        setattr(module, name, step)
     extract_targets(data, out=out, **settings)
 
 
