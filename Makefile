@@ -7,6 +7,8 @@ export DVC_NO_ANALYTICS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
+# Tests start many processes, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test tests soak lint format types bench docs package sbom gpu-check clean
 
@@ -47,10 +49,12 @@ docs: install
 package: # PYTHON=python3.13 TORCH=2.6.0: those versions
 	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/package
 
-sbom: install
+sbom: install # its tools have an environment of their own, or they would be in the list
 	mkdir -p sbom
-	cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom/sbom.cdx.json $(BIN)/python
-	pip-licenses --python $(BIN)/python --order license --with-urls --format markdown --output-file sbom/licences.md
+	$(PYTHON) -m venv sbom/.venv
+	sbom/.venv/bin/python -m pip install -qq 'cyclonedx-bom>=6' 'pip-licenses>=5'
+	sbom/.venv/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom/sbom.cdx.json $(BIN)/python
+	sbom/.venv/bin/pip-licenses --python $(BIN)/python --order license --with-urls --format markdown --output-file sbom/licences.md
 
 gpu-check: install
 	python -m benchmarks.gpu_check
