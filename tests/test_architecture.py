@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -266,6 +267,19 @@ def test_every_file_says_what_it_is(file: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             short = isinstance(node, ast.FunctionDef) and len(node.body) <= 4
             assert short or ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def test_readme_has_a_line_for_each_room() -> None:
+    """And none for a room that is gone."""
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("<pre>") : readme.index("</pre>")]
+    rooms, top = set[str](), ""
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        top = top if indent else name
+        rooms.add(f"{top}/{name}" if indent else name)
+    packages = {Path(file).parent.as_posix() for file in FILES}
+    assert packages | {"milan/recipes"} == {r for r in rooms if r.split("/")[0] in FORBIDDEN}
+    assert all((ROOT / room).is_dir() for room in rooms)
 
 
 def test_public_names() -> None:
