@@ -1,4 +1,4 @@
-"""Fixtures: an S3 server on loopback (s3_server.py) behind a proxy with faults (s3_proxy.py)."""
+"""An S3 server on loopback (s3_server.py) behind a proxy with faults (s3_proxy.py): fixtures."""
 
 from __future__ import annotations
 
@@ -60,3 +60,23 @@ def s3(port: int) -> Iterator[Proxy]:
         forget()  # another module's server
         yield proxy
         proxy.stop()
+
+
+def allow(port: int, requests: str) -> None:
+    """Let the server answer so many requests without asking who it is; then refuse."""
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/moto-api/reset-auth",
+        requests.encode(),
+        {"Content-Type": "text/plain"},
+    )
+    urllib.request.urlopen(asked).close()
+
+
+def put_files(bucket: str, files: dict[str, bytes], acl: str = "private") -> None:
+    """Make a bucket, if there is none, with these files by key."""
+    import boto3
+
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=bucket)
+    for key, data in files.items():
+        client.put_object(Bucket=bucket, Key=key, Body=data, ACL=acl)

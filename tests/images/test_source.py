@@ -12,11 +12,9 @@ import pickle
 import shutil
 import sys
 import tarfile
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import fsspec
 import numpy as np
@@ -28,6 +26,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 from helpers import forget, run_here, tree
+from s3 import allow, put_files
+from s3_proxy import Proxy
 
 from milan.core.paths import Url, as_path
 from milan.data.dataset import open_cache
@@ -42,81 +42,13 @@ from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 from pipeline.repair import repair
 
-S3 = {
-    "AWS_ACCESS_KEY_ID": "any",
-    "AWS_SECRET_ACCESS_KEY": "any",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "1",  # a dead server is tried once: tests need not wait
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "NO_PROXY": "127.0.0.1",
-}
-
-
-class Server:
-    """A moto server of our own on loopback, and the requests that it has seen."""
-
-    def __init__(self) -> None:
-        reason = "pip install milan-pretrain[test]: reading from S3 is not tested"
-        moto = pytest.importorskip("moto.server", reason=reason)
-        pytest.importorskip("s3fs", reason=reason)
-        from werkzeug.serving import WSGIRequestHandler, make_server
-
-        class Quiet(WSGIRequestHandler):
-            def log(self, *_: object) -> None:  # type: ignore[override]
-                pass
-
-        moto_app = moto.DomainDispatcherApplication(moto.create_backend_app)
-        self.requests: list[tuple[str, str]] = []
-
-        def app(environ: dict, start: object) -> object:
-            self.requests.append((environ["REQUEST_METHOD"], environ.get("HTTP_RANGE", "")))
-            return moto_app(environ, start)
-
-        self.http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
-
-    def allow(self, requests: str) -> None:
-        """Serve so many requests without asking who it is; then refuse."""
-        headers = {"Content-Type": "text/plain"}
-        url = f"{self.url}/moto-api/reset-auth"
-        asked = urllib.request.Request(url, requests.encode(), headers)
-        urllib.request.urlopen(asked).close()
-
-    def put(self, bucket: str, files: dict[str, bytes], acl: str = "private") -> None:
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=bucket)
-        for key, data in files.items():
-            client.put_object(Bucket=bucket, Key=key, Body=data, ACL=acl)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """S3 in this process's own threads; the environment points at it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in S3.items():
-            patch.setenv(name, value)
-        server = Server()
-        patch.setenv("AWS_ENDPOINT_URL", server.url)
-        forget()  # another module's server
-        yield server
-        server.stop()
-
 
 def files_of(root: Path, prefix: str = "") -> dict[str, bytes]:
     return {prefix + p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*.*")}
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory, photos: Path, server: Server) -> Path:
+def sets(tmp_path_factory: pytest.TempPathFactory, photos: Path, s3: Proxy) -> Path:
     """`photos` as class folders, two tars and two Parquet files; the same under s3://sets.
 
     Members of the tars are in order of names, so that their rows are those of the folder.
@@ -143,7 +75,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory, photos: Path, server: Server)
         pq.write_table(
             pa.Table.from_pylist(rows), root / f"parquet/{part}.parquet", row_group_size=4
         )
-    server.put("sets", files_of(root))
+    put_files("sets", files_of(root))
     return root
 
 
@@ -217,10 +149,10 @@ def test_the_same_rows_and_bytes(sets: Path, kind: str, protocol: str) -> None:
     check_bytes(remote, str(remote.root), expected)
 
 
-def test_http(sets: Path, server: Server) -> None:
+def test_http(sets: Path, s3: Proxy) -> None:
     """A file whose folder is never listed; of an image of a tar just its bytes are asked for."""
-    server.put("public", files_of(sets / "tars"), "public-read")
-    source = resolve_data(f"{server.url}/public/0.tar")
+    put_files("public", files_of(sets / "tars"), "public-read")
+    source = resolve_data(f"{s3.url}/public/0.tar")
     manifest = build_manifest(source, seed=0)
     assert manifest.digest() == build_manifest(sets / "tars/0.tar", seed=0).digest()
     local = ImageSource(manifest, sets / "tars")
@@ -228,10 +160,11 @@ def test_http(sets: Path, server: Server) -> None:
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x cannot be read"):
         resolve_data("http://127.0.0.1:9/x")
     with pytest.raises(DataError, match=r"no data found"):
-        resolve_data(f"{server.url}/public/nix.tar")
+        resolve_data(f"{s3.url}/public/nix.tar")
 
 
-def test_names_of_an_object_store(server: Server) -> None:
+@pytest.mark.usefixtures("s3")
+def test_names_of_an_object_store() -> None:
     """Any text is a key; markers of folders are no images, nor is a neighbour's prefix ours."""
     names = [
         "a b/ü.jpg",
@@ -247,7 +180,7 @@ def test_names_of_an_object_store(server: Server) -> None:
     files = {f"sub/{name}": name.encode() for name in names}
     files |= {"sub/": b"", "sub/a b/": b"", "sub/empty/": b"", "sub2/no.jpg": b"no"}
     files |= {"sub/.hidden/x.jpg": b"", "sub/a b/.x.jpg": b"", "sub/LICENSE": b""}
-    server.put("names", files)
+    put_files("names", files)
     source = resolve_data("s3://names/sub/")
     manifest = build_manifest(source, seed=0)
     assert sorted(manifest.table["key"].to_pylist()) == sorted(names)
@@ -258,36 +191,37 @@ def test_names_of_an_object_store(server: Server) -> None:
     check_bytes(manifest, str(source), [manifest.key(row).encode() for row in range(len(names))])
 
 
-def test_a_read_is_one_request(sets: Path, server: Server) -> None:
+def test_a_read_is_one_request(sets: Path, s3: Proxy) -> None:
     """Of a file, and of a stretch of a tar; requests are what object stores charge and wait for."""
     for kind in ("folder", "tars"):
         manifest = build_manifest(as_path(f"s3://sets/{kind}"), seed=0)
         source = ImageSource(manifest, f"s3://sets/{kind}")
         forget()  # a worker knows no listing
         source.read(0)
-        server.requests = []
+        s3.seen.clear()
         rows = (5, 3, 21)
         for row in rows:
             source.read(row)
-        assert [method for method, _ in server.requests] == ["GET"] * 3
+        assert [request.method for request, _ in s3.seen] == ["GET"] * 3
         if kind == "tars":
             starts = [manifest.table["offset"][row].as_py() for row in rows]
             sizes = [manifest.table["bytes"][row].as_py() for row in rows]
             ranges = [f"bytes={a}-{a + n - 1}" for a, n in zip(starts, sizes, strict=True)]
-            assert [asked for _, asked in server.requests] == ranges
+            assert [request.headers["range"] for request, _ in s3.seen] == ranges
 
 
-def test_what_changes_is_seen(server: Server) -> None:
+@pytest.mark.usefixtures("s3")
+def test_what_changes_is_seen() -> None:
     """fsspec keeps listings: a second extraction in one process would go by the first's."""
-    server.put("splits", {"train/c/1.jpg": b"1", "val/c/2.jpg": b"2"})
+    put_files("splits", {"train/c/1.jpg": b"1", "val/c/2.jpg": b"2"})
     assert str(build_manifest(as_path("s3://splits"), seed=0).root) == "s3://splits/train"
-    server.put("splits", {"train2/c/3.jpg": b"3"})
+    put_files("splits", {"train2/c/3.jpg": b"3"})
     manifest = build_manifest(as_path("s3://splits"), seed=0)
     assert (str(manifest.root), len(manifest), manifest.classes) == ("s3://splits", 2, ["c"])
-    server.put("grows", {"a/1.jpg": b"1"})
+    put_files("grows", {"a/1.jpg": b"1"})
     assert len(build_manifest(as_path("s3://grows"), seed=0)) == 1
     assert not as_path("s3://grows/b").exists()
-    server.put("grows", {"b/2.jpg": b"2", "b/empty.jpg": b""})
+    put_files("grows", {"b/2.jpg": b"2", "b/empty.jpg": b""})
     assert as_path("s3://grows/b").is_dir()
     manifest = build_manifest(as_path("s3://grows"), seed=0)
     assert len(manifest) == 3
@@ -323,12 +257,11 @@ def test_a_fork_connects_anew(sets: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_where_a_name_leads(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("s3")
+def test_where_a_name_leads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """--data-root and $MILAN_DATA may be URLs; a set that is cut into splits means its train."""
-    server.put("lake", {f"x/imagenet/{part}/c/1.jpg": b"1" for part in ("train", "val")})
-    server.put("lake", {"x/plain/c/1.jpg": b"1"})
+    put_files("lake", {f"x/imagenet/{part}/c/1.jpg": b"1" for part in ("train", "val")})
+    put_files("lake", {"x/plain/c/1.jpg": b"1"})
     monkeypatch.chdir(tmp_path)
     source = resolve_data("imagenet", "s3://lake/x")
     assert str(source) == "s3://lake/x/imagenet"
@@ -346,7 +279,7 @@ def test_where_a_name_leads(
 
 
 @pytest.fixture
-def afresh(server: Server) -> Iterator[None]:
+def afresh(s3: Proxy) -> Iterator[None]:
     """Connections are made anew here, and again after it."""
     forget()
     yield
@@ -354,9 +287,7 @@ def afresh(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("afresh", "sets")
-def test_errors_end_in_one_line(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_errors_end_in_one_line(port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No bucket, folder, permission, server, protocol: what was found, expected, what to type."""
 
     def refused(url: str, *said: str) -> None:
@@ -366,15 +297,16 @@ def test_errors_end_in_one_line(
         for text in (url[:9], "expected: ", *said):
             assert text in ran.err
 
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # a dead server is tried once: tests need not wait
     refused("s3://no-such-bucket/x", "no data found", "bucket")
     refused("s3://sets/nix", "no data found", "bucket")
     refused("s3://sets/tars/0.tar/x", "no data found")
     refused("s4://sets/tars", "Protocol not known")
-    server.allow("0")
+    allow(port, "0")
     try:
         refused("s3://sets/folder", "Forbidden", "AWS_PROFILE")
     finally:
-        server.allow("inf")
+        allow(port, "inf")
     forget()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     refused("s3://sets/folder", "Could not connect", "127.0.0.1:9", "AWS_ENDPOINT_URL")
@@ -394,10 +326,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_data("gs://sets/folder")
 
 
-def test_broken_remote_files_are_refused(sets: Path, server: Server) -> None:
+def test_broken_remote_files_are_refused(sets: Path) -> None:
     """By name, as local ones are."""
     tar, parquet = (sets / "tars/0.tar").read_bytes(), (sets / "parquet/0.parquet").read_bytes()
-    server.put("broken", {
+    put_files("broken", {
         "tar/0.tar": tar[:30_000], "parquet/0.parquet": parquet[:-20], "gz/0.tar.gz": b"",
         "zip/0.tar": b"\x1f\x8b" + tar, "text/a.txt": b"x",
     })  # fmt: skip
@@ -412,11 +344,11 @@ def test_broken_remote_files_are_refused(sets: Path, server: Server) -> None:
             build_manifest(as_path(f"s3://broken/{kind}"), seed=0)
 
 
-def test_one_image_gone(sets: Path, server: Server) -> None:
+def test_one_image_gone(sets: Path) -> None:
     """A reason in its record, which names the file and does not vary between runs."""
     import boto3
 
-    server.put("gone", files_of(sets))
+    put_files("gone", files_of(sets))
     for kind, key in {
         "folder": "class 0/bild 00 ü.jpg",
         "tars": "1.tar",

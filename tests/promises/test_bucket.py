@@ -11,7 +11,6 @@ import os
 import signal
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +45,7 @@ from pipeline.writing.s3 import delete, get, put
 
 pytest.importorskip("moto", reason="pip install milan-pretrain[test]: buckets are not tested")
 pytest.importorskip("s3fs", reason="pip install milan-pretrain[test]: buckets are not tested")
+from s3 import allow
 from s3_proxy import Proxy, Request
 
 GENERATION = "generations/000"
@@ -569,16 +569,6 @@ def test_a_server_without_conditions_is_refused(
     s3.fault = lambda request: "deaf"
     with pytest.raises(CacheError, match="ignores the conditions of a PUT"):
         extract_targets(str(photos), out=url, **settings)
-
-
-def allow(port: int, requests: str) -> None:
-    """Let the server answer so many requests without asking who it is."""
-    asked = urllib.request.Request(
-        f"http://127.0.0.1:{port}/moto-api/reset-auth",
-        requests.encode(),
-        {"Content-Type": "text/plain"},
-    )
-    urllib.request.urlopen(asked).close()
 
 
 def test_no_bucket_and_no_right(
