@@ -3,8 +3,9 @@
     Location   of a path: needs no lock, any process may ask (driver, workers, dry run)
     Backend    of the one process that holds the store's lock (driver)
 
-To add a backend, write both in a file of their own, name the location in `location_of`, and teach
-milan.core.paths to read it. tests/writing/test_backend.py checks what is promised here.
+To add a backend, write both in a file of their own, name the location in `location_of`, and say in
+milan.store.generation how tensorstore reads it. tests/writing/test_backend.py checks what is
+promised here.
 """
 
 from __future__ import annotations
