@@ -13,8 +13,11 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.distributed import SINGLE, Ranks
 from milan.core.progress import NoProgress, Progress
-from milan.data.loader import Batch
+from milan.data.dataset import CachedDataset
+from milan.data.feeding import Workers, loader_workers
+from milan.data.loader import Batch, training_loader
 from milan.data.order import Order, Stream, order_of
+from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
 from milan.models.masking import visible_count
 from milan.models.student import Student, build_student
@@ -232,11 +235,11 @@ def run_order(config: PretrainConfig, cache: TargetCache) -> Order:
         window_rows=config.window_rows,
         held_out=config.held_out,
     )
-    untold = untold_rows(config, cache)
-    return order.without(untold, untold[:0]) if len(untold) else order
+    without = uncaptioned_rows(config, cache)
+    return order.without(without, without[:0]) if len(without) else order
 
 
-def untold_rows(config: PretrainConfig, cache: TargetCache) -> np.ndarray:
+def uncaptioned_rows(config: PretrainConfig, cache: TargetCache) -> np.ndarray:
     """Rows without a caption or a class, where the objective needs one; ascending, int64."""
     if not objective_class(config.objective).needs_tokens:
         return np.zeros(0, np.int64)
@@ -277,6 +280,33 @@ def check_room(order: Order, cache: TargetCache, limit: int) -> None:
             expected="room for one window, better for two",
             fix="a larger --cache-limit, or a smaller window: --set window_rows=N",
         )
+
+
+def loader_of(
+    dataset: CachedDataset, sampler: StepSampler, objective: Objective, student: Student,
+    **reading: Any,
+) -> Any:  # fmt: skip
+    """The micro-batches of `sampler` with what the objective needs of them.
+
+    `reading` is how they are read: the other arguments of `training_loader`.
+    """
+    return training_loader(
+        dataset,
+        sampler,
+        features=objective.needs_features,
+        tokens=objective.needs_tokens,
+        texts=objective.needs_texts,
+        patches=student.patches,
+        **reading,
+    )
+
+
+def workers_of(
+    config: PretrainConfig, dataset: CachedDataset, micro_batch: int, ranks: Ranks
+) -> Workers:
+    """How many loader workers each rank has."""
+    channels = dataset.channels.law.count if dataset.channels else 0
+    return loader_workers(config.num_workers, dataset.cache, micro_batch, ranks.on_node, channels)
 
 
 # --- the task -------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +18,20 @@ from milan.core.distributed import Ranks
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
 from milan.data.dataset import CachedDataset
-from milan.data.feeding import Feeding, loader_workers
-from milan.data.loader import training_loader
+from milan.data.feeding import Feeding
+from milan.data.loader import Batch
 from milan.data.sampler import StepSampler
 from milan.models.kernels import choose_kernels
 from milan.objectives.base import JointObjective
 from milan.training.build import (
+    Settings,
+    loader_of,
     micro_batch_of,
     resolve_defaults,
     run_order,
     schedule_of,
     student_of,
+    workers_of,
 )
 from milan.training.channels import prepare, resumed
 from milan.training.compilation import StepLoss, compile_step
@@ -35,11 +40,56 @@ from milan.training.loop import Context
 from milan.training.machine_errors import as_train_error
 from milan.training.memory import peak_bytes
 from milan.training.optim import adamw
-from milan.training.pretrain import Call
-from milan.training.run import decide
-from milan.training.run_store import decoder_of, differing, open_cache_of
+from milan.training.pretrain import Call, start_of
+from milan.training.run_store import decoder_of, open_cache_of
 
 _STEPS = 3  # that are timed, after one that is not
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A micro-batch on the host, and what a step does with it."""
+
+    settings: Settings
+    step: StepLoss
+    optimiser: torch.optim.Optimizer
+    batch: Batch
+    device: torch.device
+
+    def medians(self, twice: bool, progress: Progress) -> tuple[float, float]:
+        """Seconds of the gradient of the micro-batch, and of the update of the weights.
+
+        `twice`: the batch is seen once more before, without a gradient.
+        """
+        timings = []
+        progress.begin("time a step", _STEPS + 1, "steps")
+        for done in range(_STEPS + 1):
+            first = self._seconds(self._first_pass) if twice else 0.0
+            timings.append(
+                (first + self._seconds(self._gradient), self._seconds(self.optimiser.step))
+            )
+            self.optimiser.zero_grad(set_to_none=True)
+            progress.advance(done + 1)
+        progress.end()
+        gradients, updates = zip(*timings[1:], strict=True)
+        return statistics.median(gradients), statistics.median(updates)
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def _first_pass(self) -> None:
+        with torch.no_grad(), autocast(self.device, self.settings.precision):
+            self.step.objective.predict(self.step.network, self.batch.to(self.device))
+
+    def _gradient(self) -> None:
+        with autocast(self.device, self.settings.precision):
+            loss = self.step(self.batch.to(self.device))
+        assert type(loss) is torch.Tensor, "a step of the estimate ran on fake tensors"
+        loss.backward()
 
 
 def estimate_run(
@@ -62,13 +112,7 @@ def estimate_run(
     cache = open_cache_of(config)
     order = run_order(config, cache).without(cache.dropped, cache.dropped[:0])
     run, call = Path(config.out), call or Call()
-    start = decide(
-        run,
-        lambda: differing(run, config, settings.values()),
-        resume=call.resume,
-        overwrite=call.overwrite,
-        progress=progress,
-    )
+    start = start_of(settings, call, run, progress)
     student = student_of(settings, cache, decoder=decoder_of(run) if start.step else None)
     dataset = CachedDataset(cache, data_root=config.data_root)
     own = Context(run, device, progress=progress)
@@ -89,59 +133,21 @@ def estimate_run(
     objective.to(device)
 
     # The second batch is measured: the first opens the store and the images.
-    loader = training_loader(
-        dataset,
-        StepSampler(replace(order, batch_size=micro), start=0, stop=2, micro=micro),
-        features=objective.needs_features,
-        tokens=objective.needs_tokens,
-        texts=objective.needs_texts,
-        num_workers=0,
-        patches=student.patches,
-    )
+    sampler = StepSampler(replace(order, batch_size=micro), start=0, stop=2, micro=micro)
+    loader = loader_of(dataset, sampler, objective, student, num_workers=0)
     *_, batch = loader
-    workers = loader_workers(
-        config.num_workers, cache, micro, ranks.on_node,
-        prepared.channels.law.count if prepared.channels else 0,
-    )  # fmt: skip
+    workers = workers_of(config, dataset, micro, ranks)
 
-    step_loss = compile_step(
-        StepLoss(objective, student, objective.loss),
-        lambda: batch.to(device),
-        settings,
-        Context(Path(config.out), device, progress=progress),
-    )
-
-    def seconds(work: str) -> float:
-        began = time.perf_counter()
-        if work == "update":
-            optimiser.step()
-        elif work == "first pass":
-            with torch.no_grad(), autocast(device, settings.precision):
-                objective.predict(step_loss.network, batch.to(device))
-        else:
-            with autocast(device, settings.precision):
-                loss = step_loss(batch.to(device))
-            assert type(loss) is torch.Tensor, "a step of the estimate ran on fake tensors"
-            loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
+    step_loss = StepLoss(objective, student, objective.loss)
+    step_loss = compile_step(step_loss, lambda: batch.to(device), settings, own)
     # Of micro-batches that are compared with each other each is seen twice (JointStep).
     twice = isinstance(objective, JointObjective) and schedule.accumulate > 1
     peak = peak_bytes(student, settings, cache, device, micro, ranks=ranks.size)
     progress.note(f"memory: {format_bytes(peak)} of tensors on each rank at the peak")
-    progress.begin("time a step", _STEPS + 1, "steps")
-    timings = []
-    with as_train_error(Path(config.out), micro), tf32(device, settings.tf32):
-        for done in range(_STEPS + 1):
-            first = seconds("first pass") if twice else 0.0
-            timings.append((first + seconds("gradient"), seconds("update")))
-            optimiser.zero_grad(set_to_none=True)
-            progress.advance(done + 1)
-    progress.end()
-    image = statistics.median(gradient for gradient, _ in timings[1:]) / micro
-    update = statistics.median(update for _, update in timings[1:])
+    trial = _Trial(settings, step_loss, optimiser, batch, device)
+    with as_train_error(run, micro), tf32(device, settings.tf32):
+        gradient, update = trial.medians(twice, progress)
+    image = gradient / micro
     step = image * config.batch_size / ranks.size + update
     rate = config.batch_size / ranks.size / step
     feeding = Feeding(loader.loading, workers, ranks.on_node, dataset.stored, rate)

@@ -25,8 +25,8 @@ from milan.core.units import parse_bytes
 from milan.core.versions import version
 from milan.core.waiting import Stopped
 from milan.data.dataset import CachedDataset
-from milan.data.feeding import Feeding, Loading, loader_workers
-from milan.data.loader import batch_wait, training_loader
+from milan.data.feeding import Feeding, Loading
+from milan.data.loader import batch_wait
 from milan.data.order import GrownOrder, Order, Stream, shuffle_quality
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
@@ -45,12 +45,14 @@ from milan.training.build import (
     PretrainTask,
     Settings,
     check_room,
+    loader_of,
     micro_batch_of,
     resolve_defaults,
     run_order,
     schedule_of,
     student_of,
-    untold_rows,
+    uncaptioned_rows,
+    workers_of,
 )
 from milan.training.channels import colours_of, prepare, resumed
 from milan.training.channels import describe as describe_channels
@@ -182,15 +184,7 @@ def _train(
     ranks.on_rank0(lambda: check_place(run, stores))
     # What this call does is decided under the lock: a call before it may have trained until now.
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
-    start = ranks.on_rank0(
-        lambda: decide(
-            run,
-            lambda: differing(run, config, settings.values()),
-            resume=call.resume,
-            overwrite=call.overwrite,
-            progress=progress,
-        )
-    )
+    start = ranks.on_rank0(lambda: start_of(settings, call, run, progress))
     step = start.step or 0
     order, cache, parts = _order_and_store(config, start, context)
     dataset = _open_dataset(settings, order, cache, context)
@@ -258,6 +252,17 @@ def _train(
     return figures | {"run": str(run), "rank": ranks.rank}
 
 
+def start_of(settings: Settings, call: Call, run: Path, progress: Progress) -> Start:
+    """Whether the call resumes the run in the folder, or begins anew; as `decide` does."""
+    return decide(
+        run,
+        lambda: differing(run, settings.config, settings.values()),
+        resume=call.resume,
+        overwrite=call.overwrite,
+        progress=progress,
+    )
+
+
 def _fit(
     settings: Settings,
     schedule: Schedule,
@@ -277,10 +282,7 @@ def _fit(
     objective = settings.objective(dataset.cache, ranks)
     objective.to(device)
     network = parallelise(student, ranks, config.parallel, settings.precision)
-    workers = loader_workers(
-        config.num_workers, dataset.cache, micro_batch, ranks.on_node,
-        dataset.channels.law.count if dataset.channels else 0,
-    )  # fmt: skip
+    workers = workers_of(config, dataset, micro_batch, ranks)
     context.progress.note(f"data loading: {workers.words()}")
     step = StepLoss(objective, network, objective.loss)
     trial = partial(trial_batch, micro_batch, student, dataset.cache, device, objective=objective)
@@ -320,17 +322,10 @@ def _fit(
             ranks=ranks.size,
             after_epoch=plan.addresses,
         )
-        loader = training_loader(
-            dataset,
-            sampler,
-            features=objective.needs_features,
-            tokens=objective.needs_tokens,
-            texts=objective.needs_texts,
-            num_workers=workers.count,
-            pin_memory=device.type == "cuda",
-            patches=student.patches,
-            wait=batch_wait(context.progress, context.stop),
-        )
+        loader = loader_of(
+            dataset, sampler, objective, student, num_workers=workers.count,
+            pin_memory=device.type == "cuda", wait=batch_wait(context.progress, context.stop),
+        )  # fmt: skip
         loader.loading = loading
         return loader
 
@@ -471,8 +466,8 @@ def _note_settings(
         progress.note(f"left out: {without} images without targets")
     for note in settings.objective(cache).notes():
         progress.note(note)
-    if untold := len(untold_rows(config, cache)):
-        progress.note(f"left out: {untold:,} images without a caption or a class")
+    if without := len(uncaptioned_rows(config, cache)):
+        progress.note(f"left out: {without:,} images without a caption or a class")
     changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(

@@ -27,7 +27,7 @@ from milan.reporting.contact_sheet import contact_sheet
 from milan.reporting.run_files import read_run
 from milan.store.cache import TargetCache
 from milan.store.sentences import Sentences
-from milan.training.build import resolve_defaults, run_order, student_of, untold_rows
+from milan.training.build import resolve_defaults, run_order, student_of, uncaptioned_rows
 from milan.training.estimate import estimate_run
 from pipeline.extract import extract_targets
 from pipeline.verify import GOOD, Audit, verify
@@ -157,7 +157,7 @@ def test_images_without_a_sentence_are_left_out(captions: Path, tmp_path: Path) 
     cache = TargetCache(tmp_path / "t.zarr")
     config = PretrainConfig(objective="rils", batch_size=8)
     order, bare = run_order(config, cache), row_of(cache, BARE)
-    assert untold_rows(config, cache).tolist() == [bare]
+    assert uncaptioned_rows(config, cache).tolist() == [bare]
     assert sorted([*order.train_rows, *order.validation_rows]) == [
         row for row in range(24) if row != bare
     ]
