@@ -53,14 +53,14 @@ def visualise(
     from stages import console
 
     progress = console.ConsoleProgress()
-    law = {f"--{n.replace('_', '-')}": flags[n] for n in LAW if n not in ("data_root", "seed")}
-    given = [name for name, value in (law | {"--params": params, "--set": sets}).items() if value]
+    views = {f"--{n.replace('_', '-')}": flags[n] for n in LAW if n not in ("data_root", "seed")}
+    given = [name for name, value in (views | {"--params": params, "--set": sets}).items() if value]
     if not (cache or given):
         raise typer.BadParameter("a store, or --data", param_hint="CACHE")
     if cache and given:
         raise ConfigError(
-            f"{given[0]} beside a store, whose views are drawn already",
-            expected="a store, or --data and a law",
+            f"{given[0]} with a store, whose views are fixed",
+            expected="a store, or --data and how its views are drawn",
             fix=f"milan visualise {cache}",
         )
     if cache is None:

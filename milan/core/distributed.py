@@ -189,7 +189,7 @@ def _text(name: str, expected: str, fix: str) -> str:
     if value := os.environ.get(name, "").strip():
         return value
     found = f"the environment variable {name} is " + ("empty" if name in os.environ else "not set")
-    raise ConfigError(f"{found}, but {_told_ranks()}", expected=expected, fix=fix)
+    raise ConfigError(f"{found}, but {_rank_variables()}", expected=expected, fix=fix)
 
 
 def _number(
@@ -206,7 +206,7 @@ def _number(
     raise ConfigError(f"the environment variable {name}={text}", expected=expected, fix=fix)
 
 
-def _told_ranks() -> str:
+def _rank_variables() -> str:
     """The variables that say that this process is one of several."""
     names = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     return " and ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
@@ -222,7 +222,7 @@ def _meet(ranks: Ranks, stop: Stop | None, progress: Progress | None) -> dist.St
     host = _text("MASTER_ADDR", "the machine of rank 0", fix)
     port = _number("MASTER_PORT", fix, least=1, below=65_536)
     wait = Wait(
-        f"all {ranks.size} ranks to meet at {host}:{port} ({_told_ranks()})",
+        f"all {ranks.size} ranks to meet at {host}:{port} ({_rank_variables()})",
         limit=_MEETING, fix=fix, progress=progress, stop=stop,
     )  # fmt: skip
     # torchrun's agent keeps a store for its ranks, over their restarts.
@@ -245,7 +245,7 @@ def _meet(ranks: Ranks, stop: Stop | None, progress: Progress | None) -> dist.St
             store = dist.PrefixStore(f"milan/{attempt}", store)
             if store.add(f"rank {ranks.rank}", 1) > 1:
                 raise ConfigError(
-                    f"two processes are rank {ranks.rank} ({_told_ranks()})",
+                    f"two processes are rank {ranks.rank} ({_rank_variables()})",
                     expected="a number of its own for each rank",
                     fix=fix,
                 )

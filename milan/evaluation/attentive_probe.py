@@ -30,7 +30,7 @@ from milan.evaluation.config import AttentiveProbeConfig
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Share
 from milan.evaluation.heads import Head, Steps, at_most, best_of, of_step, scores_of
-from milan.evaluation.linear_probe import judged, mean_and_std
+from milan.evaluation.linear_probe import mean_and_std, measure_classifier
 from milan.evaluation.patches import file_rows
 
 _GRID = {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 0.1)}
@@ -80,7 +80,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     settings = {"queries": config.queries, "tokens": config.tokens, "epochs": epochs}
     settings |= {"step_images": step_images, **chosen}
     val = Share(evaluation.val, evaluation.context, change=standardise)
-    return {**judged(evaluation, val, scores_of(module)), **settings}
+    return {**measure_classifier(evaluation, val, scores_of(module)), **settings}
 
 
 def _standardisation(evaluation: Evaluation) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -56,7 +56,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     fit = fit_published if config.protocol == "published" else fit_dinov2
     module, settings = fit(evaluation)
     val = Share(evaluation.val, evaluation.context)
-    figures = judged(evaluation, val, scores_of(module))
+    figures = measure_classifier(evaluation, val, scores_of(module))
     return {"protocol": config.protocol, **figures, **settings}
 
 
@@ -76,10 +76,10 @@ def _fit_to_convergence(evaluation: Evaluation) -> dict[str, Any]:
     context.progress.advance(len(_L2) + 1)
     context.progress.end()
     val = Share(evaluation.val, context, change=standardise)
-    return {**judged(evaluation, val, lambda x: x @ weight + bias), "l2": strength}
+    return {**measure_classifier(evaluation, val, lambda x: x @ weight + bias), "l2": strength}
 
 
-def judged(
+def measure_classifier(
     evaluation: Evaluation, val: Share, classify: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
     """top1, top5 and their intervals of `classify`, features [b, ...] to scores [b, classes].

@@ -70,7 +70,7 @@ class Protocol:
     columns: tuple[Column, ...]
     """Of the report; the first is drawn as a chart."""
     classifies: bool = False
-    """Whether --corruptions can be measured: `run` returns what `judged` of the linear probe says,
+    """Whether --corruptions can be measured: `run` returns what `measure_classifier` returns,
     or trains a classifier and names its folder."""
     settings: type[LabelledConfig] = EvaluationConfig
     """A dataclass that adds settings of its own to EvaluationConfig, or to LabelledConfig if it

@@ -193,7 +193,7 @@ class DetectTask(SupervisedTask):
             draw = rng.bits(self.config.seed, rng.MIXED, (positions[0],), 1)[0]
             manual_seed(int(draw >> 1), self.context.device)
             with autocast(self.context.device, self.plan.precision):
-                found, losses = self.judged.detect(batch.images(), shapes, batch.targets())
+                found, losses = self.evaluated.detect(batch.images(), shapes, batch.targets())
             for name, loss in losses.items():
                 sums[name] += float(loss) * len(positions)
             for position, one, whole in zip(positions, found, batch.readable.tolist(), strict=True):

@@ -246,7 +246,7 @@ class FinetuneTask(SupervisedTask):
         total, answers = 0.0, Answers(self.data.val.labels, self.data.classes)
         with autocast(self.context.device, self.plan.precision):
             for batch in batches:
-                logits = self.judged(self._images(batch)).float()
+                logits = self.evaluated(self._images(batch)).float()
                 known = batch.labels.clamp(min=0)  # -1: a class that training lacks
                 losses = F.cross_entropy(logits, known, reduction="none")
                 best = logits.topk(min(TOP, self.classes), dim=1).indices

@@ -203,7 +203,7 @@ class Segment(Supervised):
     def results(self, task: SegmentTask, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Head and window; metrics; writes classes.csv and confusion.csv."""
         assert task.outcome is not None
-        found, network = task.outcome.agreement, task.judged
+        found, network = task.outcome.agreement, task.evaluated
         _write_tables(run, task.outcome, task.data)
         described = {
             "protocol": self.config.protocol, "window": list(self.window),
@@ -248,7 +248,7 @@ class SegmentTask(SupervisedTask):
     @property
     def kept(self) -> nn.Module:
         """The segmenter; of the teacher's the head, for its encoder is none of timm's."""
-        return self.judged.head if self.config.checkpoint == "teacher" else self.judged
+        return self.evaluated.head if self.config.checkpoint == "teacher" else self.evaluated
 
     def loss(self, batch: MaskedBatch) -> torch.Tensor:
         """Cross-entropy of the pixels that count, the auxiliary classifier's added."""
@@ -267,7 +267,7 @@ class SegmentTask(SupervisedTask):
 
     def measure(self, batches: Iterator[MaskedBatch]) -> tuple[dict[str, float], dict[str, Any]]:
         """val_loss, val_miou and val_accuracy (percent), and a sheet of the first images."""
-        classes, network = len(self.data.classes), self.judged
+        classes, network = len(self.data.classes), self.evaluated
         counts, total = torch.zeros(classes, classes, dtype=torch.int64), 0.0
         seen, rows = list[tuple[int, Areas]](), list[MaskRow]()
         for batch in batches:
@@ -304,7 +304,7 @@ class SegmentTask(SupervisedTask):
         return metrics, {SHEET: sheet}
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:
-        return self.judged(normalise(windows, self.plan.mean, self.plan.std))
+        return self.evaluated(normalise(windows, self.plan.mean, self.plan.std))
 
     def _outcome(self, own: np.ndarray, seen: list[tuple[int, Areas]]) -> Outcome:
         """Of what all ranks have seen, in the order of the images."""

@@ -106,7 +106,7 @@ class SupervisedTask(ABC):
         self.network = parallelise(network, context.ranks, "ddp")
         self.forward: Any = self.network
         """What `loss` calls: the network, perhaps compiled."""
-        self.judged: Any = parts["average"].module if "average" in parts else network
+        self.evaluated: Any = parts["average"].module if "average" in parts else network
         """Whose weights are measured and kept."""
         self.rejected: set[int] = set()
         """Positions of images that cannot be read, as far as this rank saw."""
@@ -121,23 +121,23 @@ class SupervisedTask(ABC):
     def measure(self, batches: Iterator[Any]) -> tuple[dict[str, float], dict[str, Any]]:
         """Metrics (val_loss and more) and pictures by name, of all ranks' validation images.
 
-        `self.judged` is in eval mode. Gradients are off; autocast is the protocol's choice.
+        `self.evaluated` is in eval mode. Gradients are off; autocast is the protocol's choice.
         """
 
     @property
     def kept(self) -> nn.Module:
         """Whose weights the run's file has."""
-        return self.judged
+        return self.evaluated
 
     def validate(
         self, epoch: int, batches: Iterator[Any]
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """`measure` with this rank's batches of validation images; all must call it."""
         taken = ((address, next(batches)) for address in self.addresses(epoch))
-        self.judged.eval()
+        self.evaluated.eval()
         with torch.no_grad():
             found = self.measure(batch for address, batch in taken if not address.padding)
-        self.judged.train()
+        self.evaluated.train()
         self.measured = True
         return found
 

@@ -507,18 +507,18 @@ def _spread(count: int) -> list[int]:
 def _check_views(wanted: CacheSpec, existing: CacheSpec) -> None:
     """Raises ConfigError unless both have the same views: layers share their crops."""
     if not _same_views(wanted, existing):
-        law = {name: part for name, part in existing.view_law.items() if name != "size"}
+        view_law = {name: part for name, part in existing.view_law.items() if name != "size"}
         raise ConfigError(
             "another view spec or shard size than the store's",
-            expected=f"the store's: {law}, --shard-size {existing.shard_size}",
+            expected=f"the store's: {view_law}, --shard-size {existing.shard_size}",
             fix="--out another.zarr",
         )
 
 
 def _same_views(one: CacheSpec, other: CacheSpec) -> bool:
     """Whether two specs have the same crops, whatever their size in pixels, and blocks."""
-    laws = [canonical({**spec.view_law, "size": None}) for spec in (one, other)]
-    return laws[0] == laws[1] and one.shard_size == other.shard_size
+    view_laws = [canonical({**spec.view_law, "size": None}) for spec in (one, other)]
+    return view_laws[0] == view_laws[1] and one.shard_size == other.shard_size
 
 
 def _with_ranges(wanted: CacheSpec, existing: CacheSpec) -> CacheSpec:

@@ -29,7 +29,7 @@ from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Context, Features, File, Labelled, _Files
 from milan.evaluation.frozen import Frozen, frozen_encoder
 from milan.evaluation.heads import Head, Steps, best_of, train_heads
-from milan.evaluation.linear_probe import judged, linear_probe, measure
+from milan.evaluation.linear_probe import linear_probe, measure, measure_classifier
 from milan.evaluation.published_probes import WholeBatchNorm, fit_dinov2, fit_published
 from milan.evaluation.shuffled import Shuffled
 from milan.models.export import load_encoder
@@ -201,7 +201,9 @@ def test_the_grid_finds_what_tells_classes(case: str, tmp_path: Path) -> None:
     blind = replace(evaluation.val, labels=np.zeros(90, int))  # cannot help to choose
     module, chosen = fit_dinov2(replace(evaluation, val=blind))
     assert chosen.items() >= expected.items()
-    figures = judged(evaluation, features.Share(evaluation.val, CPU), lambda x: module(x).detach())
+    figures = measure_classifier(
+        evaluation, features.Share(evaluation.val, CPU), lambda x: module(x).detach()
+    )
     assert figures["top1"] > 80
 
 
