@@ -26,16 +26,17 @@ class PretrainConfig:
     cache: str = setting("targets.zarr", identity=False)
     """A finished store: a path or a URL."""
     layer: str | None = setting(None, identity=False, several=True)
-    """Which targets, of a store that holds several (`milan inspect` names them). Several: a head
-    for each teacher; STORE::NAME is a layer of another store of the same views."""
+    """Layer of a store that has several (`milan inspect` names them). With several names the
+    student has a head for each teacher; STORE::NAME is a layer of another store of the same
+    views."""
     mask_layer: str | None = setting(None, identity=False)
-    """Whose attention draws the masks, of several layers; default: the first's."""
+    """With several layers: the one whose attention draws the masks; default: the first."""
     out: str = setting("runs/pretrain", identity=False)
     """The run's folder."""
     data_root: str | None = setting(None, identity=False)
-    """Where the images lie, if not where the store says."""
+    """Where the images are, if not where the store says."""
     recipe: str = setting("vit_base", identity=False)
-    """A recipe, from which all else deviates: vit_base, vit_large, rils_vit_base."""
+    """A recipe: it gives the defaults of all other settings. vit_base, vit_large, rils_vit_base."""
 
     # What is learnt
     model: str = "vit_base_patch16_224"
@@ -46,41 +47,42 @@ class PretrainConfig:
     """embed_dim 2/3 of the model's, at most 512; depth 8; num_heads embed_dim / 32; mlp_ratio 4:
     --set decoder.depth=2."""
     objective: str = "milan"
-    """milan (the teacher's features), pixels (MAE, the baseline), rils (captions), rils-cached
-    (what the teacher's features say of texts), or package.module:Class."""
+    """milan (the teacher's features), pixels (MAE, the baseline), rils (captions), rils-cached (the
+    teacher's features compared with texts), or package.module:Class."""
     objective_args: dict[str, Any] = field(default_factory=dict)
     """rils: weight, teacher_tau, student_tau, normaliser; rils-cached: teacher_tau, student_tau,
     rows, gate, sentences, draws, milan: --set objective.weight=0.5."""
     loss: str = setting("cosine", choices=("cosine", "smooth-l1", "relation"))
-    """milan: the distance of a predicted token: cosine (2 - 2 cos, as published), smooth-l1 (beta
-    2, as data2vec), or relation (of its relation to the image's other tokens, after TinyMIM)."""
+    """milan: distance between a predicted token and its target: cosine (2 - 2 cos, as published),
+    smooth-l1 (beta 2, as data2vec), or relation (how both relate to the image's other tokens, after
+    TinyMIM)."""
     target_norm: str | None = setting(
         None, choices=("none", "layernorm", "standardise", "phi-s"), auto=True
     )
-    """milan: the teacher's features as they are (none), each token normalised (layernorm), each
-    channel (standardise), or all alike after a rotation (phi-s); the last two by statistics of the
-    store. Auto: none, with smooth-l1 layernorm."""
+    """milan: how the teacher's features are normalised: none, layernorm (each token), standardise
+    (each channel), phi-s (all channels alike, after a rotation). The last two use statistics of the
+    store. Auto: layernorm with smooth-l1, else none."""
     predict: str = setting("all", choices=("all", "both", "masked", "visible"))
-    """milan: which tokens are in the loss: all alike, the class token too (as published); both
-    kinds of patches, each kind half (CAE v2); masked patches; visible ones, and none is decoded
-    (MaskAlign)."""
+    """milan: the tokens in the loss: all (each counts the same, the class token too; as published),
+    both (masked and visible patches count half each; CAE v2), masked, or visible (nothing is
+    decoded; MaskAlign)."""
     class_weight: float | None = setting(None, unit="times", auto=True, least=0)
-    """milan: weight of the class token beside 1 for the patches (MEDiC); auto: that of any token
-    with predict all, else 0."""
+    """milan: weight of the class token, where the patches have 1 (MEDiC). Auto: with predict all
+    that of any other token, else 0."""
     deep_supervision: str | None = setting(None, several=True)
-    """milan: encoder blocks, such as 6,8,10 (DeepMIM, for ViT-B), whose tokens predict the targets
-    too, each by a decoder of its own that is not exported."""
+    """milan: encoder blocks whose tokens predict the targets too, such as 6,8,10 (DeepMIM, for
+    ViT-B). Each has a decoder of its own, which is not exported."""
     gather: str | None = setting(None, choices=("detached", "full"), auto=True)
-    """rils: whether images and captions learn where they are compared with (full); auto: detached,
-    as published on several devices."""
+    """rils: whether gradients pass through the images and captions gathered for comparison: full or
+    detached. Auto: detached, as published on several devices."""
     text_tower: str | None = setting(None, auto=True)
-    """rils: the text tower's architecture, an open_clip name; or a checkpoint whose weights it
-    starts from, of open_clip or RILS; auto: the architecture of the store's tokens."""
+    """rils: architecture of the text tower (an open_clip name), or a checkpoint of open_clip or
+    RILS to start from. Auto: the architecture of the store's tokens."""
     layer_weights: str | None = setting(None, several=True)
     """Weights of the losses of several layers, in their order: 1,0.5; default: all alike."""
     teacher_dropping: float = setting(0.0, unit="probability", least=0, most=1)
-    """Of several teachers an image learns from the one it is worst at, and does without each other
-    one with this probability (UNIC: 0.5)."""
+    """With several teachers: an image learns from the one it is worst at; each other one is dropped
+    with this probability (UNIC: 0.5)."""
     decoder_kind: str | None = setting(None, auto=True)
     """prompt or mae; auto: the objective's (prompt for milan, mae for others)."""
     masking: str | None = setting(None, choices=("semantic", "random"), auto=True)
@@ -88,19 +90,19 @@ class PretrainConfig:
     mask_ratio: float = setting(0.75, unit="share", above=0, below=1)
     """Share of patches that are masked."""
     decode_fraction: float = setting(1.0, unit="share", above=0, most=1)
-    """Share of the masked patches that a step decodes, drawn by address; the others cost nothing
-    and are in no loss. Published: 1."""
+    """Share of the masked patches that a step decodes, drawn by address. The others cost nothing
+    and are not in the loss. Published: 1."""
     student_channels: str | None = None
-    """The student sees these channels in place of RGB: numbers from 1, as 1-13; rgb,1 for the
+    """Channels that the student sees in place of RGB: numbers from 1, such as 1-13; rgb,1 puts the
     image's colours before them. Default: what the teacher sees."""
     student_data: str | None = setting(None, identity=False)
-    """A folder of files with the image's key for a name, whatever their endings, that the numbers
-    of student_channels are of (.npy, TIFF, PNG); default: the image's own file."""
+    """Folder of files (.npy, TIFF, PNG) named by the images' keys, with any ending, that hold the
+    channels of student_channels; default: the image's own file."""
     shown_channels: tuple[int, int, int] | None = setting(None, identity=False, least=1)
-    """Which of student_channels pictures show as red, green and blue, by place: 4,3,2; default: the
+    """Which of student_channels are red, green and blue in pictures, by place: 4,3,2. Default: the
     first three, or the first in grey."""
     init: str | None = None
-    """Start from weights: another run's encoder (its folder), timm:NAME, a checkpoint of others,
+    """Weights to start from: a run's folder (its encoder), timm:NAME, another library's checkpoint,
     or published[:FILE]."""
 
     # The schedule
@@ -111,8 +113,8 @@ class PretrainConfig:
     batch_size: int = setting(4096, unit="images", least=1)
     """Images of a step, over all devices."""
     micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
-    """Images at once on a device, at most; gradients accumulate. Auto: 256, or what the cache
-    of a CPU holds."""
+    """Largest number of images on a device at once; gradients accumulate. Auto: 256, or what a
+    CPU's cache holds."""
     lr: float | None = setting(None, unit="a step", auto=True, above=0)
     """Peak learning rate; auto: 1.5e-4 for every 256 images of a step (2.4e-3 at 4096)."""
     min_lr: float = setting(0.0, unit="a step", least=0)
@@ -122,21 +124,21 @@ class PretrainConfig:
     beta2: float = setting(0.95, unit="share", least=0, below=1)
     """AdamW's second moment; the first is 0.9."""
     seed: int = seed_setting()
-    """Of weights, order and masks."""
+    """Seed of weights, order and masks."""
 
     # The order of the images
     shuffle: str = setting("window", choices=("window", "global"))
-    """window (whole shards, and rows within window_rows of them), or global (all rows)."""
+    """window (shards, then rows within window_rows), or global (all rows)."""
     window_rows: int = setting(131_072, unit="rows", least=1)
     """Rows that a window shuffles together; a store that fits one is shuffled globally."""
     on_changed: str = setting("error", identity=False, choices=("error", "drop"))
-    """Images that changed since extraction: error, or drop (all are compared before the run)."""
+    """If images changed since extraction: error, or drop them (all are compared before the run)."""
     on_growth: str = setting("keep", identity=False, choices=("keep", "move"))
-    """A store that grew since the run began: keep to what it was, or move on at the next epoch."""
+    """If the store grew since the run began: keep to what it was, or move on at the next epoch."""
 
     # What is seen of the run
     held_out: float = setting(0.01, unit="share", least=0, most=0.5)
-    """Share of images kept for validation after every epoch, never trained on; by seed."""
+    """Share of the images that are kept for validation, by the seed, and never trained on."""
     probe_every: int | None = setting(None, identity=False, unit="epochs", least=1)
     """Epochs between k-NN probes: validation images against others, by the store's labels."""
     probe_images: int = setting(10_000, identity=False, unit="images", least=1)
@@ -144,7 +146,7 @@ class PretrainConfig:
     picture_every: int = setting(10, identity=False, unit="epochs", least=1)
     """Epochs between pictures of masks and features; the first and the last have one too."""
     report_to: str = setting("tensorboard", identity=False)
-    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
+    """Trackers, with commas between: tensorboard, wandb, mlflow; or none."""
     log_every: int = setting(10, identity=False, unit="steps", least=1)
     """Steps between lines of the log."""
 
@@ -152,21 +154,21 @@ class PretrainConfig:
     precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     tf32: bool = setting(True, identity=False)
-    """Multiply float32 in TF32, where precision is fp32 on CUDA; sums stay float32."""
+    """Multiply float32 in TF32 if precision is fp32 on CUDA; sums stay float32."""
     compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
-    """torch.compile of student and loss; auto: on CUDA, and without it where it fails."""
+    """torch.compile student and loss; auto: on CUDA, and without it if that fails."""
     checkpoint_activations: bool = setting(False, identity=False)
     """Keep only the input of each block, and compute the rest again: less memory, more time."""
     clip_grad: float | None = setting(None, unit="norm", above=0)
     """Largest norm of a step's gradients; default: no clipping, as published."""
     on_nonfinite: str = setting("stop", identity=False, choices=("stop", "skip"))
-    """A loss that is not finite: stop, or skip its step (ten in a row stop)."""
+    """If a loss is not finite: stop, or skip its step (ten in a row stop the run)."""
     device: str = setting("auto", identity=False)
     """auto, cuda, cpu, ..."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
     """Processes on each machine; auto: one for every visible GPU, one on a CPU."""
     num_nodes: int = setting(1, identity=False, unit="machines", least=1)
-    """Machines of a Ray cluster, with --address; torchrun and srun are found by themselves."""
+    """Machines of a Ray cluster, with --address. Ranks of torchrun and srun need no flag."""
     address: str | None = setting(None, identity=False)
     """The Ray cluster that starts the ranks."""
     parallel: str = setting("ddp", identity=False, choices=("ddp", "fsdp"))
@@ -178,7 +180,7 @@ class PretrainConfig:
     num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
     """Loader workers of each rank; auto: its share of the cores but one, as memory allows."""
     local: str | None = setting(None, identity=False)
-    """A folder on a fast disk: whole shards are copied there ahead of reading."""
+    """Folder on a fast disk, to which whole shards are copied before they are read."""
     cache_limit: str | None = setting(None, identity=False, unit="bytes")
     """Most that --local may hold, such as 200GB; at least one window."""
     save_every: int | None = setting(None, identity=False, unit="steps", auto=True, least=1)

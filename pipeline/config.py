@@ -28,47 +28,52 @@ class ExtractConfig:
     """An open_clip name, timm:NAME, hf-hub:…, local-dir:…, timm:local-dir:… (a folder that `milan
     export --format timm` wrote), or a model config (JSON)."""
     pretrained: str | None = setting(None, auto=True)
-    """A tag, a file, or none (random, flagged); auto: its own, of the default teacher and timm:."""
+    """The teacher's weights: a tag, a file, or none (random weights, and the store says so). Auto:
+    the model's own, for the default teacher and timm: models."""
     teacher_norm: str | None = setting(None, auto=True)
-    """imagenet or own; auto: own, but imagenet for the default teacher, as published."""
+    """Normalisation of pixels: imagenet, or own (the teacher's). Auto: own, but imagenet for the
+    default teacher, as published."""
     teacher_layer: int | None = setting(None, unit="block", least=1)
-    """The tokens of this block of its tower, from 1, before norm and projection; default: its
-    output."""
+    """Store the tokens of this block of the teacher, from 1, before norm and projection; default:
+    the teacher's output."""
     img_size: int | None = setting(None, unit="pixels", auto=True, least=1, most=4096)
     """Edge of a view; auto: the teacher's."""
     views: int = setting(4, unit="views", least=1, most=10_000)
     """K, views of each image."""
     scale: tuple[float, float] = setting((0.2, 1.0), unit="share", above=0, most=1)
-    """Least and greatest share of the area in a crop."""
+    """Smallest and largest area of a crop, as a share of the image."""
     ratio: tuple[float, float] = setting((0.75, 4 / 3), unit="ratio", above=0)
-    """Least and greatest width / height of a crop."""
+    """Smallest and largest width / height of a crop."""
     hflip: float = setting(0.5, unit="probability", least=0, most=1)
     """Probability of a horizontal flip."""
     bands: tuple[int, int, int] | None = setting(None, unit="number", least=1)
-    """Which channels of files that have more are red, green and blue, such as 4 3 2."""
+    """The channels that are red, green and blue, in files that have more, such as 4 3 2."""
     band_range: tuple[float, float] | None = setting(None, unit="of a sample")
-    """With --bands: which samples become 0 and 255, of every image, such as 0 3000."""
+    """With --bands: the samples that become 0 and 255 in every image, such as 0 3000."""
     codec: str = "int8"
     """int8 (1 byte a channel), float16 (2 bytes), or pq:16 ... pq:128 (bytes a token)."""
     store_views: str = "none"
-    """Store the views too (none, jpeg:95, webp): training then needs no originals."""
+    """Store the rendered views too: none, jpeg:95 or webp. Training then needs no original
+    images."""
     texts: bool = False
     """Store the teacher's text features of captions and classes too."""
     targets: str = setting("teacher", choices=("teacher", "none"))
-    """teacher, or none: views and token ids of captions alone, for --objective rils; --teacher then
-    says whose tokenizer, and no weights are needed."""
+    """teacher, or none: store views and token ids of captions only, for --objective rils. Then
+    --teacher names the tokenizer, and no weights are needed."""
     captions: int | None = setting(None, unit="captions", auto=True, least=1, most=64)
-    """Of an image, with --targets none, the first so many; auto: as many as any image has."""
+    """With --targets none: captions stored of each image, the first ones; auto: as many as any
+    image has."""
     min_cosine: float | None = setting(None, unit="cosine", least=-1, most=1)
-    """Smallest mean cosine between stored and teacher features; else nothing is written."""
+    """Smallest mean cosine allowed between stored and teacher features; below it nothing is
+    written."""
     extend: bool = False
-    """Add the targets of another teacher or codec to a store that has some."""
+    """Add the targets of another teacher or codec to an existing store."""
     drop_missing: bool = False
     """Leave out stored images that were deleted from the data; nothing is rewritten."""
     executor: str = setting("auto", choices=("auto", "ray", "local"))
-    """ray, or local: the same work in this process; auto: local for one copy, else ray."""
+    """ray, or local (the same work in this process); auto: local for one copy, else ray."""
     address: str | None = None
-    """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray in this machine."""
+    """A running Ray cluster to join; default: $RAY_ADDRESS, else Ray on this machine."""
     replicas: int | None = setting(None, unit="copies", auto=True, least=1)
     """Copies of the teacher; auto: one per GPU, one on CPU."""
     num_workers: int | None = setting(None, unit="threads", auto=True, least=1)
@@ -82,9 +87,9 @@ class ExtractConfig:
     shard_size: int = setting(1024, unit="rows", least=1)
     """Rows of a block: the unit of work, of files and of resuming."""
     seed: int = seed_setting()
-    """Of the order of rows and of the crops."""
+    """Seed of the order of rows and of the crops."""
     limit: int | None = setting(None, unit="images", least=1)
-    """Only so many images, the first of the shuffled order."""
+    """Number of images to use, the first of the shuffled order."""
     max_bad: str = setting("0", unit="images or %")
     """Rejected files allowed: a number, or a percentage such as 0.1%."""
     yes: bool = False

@@ -14,9 +14,11 @@ LAW = (
     "band_range", "seed",
 )  # fmt: skip
 Teacher = Annotated[
-    str | None, typer.Option(help="The teacher's name or config, if its files moved since.")
+    str | None, typer.Option(help="The teacher's name or config, if its files have moved.")
 ]
-Pretrained = Annotated[str | None, typer.Option(help="Its weights, as extract-targets takes them.")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="The teacher's weights, as in extract-targets.")
+]
 _SHOWN_AT = 224  # pixels of a view that no teacher has given a size
 
 
@@ -31,17 +33,21 @@ def visualise(
     ] = None,
     out: Annotated[str, typer.Option(help="The picture (PNG).")] = "sheet.png",
     images: Annotated[int, typer.Option(help="How many images.", min=1)] = 8,
-    masks: Annotated[int, typer.Option(help="Masks of each, by as many seeds.", min=1)] = 3,
+    masks: Annotated[
+        int, typer.Option(help="Masks of each image, each by its own seed.", min=1)
+    ] = 3,
     codec_error: Annotated[
         bool,
         typer.Option(
             "--codec-error",
-            help="What the codec changed, in place of masks: runs the store's teacher again.",
+            help="Show what the codec changed, in place of masks; runs the store's teacher again.",
         ),
     ] = False,
     teacher: Teacher = None,
     pretrained: Pretrained = None,
-    device: Annotated[str, typer.Option(help="Of the teacher: auto, cuda, cpu, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device of the teacher: auto, cuda, cpu, ...")
+    ] = "auto",
 ) -> None:
     """Draw a sheet of a store: image with the crops of its views, a view, attention, masks,
     features; or, with --data or --params, the views that a store would have. Of a run: the
@@ -132,16 +138,16 @@ def report(
     params: Annotated[
         str | None,
         typer.Option(
-            help="Instead of runs: a pipeline's parameter file, whose section report names them.",
+            help="A pipeline's parameter file; its section report names the runs.",
             show_default=False,
         ),
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures of each store.", min=0)] = 6,
     compared: Annotated[
-        int, typer.Option(help="Images among which neighbours are sought.", min=0)
+        int, typer.Option(help="Images in which neighbours are searched.", min=0)
     ] = 1000,
     data_root: Annotated[
-        str | None, typer.Option(help="Where the images lie, if not where the store says.")
+        str | None, typer.Option(help="Where the images are, if not where the store says.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu, ...")] = "auto",
 ) -> None:
@@ -184,7 +190,7 @@ def report(
 
 Cache = Annotated[str, typer.Argument(help="A store.")]
 DataRoot = Annotated[
-    str | None, typer.Option(help="Where the images lie, if not where the store says.")
+    str | None, typer.Option(help="Where the images are, if not where the store says.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, cpu, ...")]
 
@@ -200,8 +206,8 @@ def inspect(cache: Cache) -> None:
 def verify(
     cache: Cache,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte.")] = False,
-    audit: Annotated[int, typer.Option(help="Recompute so many views and compare.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the audit's choice.")] = 0,
+    audit: Annotated[int, typer.Option(help="Recompute this many views and compare.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of audited views.")] = 0,
     data_root: DataRoot = None,
     teacher: Teacher = None,
     pretrained: Pretrained = None,

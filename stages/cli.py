@@ -63,7 +63,7 @@ app = typer.Typer(
 _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (
         doctor.doctor,
-        "Look whether all will work here.",
+        "Check whether everything will work here.",
         "doctor --data imagenet --out targets.zarr",
     ),
     (plan.plan, "Estimate the cost of an extraction.", "plan --data imagenet --budget 2TB"),
@@ -93,7 +93,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     ),
     (
         use.neighbours,
-        "Find the images most like one, or near-duplicates.",
+        "Find the images nearest to one, or near-duplicates.",
         "neighbours targets.zarr 17 --out neighbours.png",
     ),
     (

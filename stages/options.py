@@ -29,7 +29,7 @@ SETTINGS, CALL = "Settings", "This call"
 Params = Annotated[
     str | None,
     typer.Option(
-        help="A YAML file of settings; none is read otherwise.",
+        help="A YAML file of settings; without it none is read.",
         show_default=False,
         rich_help_panel=SETTINGS,
     ),
@@ -38,7 +38,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Any setting, as key=value; may be repeated. `milan config` lists them.",
+        help="Any setting, as key=value; may be repeated. `milan config` lists all settings.",
         show_default=False,
         rich_help_panel=SETTINGS,
     ),

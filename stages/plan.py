@@ -27,32 +27,34 @@ def plan(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Propose views, codec and stored views that fit, such as 2TB.",
+            help="Propose views, codec and stored views that fit this size, such as 2TB.",
             rich_help_panel=CALL,
         ),
     ] = None,
     images_per_second: Annotated[
         float | None,
         typer.Option(
-            help="Of one replica, all views of each image; default: measured.",
+            help="Images/s of one replica, with all views of an image; default: measured.",
             rich_help_panel=CALL,
         ),
     ] = None,
     accelerator: Annotated[
         str | None,
         typer.Option(
-            help="Assume its published rate for the teacher (a100, rtx4090, ...); all else is "
+            help="This card's published rate for the teacher (a100, rtx4090, ...); all else is "
             "measured.",
             rich_help_panel=CALL,
         ),
     ] = None,
     write_mb_per_second: Annotated[
         float | None,
-        typer.Option(help="Of the store's disk; default: measured.", rich_help_panel=CALL),
+        typer.Option(help="Speed of the store's disk; default: measured.", rich_help_panel=CALL),
     ] = None,
     train_images_per_second: Annotated[
         float | None,
-        typer.Option(help="Speed of training; default: 6,000 assumed.", rich_help_panel=CALL),
+        typer.Option(
+            help="Speed of training; default: 6,000, an assumption.", rich_help_panel=CALL
+        ),
     ] = None,
 ) -> None:
     """Estimate an extraction: bytes, files, hours, bandwidth, and its break-even.

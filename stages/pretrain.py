@@ -44,7 +44,8 @@ def pretrain(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on from the newest checkpoint; never: start anew.", rich_help_panel=CALL
+            help="auto: continue from the newest checkpoint; never: start anew.",
+            rich_help_panel=CALL,
         ),
     ] = "auto",
     overwrite: Annotated[
@@ -55,14 +56,14 @@ def pretrain(
         bool,
         typer.Option(
             "--dry-run",
-            help="Say what the run would take, and write nothing.",
+            help="Estimate time and memory of the run; write nothing.",
             rich_help_panel=CALL,
         ),
     ] = False,
     max_steps: Annotated[
         int | None,
         typer.Option(
-            help="End this call after so many steps, checkpoint written.", rich_help_panel=CALL
+            help="Write a checkpoint and end this call after this many steps.", rich_help_panel=CALL
         ),
     ] = None,
 ) -> None:

@@ -43,7 +43,7 @@ def prune(
     ] = None,
     views: Annotated[
         int | None,
-        typer.Option(help="Keep so many views of each image: the last ones go."),
+        typer.Option(help="Keep this many views of each image; the last ones are dropped."),
     ] = None,
     unpinned: Annotated[
         bool, typer.Option("--unpinned", help="Drop what no run below --runs pins.")
@@ -51,7 +51,7 @@ def prune(
     runs: Annotated[
         list[str] | None,
         typer.Option(
-            help="A run's folder, or one with runs below: what they pin stays; may be repeated.",
+            help="A run's folder, or a folder of runs: what they pin stays; may be repeated.",
             show_default=False,
             metavar="<str>",
         ),
@@ -60,7 +60,7 @@ def prune(
 ) -> None:
     """Drop layers, views or generations of a store; what is left keeps its bytes.
 
-    Says first what would go. What a run of --runs pins stays; other runs are not known.
+    Shows first what would be dropped. What a run of --runs pins stays; other runs are not known.
     """
     from milan.core.units import format_bytes
     from pipeline.prune import Drop

@@ -17,8 +17,8 @@ class LabelledConfig:
     """Settings of all that learns from labelled images: which encoder and images, results where."""
 
     checkpoint: str = setting("runs/pretrain", identity=False, several=True)
-    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it), or
-    teacher, of which only features are measured. Several, with commas between, make one table."""
+    """A run's folder, timm:NAME, another library's checkpoint, random (as timm initialises it), or
+    teacher (only frozen features are measured). Several, with commas between, make one table."""
     data: str = setting("imagenet", identity=False)
     """Labelled images to fit on."""
     val_data: str | None = setting(None, identity=False)
@@ -30,28 +30,28 @@ class LabelledConfig:
     val_split: str | None = setting(None, identity=False)
     """Which split of --val-data; default: validation, else test, if any."""
     out: str | None = setting(None, identity=False)
-    """Where the metrics go (JSON); default: linear_probe.json and the like in the run's folder. Of
-    several checkpoints the table: JSON, or CSV if it ends so."""
+    """File for the metrics (JSON); default: linear_probe.json and the like in the run's folder.
+    With several checkpoints it has their table: JSON, or CSV if it ends in .csv."""
     like: str | None = setting(None, identity=False)
-    """With random: a run, timm:NAME or a checkpoint of others, whose encoder's shape is taken."""
+    """With random: the run, timm:NAME or checkpoint whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)
-    """With random and no --like, and of published weights: a ViT of timm."""
+    """A ViT of timm: with random but no --like, and for published weights."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
-    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    """Edge of the central square that is shown, as a share of the shorter edge (224 of 256)."""
     batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
     num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
     """Decoding threads; auto: the cores, at most 16."""
     limit: int | None = setting(None, identity=False, unit="images", least=1)
-    """Only so many images of each set."""
+    """Number of images to use of each set."""
     device: str = setting("auto", identity=False)
     """auto, cuda, cpu, ..."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
-    """Ranks on this machine; auto: one a GPU."""
+    """Ranks on this machine; auto: one for each GPU."""
     seed: int = seed_setting()
-    """Of random weights and of the splits."""
+    """Seed of random weights and of the splits."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -107,17 +107,18 @@ class ClassificationConfig(LabelledConfig):
     """Settings of what learns classes: of which of the training images, and how it is measured."""
 
     fraction: float | None = setting(None, identity=False, unit="share", above=0, below=1)
-    """Only this share of each class's training images, and at least one."""
+    """Train on this share of each class's images, at least one."""
     shots: int | None = setting(None, identity=False, unit="images", least=1)
-    """Only so many training images of each class."""
+    """Train on this many images of each class."""
     draws: int = setting(1, identity=False, unit="draws", least=1, most=30)
-    """Of --fraction or --shots: so many draws, each learnt from; metrics are means over them."""
+    """Number of draws of --fraction or --shots: each is learnt from, metrics are means over
+    them."""
     first_draw: int = setting(0, identity=False, unit="number", least=0)
     """The number of the first draw."""
     train_list: str | None = setting(None, identity=False, several=True)
-    """Only the training images that a file names, a line each. Several files are several draws."""
+    """Train only on the images named in this file, one a line. Several files are several draws."""
     save_lists: str | None = setting(None, identity=False)
-    """A folder for the lists of images that were drawn: draw-0.txt, ..."""
+    """Folder for the lists of images that were drawn: draw-0.txt, ..."""
     corruptions: bool = setting(False, identity=False)
     """Measure on corrupted validation images too: noise, blur, ..., at five severities. After
     fine-tuning on one device, otherwise on all."""
@@ -162,22 +163,23 @@ class EvaluationConfig(ClassificationConfig):
     """Settings of the protocols that look at features of a frozen network."""
 
     features: str | None = None
-    """Where features are kept for the next evaluation, float32, or none; default:
+    """Folder where features are kept for the next evaluation (float32), or none; default:
     frozen_features/ in the run's folder."""
     pooling: str = setting("auto", choices=("auto", "both", "mean"))
-    """What stands for an image: class token and mean of patches (both), or the mean; auto: what the
-    run's objective trained, of others both."""
+    """Features of an image: both (class token and mean of patches), or mean. Auto: what the run's
+    objective trained; both for other encoders."""
     baseline: str = setting("random", choices=("random", "none"))
-    """What is measured beside the checkpoint: random, the same network as timm initialises it."""
+    """What is measured for comparison: random (the same network as timm initialises it), or
+    none."""
     memory: str | None = setting(None, auto=True)
-    """Features that each rank keeps in memory between two passes, such as 8GB; auto: half of a
-    GPU's free memory, 1GB on a CPU. Others are read from disk again."""
+    """Features that each rank keeps in memory between two passes, such as 8GB; the rest is read
+    from disk again. Auto: half of a GPU's free memory, 1GB on a CPU."""
     teacher: str | None = None
-    """Its name or config, as in extract-targets: it is measured beside the checkpoint."""
+    """A teacher to measure too: its name or config, as in extract-targets."""
     pretrained: str | None = setting(None, auto=True)
-    """Its weights, as in extract-targets."""
+    """The teacher's weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, auto=True)
-    """imagenet, own or auto, as in extract-targets."""
+    """The teacher's normalisation: imagenet, own or auto, as in extract-targets."""
 
     @property
     def checkpoints(self) -> list[str]:
@@ -207,18 +209,18 @@ class LinearProbeConfig(EvaluationConfig):
     """What `milan linear-probe` does."""
 
     protocol: str = setting("logistic", choices=("logistic", "published", "dinov2"))
-    """logistic: a converged logistic regression on standardised features; published: the class
-    token, normalised, by LARS (MILAN, MAE); dinov2: the best of 13 learning rates, of the last
-    block or 4, with the mean of patches or without."""
+    """logistic: a converged logistic regression on standardised features; published: LARS on the
+    normalised class token (MILAN, MAE); dinov2: the best of 13 learning rates, on the last block or
+    the last 4, with the mean of patches or without."""
     epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
-    """Passes; auto: with published 100 (MAE: 90), with dinov2 as many as take 12,500 steps (10 of
-    ImageNet), at most 100."""
+    """Passes over the images. Auto: 100 with published (MAE: 90); with dinov2 as many as 12,500
+    steps take (10 of ImageNet), at most 100."""
     step_images: int | None = setting(None, unit="images", auto=True, least=1)
     """Images of a step, over all devices; auto: with published 16384, or a 78th of the images, with
     dinov2 1024, or a 20th; at least 64."""
     lr: float | None = setting(None, unit="a step", auto=True, above=0)
-    """Peak learning rate of published; auto: 3.2, from a width of 1024 on 1.28 (MILAN's of ViT-B
-    and ViT-L); MAE: 6.4."""
+    """Peak learning rate of published. Auto: 3.2, from a width of 1024 on 1.28 (MILAN's for ViT-B
+    and ViT-L). MAE has 6.4."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range or without effect."""
@@ -246,16 +248,16 @@ class AttentiveProbeConfig(EvaluationConfig):
     queries: str = setting("class", choices=("class", "one"))
     """class: a learnt query and a weight vector for each class; one: a single learnt query."""
     heads: int = setting(4, unit="heads", least=1)
-    """Of the single query, each with a share of the channels."""
+    """Heads of the single query; each has a share of the channels."""
     tokens: str = setting("patches", choices=("patches", "all"))
-    """What queries look at: patches, or all: with the class token, where there is one."""
+    """What queries look at: patches, or all (the class token too, if there is one)."""
     epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
-    """Passes; auto: as many as take 12,500 steps, at most 20."""
+    """Passes over the images; auto: as many as 12,500 steps take, at most 20."""
     step_images: int | None = setting(None, unit="images", auto=True, least=1)
     """Images of a step, over all devices; auto: 256, or a 78th of the images; at least 64."""
     keep: str = "20GB"
-    """Patches kept on disk for each network and set of images, float16; larger ones are computed in
-    every pass."""
+    """Largest size of the patches kept on disk for each network and set of images (float16). Larger
+    ones are computed in every pass."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -282,9 +284,9 @@ class FewShotConfig(LinearProbeConfig):
     """Settings of `milan few-shot`: the linear probe's, with other defaults."""
 
     shots: int | None = setting(10, identity=False, unit="images", least=1)
-    """Only so many training images of each class."""
+    """Train on this many images of each class."""
     draws: int = setting(3, identity=False, unit="draws", least=1, most=30)
-    """So many draws, each learnt from; metrics are means over them."""
+    """Number of draws: each is learnt from, metrics are means over them."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ class SupervisedConfig(LabelledConfig):
     """Of the parameter file and of recipes: the protocol's name."""
 
     recipe: str = setting("vit_base", identity=False)
-    """A published recipe, from which all else deviates: vit_base, vit_large."""
+    """A published recipe: it gives the defaults of all other settings. vit_base, vit_large."""
     size: int | None = setting(None, unit="pixels", auto=True, least=1)
     """Edge of the images; auto: the encoder's. Positions are resampled."""
     epochs: int = setting(100, unit="epochs", least=1)
@@ -305,7 +307,7 @@ class SupervisedConfig(LabelledConfig):
     batch_size: int = setting(1024, unit="images", least=1)
     """Images of a step, over all devices."""
     micro_batch: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
-    """Images at once on a device, at most; auto: by the device."""
+    """Largest number of images on a device at once; auto: by the device."""
     lr: float | None = setting(None, unit="a step", auto=True, above=0)
     """Peak learning rate; auto: by the batch size, 4e-4 for 1024 images (MILAN)."""
     min_lr: float = setting(1e-6, unit="a step", least=0)
@@ -319,19 +321,20 @@ class SupervisedConfig(LabelledConfig):
     hflip: float = setting(0.5, unit="share", least=0, most=1)
     """Probability that a training image is mirrored."""
     ema: float | None = setting(None, unit="share", least=0, below=1)
-    """Decay of a moving average of the weights, such as 0.9999, which is then measured and kept."""
+    """Decay of a moving average of the weights, such as 0.9999. The average is measured and
+    kept."""
     clip_grad: float | None = setting(None, unit="norm", above=0)
     """Largest norm of a step's gradients; default: no clipping, as published."""
     precision: str = setting("auto", identity=False, choices=("auto", "fp32", "bf16", "fp16"))
     """fp32, bf16, fp16; auto: bf16 or fp16 on CUDA, else fp32."""
     tf32: bool = setting(True, identity=False)
-    """Multiply float32 in TF32, where precision is fp32 on CUDA; sums stay float32."""
+    """Multiply float32 in TF32 if precision is fp32 on CUDA; sums stay float32."""
     compile: str = setting("auto", identity=False, choices=("auto", "on", "off"))
-    """torch.compile of the network; auto: on CUDA, and without it where it fails."""
+    """torch.compile the network; auto: on CUDA, and without it if that fails."""
     num_workers: int | None = setting(None, identity=False, unit="processes", auto=True, least=0)
     """Loader workers of each rank; auto: its share of the cores but one."""
     report_to: str = setting("tensorboard", identity=False)
-    """Some of tensorboard, wandb, mlflow, with commas between; or none."""
+    """Trackers, with commas between: tensorboard, wandb, mlflow; or none."""
     log_every: int = setting(10, identity=False, unit="steps", least=1)
     """Steps between lines of the log."""
     max_restarts: int = setting(3, identity=False, unit="times", least=0)
@@ -339,8 +342,8 @@ class SupervisedConfig(LabelledConfig):
     overwrite: bool = setting(False, identity=False)
     """Replace a run of other settings."""
     baseline: str | None = setting("none", identity=False, choices=("random", "none"))
-    """What is trained beside the checkpoint: random, the same network as timm initialises it, for
-    double the hours; or none."""
+    """What is trained for comparison: random (the same network as timm initialises it, for twice
+    the hours), or none."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -389,7 +392,7 @@ class FinetuneConfig(SupervisedConfig, ClassificationConfig):
     erasing: float = setting(0.25, unit="share", least=0, most=1)
     """Probability that a rectangle of a training image is replaced by noise."""
     mixup: float = setting(0.8, unit="alpha", least=0)
-    """Mixup of pairs of training images; 0: none. With cutmix each half of the time."""
+    """Mixup of pairs of training images; 0: none. If there is cutmix too, each half of the time."""
     cutmix: float = setting(1.0, unit="alpha", least=0)
     """CutMix; 0: none."""
     smoothing: float = setting(0.1, unit="share", least=0, below=1)
@@ -418,9 +421,9 @@ class DetectConfig(SupervisedConfig):
     """Images to measure on, with their JSON; default: the validation images of --data, else a
     fifth by seed."""
     val_annotations: str | None = setting(None, identity=False)
-    """Their JSON, if it is elsewhere."""
+    """COCO's JSON of --val-data, if it is elsewhere."""
     masks: str = setting("auto", choices=("auto", "none"))
-    """Masks too, if the annotations have them (auto), or boxes alone (none)."""
+    """auto (train masks too, if the annotations have them), or none (boxes only)."""
     size: int | None = setting(None, unit="pixels", auto=True, least=1)
     """Edge of the square that images are scaled and padded to; auto: 1024. Positions are
     resampled."""
@@ -438,17 +441,18 @@ class DetectConfig(SupervisedConfig):
     weight_decay: float = setting(0.1, unit="times lr", least=0)
     """AdamW's; none for biases, norms and positions."""
     scale: tuple[float, float] = setting((0.1, 2.0), unit="times", above=0)
-    """Training images are scaled by a factor in this range; what is larger is cropped."""
+    """Smallest and largest factor by which training images are scaled; what is larger is
+    cropped."""
     window: int = setting(14, unit="patches", least=0)
-    """Edge of the windows that all but four blocks attend in; 0: every block sees the image."""
+    """Edge of the windows in which all but four blocks attend; 0: every block sees the image."""
     width: int = setting(256, unit="channels", least=8)
-    """Of the feature pyramid and the heads."""
+    """Width of the feature pyramid and the heads."""
     anchor_scale: float = setting(8.0, unit="strides", above=0)
     """Edge of the anchors on each level of the pyramid (strides 4 to 64): 8 is 32 to 512 pixels."""
     proposals: int = setting(1000, unit="regions", least=1)
-    """What the box head looks at in an image, at most."""
+    """Largest number of regions of an image that the box head looks at."""
     samples: int = setting(512, unit="regions", least=1)
-    """What it learns from in an image."""
+    """Number of regions of an image that the box head learns from."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -469,23 +473,23 @@ class ZeroShotConfig(LabelledConfig):
     --data, for nothing is fitted."""
 
     cache: str | None = None
-    """The store whose class texts are compared with; default: the one that the run was trained
-    on. Of a store without texts the teacher's text tower is used."""
+    """Store with the texts of classes; default: the one that the run was trained on. If it has
+    none, the teacher's text tower computes them."""
     layer: str | None = None
-    """Of a run with several teachers, or a store with several layers: whose features are compared;
+    """With several teachers in a run, or layers in a store: the one whose features are compared;
     default: the first."""
     teacher: str | None = None
-    """The teacher that is measured beside, and whose text tower gives the texts of classes that the
-    store lacks; default: the store's, if its weights are at hand."""
+    """A teacher to measure too; its text tower computes the texts of classes that the store lacks.
+    Default: the store's, if its weights are at hand."""
     pretrained: str | None = setting(None, auto=True)
-    """Its weights, as in extract-targets."""
+    """The teacher's weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, auto=True)
-    """imagenet, own or auto, as in extract-targets."""
+    """The teacher's normalisation: imagenet, own or auto, as in extract-targets."""
     templates: str = setting("stored", choices=("stored", "openai"))
-    """The sentences of a class: the 7 that stores have, or the 80 of OpenAI's CLIP, which take a
-    text tower: the student's own, or the teacher's."""
+    """Sentences for a class: stored (the 7 that stores have), or openai (the 80 of OpenAI's CLIP,
+    which need a text tower: the student's own or the teacher's)."""
     pictures: int = setting(6, unit="classes", least=0, most=12)
-    """Classes in the picture of dense maps, and images in it, one of each; 0: no picture."""
+    """Classes in the picture of dense maps, with one image of each; 0: no picture."""
 
 
 @dataclass(frozen=True)
@@ -496,35 +500,36 @@ class SegmentConfig(SupervisedConfig):
     section = "segment"
 
     checkpoint: str = setting("runs/pretrain", identity=False)
-    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it); with
-    protocol linear, teacher."""
+    """A run's folder, timm:NAME, another library's checkpoint, or random (as timm initialises it);
+    with protocol linear also teacher."""
     data: str = setting("ade20k", identity=False)
     """A folder with images and masks in it, or Parquet files with both."""
     val_data: str | None = setting(None, identity=False)
     """Images with masks to measure on; default: a fifth of --data, by seed."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
-    """Not taken: whole images are measured."""
+    """Not used: whole images are measured."""
     protocol: str = setting("linear", choices=("linear", "upernet"))
     """linear: BatchNorm and a 1x1 convolution on the frozen encoder (DINOv3); upernet: UPerNet's
     decoder on blocks 4, 6, 8 and 12, all weights trained (MILAN, MAE)."""
     masks: str | None = setting(None, identity=False, auto=True)
     """Folder of the masks, beside images in --data; auto: annotations, masks or labels."""
     mask_column: str = setting("mask", identity=False)
-    """Of Parquet files: the column of the masks."""
+    """Column of the masks in Parquet files."""
     classes: str | None = setting(None, identity=False)
-    """A text file of class names, a line each, that of class 0 first; default: numbers."""
+    """Text file with the names of classes, one a line, class 0 first; default: numbers."""
     palette: str | None = setting(None, identity=False)
-    """A text file that says what the colours of masks mean: red green blue name, a line each."""
+    """Text file with the meaning of the masks' colours, one a line: red green blue name."""
     ignore: int = setting(255, unit="number", least=-1)
-    """Number, in masks, of pixels that do not count; -1: none."""
+    """Value of mask pixels that do not count; -1: none."""
     reduce_zero_label: bool = False
-    """Pixels of number 0 do not count, and 1 is the first class (ADE20K)."""
+    """Pixels of value 0 do not count, and 1 is the first class (ADE20K)."""
     size: int | None = setting(None, unit="pixels", auto=True, least=1)
     """Height of crops and windows; auto: 512, or the next multiple of the patch."""
     width: int | None = setting(None, unit="pixels", auto=True, least=1)
-    """Width of crops and windows; auto: as high as wide."""
+    """Width of crops and windows; auto: their height."""
     scale: tuple[float, float] = setting((0.5, 2.0), unit="times", above=0)
-    """Training images, times the smallest size that a crop fits in."""
+    """Smallest and largest size of training images, as multiples of the smallest that a crop fits
+    in."""
     distortion: float = setting(0.5, unit="share", least=0, most=1)
     """Probability of each change of brightness, contrast, saturation and hue."""
     channels: int | None = setting(None, unit="numbers", auto=True, least=1)
@@ -554,7 +559,7 @@ class SegmentConfig(SupervisedConfig):
     teacher_norm: str | None = setting(None, identity=False, auto=True)
     """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
     baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
-    """What is trained beside the checkpoint: random, the same network as timm initialises it;
+    """What is trained for comparison: random (the same network as timm initialises it), or none;
     auto: random (linear), none (upernet)."""
 
     @property

@@ -21,9 +21,9 @@ class ImagesConfig:
     split: str | None = setting(None, identity=False)
     """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
     limit: int | None = setting(None, identity=False, unit="images", least=1)
-    """Only so many images."""
+    """Number of images to use."""
     batch_size: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
-    """Images at once; auto: 64, and 4 of a detector."""
+    """Images at once; auto: 64, for a detector 4."""
     num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
     """Decoding threads; auto: the cores, at most 16."""
     device: str = setting("auto", identity=False)
@@ -39,14 +39,14 @@ class PredictConfig(ImagesConfig):
     """What `milan predict` does."""
 
     checkpoint: str = "runs/pretrain/finetune"
-    """The folder of a finished training for a task, or its .safetensors file."""
+    """Folder of a finished training for a task, or its .safetensors file."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
-    """Ranks on this machine; auto: one a GPU."""
+    """Ranks on this machine; auto: one for each GPU."""
     out: str = "predictions.csv"
-    """The table, .csv or .parquet; the contact sheet (.png), the metrics (.json) and the rejected
-    files (.bad-images.csv) lie beside it."""
+    """The table, .csv or .parquet. Beside it are the contact sheet (.png), the metrics (.json) and
+    the rejected files (.bad-images.csv)."""
     score: float = setting(0.5, unit="share", least=0, most=1)
-    """Of a detector: boxes with a score of so much and more."""
+    """For a detector: smallest score of a box."""
     pictures: int = setting(24, unit="images", least=0)
     """Images on the contact sheet; 0: no sheet."""
 
@@ -60,31 +60,31 @@ class EmbedConfig(ImagesConfig):
     """What `milan embed` does."""
 
     checkpoint: str = setting("runs/pretrain", identity=False)
-    """A run's folder, timm:NAME, a checkpoint of others, random (as timm initialises it), or
+    """A run's folder, timm:NAME, another library's checkpoint, random (as timm initialises it), or
     teacher."""
     out: str = setting("embeddings.parquet", identity=False)
     """The file: .parquet, or .npy or .zarr with keys and labels beside it (rows.parquet)."""
     pooling: str = setting("mean", choices=("mean", "token", "patches"))
-    """The mean of patches, the class token, or patches: all of them, not pooled."""
+    """mean (of patches), token (the class token), or patches (all of them, not pooled)."""
     dtype: str = setting("float32", choices=("float32", "float16"))
-    """Of the numbers in the file."""
+    """Type of the numbers in the file."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
-    """Central square shown, as a share of the shorter edge (224 of 256)."""
+    """Edge of the central square that is shown, as a share of the shorter edge (224 of 256)."""
     batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
-    """Ranks on this machine; auto: one a GPU."""
+    """Ranks on this machine; auto: one for each GPU."""
     features: str | None = setting(None, identity=False)
-    """Where pooled features are kept, for evaluations too; default: frozen_features/ in the run's
-    folder. Patches are kept beside --out until it is whole."""
+    """Folder where pooled features are kept, for evaluations too; default: frozen_features/ in the
+    run's folder. Patches are kept beside --out until it is whole."""
     student_data: str | None = setting(None, identity=False)
     """Of an encoder that sees files beside the images: the folder of these."""
     like: str | None = setting(None, identity=False)
-    """With random: a run, or timm:NAME, whose encoder's shape is taken."""
+    """With random: the run or timm:NAME whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)
     """With random and no --like: a ViT of timm."""
     seed: int = seed_setting()
-    """Of random weights, and of --limit."""
+    """Seed of random weights and of --limit."""
     teacher: str | None = None
     """With checkpoint teacher: its name or config, as in extract-targets."""
     pretrained: str | None = setting(None, auto=True)
@@ -108,24 +108,24 @@ class NeighboursConfig:
     """What `milan neighbours` does."""
 
     where: str = "targets.zarr"
-    """A store, whose cached class tokens are compared (view 0), or a file of milan embed."""
+    """A store (its class tokens of view 0 are compared), or a file of milan embed."""
     query: str | None = None
     """An image: its row, its key, or a file with the same bytes."""
     out: str | None = None
     """The sheet (.png); with --duplicates the list (.csv, .parquet). Default: neighbours.png,
     duplicates.csv."""
     images: int = setting(11, unit="images", least=1)
-    """How many nearest images."""
+    """Number of nearest images."""
     duplicates: bool = False
-    """List pairs of images that are nearly the same, over all images."""
+    """List all pairs of images that are nearly the same."""
     threshold: float = setting(0.95, unit="cosine", above=0, most=1)
-    """With --duplicates: pairs at least so similar."""
+    """With --duplicates: smallest cosine of a pair."""
     layer: str | None = None
-    """Of a store with targets of several teachers or codecs: whose."""
+    """Layer of a store that has several."""
     data_root: str | None = None
-    """Where the images lie, if not where the store or the file says."""
+    """Where the images are, if not where the store or the file says."""
     device: str = "auto"
-    """auto, cuda, cpu, ...; one, however many there are."""
+    """auto, cuda, cpu, ...; one only."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
