@@ -180,11 +180,12 @@ def report(
 
     settings = PictureSettings(images=images, compared=compared, data_root=data_root, device=device)
     written = build_report(params, settings, progress)
-    with console.copied_to(written.folder / "report.txt"):
-        for table in written.tables:
-            console.table(*table)
-        for picture in written.pictures:
-            console.out.print(f"picture: {picture}", markup=False)
+    with open(written.folder / "report.txt", "w", encoding="utf-8") as file:
+        for place in (console.out, console.text_file(file)):
+            for table in written.tables:
+                console.table(*table, to=place)
+            for picture in written.pictures:
+                place.print(f"picture: {picture}", markup=False)
     console.out.print(f"page: {written.page}", markup=False)
 
 

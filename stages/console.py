@@ -5,13 +5,12 @@ Only stages print. The public functions of milan show their progress here too (m
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -31,6 +30,11 @@ _NOTEBOOK = "ipykernel" in sys.modules
 _BAR = None if not _NOTEBOOK or find_spec("ipywidgets") else False
 out = Console(highlight=False, soft_wrap=True, force_jupyter=_BAR, force_terminal=_BAR)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# In a file or a pipe a table is as wide as it is; rich would fold it at 80 columns.
+_ANY_WIDTH = 10_000
+if not (out.is_terminal or out.is_jupyter or "COLUMNS" in os.environ):
+    out.width = _ANY_WIDTH
 
 # Seconds between lines where there is no bar; in a notebook somebody is watching.
 _PLAIN_EVERY = 10.0 if _NOTEBOOK else 60.0
@@ -135,6 +139,7 @@ def table(
     rows: Iterable[Iterable[Any]],
     *,
     text: bool = False,
+    to: Console = out,
 ) -> None:
     """Print a table: a left-aligned column and columns of figures, or of `text`."""
     shown = Table(title=title, title_justify="left", title_style="bold")
@@ -143,7 +148,7 @@ def table(
         shown.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0 and text)
     for row in rows:
         shown.add_row(*[str(cell) for cell in row])
-    out.print(shown)
+    to.print(shown)
 
 
 def tables(by_title: Mapping[str, Iterable[Iterable[Any]]]) -> None:
@@ -152,11 +157,6 @@ def tables(by_title: Mapping[str, Iterable[Iterable[Any]]]) -> None:
         table(title, ("what", ""), rows)
 
 
-@contextmanager
-def copied_to(path: Path) -> Iterator[None]:
-    """Write what is printed in the block to a text file too."""
-    out.record = True
-    yield
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(out.export_text())
-    out.record = False
+def text_file(file: IO[str]) -> Console:
+    """What prints to an open file, whatever the terminal's width."""
+    return Console(file=file, width=_ANY_WIDTH, highlight=False, soft_wrap=True)

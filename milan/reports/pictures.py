@@ -101,7 +101,8 @@ class Alike:
     cosines: np.ndarray
     """[B, n]"""
     same_class: float | None
-    """Percent of ten neighbours that are of the image's class; None without classes."""
+    """Percent of ten neighbours that are of the image's class, over images whose class has others;
+    None without such."""
     shared: tuple[float, float, float] | None = None
     """Percent of ten neighbours that are the teacher's too, with its 95 % interval; of students."""
 
@@ -307,7 +308,7 @@ class _Bank:
         count = min(max(self.near, _COMPARED), len(unit) - 1)
         values, places = (part.numpy() for part in cosine.topk(count, dim=1))
         ten = places[:, :_COMPARED]
-        known = self.labels[:asked] >= 0
+        known = [c >= 0 and (self.labels == c).sum() > 1 for c in self.labels[:asked]]
         same = (self.labels[ten] == self.labels[:asked, None])[known]
         shared = None
         if self.teachers is not None and count:

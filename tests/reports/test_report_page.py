@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import milan
 from milan.core.atomic import write_with_digest
 from milan.core.device import MEAN, STD, normalise
 from milan.core.machine import cpu_count
+from milan.reports.pictures import _Bank
 from milan.reports.pipeline import build_report
 from milan.training.trained import load_student
 
@@ -347,6 +349,20 @@ def test_a_store_alone(store: Path, tmp_path: Path) -> None:
     assert not {"Runs", "Settings that differ"} & page.tables.keys()
 
 
+@pytest.mark.parametrize(
+    ("labels", "share"),
+    [([0, 1, 2, 2, -1], 25.0), ([0, 1, 2, 3, -1], None)],
+    ids=["one class of two", "each alone"],
+)
+def test_an_image_that_is_alone_in_its_class(labels: list[int], share: float | None) -> None:
+    """It has no neighbour to find, and is not counted as one that found none."""
+    bank = _Bank.__new__(_Bank)
+    bank.labels, bank.asked, bank.near, bank.teachers = np.array(labels), 5, 2, None
+    bank.shown = SimpleNamespace(alike={})  # type: ignore[assignment]
+    bank._note("teacher", torch.eye(5) + 0.1)
+    assert bank.shown.alike["teacher"].same_class == share
+
+
 def test_many_runs(runs: dict[str, Path], tmp_path: Path) -> None:
     """Thirteen: all in the tables, twelve with pictures, which the page says; by given names."""
     folders = [f"run {n}={shutil.copytree(runs[ODD], tmp_path / str(n))}" for n in range(13)]
@@ -404,6 +420,11 @@ def test_the_page_is_whole(browser: Browser, path: Path, width: int, dark: bool)
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     browser.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    fit = (  # tables of facts wrap; only those with a column a figure may be pushed aside
+        "[...document.querySelectorAll('.facts')]"
+        ".map((t) => t.offsetWidth <= t.parentElement.clientWidth)"
+    )
+    assert set(browser.run(fit)) == {True}
     drawn = (
         "[...document.querySelectorAll('canvas')].map((c) => c.getContext('2d')"
         ".getImageData(0, 0, c.width, c.height).data.some((x) => x > 0))"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import WATCHED
+from helpers import ROOT, WATCHED
 
 import milan
 from milan.errors import ConfigError
@@ -82,3 +85,27 @@ def test_a_plain_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
         "train: 280/1,000, 1.0 steps/s, 0:12:00 left, loss 250",
         "train: 200 steps in 0:03:20, 1.0 steps/s",
     ]
+
+
+WIDE = "console.table('t', ['encoder', *'abcde'], [['MILAN', *['80.5 (78.7-82.2) of 100'] * 5]])"
+
+
+def test_a_table_is_whole_in_a_file_and_a_pipe() -> None:
+    """No terminal, no width: a row is a line, though it has more than 80 columns."""
+    keep = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    program = f"from stages import console; {WIDE}"
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=keep, capture_output=True, text=True
+    )
+    (row,) = (line for line in told.stdout.splitlines() if "MILAN" in line)
+    assert row.count("80.5 (78.7-82.2) of 100") == 5
+
+
+def test_a_table_is_whole_beside_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """report.txt does not depend on the window from which it was written."""
+    from stages import console
+
+    monkeypatch.setenv("COLUMNS", "40")
+    file = io.StringIO()
+    console.table("t", ["encoder", "top-1"], [["x" * 90, "80.5"]], to=console.text_file(file))
+    assert f"{'x' * 90} │  80.5 │" in file.getvalue()
