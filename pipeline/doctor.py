@@ -25,7 +25,7 @@ from milan.core.machine import cpu_count, free_memory, open_files
 from milan.core.paths import AnyPath, is_local
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes
-from milan.data.feeding import Feeding, Loading, Workers, workers_with_files
+from milan.data.feeding import Feeding, Loading, Workers, loader_cores, workers_with_files
 from milan.data.loader import check_locks
 from milan.errors import MilanError
 from milan.images.manifest import Manifest, build_manifest, resolve_data
@@ -141,7 +141,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _descriptors() -> Iterator[Finding]:
-    cores = max(1, cpu_count() - 1)
+    cores = loader_cores()
     allowed = workers_with_files(cores)
     few = allowed < cores
     yield Finding(
@@ -152,7 +152,7 @@ def _descriptors() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Iterator[Finding]:
-    workers = max(1, cpu_count() - 1)
+    workers = loader_cores()
     check_locks(multiprocessing.get_context("forkserver"), workers)
     folder = Path("/dev/shm")
     free = f", {format_bytes(shutil.disk_usage(folder).free)} free" if folder.is_dir() else ""
@@ -243,7 +243,7 @@ class _Data:
             return
         rate = student_rate(device)
         seconds = decoding.stored if self.config.store_views != "none" else decoding.original
-        workers = Workers(max(1, cpu_count() - 1), "cores")
+        workers = Workers(loader_cores(), "cores")
         stored = self.config.store_views != "none"
         feeding = Feeding(Loading(1000, 1000 * seconds, 1000 * seconds), workers, 1, stored, rate)
         words = feeding.words()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+_DECODING = 16  # threads that decode, at most
 _CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -25,6 +26,11 @@ def cpu_count() -> int:
         if int(quota) > 0:
             cores = min(cores, int(quota) / int(period))
     return max(1, int(cores))
+
+
+def decoding_threads(cores: int) -> int:
+    """How many threads decode images where a process has so many cores."""
+    return max(1, min(_DECODING, cores))
 
 
 def free_memory() -> int:

@@ -50,7 +50,7 @@ def loader_workers(
     """
     if wanted is not None:
         return Workers(wanted, "--num-workers")
-    cores = cpu_count() // ranks_here - 1
+    cores = loader_cores(ranks_here)
     ready = batches_ahead(cores)
     batch = micro_batch * ((3 + 4 * channels) * cache.view_spec.size**2 + cache.view_bytes)
     rooms = {
@@ -60,6 +60,11 @@ def loader_workers(
     }
     limit = min(rooms, key=lambda what: rooms[what])
     return Workers(max(1, rooms[limit]), limit)
+
+
+def loader_cores(ranks_here: int = 1) -> int:
+    """Cores for loader workers where so many ranks share the machine: one is kept for training."""
+    return max(1, cpu_count() // ranks_here - 1)
 
 
 def workers_with_files(cores: int) -> int:

@@ -37,7 +37,7 @@ from safetensors.torch import save as serialise
 from milan.core.atomic import cannot_write, digest_of, ensure_writable, lock_folder, write_json
 from milan.core.device import copy_to
 from milan.core.distributed import SINGLE, Ranks
-from milan.core.machine import cpu_count
+from milan.core.machine import cpu_count, decoding_threads
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import format_bytes
@@ -409,8 +409,8 @@ def decoded(
     corruption: Corruption | None = None,
 ) -> Generator[Iterator[Decoded], None, None]:
     """The batches of each file; some are decoded ahead, in threads, while the device works."""
-    share = max(1, cpu_count() // context.ranks.on_node)
-    pool = ThreadPoolExecutor(config.num_workers or min(16, share))
+    threads = decoding_threads(cpu_count() // context.ranks.on_node)
+    pool = ThreadPoolExecutor(config.num_workers or threads)
     pinned = context.device.type == "cuda"
     load = partial(_central_square, data, frozen, config.crop_share, corruption)
     blank = frozen.blank(torch.device("cpu"))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from milan.core.ahead import Ahead
-from milan.core.machine import cpu_count
+from milan.core.machine import cpu_count, decoding_threads
 from milan.errors import DataError, ImageFault
 from milan.evaluation.features import Context
 from milan.images.decode import decode_pixels
@@ -24,7 +24,6 @@ from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.inference.config import ImagesConfig
 
-_THREADS = 16  # at most
 _AT_ONCE, _BATCHES_AHEAD = 64, 2
 
 
@@ -79,8 +78,7 @@ class Pictures:
         image could be read, and Stopped if one of them was asked to stop.
         """
         ranks, stop = self.context.ranks, self.context.stop
-        share = max(1, cpu_count() // ranks.on_node)
-        threads = self.config.num_workers or min(_THREADS, share)
+        threads = self.config.num_workers or decoding_threads(cpu_count() // ranks.on_node)
         size = self.config.batch_size or at_once
 
         def load(row: int) -> Picture | str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
+from milan.core.units import format_bytes
 from milan.errors import ConfigError, MilanError
 from milan.images.formats import open_picture
 from milan.reporting.run_files import SHEET
@@ -90,7 +91,7 @@ def write_page(
         notes += one.missing
     caches, images = [cache for cache, _ in groups], settings.images
     while len(data := _render(runs, caches, shown, notes)) > _MOST_BYTES and images:
-        progress.note(f"{len(data) / 1e6:.1f} MB with {images} images: half as many are shown")
+        progress.note(f"{format_bytes(len(data))} with {images} images: half as many are shown")
         images //= 2
         shown = [one.first(images) for one in shown] if images else []
     _write(out, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from milan.core.paths import AnyPath, as_path, size_of
+from milan.core.units import format_bytes
 from milan.errors import CacheError, DataError
 from milan.store.cache import TargetCache
 from milan.store.format import Index
@@ -112,8 +113,8 @@ def _size(cache: TargetCache) -> list[tuple[str, Any]]:
     count = sum(g.entry.shards for g in cache.generations)
     return [
         ("bytes a view", f"{cache.spec.view_bytes():,}"),
-        ("shards", f"{count:,}, {shards / 1e6:,.1f} MB"),
-        ("manifest, tables, canaries", f"{small / 1e6:,.2f} MB"),
+        ("shards", f"{count:,}, {format_bytes(shards)}"),
+        ("manifest, tables, canaries", format_bytes(small)),
     ]
 
 

@@ -24,12 +24,12 @@ from milan.core.config_resolver import deviations
 from milan.core.device import pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
 from milan.core.launch import as_rank, launch
-from milan.core.machine import cpu_count
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.versions import version
 from milan.core.waiting import Stopped
+from milan.data.feeding import loader_cores
 from milan.data.loader import batch_loader, batch_wait
 from milan.data.order import Order
 from milan.data.sampler import StepSampler
@@ -308,7 +308,7 @@ def _plan_of(work: Supervised, weights: Weights, context: Context) -> Plan:
         )
     workers = config.num_workers
     if workers is None:
-        workers = max(1, cpu_count() // ranks.on_node - 1)
+        workers = loader_cores(ranks.on_node)
     return Plan(
         config,
         lr=config.lr or work.base_lr * config.batch_size / 256,

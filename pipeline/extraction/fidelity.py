@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from milan.core.ahead import Ahead
-from milan.core.machine import cpu_count
+from milan.core.machine import cpu_count, decoding_threads
 from milan.core.paths import AnyPath
 from milan.core.rng import mask_noise
 from milan.errors import CacheError, ImageFault, TeacherError
@@ -177,7 +177,7 @@ def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.n
         stored = spec.stored_views
         return pixels if stored == "none" else unpack(pack(pixels, stored))
 
-    threads, tried = min(16, cpu_count()), range(min(spec.rows, 2 * count))
+    threads, tried = decoding_threads(cpu_count()), range(min(spec.rows, 2 * count))
     with ThreadPoolExecutor(threads) as pool, Ahead(first_view, tried, pool, 2 * threads) as ahead:
         for row, pixels in enumerate(ahead):
             if pixels is not None:

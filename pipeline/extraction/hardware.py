@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from milan.core.device import pick_device
-from milan.core.machine import cpu_count
+from milan.core.machine import cpu_count, decoding_threads
 from milan.errors import ConfigError
 from pipeline.config import ExtractConfig
 
@@ -113,7 +113,7 @@ def plan_workers(config: ExtractConfig, hardware: Hardware) -> Workers:
     replicas = 1 if local else config.replicas or max(1, gpus)
     on_node = -(-replicas // len(nodes))
     cores = min(node.cores for node in nodes) // on_node
-    threads = config.num_workers or max(1, min(16, cores))
+    threads = config.num_workers or decoding_threads(cores)
     if local or hardware.on_gpu:
         return Workers(replicas, threads, None)
     # Ray gives a worker one thread of torch, which on a CPU is too few.
