@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ app = typer.Typer(
 )
 
 
+def _several(help: str, metavar: str = "<str>") -> Any:
+    return typer.Option(help=f"{help}; may be repeated.", show_default=False, metavar=metavar)
+
+
 @app.command(
     short_help="Drop layers, views or generations.",
     epilog="Example: milan store prune targets.zarr --unpinned --runs runs",
@@ -26,20 +30,10 @@ app = typer.Typer(
 def prune(
     cache: Annotated[str, typer.Argument(help="A finished store, path or URL.")],
     layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Drop this layer: teacher/codec, as `milan inspect` names it; may be repeated.",
-            show_default=False,
-            metavar="<str>",
-        ),
+        list[str] | None, _several("Drop this layer: teacher/codec, as `milan inspect` names it")
     ] = None,
     generation: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Drop the generation of this number; may be repeated.",
-            show_default=False,
-            metavar="<int>",
-        ),
+        list[int] | None, _several("Drop the generation of this number", "<int>")
     ] = None,
     views: Annotated[
         int | None,
@@ -49,12 +43,7 @@ def prune(
         bool, typer.Option("--unpinned", help="Drop what no run below --runs pins.")
     ] = False,
     runs: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A run's folder, or a folder of runs: what they pin stays; may be repeated.",
-            show_default=False,
-            metavar="<str>",
-        ),
+        list[str] | None, _several("A run's folder, or a folder of runs: what they pin stays")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
