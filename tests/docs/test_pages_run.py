@@ -38,7 +38,8 @@ SMALL = {
     "doctor": TEACHER,
     "extract-targets": f"{TEACHER} --executor local --limit 24 --views 1",
     "pretrain": "--epochs 1 --warmup-epochs 0 --batch-size 8 --num-workers 0 "
-    "--set model.patch_size=4 --set model.embed_dim=32 --set model.depth=12 --set model.num_heads=2 "
+    "--set model.patch_size=4 --set model.embed_dim=32 --set model.depth=12 "
+    "--set model.num_heads=2 "
     "--set decoder.embed_dim=32 --set decoder.depth=1 --set decoder.num_heads=2",
     "finetune": "--epochs 1 --warmup-epochs 0 --batch-size 8",
     "segment": "--epochs 1 --warmup-epochs 0 --batch-size 4 --size 28 --width 28 --channels 16",
