@@ -131,7 +131,7 @@ def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
     assert rows["epochs"] == ("100", "epochs", "--set")
     assert rows["seed"] == ("3", "number", "p.yaml")
     assert rows["lr"] == ("auto", "a step", "p.yaml")
-    assert rows["micro_batch"] == ("128", "images", "recipe")  # vit_large, below
+    assert rows["micro_batch"] == ("128", "images", "recipe vit_large")
     assert rows["mask_ratio"] == ("0.75", "share", "default")
     assert run_here("config").out.count("parameter file") == 6 + len(PROTOCOLS)
     wrong = run_here("config", "pretrian")
