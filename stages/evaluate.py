@@ -124,28 +124,33 @@ Shown = tuple[tuple[str, ...], list[tuple[Any, ...]]]
 
 def _of_one(metrics: dict[str, Any], path: Path) -> Shown:
     """Figures with their intervals, and those of the baseline beside them."""
+    from milan.evaluation.table import not_measured, rows_of
+
     shown = [
         key
         for key, value in metrics.items()
         if not key.endswith("_interval") and not isinstance(value, dict | list)
     ]
-    columns = [metrics, *filter(None, [metrics.get("baseline")])]
+    named = {metrics.get("checkpoint", ""): metrics}
+    columns = rows_of(named)[::-1]
     rows = [(key.replace("_", " "), *(_cell(c, key) for c in columns)) for key in shown]
     blank = ("",) * (len(columns) - 1)
+    rows += [("baseline", line)] if (line := not_measured(named)) else []
     return ("what", "", *blank), [*rows, ("metrics", path, *blank)]
 
 
 def _of_several(metrics: dict[str, dict[str, Any]], protocol: Protocol) -> Shown:
     """A row a checkpoint, and for each baseline once."""
-    from milan.evaluation.table import rows_of
+    from milan.evaluation.table import not_measured, rows_of
 
     rows = rows_of(metrics)
     shown = [(column.key, column.heading) for column in protocol.columns]
     robust = {"corrupted_top1": "corrupted %", "corrupted_share": "of clean %"}
     shown += [(key, heading) for key, heading in robust.items() if key in rows[-1]]
-    return ("checkpoint", *(heading for _, heading in shown)), [
-        (row["checkpoint"], *(_cell(row, key) for key, _ in shown)) for row in rows
-    ]
+    cells = [(row["checkpoint"], *(_cell(row, key) for key, _ in shown)) for row in rows]
+    if line := not_measured(metrics):
+        cells.insert(0, (line, *("-" for _ in shown)))
+    return ("checkpoint", *(heading for _, heading in shown)), cells
 
 
 def _parts(

@@ -341,9 +341,9 @@ class SupervisedConfig(LabelledConfig):
     """How often all ranks restart from the last checkpoint after one crashed."""
     overwrite: bool = setting(False, identity=False)
     """Replace a run of other settings."""
-    baseline: str | None = setting("none", identity=False, choices=("random", "none"))
+    baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
     """What is trained for comparison: random (the same network as timm initialises it, for twice
-    the hours), or none."""
+    the hours), or none; auto: nothing, and the metrics say so."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -560,7 +560,7 @@ class SegmentConfig(SupervisedConfig):
     """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
     baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
     """What is trained for comparison: random (the same network as timm initialises it), or none;
-    auto: random (linear), none (upernet)."""
+    auto: random (linear), or nothing, and the metrics say so (upernet)."""
 
     @property
     def takes_teacher(self) -> bool:
@@ -599,5 +599,5 @@ class SegmentConfig(SupervisedConfig):
             "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
         }
         missing = {name: v for name, v in values.items() if getattr(self, name) is None}
-        baseline = self.baseline or ("random" if self.protocol == "linear" else "none")
+        baseline = self.baseline or ("random" if self.protocol == "linear" else None)
         return replace(self, **missing, baseline=baseline)

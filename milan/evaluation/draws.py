@@ -27,6 +27,7 @@ from milan.core.progress import Progress
 from milan.errors import ConfigError
 from milan.evaluation.config import ClassificationConfig
 from milan.evaluation.protocols import Column
+from milan.evaluation.table import NOT_MEASURED
 from milan.images.manifest import Manifest
 
 _LINES = "the name of an image in each line"
@@ -184,8 +185,8 @@ def _save(
 def over_draws(metrics: list[dict[str, Any]], columns: Sequence[Column]) -> dict[str, Any]:
     """Metrics of several draws as those of one: means, with 95 % intervals over the draws.
 
-    The mean is taken of the figures of `columns`, and of what corruptions leave; whatever else is
-    the same for all draws stays; `draws` has what differs, for each.
+    The mean is taken of the figures of `columns`, and of what corruptions leave, of the baselines
+    too; whatever else is the same for all draws stays; `draws` has what differs, for each.
     """
     if len(metrics) == 1:
         return metrics[0]
@@ -198,6 +199,8 @@ def over_draws(metrics: list[dict[str, Any]], columns: Sequence[Column]) -> dict
     for key in ("corrupted_top1", "corrupted_share", "corruptions"):
         if key in metrics[0]:
             merged[key] = _mean([one[key] for one in metrics])
+    if "baseline" in metrics[0] and NOT_MEASURED not in metrics[0]["baseline"]:
+        merged["baseline"] = over_draws([one["baseline"] for one in metrics], columns)
     same = {
         key: value
         for key, value in metrics[0].items()

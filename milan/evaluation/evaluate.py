@@ -161,7 +161,9 @@ def _train(
         if "stopped_by" in metrics or not metrics:
             return metrics
         if draw.corruptions:
-            metrics |= classifier_robustness(draw, metrics, stop or Stop(), progress)
+            beside = metrics.get("baseline", {})
+            for one in (metrics, beside) if "run" in beside else (metrics,):
+                one |= classifier_robustness(draw, one, stop or Stop(), progress)
         found.append(metrics | drawn(config, number))
     return over_draws(found, protocol.columns) | _chosen(config)
 

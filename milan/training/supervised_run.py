@@ -35,6 +35,7 @@ from milan.data.order import Order
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
+from milan.evaluation.table import NOT_MEASURED
 from milan.images.manifest import resolve_data
 from milan.models.export import CHANNELS, is_whole, save_encoder
 from milan.models.foreign import Weights
@@ -67,6 +68,7 @@ _PLACES = (
     "corruptions", "student_data", "val_student_data", "baseline",
 )  # fmt: skip
 """Settings that no recipe has."""
+_HOW = "--baseline random trains it too, which takes as long again"
 _SPEED = ("images_per_second", "seconds", "device")
 """Of the metrics, what a call that trains nothing does not know."""
 
@@ -123,11 +125,14 @@ def beside_random(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """What train_supervised has `found`, and as `baseline` the same of a network as timm
-    initialises it, trained alike in the folder `random` of the run, if the settings say so."""
+    initialises it, trained alike in the folder `random` of the run, if the settings ask for it; if
+    they say nothing, that it was not trained, and how to (table.NOT_MEASURED)."""
     if not found or "stopped_by" in found or config.baseline == "none":
         return found
     if config.checkpoint in ("random", "teacher"):
         return found
+    if config.baseline is None:
+        return found | {"baseline": {"checkpoint": "random", NOT_MEASURED: _HOW}}
     if Ranks.from_environment():
         if progress:
             progress.note("no baseline: ranks that others started train one network")

@@ -155,6 +155,50 @@ def test_several_are_fine_tuned(place: Path, tmp_path: Path) -> None:
         assert (place / name / "finetune/classifier.safetensors").is_file()
         assert json.loads((place / name / "finetune.json").read_text())["checkpoint"] == name
     assert "│ b " in done.out
+    assert "random: not measured; --baseline random" in " ".join(done.out.split())
+
+
+def tuned(place: Path, *more: str) -> Any:
+    return run_here(
+        "finetune", "--data", "photos", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
+        "--report-to", "none", "--set", "warmup_epochs=0", "--size", "16", "--out", "tuned.json",
+        "--overwrite", *more, cwd=place,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "line", "left"),
+    [
+        ((), True, True),
+        (("--baseline", "none"), False, False),
+        (("--checkpoint", "random", "--like", "b"), False, False),
+    ],
+)
+def test_a_baseline_that_is_not_trained_is_named(
+    flags: tuple[str, ...], line: bool, left: bool, place: Path
+) -> None:
+    """Table and metrics say that it was not measured and how to, unless nobody wants it."""
+    done = tuned(place, "--checkpoint", "b", *flags)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert ("random: not measured; --baseline random trains it" in done.out) == line
+    metrics = json.loads((place / "tuned.json").read_text())
+    assert ("not_measured" in metrics.get("baseline", {})) == left
+
+
+def test_the_baseline_of_draws(place: Path) -> None:
+    """Its figures are means over the same draws, of the same corrupted images."""
+    done = tuned(
+        place, "--checkpoint", "b", "--baseline", "random", "--shots", "2", "--draws", "2",
+        "--batch-size", "4", "--corruptions",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, ""), done.err
+    found = json.loads((place / "tuned.json").read_text())
+    beside = found["baseline"]
+    assert beside["checkpoint"] == "random"
+    for key in ("top1", "corrupted_top1"):
+        each = [draw["baseline"][key] for draw in found["draws"]]
+        assert beside[key] == pytest.approx(sum(each) / 2, abs=0.01)
+    assert beside["top1_interval"]
 
 
 def no_encoder(place: Path) -> str:

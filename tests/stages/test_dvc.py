@@ -328,7 +328,7 @@ def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -
     draw_scenes(tmp_path / "scenes", size=(48, 96))
     short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "num_workers": 0}
     own = {
-        "segment": {"data": "masked", "ignore": VOID, "size": 28, "baseline": "none"},
+        "segment": {"data": "masked", "ignore": VOID, "size": 28},
         "detect": {"data": "scenes", "size": 64, "width": 16, "proposals": 20, "samples": 16},
         "finetune": {"data": "data/train.parquet", "val_data": "data/test.parquet"},
     }
