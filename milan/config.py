@@ -36,7 +36,8 @@ class PretrainConfig:
     data_root: str | None = setting(None, identity=False)
     """Where the images are, if not where the store says."""
     recipe: str = setting("vit_base", identity=False)
-    """A recipe: it gives the defaults of all other settings. vit_base, vit_large, rils_vit_base."""
+    """A recipe: it gives the defaults of all other settings. vit_base, vit_large, rils_vit_base,
+    rils_vit_large, rils_cached_vit_base."""
 
     # What is learnt
     model: str = "vit_base_patch16_224"

@@ -24,8 +24,7 @@ Config = TypeVar("Config")
 
 _CALL = "the call"  # the source of settings in Python
 
-# `--set model.embed_dim=128`: `model` is a name, its arguments are a field of their own.
-_NESTED = {"model": "model_args"}
+_ARGUMENTS = "_args"  # `--set model.embed_dim=128`: `model` is a name, model_args its arguments
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -46,9 +45,9 @@ class Given:
         """Take `key = value`; `key` may be `model.key`. Raises ConfigError for an unknown one."""
         hints = typing.get_type_hints(self.kind)
         head, dot, rest = key.partition(".")
-        if dot and _is_dict(hints.get(head := _NESTED.get(head, head))):
-            self.values[head] = {**self.values.get(head, {}), rest: _untyped(value)}
-            self.sources[head] = source
+        if dot and (field := _arguments(hints).get(head)):
+            self.values[field] = {**self.values.get(field, {}), rest: _untyped(value)}
+            self.sources[field] = source
             return
         if key not in hints:
             what = f"argument {key!r}" if source == _CALL else f"parameter {key!r} in {source}"
@@ -57,10 +56,10 @@ class Given:
                 expected=f"one that `milan config {self.section}` lists",
                 fix=_nearest_key(key, hints),
             )
-        field = next(f for f in dataclasses.fields(self.kind) if f.name == key)
-        if field.metadata.get("several") and isinstance(value, list | tuple):
+        known = next(f for f in dataclasses.fields(self.kind) if f.name == key)
+        if known.metadata.get("several") and isinstance(value, list | tuple):
             value = ",".join(map(str, value))
-        is_default = is_auto(field, value)
+        is_default = is_auto(known, value)
         self.values[key] = None if is_default else _coerce(hints[key], value, key, source)
         self.sources[key] = source
 
@@ -232,8 +231,7 @@ def _nearest_key(key: str, hints: dict[str, Any]) -> str:
     head, dot, rest = key.partition(".")
     if not dot:
         return nearest(key, hints)
-    models = [n for n in ("decoder", *_NESTED) if _is_dict(hints.get(_NESTED.get(n, n)))]
-    if near := difflib.get_close_matches(head, models, n=1):
+    if near := difflib.get_close_matches(head, _arguments(hints), n=1):
         return f"{near[0]}.{rest}"
     return nearest(rest, hints) or nearest(head, hints)
 
@@ -262,6 +260,11 @@ def from_call(
         given.put(name, value, _CALL)
     recipe = load_recipe(kind, given.values["recipe"], section) if settings.get("recipe") else {}
     return kind(**recipe | given.values)
+
+
+def _arguments(hints: dict[str, Any]) -> dict[str, str]:
+    """What stands before the dot of a key -> its field: `decoder`, and `model` of `model_args`."""
+    return {n.removesuffix(_ARGUMENTS): n for n, hint in hints.items() if _is_dict(hint)}
 
 
 def _is_dict(hint: Any) -> bool:

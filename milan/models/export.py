@@ -36,7 +36,12 @@ def save_encoder(path: Path, weights: dict[str, torch.Tensor], about: dict[str, 
     `about`: model (timm name), model_args, mean, std, input_size, and whatever tells its origin;
     kept as JSON strings in the header.
     """
-    data = serialise(weights, metadata={k: json.dumps(v) for k, v in about.items()})
+    write_weights(path, weights, {k: json.dumps(v) for k, v in about.items()})
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all: the same bytes for the same weights."""
+    data = serialise(weights, metadata=metadata)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(_same_header(data))
@@ -48,8 +53,8 @@ def save_encoder(path: Path, weights: dict[str, torch.Tensor], about: dict[str, 
 def _same_header(data: bytes) -> bytes:
     """A safetensors file with its header's keys in order.
 
-    The library writes metadata in an order that changes from call to call; the same encoder must
-    be the same bytes, or DVC takes it for another.
+    The library writes metadata in an order that changes from call to call; the same weights must
+    be the same bytes, or DVC takes them for others.
     """
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from milan.config import PretrainConfig
 from milan.data.loader import Batch
 from milan.errors import ConfigError, DataError
 from milan.models.decoder import decoder_arguments
+from milan.models.export import write_weights
 from milan.models.rils import (
     JointOutput,
     RilsStudent,
@@ -119,13 +119,11 @@ class SentenceReconstruction(JointObjective):
     def leave(self, run: Path, student: nn.Module) -> None:
         """The student under its published names."""
         assert isinstance(student, RilsStudent)
-        temporary = run / f".{WEIGHTS}.tmp"
         state = {
             name: value.contiguous()
             for name, value in published_state(student.state_dict()).items()
         }
-        save_file(state, temporary, metadata=published_shape(student))
-        temporary.replace(run / WEIGHTS)
+        write_weights(run / WEIGHTS, state, published_shape(student))
 
     def _text_tower(self) -> TextEncoder:
         """Raises ConfigError if it cannot read the store's tokens."""

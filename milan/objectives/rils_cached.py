@@ -15,6 +15,7 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.device import kept_copy
 from milan.data.loader import Batch
+from milan.errors import DataError
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, JointObjective, Prediction
@@ -74,9 +75,20 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     @property
     def by_class(self) -> bool:
-        """Whether sentences are class prompts; by default where the store has no captions."""
+        """Whether sentences are class prompts; by default where the store has no captions.
+
+        Raises DataError if they are to be, and the store's images have no class names.
+        """
         found = "captions" if len(self.cache.captioned) else "classes"
-        return self._argument("sentences", found) == "classes"
+        by_class = self._argument("sentences", found) == "classes"
+        if by_class and self.cache.prototypes is None and self.cache.spec.texts:
+            raise DataError(
+                f"objective.sentences=classes, and the images of {self.cache.path} have no class "
+                "names",
+                expected="class folders, or labels with names",
+                fix="--set objective.sentences=captions",
+            )
+        return by_class
 
     @cached_property
     def measured(self) -> Similarities:
@@ -119,7 +131,7 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     def notes(self) -> list[str]:
         """Temperatures, and a doubt where they give targets that teach little."""
-        found = self.measured
+        found, _ = self.measured, self.by_class
         effective = found.effective(self.teacher_tau)
         notes = [
             f"sentences: cosines of patches {found.mean:.3f} ± {found.spread:.3f} over "

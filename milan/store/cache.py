@@ -362,12 +362,19 @@ class TargetCache:
             else f"{fix}milan extract-targets … --extend --out {self.path}",
         )
 
-    def no_text_features(self, what: str = "text features of a teacher") -> CacheError:
+    def no_text_features(self) -> CacheError:
         """The error for what needs texts as a teacher sees them, which this layer has not."""
+        others = self._other_layers()
+        found = (c.layer for c in others if c.spec.texts and c.spec.has_targets)
+        layer = next(found, None)
         return CacheError(
-            f"{self.path} has no {what}",
+            f"{self.path} has no text features of a teacher"
+            + (f" in layer {self.layer}" if others else ""),
             expected="a teacher's features of images and of captions or class names",
-            fix="milan extract-targets --texts --out another.zarr, with a CLIP as the teacher",
+            fix=f"--layer {layer}"
+            if layer
+            else f"milan extract-targets --data … --texts --extend --out {self.path}, with a CLIP "
+            "as the teacher: a layer more, and what is there stays as it is",
         )
 
     def no_texts(self) -> CacheError:
@@ -380,7 +387,7 @@ class TargetCache:
             fix=f"--layer {layer}"
             if layer
             else f"milan extract-targets --data … --targets none --extend --out {self.path} adds "
-            "token ids and leaves targets as they are; --texts --out another.zarr stores a "
+            "token ids and leaves targets as they are; --texts --extend adds a layer with a "
             "teacher's vectors too",
         )
 

@@ -80,8 +80,11 @@ def _data(cache: TargetCache) -> str:
 def _texts(cache: TargetCache) -> list[tuple[str, Any]]:
     if not cache.spec.texts:
         return []
-    prototypes = cache.prototypes
-    summary = f"{len(cache.captioned):,} captions of at most {cache.spec.texts['context']} ids"
+    prototypes, most = cache.prototypes, cache.spec.texts.get("captions", 1)
+    summary = f"{len(cache.captioned):,} captions"
+    if most > 1:
+        summary = f"of {len(cache.captioned):,} images up to {most} captions each"
+    summary += f" of at most {cache.spec.texts['context']} ids"
     if prototypes:
         classes, templates = prototypes.ids.shape[:2]
         summary += f", {classes:,} classes in {templates} templates"

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from milan.core import rng
+from milan.errors import DataError
 from milan.store.cache import TargetCache
 
 VIEWS = 16  # whose patches are compared
@@ -25,7 +26,8 @@ def text_bank(
     """(features [K, C] float32 of length 1, token ids [K, L]) of different texts of a store.
 
     Seeded draws of its captions, at most `count`; with `classes`, or where there are no captions,
-    its class prompts. Raises CacheError for a store without text features.
+    its class prompts. Raises CacheError for a store without text features, DataError where
+    classes are asked for and there are none.
     """
     if not cache.spec.texts or not cache.spec.has_targets:
         raise cache.no_text_features()
@@ -37,7 +39,10 @@ def text_bank(
     else:
         prototypes = cache.prototypes
         if prototypes is None:
-            raise cache.no_text_features("class names")
+            raise DataError(
+                f"the images of {cache.path} have no class names",
+                expected="class folders, or labels with names",
+            )
         features, ids = prototypes.features, prototypes.ids[:, 0]
     assert features is not None
     known = np.isfinite(features).all(axis=1)

@@ -16,13 +16,22 @@ from helpers import ROOT
 import milan
 from milan.config import PretrainConfig
 from milan.core.config_fields import is_auto
-from milan.core.config_resolver import deviations, from_call, load_recipe, read_section, resolve
+from milan.core.config_resolver import (
+    collect,
+    deviations,
+    from_call,
+    load_recipe,
+    read_section,
+    resolve,
+)
 from milan.errors import ConfigError, nearest
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.protocols import get_protocol
 from milan.reporting.contact_sheet import contact_sheet
 from pipeline.config import ExtractConfig
 from pipeline.verify import Audit
+from stages.options import field_docs
+from stages.settings import COMMANDS, _rows
 
 
 @pytest.fixture
@@ -93,6 +102,32 @@ def test_arguments_of_models_are_merged(params: Any) -> None:
     assert pretraining(["model=vit_tiny", "model.depth=2"]).model == "vit_tiny"
     evaluation = resolve(EvaluationConfig, section="probe", sets=["model.depth=2"])
     assert evaluation.model_args == {"depth": 2}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in COMMANDS.values()])
+def test_keys_that_are_listed_can_be_set(kind: type, params: Any) -> None:
+    """`milan config` lists NAME.KEY for arguments by name: by --set and in a file, of all commands,
+    objective.KEY too."""
+    given = collect(kind, section="any")
+    for name in (row[0] for row in _rows(kind, given.values, given.sources)):
+        if not name.endswith(".KEY"):
+            continue
+        key = name.removesuffix("KEY") + "weight"
+        field = next(n for n in (key.partition(".")[0], key.partition(".")[0] + "_args")
+                     if "dict" in str(get_type_hints(kind).get(n)))  # fmt: skip
+        for got in (
+            collect(kind, section="any", sets=[f"{key}=0.25"]),
+            collect(kind, section="any", params=params(f"any: {{{key}: 0.25}}")),
+        ):
+            assert got.values == {field: {"weight": 0.25}}
+    if kind is PretrainConfig:
+        assert pretraining(["objective=rils", "objective.weight=0"]).objective_args == {"weight": 0}
+
+
+def test_recipes_are_listed_whole() -> None:
+    """The help of --recipe names each that there is."""
+    there = {path.stem for path in (ROOT / "milan/recipes").glob("*.yaml")}
+    assert set(re.findall(r"\w*vit_\w+", field_docs(PretrainConfig)["recipe"])) == there
 
 
 @pytest.mark.parametrize(
@@ -207,6 +242,7 @@ def test_values_of_another_type_to_extract(item: str) -> None:
         ("train.lr", "lr"),
         ("modle.depth", "model.depth"),
         ("decodr.depth", "decoder.depth"),
+        ("objectve.weight", "objective.weight"),
     ],
 )
 def test_unknown_keys_stop_the_run(params: Any, key: str, near: str) -> None:

@@ -233,6 +233,8 @@ def test_resumed_it_is_the_same_run(run: Path, tokens: Path, tmp_path: Path) -> 
     for steps in (3, None):
         milan.pretrain(str(tokens), out=str(tmp_path / "parts"), stop_after=steps, **RUN)
     assert weights(tmp_path / "parts") == weights(run)
+    whole = [(folder / "rils.safetensors").read_bytes() for folder in (run, tmp_path / "parts")]
+    assert whole[0] == whole[1]
     times = ("images_per_second", "wait_share")
     one, two = (
         [{k: v for k, v in line.items() if k not in times} for line in log_of(folder)]
@@ -353,14 +355,18 @@ def test_the_commands(captions: Path, tmp_path: Path) -> None:
     made = run_here(*line, "--limit", "16", "--executor", "local")
     assert made.code == 0, made.err
     assert "targets: none; views of 28 px" in made.out
+    assert "of 15 images up to 2 captions each" in " ".join(run_here("inspect", out).out.split())
     assert "none: views and token ids" in run_here("inspect", out).out
     sets = [f"model.{key}={value}" for key, value in RUN["model_args"].items()]
     trained = run_here(
         "pretrain", "--cache", out, "--out", tmp_path / "run", "--objective", "rils",
-        "--gather", "full", "--batch-size", "8", "--epochs", "1", "--num-workers", "0",
+        "--gather", "full", "--set", "objective.weight=0.25", "--batch-size", "8", "--epochs", "1",
+        "--num-workers", "0",
         "--report-to", "none", *(word for pair in sets for word in ("--set", pair)),
     )  # fmt: skip
     assert trained.code == 0, trained.err
     assert "text tower" in trained.out
+    for line in log_of(tmp_path / "run"):
+        assert line["loss"] == pytest.approx(line["clip"] + 0.25 * line["recon"], rel=1e-5)
     assert TargetCache(out).token_ids(np.array([0])).shape == (1, 2, CONTEXT)
     assert not notes.lines

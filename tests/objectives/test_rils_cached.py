@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT, Notes, log_of, run_here, weights
+from helpers import ROOT, Notes, log_of, run_here, tree, weights
 from torch.nn import functional as F
 
 import milan
@@ -148,6 +148,45 @@ def test_classes_may_be_the_sentences(told: Path) -> None:
     assert np.isfinite(ours.bank[0].numpy()).all()
 
 
+def test_texts_are_added_by_growth(told: Path, tmp_path: Path) -> None:
+    """As the error of a store without says: a layer more, no stored byte changes, and a second
+    error names the layer, which trains."""
+    data, out = told.parent / "pairs.parquet", tmp_path / "t.zarr"
+    line: list[Any] = ["extract-targets", "--data", data, "--views", 1, "--executor", "local"]
+    line += ["--teacher", DEMO / "config.json", "--pretrained", DEMO / "model.safetensors"]
+    assert run_here(*line, "--out", out).code == 0
+    before = tree(out)
+    with pytest.raises(MilanError, match="has no text features") as error:
+        milan.pretrain(str(out), out=str(tmp_path / "run"), **RUN)
+    assert f"--texts --extend --out {out}" in error.value.fix
+    assert run_here(*line, "--texts", "--extend", "--out", out).code == 0
+    after = tree(out)
+    # The index names what is there, the lock its owner, and the log goes on.
+    changing = {"index.json", ".lock", "extract.log.jsonl"}
+    assert all(after[name] == before[name] for name in before.keys() - changing)
+    with pytest.raises(MilanError, match="in layer teacher/int8") as error:
+        milan.pretrain(str(out), out=str(tmp_path / "run"), **RUN)
+    layer = error.value.fix.removeprefix("--layer ")
+    milan.pretrain(str(out), out=str(tmp_path / "run"), layer=layer, **RUN | {"epochs": 1})
+    assert log_of(tmp_path / "run")[-1]["recon"] > 0
+
+
+def test_classes_that_are_not_there(told: Path, tmp_path: Path) -> None:
+    """Captions alone, and the class prompts are asked for: one line, before the folder is made."""
+    table = pq.read_table(told.parent / "pairs.parquet").select(["image", "caption"])
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / "pairs.parquet")
+    extract_targets(
+        str(tmp_path / "pairs.parquet"), out=str(tmp_path / "t.zarr"), views=1, texts=True,
+        executor="local", teacher=str(DEMO / "config.json"),
+        pretrained=str(DEMO / "model.safetensors"),
+    )  # fmt: skip
+    given = RUN | {"objective_args": {"sentences": "classes"}}
+    with pytest.raises(MilanError, match=r"have no class names.*sentences=captions") as error:
+        milan.pretrain(str(tmp_path / "t.zarr"), out=str(tmp_path / "run"), **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,7 +194,7 @@ def test_classes_may_be_the_sentences(told: Path) -> None:
         ({"objective_args": {"rows": "some"}}, "objective.rows some; expected: masked or all"),
         ({"objective_args": {"teacher_tau": 0}}, "teacher_tau 0; expected: at least 0.0001"),
         ({"gather": "full"}, "gather with objective rils-cached"),
-        ({"cache": "plain"}, "has no text features of a teacher; .*--texts"),
+        ({"cache": "plain"}, "has no text features of a teacher; .*--texts --extend --out"),
     ],
 )
 def test_what_it_cannot_have(
