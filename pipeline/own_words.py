@@ -15,7 +15,8 @@ from milan.core.device import MEAN, STD, normalise
 from milan.errors import ConfigError, TrainError
 from milan.evaluation.config import ZeroShotConfig
 from milan.evaluation.frozen import MEAN_OF_PATCHES, Frozen
-from milan.models.export import ENCODER, read_about, refuse_channels
+from milan.images.channels import Channels
+from milan.models.export import CHANNELS, ENCODER, read_about
 from milan.models.rils import RilsStudent, load_rils
 from milan.objectives.base import objective_class
 from milan.objectives.rils import WEIGHTS, SentenceReconstruction
@@ -53,8 +54,7 @@ def joint_student(checkpoint: str) -> TrainedStudent | None:
             expected="a run that has ended, or was stopped: it leaves the student there",
             fix="the run's milan pretrain line",
         )
-    if (folder / ENCODER).is_file():
-        refuse_channels(read_about(folder), checkpoint)
+    about = read_about(folder) if (folder / ENCODER).is_file() else {}
     student = load_rils(file).requires_grad_(False)
     if settings and not student.tokenizer:
         raise ConfigError(
@@ -62,7 +62,10 @@ def joint_student(checkpoint: str) -> TrainedStudent | None:
             expected="one that this version wrote",
             fix="the run's milan pretrain line: it writes it anew",
         )
-    return TrainedStudent(student, settings.get("cache", ""), settings.get("layer"), "")
+    return TrainedStudent(
+        student, settings.get("cache", ""), settings.get("layer"), "",
+        channels=Channels.if_any(about.get(CHANNELS)),
+    )  # fmt: skip
 
 
 def class_texts(
@@ -130,12 +133,13 @@ def _check_tokenizer(student: RilsStudent, theirs: str, of: Any, config: ZeroSho
         )
 
 
-def joint_view(student: RilsStudent, name: str) -> Frozen:
+def joint_view(student: RilsStudent, name: str, channels: Channels | None) -> Frozen:
     """The student as an evaluation sees it: an image is the mean of its patches, before these are
-    scaled to length 1, as in its training."""
+    scaled to length 1, as in its training. `channels`: what it sees in place of RGB."""
 
     def patches(pixels: torch.Tensor) -> torch.Tensor:
-        return student.encode_patches(normalise(pixels, MEAN, STD)).float()
+        images = pixels if channels else normalise(pixels, MEAN, STD)
+        return student.encode_patches(images).float()
 
     return Frozen(
         lambda pixels: patches(pixels).mean(dim=1),
@@ -145,4 +149,5 @@ def joint_view(student: RilsStudent, name: str) -> Frozen:
         lambda pixels: (None, patches(pixels)),
         (MEAN_OF_PATCHES,),
         directions=False,
+        channels=channels,
     )

@@ -29,6 +29,7 @@ from milan.evaluation.features import Context
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.protocols import PROTOCOLS
 from milan.evaluation.ranks import on_ranks
+from milan.images.channels import Channels
 from milan.images.splits import TEST, TRAIN, VALIDATION, WantedSplit
 from milan.inference.config import ImagesConfig
 from milan.inference.pictures import Pictures
@@ -79,17 +80,19 @@ def _measure(config: ZeroShotConfig, context: Context) -> dict[str, Any]:
     progress, device, began = context.progress, context.device, time.perf_counter()
     trained = _student(config, progress)
     cache = _store(config, trained, progress)
-    pictures = _pictures(config, context)
+    channels = trained.channels if trained else None
+    pictures = _pictures(config, channels, context)
+    bands = cache.view_spec.colours if cache else channels.bands if channels else None
     check_apart(_picture_of(config), [pictures.place])
     names = _class_names(pictures)
     if trained and isinstance(trained.student, RilsStudent):
         texts = class_texts(trained.student, names, cache, config).to(device)
-        networks = [joint_view(trained.student.to(device), config.checkpoint)]
+        networks = [joint_view(trained.student.to(device), config.checkpoint, channels)]
     else:
         networks, texts = _by_teacher(trained, names, cache, config, device, progress)
     # One image of each of the first classes.
     shown = np.unique(pictures.labels, return_index=True)[1][: config.pictures].tolist()
-    seen = look(networks, pictures, texts, shown=shown, crop_share=config.crop_share)
+    seen = look(networks, pictures, texts, shown=shown, crop_share=config.crop_share, bands=bands)
     if not context.ranks.is_rank0:
         return {}
     first, *others = [one.figures(len(names)) for one in seen]
@@ -127,6 +130,12 @@ def _by_teacher(
     """
     if cache and not cache.spec.has_targets:
         raise cache.no_targets()
+    if cache and cache.spec.teacher.get("block") is not None:
+        raise ConfigError(
+            f"the layer {cache.layer} has tokens of an inner block of its teacher",
+            expected="features of the tower's output, which alone are in the space of texts",
+            fix="a run on the output (--layer), or milan knn, which needs no texts",
+        )
     prototypes = cache.prototypes if cache else None
     known = prototypes.classes if prototypes and config.templates == "stored" else []
     lacking = [name for name in names if name not in known]
@@ -265,8 +274,7 @@ def _texts(
 def _check_width(network: Frozen, texts: torch.Tensor, device: torch.device) -> None:
     assert network.tokens is not None
     with torch.inference_mode():
-        blank = torch.zeros(1, network.size, network.size, 3, dtype=torch.uint8, device=device)
-        width = network.tokens(blank)[1].shape[2]
+        width = network.tokens(network.blank(device))[1].shape[2]
     if width != texts.shape[1]:
         raise ConfigError(
             f"{network.name} gives features of {width} channels, and texts have {texts.shape[1]}",
@@ -291,11 +299,12 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
             fix="a run with --predict all, both or visible",
         )
     student = trained.student.to(device)
-    every = torch.arange(student.patches, device=device)[None]
+    law, every = trained.channels, torch.arange(student.patches, device=device)[None]
 
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         visible = every.expand(len(pixels), -1)
-        found = student(normalise(pixels, MEAN, STD), Mask(visible, visible[:, :0])).float()
+        images = pixels if law else normalise(pixels, MEAN, STD)
+        found = student(images, Mask(visible, visible[:, :0])).float()
         first = found[:, 0] if student.decoder.class_token and trained.class_token else None
         return first, found[:, -student.patches :]
 
@@ -305,14 +314,14 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
         return mean if first is None else torch.cat([first, mean], dim=1)
 
     size = student.encoder.patch_embed.img_size[0]
-    return Frozen(features, size, config.checkpoint, None, tokens)
+    return Frozen(features, size, config.checkpoint, None, tokens, channels=law)
 
 
 # --- the images -----------------------------------------------------------------------------------
 
 
-def _pictures(config: ZeroShotConfig, context: Context) -> Pictures:
-    """The images to measure on. Raises DataError."""
+def _pictures(config: ZeroShotConfig, channels: Channels | None, context: Context) -> Pictures:
+    """The images to measure on, for a student of `channels`. Raises ConfigError and DataError."""
     if config.val_data is not None:
         data, wanted = config.val_data, WantedSplit(
             config.val_split, (VALIDATION, TEST), "--val-split"
@@ -320,10 +329,11 @@ def _pictures(config: ZeroShotConfig, context: Context) -> Pictures:
     else:
         data, wanted = config.data, WantedSplit(config.split, (VALIDATION, TEST, TRAIN))
     images = ImagesConfig(
-        data, config.data_root, None, config.limit, config.batch_size, config.num_workers,
-        config.device,
+        data, config.data_root, limit=config.limit, batch_size=config.batch_size,
+        num_workers=config.num_workers, device=config.device,
+        student_data=config.student_data if config.val_data is None else config.val_student_data,
     )  # fmt: skip
-    return Pictures(images, context, wanted=wanted)
+    return Pictures(images, context, channels=channels, wanted=wanted)
 
 
 def _class_names(pictures: Pictures) -> list[str]:

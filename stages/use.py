@@ -13,7 +13,7 @@ from milan.exchange.config import ExportConfig
 from milan.inference.config import EmbedConfig, NeighboursConfig, PredictConfig
 from stages.options import settings_command
 
-_DATA = ("data_root", "split", "limit")
+_DATA = ("data_root", "split", "limit", "student_data")
 _MACHINE = ("batch_size", "num_workers", "device")
 
 

@@ -19,11 +19,12 @@ from pipeline.prune import Drop, prune
 from studies import pictures
 from studies.online import online
 from studies.setting import Setting, add_images, small
-from studies.steps import Figures, flags, markdown
+from studies.steps import Figures, Probe, flags, markdown
 
 CODECS = ("float16", "int8", "pq:32", "pq:16")
 FRESH = "a new view in every epoch, teacher online"
-MEASURES = ("k-NN", "linear")
+PROBED = ("k-NN", "linear")
+TUNED = "fine-tuned"
 BYTES = "bytes an image"
 
 
@@ -61,7 +62,12 @@ def measure(given: argparse.Namespace, setting: Setting, figures: Figures, seed:
                 store, run, seed, epochs=given.epochs, warmup_epochs=given.epochs / 10, **how
             )
 
-        figures.run(method, seed, train, setting.probes(run, MEASURES))
+        probes: dict[str, Probe] = setting.probes(run, PROBED)
+        if given.tuning:
+            probes[TUNED] = partial(
+                setting.fine_tuned, run, seed, epochs=given.tuning, images=given.measured
+            )
+        figures.run(method, seed, train, probes)
 
 
 def name_of(codec: str, views: int) -> str:
@@ -88,35 +94,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 2, 4, 8], help="views")
     parser.add_argument("--codecs", nargs="+", default=CODECS)
-    parser.add_argument(
-        "--tuning", type=int, default=0, help="epochs of fine-tuning, at the ends of the front"
-    )
+    parser.add_argument("--tuning", type=int, default=0, help="epochs of fine-tuning; 0: none")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/study-views.png"))
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
     for seed in range(given.seeds):
         measure(given, setting, figures, seed)
+    measures = [*PROBED, TUNED] if given.tuning else PROBED
     names = [name_of(codec, views) for codec in given.codecs for views in given.keep]
     points = {
         m: {name: (figures.value(name, 0, BYTES), figures.mean(name, m)) for name in names}
-        for m in MEASURES
+        for m in measures
     }
-    fronts = {m: front(points[m]) for m in MEASURES}
-    ends = [fronts["linear"][0], fronts["linear"][-1], FRESH]
-    measures = [*MEASURES]
-    if given.tuning:
-        measures.append("fine-tuned")
-        for seed in range(given.seeds):
-            for name in ends:
-                run = given.work / f"views/{name.replace(' ', '-').replace(':', '')}-{seed}"
-                tune = partial(
-                    setting.fine_tuned, run, seed, epochs=given.tuning, images=given.measured
-                )
-                figures.measure(name, seed, "fine-tuned", tune)
+    fronts = {m: front(points[m]) for m in measures}
     rows = [["store", BYTES, *measures, "on the front"]]
     for name in [*names, FRESH]:
         size = "" if name == FRESH else f"{figures.value(name, 0, BYTES):,.0f}"
-        on = ", ".join(m for m in MEASURES if name in fronts[m])
+        on = ", ".join(m for m in measures if name in fronts[m])
         rows.append([name, size, *(figures.cell(name, m) for m in measures), on])
     print("\n" + markdown(rows))
     pictures.fronts(figures, points, fronts, FRESH, given.picture)

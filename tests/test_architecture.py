@@ -42,7 +42,7 @@ MILAN = {
     "store": "errors core images",
     "data": "errors core images store",
     "models": "errors core",
-    "objectives": "errors core config store data models",
+    "objectives": "errors core config images store data models",
     "evaluation": "errors core images models",
     "reporting": "errors core images store data models evaluation",
     "inference": "errors core images store data models evaluation reporting",

@@ -303,6 +303,16 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
 
 
+def network_input(
+    pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """What a network takes, float32 [B, C, H, W]: pixels, uint8 [B, H, W, 3], are normalised;
+    channels of files, float32 [B, H, W, C], are so already."""
+    if pixels.is_floating_point():
+        return pixels.permute(0, 3, 1, 2).contiguous()
+    return normalise(pixels, mean, std)
+
+
 @device_constant
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """[2, 3]: normalised = scale * pixel + shift."""

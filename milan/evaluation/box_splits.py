@@ -12,17 +12,22 @@ from milan.core.progress import Progress
 from milan.errors import DataError, nearest
 from milan.evaluation.coco import COCO, BoxSet, check_dense, read_coco
 from milan.evaluation.config import DetectConfig
+from milan.images.channels import Channels
 from milan.images.manifest import resolve_data
+from milan.images.pairing import FilesOfImages
 from milan.images.splits import TEST, VALIDATION, WantedSplit, find_splits, take_split
 
 _BESIDE = "_annotations.coco.json"  # among the images, as Roboflow exports
 
 
-def open_boxes(config: DetectConfig, progress: Progress) -> tuple[BoxSet, BoxSet]:
+def open_boxes(
+    config: DetectConfig, progress: Progress, channels: Channels | None = None
+) -> tuple[BoxSet, BoxSet]:
     """Images to train on, and to measure on: of val_data, of --data's own validation, or a fifth.
 
-    Classes are those with a box, in the order of their ids. Raises DataError for data that are not
-    there, are not COCO's, or cannot be learnt from.
+    `channels`: what is seen of them in place of RGB. Classes are those with a box, in the order of
+    their ids. Raises DataError for data that are not there, are not COCO's, or cannot be learnt
+    from; ConfigError if nobody says where the files beside the images are.
     """
     check_dense()
     if config.annotations and config.data == DetectConfig.data:  # they alone were given
@@ -54,7 +59,16 @@ def open_boxes(config: DetectConfig, progress: Progress) -> tuple[BoxSet, BoxSet
     train, val = (_limited(part, config) for part in (train, val))
     train, val = _of_same_classes(train, val, sampled=val_file is None or config.limit is not None)
     _check(train, val, progress)
-    return train, val
+    # Images to measure on that nobody named are beside those to train on.
+    folder = config.val_student_data or (None if config.val_data else config.student_data)
+    return _seen_by(channels, train, config.student_data), _seen_by(channels, val, folder)
+
+
+def _seen_by(channels: Channels | None, boxes: BoxSet, folder: str | None) -> BoxSet:
+    """The set for a network of `channels`. Raises ConfigError, and DataError for bad files."""
+    beside = FilesOfImages(folder, boxes.names, of=boxes.root)
+    beside.check(channels)
+    return replace(boxes, channels=channels, beside=beside)
 
 
 def _limited(boxes: BoxSet, config: DetectConfig) -> BoxSet:

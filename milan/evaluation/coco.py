@@ -22,6 +22,8 @@ from milan.core.paths import (
 )
 from milan.core.progress import Progress
 from milan.errors import ConfigError, DataError
+from milan.images.channels import Channels
+from milan.images.pairing import FilesOfImages
 
 COCO = "COCO's JSON: images, annotations and categories (cocodataset.org/#format-data)"
 _EDGE = 1.0  # pixels that boxes may reach beyond the image by rounding
@@ -53,6 +55,10 @@ class BoxSet:
     masks: tuple[bytes, ...] | None
     """[n]: COCO's compressed run lengths of each mask, as large as its image; None: boxes alone."""
     classes: tuple[str, ...]
+    channels: Channels | None = None
+    """What is seen of the images in place of RGB."""
+    beside: FilesOfImages | None = None
+    """Files of channels that belong to them, once it is known who looks at them."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -79,6 +85,7 @@ class BoxSet:
             boxes=self.boxes[kept], labels=self.labels[kept], areas=self.areas[kept],
             crowd=self.crowd[kept],
             masks=None if self.masks is None else tuple(self.masks[i] for i in kept),
+            beside=None,
         )  # fmt: skip
 
     @property
@@ -89,7 +96,8 @@ class BoxSet:
         sha.update(repr((self.classes, self.masks)).encode())
         for array in (self.shapes, self.first, self.boxes, self.labels, self.areas, self.crowd):
             sha.update(array.tobytes())
-        return sha.hexdigest()
+        found = sha.hexdigest()
+        return self.beside.identity_for(found, self.channels) if self.beside else found
 
 
 def mask_functions() -> Any:

@@ -46,6 +46,10 @@ class LabelledConfig:
     """Decoding threads; auto: the cores, at most 16."""
     limit: int | None = setting(None, identity=False, unit="images", least=1)
     """Number of images to use of each set."""
+    student_data: str | None = setting(None, identity=False)
+    """Of an encoder that sees files beside the images: the folder of those of --data."""
+    val_student_data: str | None = setting(None, identity=False)
+    """The folder of those of --val-data."""
     device: str = setting("auto", identity=False)
     """auto, cuda, cpu, ..."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)
@@ -122,10 +126,6 @@ class ClassificationConfig(LabelledConfig):
     corruptions: bool = setting(False, identity=False)
     """Measure on corrupted validation images too: noise, blur, ..., at five severities. After
     fine-tuning on one device, otherwise on all."""
-    student_data: str | None = setting(None, identity=False)
-    """Of an encoder that sees files beside the images: the folder of those of --data."""
-    val_student_data: str | None = setting(None, identity=False)
-    """The folder of those of --val-data."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""

@@ -33,7 +33,7 @@ from milan.evaluation.ranks import on_ranks
 from milan.evaluation.splits import open_draws
 from milan.evaluation.table import write_table
 from milan.images.channels import Channels
-from milan.models.weights import check_rgb, find_weights
+from milan.models.weights import find_weights
 
 Load = Callable[..., Any]
 """Makes the teacher's network: of settings and a device a Frozen; of others as they take it."""
@@ -118,15 +118,9 @@ def _train_all(
             expected="one: they meet once",
             fix="a line for each checkpoint and draw (--first-draw)",
         )
-    for config in configs:
-        if not protocol.channels and config.checkpoint not in ("random", "teacher"):  # never paths
-            check_rgb(config.checkpoint)
     for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
         if config.checkpoint not in ("random", "teacher"):
-            find_weights(
-                config.checkpoint, flag="--checkpoint", model=config.model,
-                any_channels=protocol.channels,
-            )  # fmt: skip
+            find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
     found: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         if progress and len(configs) > 1:

@@ -47,8 +47,8 @@ from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.splits import LabelledSet, Split
-from milan.images.decode import content_digest, decode_pixels
-from milan.images.views import centre_view, render
+from milan.images.channels import central_square
+from milan.images.decode import content_digest
 
 FILE_ROWS = 2048
 """Rows of a file, and of a piece."""
@@ -464,15 +464,10 @@ def _central_square(
 ) -> int | str:
     """Fill `pixels` with an image as the network takes it; half of its content digest, or why
     not."""
-    law, size = frozen.channels, frozen.size
+    law = frozen.channels
     try:
-        data = of.images.read(row)
-        if law:
-            pixels[:] = law.square(data, of.beside_of(row, law), share=share, size=size)
-        else:
-            image = decode_pixels(data)
-            view = centre_view(*image.shape[:2], crop_share=share)
-            pixels[:] = render(image, view, size=size)
+        data, beside = of.images.read(row), of.beside.read(row, law)
+        pixels[:] = central_square(law, data, beside, share=share, size=frozen.size)
     except ImageFault as fault:
         return str(fault)
     digest = int(content_digest(data)[:16], 16)

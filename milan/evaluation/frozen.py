@@ -155,7 +155,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         before = [block[:, 0] for block in every[:-1]]
         return torch.cat([*before, pooled(every[-1])], dim=1).float()
 
-    law = Channels.from_about(channels) if channels else None
+    law = Channels.if_any(channels)
     return Frozen(features, size, name, identity, tokens, parts, said=said, channels=law)
 
 

@@ -17,7 +17,7 @@ from milan.core.progress import NoProgress, Progress
 from milan.errors import DataError, ImageFault
 from milan.evaluation.config import SegmentConfig
 from milan.evaluation.splits import all_among, identity_of
-from milan.images.decode import decode_pixels
+from milan.images.channels import Channels, whole_image
 from milan.images.manifest import resolve_data
 from milan.images.masks import (
     IGNORED,
@@ -30,6 +30,7 @@ from milan.images.masks import (
     read_names,
     upright_size,
 )
+from milan.images.pairing import FilesOfImages
 from milan.images.source import ImageSource
 from milan.images.splits import TEST, VALIDATION, WantedSplit
 
@@ -50,13 +51,22 @@ class MaskedSplit:
     classes: int
     identity: str
     """Changes with images and masks, their order, and the size or time of any file."""
+    beside: FilesOfImages
+    """Files of channels that belong to the images."""
+    channels: Channels | None = None
+    """What is seen of the images in place of RGB."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def pixels(self, position: int) -> np.ndarray:
-        """An image, uint8 [H, W, 3]. Raises ImageFault."""
-        return decode_pixels(self.images.read(int(self.rows[position])))
+        """An image, uint8 [H, W, 3]; of channels float32 [H, W, C]. Raises ImageFault."""
+        return self.seen(int(self.rows[position]))
+
+    def seen(self, row: int) -> np.ndarray:
+        """The same by its place in the sources."""
+        beside = self.beside.read(row, self.channels)
+        return whole_image(self.channels, self.images.read(row), beside)
 
     def mask(self, position: int) -> np.ndarray:
         """The classes of its pixels, int16 [H, W]; IGNORED where none counts. Raises ImageFault."""
@@ -107,12 +117,16 @@ class _Seen(NamedTuple):
     """Why no pair may be used: a key of _ADVICE, and words. The data are not what they seemed."""
 
 
-def open_masked(config: SegmentConfig, progress: Progress | None = None) -> MaskedData:
+def open_masked(
+    config: SegmentConfig, progress: Progress | None = None, channels: Channels | None = None
+) -> MaskedData:
     """The images to fit on and those to measure on (`val_data`, or a fifth of `data` by seed).
 
-    Every mask is read once: sizes are compared, classes counted. `progress` is told what was found.
-    Raises DataError for images without a mask, masks of another size or with numbers that are no
-    class, classes that only images to measure on have, and splits without an image.
+    `channels`: what is seen of them in place of RGB. Every mask is read once: sizes are compared,
+    classes counted. `progress` is told what was found. Raises DataError for images without a mask,
+    masks of another size or with numbers that are no class, classes that only images to measure on
+    have, and splits without an image; ConfigError if nobody says where the files beside the images
+    are.
     """
     progress = progress or NoProgress()
     palette = Palette.read(config.palette) if config.palette else None
@@ -142,8 +156,11 @@ def open_masked(config: SegmentConfig, progress: Progress | None = None) -> Mask
             fix="more images, or --val-data with images of its own",
         )
     splits, pixels, rejected = [], [], 0
-    for listed, chosen, flag in ((train, rows, "--data"), (val, val_rows, "--val-data")):
-        split = _split(listed, chosen, coding, len(names) or MOST_CLASSES)
+    folders = config.student_data, config.student_data if val is train else config.val_student_data
+    for listed, chosen, flag, folder in zip(
+        (train, val), (rows, val_rows), ("--data", "--val-data"), folders, strict=True
+    ):
+        split = _split(listed, chosen, coding, len(names) or MOST_CLASSES, folder, channels)
         kept, counts, left_out = _checked(split, bool(names), flag, progress)
         splits.append(kept)
         pixels.append(counts)
@@ -188,11 +205,17 @@ def _listed(
     return listed.head(config.limit) if config.limit else listed
 
 
-def _split(listed: MaskedImages, rows: np.ndarray, coding: MaskCoding, classes: int) -> MaskedSplit:
+def _split(
+    listed: MaskedImages, rows: np.ndarray, coding: MaskCoding, classes: int, folder: str | None,
+    channels: Channels | None,
+) -> MaskedSplit:  # fmt: skip
     images, masks = listed.sources()
+    every, root = listed.images.keys(), listed.images.root
+    beside = FilesOfImages(folder, every, of=root)
     sha = "".join(identity_of(manifest) for manifest in (listed.images, listed.masks))
-    keys = listed.images.table["key"].take(rows).to_pylist()
-    return MaskedSplit(str(listed.images.root), keys, images, masks, rows, coding, classes, sha)
+    sha = beside.identity_for(sha, channels)
+    keys = [every[row] for row in rows.tolist()]
+    return MaskedSplit(str(root), keys, images, masks, rows, coding, classes, sha, beside, channels)
 
 
 def _checked(
@@ -264,7 +287,10 @@ def _looked_at(split: MaskedSplit, named: bool) -> Iterator[_Seen]:
 def _look(split: MaskedSplit, named: bool, row: int) -> _Seen:
     nothing = np.zeros(0, np.int64)
     try:
-        height, width = upright_size(split.images.read(row))
+        if split.channels:  # whether all are there is known once they are read
+            height, width = split.seen(row).shape[:2]
+        else:
+            height, width = upright_size(split.images.read(row))
     except ImageFault as fault:
         return _Seen(nothing, 0, str(fault))
     try:

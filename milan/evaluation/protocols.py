@@ -77,8 +77,6 @@ class Protocol:
     needs no features: they become flags too."""
     data_example: str = "--data imagenet --val-data imagenet/val"
     """Of the command's help."""
-    channels: bool = False
-    """Of a protocol that trains: whether it takes an encoder of other channels than RGB."""
 
     @property
     def command(self) -> str:
@@ -149,7 +147,6 @@ PROTOCOLS = {
             columns=(Column("top1", "top-1 %"), Column("top5", "top-5 %")),
             classifies=True,
             settings=FinetuneConfig,
-            channels=True,
         ),
         Protocol(
             name="detect",

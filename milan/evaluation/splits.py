@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from milan.core import rng
-from milan.core.paths import AnyPath, as_path, is_local, sizes_below
+from milan.core.paths import AnyPath, is_local, sizes_below
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, DataError, nearest
 from milan.evaluation.config import ClassificationConfig, LabelledConfig
@@ -19,7 +18,7 @@ from milan.evaluation.draws import draw_rows
 from milan.images.channels import Channels
 from milan.images.classes import ClassTable
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
-from milan.images.pairing import FilesOfImages
+from milan.images.pairing import FilesOfImages, size_and_time
 from milan.images.source import ImageSource
 from milan.images.splits import TEST, VALIDATION, WantedSplit
 
@@ -39,34 +38,14 @@ class LabelledSet:
     """Changes with the images, their order, and the size or time of any file."""
     keys: pa.ChunkedArray
     """Name of each image."""
-    names: list[str] | None = None
+    names: list[str] | None
     """Of the classes, where they have names."""
-    beside: FilesOfImages | None = None
-    """Files of channels that belong to the images, where a folder of such was named."""
-
-    def beside_of(self, row: int, channels: Channels) -> bytes:
-        """The file of channels beside a row's image; none where they are of its own file.
-
-        Raises ImageFault.
-        """
-        return self.beside.read(row) if channels.paired and self.beside else b""
+    beside: FilesOfImages
+    """Files of channels that belong to the images."""
 
     def identity_for(self, channels: Channels | None) -> str:
         """`identity`, and that of the files beside the images, for a network that sees these."""
-        if channels is None or not channels.paired:
-            return self.identity
-        if self.beside is None:
-            raise ConfigError(
-                f"channels {channels.spelled} of files beside the images of {self.source}",
-                expected="the folder of these files",
-                fix="--student-data FOLDER, and --val-student-data FOLDER for those of --val-data",
-            )
-        sha = hashlib.sha256(self.identity.encode())
-        for found in self.beside.paths:
-            state = found and is_local(self.beside.root) and _size_and_time(
-                self.beside.root / found[0])  # fmt: skip
-            sha.update(repr((found, state)).encode(errors="surrogatepass"))
-        return sha.hexdigest()
+        return self.beside.identity_for(self.identity, channels)
 
 
 @dataclass(frozen=True)
@@ -134,8 +113,8 @@ def open_draws(
         labels, val_labels, names = _matched(manifest, val_manifest)
         rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
     drawn = draw_rows(config, manifest, labels, rows, class_names=names, progress=progress)
-    beside = getattr(config, "student_data", None)
-    val_beside = beside if val_manifest is manifest else getattr(config, "val_student_data", None)
+    beside = config.student_data
+    val_beside = beside if val_manifest is manifest else config.val_student_data
     if drawn is None:
         whole = _labelled_set(manifest, labels, names, beside)
         trains = [Split(whole, rows)]
@@ -172,8 +151,7 @@ def open_images(config: LabelledConfig, progress: Progress) -> LabelledSet:
     """All images of `config.data`, labelled or not: -1 is the label of one without. Raises
     DataError for data that are not there."""
     manifest = _manifest(config.data, WantedSplit(config.split), config, progress)
-    beside = getattr(config, "student_data", None)
-    return _labelled_set(manifest, manifest.labels(), manifest.classes, beside)
+    return _labelled_set(manifest, manifest.labels(), manifest.classes, config.student_data)
 
 
 def _labelled_set(
@@ -181,7 +159,7 @@ def _labelled_set(
 ) -> LabelledSet:
     root, keys = manifest.root, manifest.table["key"]
     images = ImageSource(manifest, root)
-    files = FilesOfImages(as_path(beside), manifest.keys()) if beside else None
+    files = FilesOfImages(beside, manifest.keys(), of=root)
     return LabelledSet(root, images, labels, identity_of(manifest), keys, names, files)
 
 
@@ -196,16 +174,8 @@ def identity_of(manifest: Manifest) -> str:
             sha.update(repr(column.to_pylist()).encode(errors="surrogatepass"))
     remote = None if is_local(root) else sizes_below(root)
     for path in pc.unique(places["path"]).to_pylist():
-        sha.update(repr(remote(path) if remote else _size_and_time(root / path)).encode())
+        sha.update(repr(remote(path) if remote else size_and_time(root / path)).encode())
     return sha.hexdigest()
-
-
-def _size_and_time(file: AnyPath) -> tuple[int, int] | None:
-    try:
-        state = os.stat(file)  # type: ignore[arg-type]
-    except OSError:
-        return None  # it is listed, and will be counted as rejected
-    return state.st_size, state.st_mtime_ns
 
 
 def _labelled(

@@ -114,7 +114,7 @@ def _decoder(folder: Path, about: dict[str, Any]) -> State:
     ):
         return {}
     with suppress(ConfigError):  # it predicts relations of tokens
-        return load_student(folder, any_channels=True).student.decoder.state_dict()
+        return load_student(folder).student.decoder.state_dict()
     return {}
 
 

@@ -114,6 +114,11 @@ class Channels:
         return cls(about["spelled"], about["paired"], tuple(about["mean"]), tuple(about["std"]),
                    bands)  # fmt: skip
 
+    @classmethod
+    def if_any(cls, about: dict[str, Any] | None) -> Channels | None:
+        """The same; None for nothing: pictures' RGB."""
+        return cls.from_about(about) if about else None
+
     # --- one image --------------------------------------------------------------------------------
 
     def samples(self, data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -159,14 +164,70 @@ class Channels:
 
         `beside` is the file that belongs to the image, if channels are of such. Raises ImageFault.
         """
+        image, samples = self._read(data, beside)
+        height, width = (samples if image is None else image).shape[:2]  # type: ignore[union-attr]
+        view = place(height, width)
+        pixels = render(image, view, size=size) if self.colours and image is not None else None
+        return self.view(samples, view, size, pixels)
+
+    def whole(self, data: bytes, beside: bytes) -> np.ndarray:
+        """The same of a whole image as it is: float32 [H, W, C]. Raises ImageFault."""
+        image, samples = self._read(data, beside)
+        seen = [part for part in (image if self.colours else None, samples) if part is not None]
+        planes = np.concatenate([part.astype(np.float32) for part in seen], axis=2)
+        return (planes - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def _read(self, data: bytes, beside: bytes) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """(pixels [H, W, 3] where they or their size count, the numbered channels [H, W, n])."""
         image = samples = None
-        if self.colours or self.paired:  # of the image itself only the size may count
+        if self.colours or self.paired:
             image = self.bands.pixels(data) if self.bands else decode_pixels(data)
         if self.numbers:
             known = None if image is None else (image.shape[0], image.shape[1])
             samples = self.samples(beside if self.paired else data, known)
-        whole = image if samples is None else samples
-        assert whole is not None
-        view = place(whole.shape[0], whole.shape[1])
-        pixels = render(image, view, size=size) if self.colours and image is not None else None
-        return self.view(samples, view, size, pixels)
+        return image, samples
+
+    def shown(self, seen: np.ndarray) -> np.ndarray:
+        """What is seen, [..., H, W, C] as `whole` has it, as a picture, uint8 [..., H, W, 3]: its
+        colours where they are among it, else as `as_colours`."""
+        if not self.colours:
+            return as_colours(seen)
+        mean, std = (np.array(v[:3], np.float32) for v in (self.mean, self.std))
+        return np.rint(seen[..., :3] * std + mean).clip(0, 255).astype(np.uint8)
+
+
+def as_colours(seen: np.ndarray, chosen: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Three of the channels [..., C] that a student sees as colours, uint8 [..., 3].
+
+    `chosen` by place, from 1; default: the first three, or the first in grey where there are fewer.
+    The mean is grey, two deviations below it are black, two above white.
+    """
+    places = chosen or ((1, 2, 3) if seen.shape[-1] >= 3 else (1, 1, 1))
+    three = seen[..., [place - 1 for place in places]].astype(np.float32)
+    return np.rint(128 + 64 * three).clip(0, 255).astype(np.uint8)
+
+
+# --- images, of RGB or not ------------------------------------------------------------------------
+
+
+def whole_image(channels: Channels | None, data: bytes, beside: bytes = b"") -> np.ndarray:
+    """What a network of these `channels` sees of a whole image: float32 [H, W, C], normalised;
+    without any pixels, uint8 [H, W, 3]. Raises ImageFault."""
+    return channels.whole(data, beside) if channels else decode_pixels(data)
+
+
+def central_square(
+    channels: Channels | None, data: bytes, beside: bytes = b"", *, share: float, size: int,
+    bands: Bands | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The same of its central square: float32 [C, S, S]; without channels uint8 [S, S, 3], whose
+    colours are `bands` of the file where such are given. Raises ImageFault."""
+    if channels:
+        return channels.square(data, beside, share=share, size=size)
+    image = bands.pixels(data) if bands else decode_pixels(data)
+    return render(image, centre_view(*image.shape[:2], crop_share=share), size=size)
+
+
+def picture_of(channels: Channels | None, seen: np.ndarray) -> np.ndarray:
+    """What `whole_image` gave, as a picture: uint8 [H, W, 3]."""
+    return channels.shown(seen) if channels else seen

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan.core.paths import AnyPath, files_below, probe, read_below
+from milan.core.paths import AnyPath, as_path, files_below, is_local, probe, read_below
 from milan.core.retry import described
-from milan.errors import DataError, ImageFault
+from milan.errors import ConfigError, DataError, ImageFault
+from milan.images.channels import Channels
 from milan.images.samples import EXTENSIONS
 
 OF_CHANNELS = "channel file"
@@ -61,26 +65,69 @@ class FilesBeside:
 
 
 class FilesOfImages:
-    """The files of channels of images, by row."""
+    """The files of channels that belong to images, by row; none, where no folder was named."""
 
-    def __init__(self, root: AnyPath, keys: list[str]) -> None:
-        """`keys` are the images', in order. Raises DataError if there is no such folder."""
-        if not root.is_dir():
+    def __init__(self, folder: str | None, keys: Sequence[str], *, of: AnyPath) -> None:
+        """`keys` are the images', in order, and they lie `of` there. Raises DataError if there is
+        no such folder."""
+        self.root, self.of = None if folder is None else as_path(folder), of
+        self.paths: list[tuple[str, int | None] | None] = []
+        """(path below root, bytes) of each row's, None where there is none."""
+        if self.root is None:
+            return
+        if not self.root.is_dir():
             raise DataError(
-                f"no folder at {root}",
+                f"no folder at {self.root}",
                 expected="files of the images' names, whatever their endings",
                 fix="--student-data FOLDER",
             )
-        self.root = root
-        self.paths = FilesBeside.below(root, EXTENSIONS).of_images(keys, OF_CHANNELS)
-        """(path below root, bytes) of each row's, None where there is none."""
+        found = FilesBeside.below(self.root, EXTENSIONS)
+        self.paths = found.of_images(list(keys), OF_CHANNELS)
 
-    def read(self, row: int) -> bytes:
-        """The bytes of a row's file. Raises ImageFault, and MachineError."""
+    def check(self, channels: Channels | None) -> None:
+        """Raises ConfigError for `channels` of files beside the images, if no folder was named."""
+        if channels and channels.paired and self.root is None:
+            raise ConfigError(
+                f"channels {channels.spelled} of files beside the images of {self.of}",
+                expected="the folder of these files",
+                fix="--student-data FOLDER, and --val-student-data FOLDER for those of --val-data",
+            )
+
+    def read(self, row: int, channels: Channels | None) -> bytes:
+        """The bytes of a row's file; none for `channels` that are not of files beside the images.
+
+        Raises ImageFault, and MachineError.
+        """
+        if channels is None or not channels.paired:
+            return b""
+        self.check(channels)
         found = self.paths[row]
-        if found is None:
+        if self.root is None or found is None:
             raise ImageFault("missing", f"no file of its name in {self.root}")
         return read_beside(self.root, found[0])
+
+    def identity_for(self, identity: str, channels: Channels | None) -> str:
+        """`identity`, and that of the files beside the images, for a network that sees these.
+
+        Raises ConfigError as `check`.
+        """
+        self.check(channels)
+        if channels is None or not channels.paired or self.root is None:
+            return identity
+        sha = hashlib.sha256(identity.encode())
+        for found in self.paths:
+            state = size_and_time(self.root / found[0]) if found and is_local(self.root) else None
+            sha.update(repr((found, state)).encode(errors="surrogatepass"))
+        return sha.hexdigest()
+
+
+def size_and_time(file: AnyPath) -> tuple[int, int] | None:
+    """(bytes, nanoseconds of the last change) of a local file; None if it cannot be looked at."""
+    try:
+        state = os.stat(file)  # type: ignore[arg-type]
+    except OSError:
+        return None  # it is listed, and will be counted as rejected
+    return state.st_size, state.st_mtime_ns
 
 
 def read_beside(root: AnyPath, path: str) -> bytes:

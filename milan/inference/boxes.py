@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from milan.evaluation.coco import mask_functions
+from milan.images.channels import picture_of, whole_image
 from milan.inference.predict import Job
 from milan.models.detector import find_boxes, load_detector
 from milan.reporting.boxes import draw_boxes
@@ -30,10 +30,15 @@ def predict_boxes(job: Job) -> dict[str, Any]:
     detector = load_detector(job.file).to(job.device)
     schema = pa.schema(_COLUMNS + ([("mask", pa.string())] if detector.spec.masks else []))
     names, shown = detector.class_names, job.shown
+    channels = job.pictures.channels
+
+    def prepare(row: int, data: bytes, beside: bytes) -> np.ndarray:
+        return whole_image(channels, data, beside)
+
     total = np.zeros(2, np.int64)  # of boxes, of images without one
     with job.table(schema) as table:
-        for batch in job.pictures.batches(lambda row, pixels: pixels, at_once=_AT_ONCE):
-            images = [Image.fromarray(picture.prepared) for picture in batch]
+        for batch in job.pictures.batches(prepare, at_once=_AT_ONCE):
+            images = [picture.prepared for picture in batch]
             answers = find_boxes(detector, images, score=job.config.score)
             for picture, found in zip(batch, answers, strict=True):
                 key = job.pictures.manifest.key(picture.row)
@@ -49,7 +54,7 @@ def predict_boxes(job: Job) -> dict[str, Any]:
                 total += len(labels), not len(labels)
                 if picture.row in shown:
                     panel = draw_boxes(
-                        picture.prepared, found["boxes"], labels, names,
+                        picture_of(channels, picture.prepared), found["boxes"], labels, names,
                         masks=found.get("masks"), edge=PANEL, named=False,
                     )  # fmt: skip
                     counts = Counter(names[label] for label in labels.tolist()).most_common(4)

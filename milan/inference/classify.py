@@ -11,11 +11,10 @@ import torch
 
 from milan.core.device import normalise
 from milan.evaluation.meaning import accuracy_interval
-from milan.images.views import centre_view, render
+from milan.images.channels import central_square, picture_of, whole_image
 from milan.inference.pictures import Pictures
 from milan.inference.predict import Job
 from milan.models.classifier import load_classifier
-from milan.models.export import read_about, refuse_channels
 from milan.reporting.panels import Tile, thumbnail
 
 _TOP = 5
@@ -28,15 +27,18 @@ def predict_classes(job: Job) -> dict[str, Any]:
     its central square. Where the data have labels of classes that the classifier knows, returns
     top1 (percent) over the images that have one, with its 95 % interval.
     """
-    refuse_channels(read_about(job.file), str(job.file))
     vit = load_classifier(job.file).to(job.device)
     data = timm.data.resolve_model_data_config(vit)
     size, share, names = data["input_size"][1], data["crop_pct"], vit.class_names
     top, shown = min(_TOP, len(names)), job.shown
 
-    def prepare(row: int, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        view = render(pixels, centre_view(*pixels.shape[:2], crop_share=share), size=size)
-        return view, thumbnail(pixels) if row in shown else None
+    channels = job.pictures.channels
+
+    def prepare(row: int, data: bytes, beside: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+        view = central_square(channels, data, beside, share=share, size=size)
+        if row not in shown:
+            return view, None
+        return view, thumbnail(picture_of(channels, whole_image(channels, data, beside)))
 
     truth, right = _truth(job.pictures, names), list[bool]()
     text, number = pa.string(), pa.float32()
@@ -46,7 +48,8 @@ def predict_classes(job: Job) -> dict[str, Any]:
     with job.table(schema) as table, torch.inference_mode():
         for batch in job.pictures.batches(prepare):
             views = torch.from_numpy(np.stack([picture.prepared[0] for picture in batch]))
-            images = normalise(views.to(job.device), data["mean"], data["std"])
+            views = views.to(job.device)
+            images = views if channels else normalise(views, data["mean"], data["std"])
             scores, best = vit(images).float().softmax(dim=1).topk(top, dim=1)
             scores, best = scores.cpu(), best.cpu()
             rows = [picture.row for picture in batch]

@@ -22,6 +22,8 @@ class ImagesConfig:
     """Which split of --data: train, validation, test, ..., or all; default: train, if any."""
     limit: int | None = setting(None, identity=False, unit="images", least=1)
     """Number of images to use."""
+    student_data: str | None = setting(None, identity=False)
+    """Of a network that sees files beside the images: the folder of these."""
     batch_size: int | None = setting(None, identity=False, unit="images", auto=True, least=1)
     """Images at once; auto: 64, for a detector 4."""
     num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
@@ -77,8 +79,6 @@ class EmbedConfig(ImagesConfig):
     features: str | None = setting(None, identity=False)
     """Folder where pooled features are kept, for evaluations too; default: frozen_features/ in the
     run's folder. Patches are kept beside --out until it is whole."""
-    student_data: str | None = setting(None, identity=False)
-    """Of an encoder that sees files beside the images: the folder of these."""
     like: str | None = setting(None, identity=False)
     """With random: the run or timm:NAME whose encoder's shape is taken."""
     model: str = setting("vit_base_patch16_224", identity=False)

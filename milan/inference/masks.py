@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from milan.errors import DataError
+from milan.images.channels import picture_of, whole_image
 from milan.inference.predict import Job
 from milan.inference.tables import replaced
 from milan.models.segmenter import fitted, load_segmenter, predict_scaled
@@ -40,8 +41,11 @@ def predict_masks(job: Job) -> dict[str, Any]:
     names, shown = segmenter.class_names, job.shown
     folder = job.place.with_name(f"{job.place.stem}_masks")
 
-    def prepare(row: int, pixels: np.ndarray) -> _Prepared:
-        small = thumbnail(pixels) if row in shown else None
+    channels = job.pictures.channels
+
+    def prepare(row: int, data: bytes, beside: bytes) -> _Prepared:
+        pixels = whole_image(channels, data, beside)
+        small = thumbnail(picture_of(channels, pixels)) if row in shown else None
         return _Prepared(fitted(pixels, segmenter.window), pixels.shape[:2], small)
 
     top = min(_TOP, len(names))

@@ -18,8 +18,9 @@ from milan.core.ahead import Ahead
 from milan.core.machine import cpu_count, decoding_threads
 from milan.errors import DataError, ImageFault
 from milan.evaluation.features import Context
-from milan.images.decode import decode_pixels
+from milan.images.channels import Channels
 from milan.images.manifest import build_manifest, describe_source, resolve_data
+from milan.images.pairing import FilesOfImages
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 from milan.inference.config import ImagesConfig
@@ -33,16 +34,22 @@ class Picture(NamedTuple):
     row: int
     """In the manifest."""
     prepared: Any
-    """What `prepare` made of its pixels."""
+    """What `prepare` made of it."""
 
 
 class Pictures:
     """The images that settings name, in the order of their places, so that files are read once."""
 
     def __init__(
-        self, config: ImagesConfig, context: Context, *, wanted: WantedSplit | None = None
+        self,
+        config: ImagesConfig,
+        context: Context,
+        *,
+        channels: Channels | None = None,
+        wanted: WantedSplit | None = None,
     ) -> None:
-        """List them; progress is told which they are. Raises DataError if there are none.
+        """List them; progress is told which they are. Raises DataError if there are none,
+        ConfigError if nobody says where the files beside them are that `channels` are of.
 
         `wanted`: the split that is taken; default: that of the settings, by extraction's rule. All
         ranks must call this: the first one lists.
@@ -59,7 +66,11 @@ class Pictures:
         self.classes, self.labels = self.manifest.classes, self.manifest.labels()
         self.rejected: dict[int, str] = {}
         """row -> why it cannot be read; complete, on all ranks, once `batches` is at its end."""
+        self.channels = channels
+        """What a network sees of them in place of RGB."""
         self._source = ImageSource(self.manifest, self.manifest.root)
+        self._beside = FilesOfImages(config.student_data, self.manifest.keys(), of=source)
+        self._beside.check(channels)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -69,12 +80,13 @@ class Pictures:
         return frozenset(range(min(count, len(self))))
 
     def batches(
-        self, prepare: Callable[[int, np.ndarray], Any], *, at_once: int = _AT_ONCE
+        self, prepare: Callable[[int, bytes, bytes], Any], *, at_once: int = _AT_ONCE
     ) -> Iterator[list[Picture]]:
         """This rank's images that can be read, `batch_size` at once, or `at_once` without it.
 
-        `prepare(row, pixels)` is called in threads, with uint8 [H, W, 3] after EXIF orientation; it
-        may raise ImageFault too. All ranks must go to the end. There it raises DataError if no
+        `prepare(row, data, beside)` is called in threads, with the bytes of the image's file and of
+        the file beside it (as milan.images.channels.whole_image takes them); it may raise
+        ImageFault too. All ranks must go to the end. There it raises DataError if no
         image could be read, and Stopped if one of them was asked to stop.
         """
         ranks, stop = self.context.ranks, self.context.stop
@@ -83,7 +95,8 @@ class Pictures:
 
         def load(row: int) -> Picture | str:
             try:
-                return Picture(row, prepare(row, decode_pixels(self._source.read(row))))
+                beside = self._beside.read(row, self.channels)
+                return Picture(row, prepare(row, self._source.read(row), beside))
             except ImageFault as fault:
                 return str(fault)
 

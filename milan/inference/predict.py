@@ -26,10 +26,11 @@ from milan.core.signals import Stop
 from milan.errors import CacheError
 from milan.evaluation.features import Context
 from milan.evaluation.ranks import on_ranks
+from milan.images.channels import Channels
 from milan.inference.config import PredictConfig
 from milan.inference.pictures import Pictures
 from milan.inference.tables import Table, check_ending, replaced, written
-from milan.models.export import ENCODER
+from milan.models.export import CHANNELS, ENCODER, read_about
 from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture
 
 PREDICTORS = {
@@ -110,7 +111,8 @@ def _predict(config: PredictConfig, context: Context) -> dict[str, Any]:
     """The metrics; each rank predicts for its share of the images."""
     began, progress = time.perf_counter(), context.progress
     file = _file_of(config.checkpoint)
-    pictures = Pictures(config, context)
+    channels = Channels.if_any(read_about(file).get(CHANNELS))
+    pictures = Pictures(config, context, channels=channels)
     for ending in (Path(config.out).suffix, *_BESIDE):
         check_apart(config.beside(ending), [pictures.place])
     job = Job(file, config, pictures, context)

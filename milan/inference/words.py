@@ -15,8 +15,12 @@ from milan.core.distributed import Ranks
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.meaning import accuracy_interval
 from milan.evaluation.outcome import TOP, Outcome
-from milan.images.views import centre_view, render
+from milan.images.channels import Channels, central_square
+from milan.images.samples import Bands
 from milan.inference.pictures import Pictures
+
+_Input = tuple[int, Channels | None]
+"""Edge, and channels in place of RGB."""
 
 
 class Seen:
@@ -88,18 +92,24 @@ def look(
     *,
     shown: list[int],
     crop_share: float,
+    bands: Bands | None = None,
 ) -> list[Seen]:
     """Show all images to all networks, whose tokens are as wide as the `texts` [P, C] of length 1.
 
-    Labels are numbers of texts. `shown`: rows whose maps are kept. Each rank shows its share, and
+    Labels are numbers of texts. `bands`: of which a network of RGB has its colours, if not as
+    pictures have them. `shown`: rows whose maps are kept. Each rank shows its share, and
     all return the same. Raises Stopped.
     """
     progress, device = pictures.progress, texts.device
-    sizes = {network.size for network in networks}
+    inputs = {(network.size, network.channels) for network in networks}
 
-    def prepare(row: int, pixels: np.ndarray) -> dict[int, np.ndarray]:
-        view = centre_view(*pixels.shape[:2], crop_share=crop_share)
-        return {size: render(pixels, view, size=size) for size in sizes}
+    def prepare(row: int, data: bytes, beside: bytes) -> dict[_Input, np.ndarray]:
+        return {
+            (size, law): central_square(
+                law, data, beside, share=crop_share, size=size, bands=bands
+            )
+            for size, law in inputs
+        }  # fmt: skip
 
     seen = [Seen() for _ in networks]
     progress.begin("zero-shot", len(pictures), "images")
@@ -107,7 +117,8 @@ def look(
         labels = torch.from_numpy(pictures.labels[[p.row for p in batch]]).to(device)
         for network, one in zip(networks, seen, strict=True):
             assert network.tokens is not None
-            pixels = torch.from_numpy(np.stack([p.prepared[network.size] for p in batch]))
+            own = network.size, network.channels
+            pixels = torch.from_numpy(np.stack([p.prepared[own] for p in batch]))
             with torch.inference_mode():
                 first, patches = network.tokens(pixels.to(device))
                 unit = F.normalize(patches.float(), dim=-1)
@@ -116,7 +127,9 @@ def look(
                 for i, picture in enumerate(batch):
                     if picture.row in shown:
                         cosines = (unit[i] @ texts.T).cpu().numpy()
-                        one.maps[picture.row] = picture.prepared[network.size], cosines
+                        seen_there, law = picture.prepared[own], network.channels
+                        view = law.shown(seen_there.transpose(1, 2, 0)) if law else seen_there
+                        one.maps[picture.row] = view, cosines
     progress.end()
     for one in seen:
         one.gather(pictures.context.ranks)

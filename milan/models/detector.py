@@ -34,9 +34,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from milan.core.device import MEAN, STD
+from milan.core.resizing import bilinear
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
-from milan.models.export import load_whole, read_about
+from milan.models.export import CHANNELS, load_whole, read_about
 from milan.models.layouts import State
 from milan.models.weights import POSITIONS
 
@@ -71,6 +72,8 @@ class DetectorSpec:
     """Regions that the box head looks at in an image, at most."""
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    channels: dict[str, Any] | None = None
+    """What it sees in place of RGB, as its encoder's file says: images come normalised then."""
 
 
 class WindowAttention(nn.Module):
@@ -183,7 +186,8 @@ def fitted(height: int, width: int, size: float) -> tuple[int, int]:
 
 
 class Detector(FasterRCNN):
-    """torchvision's detector: images [3, H, W] in 0..1 to boxes, labels, scores and masks.
+    """torchvision's detector: images [3, H, W] in 0..1 to boxes, labels, scores and masks; of an
+    encoder of other channels [C, H, W], normalised.
 
     Called as torchvision's FasterRCNN and MaskRCNN are, also for training. `class_names` are those
     of the labels from 1 on.
@@ -214,9 +218,10 @@ class Detector(FasterRCNN):
             heads.mask_roi_pool = _pool(14, spec.size)
             heads.mask_head = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d)
             heads.mask_predictor = MaskRCNNPredictor(width, width, classes)
-        self.transform = Canvas(
-            spec.size, spec.size, list(spec.mean), list(spec.std), size_divisible=spec.size
-        )
+        count = len(spec.mean)
+        mean = [0.0] * count if spec.channels else list(spec.mean)
+        std = [1.0] * count if spec.channels else list(spec.std)
+        self.transform = Canvas(spec.size, spec.size, mean, std, size_divisible=spec.size)
         self.spec, self.class_names = spec, list(spec.classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -291,7 +296,8 @@ def detector_encoder(spec: DetectorSpec, *, drop_path: float = 0.0) -> Any:
             f"size {spec.size} with patches of {patch} pixels", expected="an image of some patches"
         )
     args["drop_path_rate"] = drop_path
-    return create_vit(spec.model, img_size=spec.size // stride * patch, args=args)
+    size, other = spec.size // stride * patch, bool(spec.channels)
+    return create_vit(spec.model, img_size=size, args=args, any_channels=other)
 
 
 def _patch_of(model: str, args: dict[str, Any]) -> int:
@@ -301,7 +307,8 @@ def _patch_of(model: str, args: dict[str, Any]) -> int:
     known: Any = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     size = known.input_size[1] if known else 224
     with torch.device("meta"):
-        return create_vit(model, img_size=size, args=args).patch_embed.patch_size[0]
+        vit = create_vit(model, img_size=size, args=args, any_channels=True)
+    return vit.patch_embed.patch_size[0]
 
 
 def interpolated(state: State, vit: Any) -> State:
@@ -334,7 +341,7 @@ def load_detector(folder: str | Path) -> Detector:
         raise CacheError(f"no {DETECTOR} at {folder}", expected="the folder of a milan detect")
     about = read_about(path)
     names = {f.name for f in fields(DetectorSpec)}
-    about |= {"size": about["input_size"]}
+    about |= {"size": about["input_size"], CHANNELS: about.get(CHANNELS)}
     if not about.keys() >= names:
         raise CacheError(f"{path} is no detector", fix="milan detect")
     spec = DetectorSpec(**{name: about[name] for name in names})
@@ -346,28 +353,29 @@ def load_detector(folder: str | Path) -> Detector:
     return detector.eval()
 
 
-def on_canvas(image: Image.Image, size: int) -> np.ndarray:
-    """The pixels of an image with its longer side scaled to `size`, uint8 [h, w, 3]."""
-    height, width = fitted(image.height, image.width, size)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+def on_canvas(image: np.ndarray, size: int) -> np.ndarray:
+    """An image, uint8 [H, W, 3] or float32 [H, W, C], with its longer side scaled to `size`."""
+    height, width = image.shape[:2]
+    return bilinear(image, fitted(height, width, size))
 
 
 def find_boxes(
-    detector: Detector, images: Sequence[Image.Image], *, score: float = 0.05
+    detector: Detector, images: Sequence[Image.Image | np.ndarray], *, score: float = 0.05
 ) -> list[dict[str, np.ndarray]]:
-    """What a detector finds in RGB images, as its run has measured it; on the detector's device.
+    """What a detector finds in images, as its run has measured it; on the detector's device.
 
-    For each image boxes [n, 4] float32 (left, top, right, bottom in its pixels), labels [n] int64
-    (`detector.class_names[label - 1]`), scores [n] float32 of at least `score`, falling, and with a
-    mask head masks [n, H, W] bool.
+    Images are RGB: Pillow's, or uint8 [H, W, 3]; for a detector of other channels float32
+    [H, W, C], normalised. For each image boxes [n, 4] float32 (left, top, right, bottom in its
+    pixels), labels [n] int64 (`detector.class_names[label - 1]`), scores [n] float32 of at least
+    `score`, falling, and with a mask head masks [n, H, W] bool.
     """
     device = next(detector.parameters()).device
     size, detector = detector.spec.size, detector.eval()
-    placed = [torch.from_numpy(on_canvas(image, size).copy()) for image in images]
+    arrays = [np.asarray(image) for image in images]
+    placed = [torch.from_numpy(on_canvas(image, size).copy()) for image in arrays]
+    shapes = [(image.shape[0], image.shape[1]) for image in arrays]
     with torch.no_grad():
-        found, _ = detector.detect(
-            [unit(pixels.to(device)) for pixels in placed], [(i.height, i.width) for i in images]
-        )
+        found, _ = detector.detect([unit(pixels.to(device)) for pixels in placed], shapes)
     chosen = [each["scores"] >= score for each in found]
     return [
         {
@@ -379,5 +387,6 @@ def find_boxes(
 
 
 def unit(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [H, W, 3] to float32 [3, H, W] in 0..1."""
-    return pixels.permute(2, 0, 1).float() / 255
+    """uint8 [H, W, 3] to float32 [3, H, W] in 0..1; float32 [H, W, C] to [C, H, W] as it is."""
+    moved = pixels.permute(2, 0, 1)
+    return moved if pixels.is_floating_point() else moved.float() / 255

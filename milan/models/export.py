@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from milan.errors import CacheError, ConfigError
+from milan.errors import CacheError
 from milan.models.encoder import build_encoder
 from milan.models.state_dict import check_fetched, unwrapped
 
@@ -98,22 +98,6 @@ def read_about(run: str | Path) -> dict[str, Any]:
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
         )
     return about
-
-
-def refuse_channels(about: dict[str, Any], name: str) -> None:
-    """Raises ConfigError if an encoder sees other channels than RGB of pictures, as its file says,
-    for who reads such pictures alone."""
-    if channels := about.get(CHANNELS):
-        bands = channels["bands"]
-        seen = f"bands {' '.join(map(str, bands['numbers']))} as RGB" if bands else ""
-        if channels["spelled"] != "rgb":
-            seen = f"channels {channels['spelled']}"
-        raise ConfigError(
-            f"{name} sees {seen} of its images' files, and this command reads pictures as RGB",
-            expected="an encoder of RGB, or a command that reads channels",
-            fix="milan knn, linear-probe, attentive-probe, few-shot, finetune or embed; milan "
-            "export writes it for other programs",
-        )
 
 
 def is_ours(path: Path) -> bool:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from milan.core.device import normalise
+from milan.core.device import network_input
+from milan.core.resizing import bilinear
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import VIT_MODULES, create_vit, module_of
-from milan.models.export import load_whole, read_about
+from milan.models.export import CHANNELS, load_whole, read_about
 
 SEGMENTER = "segmenter.safetensors"
 """The file in the folder of a segmentation."""
@@ -38,6 +38,7 @@ class Segmenter(nn.Module):
     """An encoder and a head: normalised images [B, 3, H, W] to logits [B, C, H, W], float32.
 
     `window` is (H, W); `class_names`, `mean`, `std` and `colours` say what goes in and comes out.
+    An encoder of other channels than RGB takes [B, C, H, W], normalised by mean and std of each.
     """
 
     def __init__(self, encoder: Any, head: Head, *, window: tuple[int, int], frozen: bool) -> None:
@@ -107,7 +108,7 @@ class UPerNetHead(nn.Module):
 
     norm = False
 
-    def __init__(self, width: int, depth: int, classes: int, channels: int) -> None:
+    def __init__(self, width: int, depth: int, classes: int, decoder_width: int) -> None:
         super().__init__()
         decoder = _upernet_decoder()
         self.blocks = tuple(max(1, round(block * depth / 12)) - 1 for block in _BLOCKS)
@@ -121,9 +122,11 @@ class UPerNetHead(nn.Module):
             nn.MaxPool2d(2, ceil_mode=True),
         ])  # fmt: skip
         # Of its list of maps the decoder leaves out the first two: those at full and half size.
-        self.decoder = decoder([0, 0] + 4 * [width], encoder_depth=5, decoder_channels=channels)
+        self.decoder = decoder(
+            [0, 0] + 4 * [width], encoder_depth=5, decoder_channels=decoder_width
+        )
         self.dropout = nn.Dropout2d(_DROPOUT)
-        self.classifier = _classifier(channels, classes)
+        self.classifier = _classifier(decoder_width, classes)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(width, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
             nn.Dropout2d(_DROPOUT), nn.Conv2d(256, classes, 1),
@@ -158,23 +161,26 @@ def _upernet_decoder() -> Any:
     return UPerNetDecoder
 
 
-def build_head(protocol: str, encoder: Any, classes: int, *, channels: int | None = None) -> Head:
-    """The head of `protocol` for an encoder; `channels` of UPerNet's decoder, default its width."""
-    width, depth = encoder.num_features, len(encoder.blocks)
+def build_head(protocol: str, encoder: Any, classes: int, *, width: int | None = None) -> Head:
+    """The head of `protocol` for an encoder; `width`: of UPerNet's decoder, default its own."""
+    own, depth = encoder.num_features, len(encoder.blocks)
     if protocol == "linear":
-        return LinearHead(width, depth, classes)
-    return UPerNetHead(width, depth, classes, channels or width)
+        return LinearHead(own, depth, classes)
+    return UPerNetHead(own, depth, classes, width or own)
 
 
-def create_encoder(model: str, args: dict[str, Any], *, size: int) -> Any:
+def create_encoder(
+    model: str, args: dict[str, Any], *, size: int, any_channels: bool = False
+) -> Any:
     """A ViT of timm without head, as timm initialises it, for images of `size` pixels' edge.
 
-    Raises ConfigError for a model whose blocks cannot be looked at.
+    Of RGB, unless it may have `any_channels`. Raises ConfigError for a model whose blocks cannot be
+    looked at.
     """
     args = {k: v for k, v in args.items() if k != "img_size"}
     try:
         if module_of(model) in VIT_MODULES:
-            vit = create_vit(model, img_size=size, args=args)
+            vit = create_vit(model, img_size=size, args=args, any_channels=any_channels)
         else:
             vit = timm.create_model(model, num_classes=0, img_size=size, **args)
         parts = ("forward_intermediates", "set_input_size", "blocks", "num_features")
@@ -217,16 +223,19 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     if not path.is_file():
         raise CacheError(f"no {SEGMENTER} at {folder}", expected="the folder of a segmentation")
     about = read_about(path)
-    if "window" not in about:
+    if "decoder_width" not in about:
         raise CacheError(f"{path} is no segmenter", fix="milan segment")
     if about["model"].startswith("teacher "):
         raise CacheError(
             f"{path} is a head, and its encoder the {about['model']}", expected="a ViT of timm"
         )
     window, names = (about["window"][0], about["window"][1]), about["classes"]
-    encoder = create_encoder(about["model"], about["model_args"], size=about["native_size"])
+    encoder = create_encoder(
+        about["model"], about["model_args"], size=about["native_size"],
+        any_channels=CHANNELS in about,
+    )  # fmt: skip
     set_window(encoder, window)
-    head = build_head(about["protocol"], encoder, len(names), channels=about["channels"])
+    head = build_head(about["protocol"], encoder, len(names), width=about["decoder_width"])
     segmenter = Segmenter(prepared(encoder, head), head, window=window, frozen=True)
     load_whole(segmenter, path, about["model"])
     segmenter.class_names, segmenter.colours = names, about["colours"]
@@ -256,7 +265,8 @@ def predict_masks(
     *,
     at_once: int = 8,
 ) -> Iterator[np.ndarray]:
-    """The class of every pixel of each image, uint8 [H, W, 3] (RGB) to int64 [H, W].
+    """The class of every pixel of each image, uint8 [H, W, 3] (RGB) to int64 [H, W]; of an encoder
+    of other channels float32 [H, W, C], normalised.
 
     Images of any size: each is scaled until a window just fits in, windows slide over it in steps
     of two thirds, `at_once` are looked at together, and their logits are averaged. On the device
@@ -274,7 +284,7 @@ def predict_scaled(
     """As predict_masks, of one image that is `fitted` to the window and was of (H, W) pixels."""
 
     def logits(pixels: torch.Tensor) -> torch.Tensor:
-        return segmenter(normalise(pixels, segmenter.mean, segmenter.std))
+        return segmenter(network_input(pixels, segmenter.mean, segmenter.std))
 
     pixels = torch.from_numpy(scaled).to(next(segmenter.parameters()).device)
     seen = slide(logits, pixels, segmenter.window, at_once=at_once)
@@ -282,13 +292,14 @@ def predict_scaled(
 
 
 def fitted(pixels: np.ndarray, window: tuple[int, int]) -> np.ndarray:
-    """An image, uint8 [H, W, 3], scaled so that a window just fits in; its shape stays."""
+    """An image, uint8 [H, W, 3] or float32 [H, W, C], scaled so that a window just fits in; its
+    shape stays."""
     height, width = pixels.shape[:2]
     scale = max(window[0] / height, window[1] / width)
-    size = max(window[1], round(width * scale)), max(window[0], round(height * scale))
-    if size == (width, height):
+    size = max(window[0], round(height * scale)), max(window[1], round(width * scale))
+    if size == (height, width):
         return np.ascontiguousarray(pixels)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)).copy()
+    return bilinear(pixels, size).copy()
 
 
 def starts(length: int, window: int) -> list[int]:
@@ -305,9 +316,9 @@ def slide(
     *,
     at_once: int,
 ) -> torch.Tensor:
-    """Logits [C, h, w] of an image, uint8 [h, w, 3]: the mean over the windows that see a pixel.
+    """Logits [C, h, w] of an image, as `fitted` has it: the mean over the windows that see a pixel.
 
-    `logits` takes windows, uint8 [B, H, W, 3], and gives [B, C, H, W].
+    `logits` takes windows of it, [B, H, W, 3] or more channels, and gives [B, C, H, W].
     """
     height, width = pixels.shape[:2]
     places = [(y, x) for y in starts(height, window[0]) for x in starts(width, window[1])]

@@ -12,14 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from milan.errors import ConfigError, nearest
 from milan.models.checkpoint_file import CLIP_CONFIG
 from milan.models.encoder import create_vit, pretrained_vit, sincos_positions
-from milan.models.export import (
-    CHANNELS,
-    ENCODER,
-    encoder_weights,
-    is_ours,
-    read_about,
-    refuse_channels,
-)
+from milan.models.export import CHANNELS, ENCODER, encoder_weights, is_ours, read_about
 from milan.models.foreign import Weights, read_foreign
 from milan.models.layouts import State
 
@@ -28,16 +21,14 @@ FOLDER = ("config.json", "model.safetensors", "pytorch_model.bin", CLIP_CONFIG)
 """What a folder of timm, transformers or open_clip has."""
 
 
-def find_weights(
-    name: str, *, flag: str, model: str, size: int | None = None, any_channels: bool = False
-) -> Weights:
+def find_weights(name: str, *, flag: str, model: str, size: int | None = None) -> Weights:
     """The weights that `name` names: a run's folder, timm:NAME, or published[:FILE].
 
     `flag` takes the name on the command line. `size`: of the images that they are to see, for
     timm, which resamples positions; default: that of its own. `model`: whose published weights are
-    looked for, if no file is given. A path may be a run's or a checkpoint of others. An encoder of
-    other channels than RGB is refused, unless `any_channels`. Raises ConfigError for weights that
-    are not there or cannot be read whole, CacheError for a run without an encoder.
+    looked for, if no file is given. A path may be a run's or a checkpoint of others. Raises
+    ConfigError for weights that are not there or cannot be read whole, CacheError for a run without
+    an encoder.
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
@@ -60,8 +51,6 @@ def find_weights(
     if is_foreign(name):
         return read_foreign(name)
     about = read_about(name)
-    if not any_channels:
-        refuse_channels(about, name)
     model, edge, args = about["model"], about["input_size"], about["model_args"]
     with torch.device("meta"):  # nothing is drawn
         vit = create_vit(model, img_size=edge, args=args, any_channels=True)
@@ -69,15 +58,6 @@ def find_weights(
         encoder_weights(name), model, edge, args, mean=about["mean"], std=about["std"],
         heads=vit.blocks[0].attn.num_heads, channels=about.get(CHANNELS),
     )  # fmt: skip
-
-
-def check_rgb(name: str) -> None:
-    """Raises ConfigError for a run whose encoder sees other channels than pictures' RGB, before
-    images are looked at."""
-    path = Path(name)
-    path = path / ENCODER if path.is_dir() else path
-    if path.is_file() and is_ours(path):
-        refuse_channels(read_about(path), name)
 
 
 def is_foreign(name: str) -> bool:

@@ -221,17 +221,6 @@ def attention_of(batch: Batch) -> torch.Tensor:
     return resampled_attention(batch.attention, patches)
 
 
-def shown_channels(images: torch.Tensor, chosen: tuple[int, int, int] | None) -> torch.Tensor:
-    """Three of a student's channels [B, C, S, S] as colours, uint8 [B, S, S, 3].
-
-    `chosen` by place, from 1; default: the first three, or the first in grey where there are fewer.
-    The mean is grey, two deviations below it are black, two above white.
-    """
-    places = chosen or ((1, 2, 3) if images.shape[1] >= 3 else (1, 1, 1))
-    three = images[:, [place - 1 for place in places]].float().permute(0, 2, 3, 1)
-    return (128 + 64 * three).round().clamp(0, 255).to(torch.uint8)
-
-
 def objective_class(name: str) -> type[Objective]:
     """The objective of that name in `milan.config.OBJECTIVES`, or `package.module:Class`.
 

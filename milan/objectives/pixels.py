@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from milan.core.device import MEAN, STD, denormalise
-from milan.objectives.base import Objective, Prediction, shown_channels
+from milan.images.channels import as_colours
+from milan.objectives.base import Objective, Prediction
 
 
 class PixelRegression(Objective):
@@ -39,7 +40,8 @@ class PixelRegression(Objective):
         )
         if prediction.batch.channels is None:
             return None, denormalise(images, MEAN, STD)
-        return None, shown_channels(images, self.config.shown_channels)
+        seen = images.float().permute(0, 2, 3, 1).cpu().numpy()
+        return None, torch.from_numpy(as_colours(seen, self.config.shown_channels))
 
 
 def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:

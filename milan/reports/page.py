@@ -267,14 +267,21 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
                 "same": bool(classes[i] >= 0 and classes[place] == classes[i]),
             }
             for place, cosine in pairs
+            if place >= 0
         ]
+
+    teachers = list(dict.fromkeys(key for one in shown.alike.values() for key in one.shared))
+
+    def named(key: str) -> str:
+        """Of a run or a teacher; a teacher that is alone needs no name."""
+        return key or f"teacher {shown.teacher}".strip()
 
     asked = [
         {
             **thumb(i),
             "caption": shown.captions[i],
             "of": [
-                {"run": numbers.get(name), "name": name or "teacher", "near": near(alike, i)}
+                {"run": numbers.get(name), "name": named(name), "near": near(alike, i)}
                 for name, alike in shown.alike.items()
             ],
         }
@@ -282,20 +289,27 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
     ]
     rows = []
     for name, alike in shown.alike.items():
-        shared = figures.number(alike.shared and alike.shared[0], "{:.0f} %")
-        if alike.shared:
-            shared = figures.Cell(shared.text, shared.sort, "{1:.0f}–{2:.0f}".format(*alike.shared))
-        cells = [
-            figures.Cell(name or "teacher"),
-            shared,
-            figures.number(alike.same_class, "{:.0f} %"),
-        ]
+        cells = [figures.Cell(named(name))]
+        for teacher in teachers or [TEACHER]:
+            found = alike.shared.get(teacher)
+            cell = figures.number(found and found[0], "{:.0f} %")
+            if found:
+                cell = figures.Cell(cell.text, cell.sort, "{1:.0f}–{2:.0f}".format(*found))
+            cells.append(cell)
+        cells.append(figures.number(alike.same_class, "{:.0f} %"))
         rows.append(figures.Row(cells, numbers.get(name)))
     table = figures.Grid(
-        "Ten nearest images", ["by", "shared with the teacher", "of the image's class"], rows
+        "Ten nearest images",
+        [
+            "by",
+            *(f"shared with the {named(teacher)}" for teacher in teachers or [TEACHER]),
+            "of the image's class",
+        ],
+        rows,
     )
     return {
         "count": len(bank), "asked": asked, "table": table, "teacher": TEACHER in shown.alike,
+        "several": len(teachers) > 1,
         "classes": bool((shown.bank_classes >= 0).any()),
     }  # fmt: skip
 

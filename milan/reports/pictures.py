@@ -33,7 +33,7 @@ from milan.reporting.panels import (
 )
 from milan.reports.sources import Run
 from milan.store.cache import TargetCache
-from milan.store.joined import short_names
+from milan.store.joined import JoinedCache, short_names
 from milan.training.build import run_order
 from milan.training.channels import kept_channels
 from milan.training.trained import config_of, load_trained
@@ -97,14 +97,15 @@ class Alike:
     """The nearest images of each shown one, by one network."""
 
     places: np.ndarray
-    """[B, n] int64: places in Shown.bank, the nearest first."""
+    """[B, n] int64: places in Shown.bank, the nearest first; -1: nobody."""
     cosines: np.ndarray
-    """[B, n]"""
+    """[B, n]; NOBODY where there is none"""
     same_class: float | None
     """Percent of ten neighbours that are of the image's class, over images whose class has others;
     None without such."""
-    shared: tuple[float, float, float] | None = None
-    """Percent of ten neighbours that are the teacher's too, with its 95 % interval; of students."""
+    shared: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Percent of ten neighbours that are a teacher's too, with its 95 % interval; of students, by
+    the teacher's key."""
 
 
 @dataclass
@@ -132,7 +133,9 @@ class Shown:
     bank_classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[m] int64, -1 where unknown."""
     alike: dict[str, Alike] = field(default_factory=dict)
-    """By the name of the run; TEACHER is the teacher."""
+    """By the name of the run; of teachers by TEACHER, and `teacher NAME` of further ones."""
+    teacher: str = ""
+    """The first teacher's name, where a run has several."""
     missing: list[str] = field(default_factory=list)
     """What could not be shown, and why: a sentence each."""
 
@@ -149,7 +152,9 @@ class Shown:
 
 
 TEACHER = ""
-"""The key of the teacher's neighbours, which no run is called."""
+"""The key of the first teacher's neighbours, which no run is called."""
+NOBODY = -2.0
+"""In place of a cosine: no image."""
 
 
 def shown_of(
@@ -190,7 +195,7 @@ def shown_of(
             shown.missing.append(f"{run.name}: no predictions and no neighbours ({why})")
             continue
         if bank:
-            bank.add(run.name, student, inside.channels)
+            bank.add(run.name, student, inside.channels, bank.teachers_of(known))
     return shown
 
 
@@ -274,13 +279,43 @@ class _Bank:
         shown.bank = np.concatenate([dataset.pixels(p, np.zeros_like(p)) for p in parts])
         shown.bank_captions = [caption_of(dataset, row, 0) for row in self.rows.tolist()]
         self.labels = shown.bank_classes = dataset.labels[self.rows]
-        self.teachers: np.ndarray | None = None
+        self.ten: dict[str, np.ndarray] = {}
+        """Of each teacher, by its key: the ten nearest of each image, [a, 10]; -1 for none."""
+        self._whose: dict[str, str] = {}  # key of a further teacher -> its store and layer
         if cache.spec.has_targets:
-            tokens = np.concatenate([class_tokens(cache, part) for part in parts])
-            self.teachers = self._note(TEACHER, torch.from_numpy(tokens))
+            self._add_teacher(TEACHER, cache, self.rows)
 
-    def add(self, name: str, student: Student, channels: OwnChannels | None) -> None:
-        """The neighbours by what a probe sees of a student, which may see channels of its own."""
+    def teachers_of(self, known: TargetCache) -> list[str]:
+        """Keys of the teachers of a run, by its store as it knows it; new ones are added."""
+        keys = list(self.ten)[:1]
+        if not isinstance(known, JoinedCache):
+            return keys
+        names = short_names(known)
+        self.shown.teacher = names[0]
+        for name, part, place in list(zip(names, known.parts, known.places, strict=True))[1:]:
+            key, whose = f"teacher {name}", f"{part.path} ({part.layer})"
+            if self._whose.get(key, whose) != whose:
+                key = f"teacher {whose}"
+            if key not in self.ten:
+                self._whose[key] = whose
+                self._add_teacher(key, part, place[self.rows])
+            keys.append(key)
+        return keys
+
+    def _add_teacher(self, key: str, cache: TargetCache, rows: np.ndarray) -> None:
+        """The neighbours by the class tokens of a layer, where `rows` are the images' or -1."""
+        there = np.flatnonzero(rows >= 0)
+        parts = np.split(there, range(_AT_ONCE, len(there), _AT_ONCE))
+        tokens = np.concatenate([class_tokens(cache, rows[part]) for part in parts])
+        vectors = torch.zeros(len(rows), tokens.shape[1])
+        vectors[there] = torch.from_numpy(tokens).float()
+        self.ten[key] = self._note(key, vectors, [])
+
+    def add(
+        self, name: str, student: Student, channels: OwnChannels | None, teachers: list[str]
+    ) -> None:
+        """The neighbours by what a probe sees of a student, which may see channels of its own, and
+        how many of them are those of its `teachers`."""
         pixels = self.shown.bank
         assert pixels is not None
         found = []
@@ -297,26 +332,35 @@ class _Bank:
                 found.append(student.pooled_features(images).float().cpu())
                 self.progress.advance(min(at + _AT_ONCE, len(pixels)))
         self.progress.end()
-        self._note(name, torch.cat(found))
+        self._note(name, torch.cat(found), teachers)
 
-    def _note(self, name: str, vectors: torch.Tensor) -> np.ndarray:
-        """Keep who is near whom by vectors [m, F]; returns the ten nearest of each, [a, 10]."""
+    def _note(self, name: str, vectors: torch.Tensor, teachers: list[str]) -> np.ndarray:
+        """Keep who is near whom by vectors [m, F], zeros where there is none; returns the ten
+        nearest of each, [a, 10], -1 for none."""
         unit = F.normalize(vectors.float(), dim=1)
         asked = max(self.asked, min(_ASKED, len(unit)))
-        cosine = unit[:asked] @ unit.T
-        cosine[torch.arange(asked), torch.arange(asked)] = -2  # not its own neighbour
+        cosine, there = unit[:asked] @ unit.T, vectors.any(dim=1)
+        cosine[torch.arange(asked), torch.arange(asked)] = NOBODY  # not its own neighbour
+        cosine[:, ~there] = NOBODY
+        cosine[~there[:asked]] = NOBODY
         count = min(max(self.near, _COMPARED), len(unit) - 1)
         values, places = (part.numpy() for part in cosine.topk(count, dim=1))
+        places = np.where(values > NOBODY, places, -1)
         ten = places[:, :_COMPARED]
-        known = [c >= 0 and (self.labels == c).sum() > 1 for c in self.labels[:asked]]
+        told = [c >= 0 and (self.labels == c).sum() > 1 for c in self.labels[:asked]]
+        known = np.array(told, bool)[:, None] & (ten >= 0)
         same = (self.labels[ten] == self.labels[:asked, None])[known]
-        shared = None
-        if self.teachers is not None and count:
-            pairs = zip(ten, self.teachers, strict=True)
-            share = np.array([100 * np.isin(ours, theirs).mean() for ours, theirs in pairs])
+        shared = dict[str, tuple[float, float, float]]()
+        for teacher in teachers if count else ():
+            pairs = zip(ten, self.ten[teacher], strict=True)
+            share = np.array([
+                100 * np.isin(ours, theirs).mean() for ours, theirs in pairs if (theirs >= 0).any()
+            ])  # fmt: skip
+            if not len(share):
+                continue
             spread = 1.96 * float(share.std(ddof=1)) / len(share) ** 0.5 if len(share) > 1 else 0.0
             mean = float(share.mean())
-            shared = mean, max(0.0, mean - spread), min(100.0, mean + spread)
+            shared[teacher] = mean, max(0.0, mean - spread), min(100.0, mean + spread)
         self.shown.alike[name] = Alike(
             places[: self.asked, : self.near], values[: self.asked, : self.near],
             100 * float(same.mean()) if same.size else None, shared,

@@ -29,6 +29,7 @@ from milan.evaluation.average_precision import AveragePrecision
 from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import BoxSet
 from milan.evaluation.config import DetectConfig
+from milan.images.channels import picture_of
 from milan.models.detector import DETECTOR, Detector, DetectorSpec, detector_encoder, interpolated
 from milan.models.foreign import Weights
 from milan.reporting.boxes import SHOWN, sheet_of_boxes
@@ -119,7 +120,7 @@ class Detect(Supervised):
 
     def open_data(self, progress: Progress) -> _Data:
         """Images to train on and to measure on. Raises DataError."""
-        train, val = open_boxes(self.config, progress)
+        train, val = open_boxes(self.config, progress, self.channels)
         return _Data(train, val, list(train.classes))
 
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Detector:
@@ -128,7 +129,7 @@ class Detect(Supervised):
         spec = DetectorSpec(
             weights.model, tuple(data.classes), data.train.masks is not None, plan.size,
             weights.args, config.window, config.width, config.anchor_scale, config.proposals,
-            plan.mean, plan.std,
+            plan.mean, plan.std, weights.channels,
         )  # fmt: skip
         with seeded_weights(config.seed):
             vit = detector_encoder(spec, drop_path=config.drop_path)
@@ -229,7 +230,7 @@ class DetectTask(SupervisedTask):
         val, shown = self.data.val, []
         for number, position in enumerate(self.found.positions[:_PICTURES]):
             try:
-                image = np.asarray(read_image(val, position))
+                image = picture_of(val.channels, read_image(val, position))
             except ImageFault:
                 continue
             there, found = val.of_image(position), self.found.found_on(number)

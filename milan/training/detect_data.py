@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from milan.core import rng
 from milan.core.device import copy_to
 from milan.core.paths import probe, read_below
+from milan.core.resizing import bilinear
 from milan.core.retry import described
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import DataError, ImageFault
 from milan.evaluation.coco import BoxSet
-from milan.images.decode import decode
+from milan.images.channels import whole_image
 from milan.models.detector import fitted, unit
 
 _LEAST = 1.0  # pixel that a box to train on is wide and high
@@ -26,7 +26,8 @@ class BoxBatch(NamedTuple):
     """B images on their canvas, with the n boxes of all."""
 
     pixels: torch.Tensor
-    """[B, S, S, 3] uint8; the image is at the top left"""
+    """[B, S, S, 3] uint8; channels of files [B, S, S, C] float32, normalised; the image is at the
+    top left"""
     sizes: torch.Tensor
     """[B, 2] int64: height and width of the image on its canvas"""
     boxes: torch.Tensor
@@ -52,7 +53,7 @@ class BoxBatch(NamedTuple):
         return each(self, torch.Tensor.pin_memory)
 
     def images(self) -> list[torch.Tensor]:
-        """Each image [3, h, w] in 0..1, without the rest of its canvas."""
+        """Each image [3, h, w] in 0..1, or its channels, without the rest of its canvas."""
         return [
             unit(pixels[:height, :width])
             for pixels, (height, width) in zip(self.pixels, self.sizes.tolist(), strict=True)
@@ -114,7 +115,8 @@ class BoxImages:
                 why = why or f"{boxes.names[position]}: {fault}"
                 continue
             place = self._drawn if training else self._whole
-            placement = place(image.height, image.width, (address.epoch, position))
+            height, width = image.shape[:2]
+            placement = place(height, width, (address.epoch, position))
             loaded.append(self._placed(image, boxes, position, placement))
         readable = np.array([one is not None for one in loaded])
         if not readable.any():
@@ -146,17 +148,17 @@ class BoxImages:
         return Placement((tall, wide), *at, *seen, bool(flip < self.hflip))
 
     def _placed(
-        self, image: Image.Image, boxes: BoxSet, position: int, placement: Placement
+        self, image: np.ndarray, boxes: BoxSet, position: int, placement: Placement
     ) -> tuple[np.ndarray, ...]:
         """(canvas, size, boxes, labels, bits of masks) of one image."""
         there, (height, width) = boxes.of_image(position), placement[3:5]
-        canvas = np.zeros((self.size, self.size, 3), np.uint8)
+        canvas = np.zeros((self.size, self.size, image.shape[2]), image.dtype)
         canvas[:height, :width] = _pixels(image, placement)
         moved = _moved(boxes.boxes[there], image, placement)
         whole = ((moved[:, 2:] - moved[:, :2]) >= _LEAST).all(axis=1) & ~boxes.crowd[there]
         kept, bits = np.flatnonzero(whole), np.empty((0, self.size, self.size // 8), np.uint8)
         if boxes.masks is not None and len(kept):
-            shape = (image.height, image.width)
+            shape = image.shape[:2]
             masks = [_mask(boxes.mask(there.start + n, shape), placement) for n in kept.tolist()]
             seen = [mask.any() for mask in masks]
             kept = kept[np.array(seen)]
@@ -168,41 +170,44 @@ class BoxImages:
         return canvas, np.array([height, width]), moved[kept], labels, bits
 
 
-def read_image(boxes: BoxSet, position: int) -> Image.Image:
-    """An image of a set. Raises ImageFault if it cannot be read, DataError if it is of another size
-    than its annotations say."""
+def read_image(boxes: BoxSet, position: int) -> np.ndarray:
+    """An image of a set, uint8 [H, W, 3]; of channels float32 [H, W, C]. Raises ImageFault if it
+    cannot be read, DataError if it is of another size than its annotations say."""
     name = boxes.names[position]
     try:
-        image = decode(read_below(boxes.root, name, size=None))
+        data = read_below(boxes.root, name, size=None)
     except FileNotFoundError:
         probe(boxes.root)
         raise ImageFault("missing", name) from None
     except OSError as error:
         raise ImageFault("unreadable", f"{name}: {described(error)}") from None
+    beside = boxes.beside.read(position, boxes.channels) if boxes.beside else b""
+    image = whole_image(boxes.channels, data, beside)
     height, width = boxes.shapes[position].tolist()
-    if (image.height, image.width) != (height, width):
+    if image.shape[:2] != (height, width):
         raise DataError(
-            f"{boxes.root / name} is {image.width} x {image.height} pixels, and {width} x {height} "
-            f"in {boxes.annotations}",
+            f"{boxes.root / name} is {image.shape[1]} x {image.shape[0]} pixels, and {width} x "
+            f"{height} in {boxes.annotations}",
             expected="the size that its boxes were drawn on",
         )
     return image
 
 
-def _pixels(image: Image.Image, placement: Placement) -> np.ndarray:
-    """[h, w, 3] uint8: what of the image is seen, scaled by Pillow's bilinear filter."""
+def _pixels(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """[h, w, C]: what of the image is seen, scaled by Pillow's bilinear filter."""
     (tall, wide), top, left, height, width, flip = placement
-    down, across = image.height / tall, image.width / wide
+    whole = image.shape[:2]
+    down, across = whole[0] / tall, whole[1] / wide
     seen = (left * across, top * down, (left + width) * across, (top + height) * down)
-    seen = (seen[0], seen[1], min(seen[2], image.width), min(seen[3], image.height))
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=seen))
+    seen = (seen[0], seen[1], min(seen[2], whole[1]), min(seen[3], whole[0]))
+    pixels = bilinear(image, (height, width), seen)
     return pixels[:, ::-1] if flip else pixels
 
 
-def _moved(boxes: np.ndarray, image: Image.Image, placement: Placement) -> np.ndarray:
+def _moved(boxes: np.ndarray, image: np.ndarray, placement: Placement) -> np.ndarray:
     """Boxes [n, 4] of an image as they lie on its canvas, cut at the edge of what is seen."""
     (tall, wide), top, left, height, width, flip = placement
-    factors = np.array([wide / image.width, tall / image.height] * 2, np.float32)
+    factors = np.array([wide / image.shape[1], tall / image.shape[0]] * 2, np.float32)
     moved = boxes * factors - np.array([left, top] * 2, np.float32)
     moved = moved.clip(0, np.array([width, height] * 2, np.float32))
     if flip:

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
-from milan.errors import ConfigError, DataError
+from milan.errors import DataError
 from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.meaning import chance
 from milan.evaluation.outcome import TOP, Answers, Outcome
@@ -42,7 +42,6 @@ from milan.training.supervised import (
     Supervised,
     SupervisedData,
     SupervisedTask,
-    law_of,
     load_weights,
 )
 from milan.training.supervised_run import beside_random, train_supervised
@@ -74,6 +73,8 @@ class _Data(SupervisedData):
     train: Split
     val: Split
     classes: list[str]
+    channels: Channels | None
+    """What the encoder sees in place of RGB."""
 
     @property
     def train_count(self) -> int:
@@ -92,17 +93,11 @@ class _Data(SupervisedData):
 
     @property
     def identity(self) -> str:
-        """Changes with the images, their order and their labels."""
-        return self.identity_for(None)
-
-    def identity_for(self, channels: Channels | None) -> str:
-        """The same, and with the files beside the images, for an encoder that sees these.
-
-        Raises ConfigError if nobody says where they are.
-        """
+        """Changes with the images, with files beside them that the encoder sees, their order and
+        their labels. Raises ConfigError if nobody says where these files are."""
         sha = hashlib.sha256()
         for split in (self.train, self.val):
-            sha.update(split.of.identity_for(channels).encode())
+            sha.update(split.of.identity_for(self.channels).encode())
             sha.update(split.rows.tobytes() + split.labels.tobytes())
         return sha.hexdigest()
 
@@ -110,9 +105,8 @@ class _Data(SupervisedData):
 class Finetune(Supervised):
     """The protocol `finetune`."""
 
-    kind, file, channels = FinetuneConfig, CLASSIFIER, True
-    law: Channels | None = None
-    """What the encoder sees in place of RGB, once it is built."""
+    kind, file = FinetuneConfig, CLASSIFIER
+    of_rgb: ClassVar[dict[str, Any]] = {"auto_augment": "none", "corruptions": False}
     pairs = "pairs of images, which mixup and cutmix mix", ", or --mixup 0 --cutmix 0"
 
     @property
@@ -136,21 +130,19 @@ class Finetune(Supervised):
             _relabelled(train, labels),
             _relabelled(val, val_labels),
             [names[n] for n in numbers.tolist()],
+            self.channels,
         )
 
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Any:
         """A timm ViT with a new head. Raises ConfigError."""
         _augmentation(plan).build()  # refuses what it does not know before the run begins
-        self.law = law_of(weights)
-        if self.law:
-            _check_channels(self.law, self.config)
         return classifier_of(weights, self.config, size=plan.size, classes=len(data.classes))
 
     def source(self, plan: Plan, data: _Data) -> LabelledImages:
         """Augmented images to train on, central squares to measure on."""
         return LabelledImages(
             data.train, data.val, _augmentation(plan), crop_share=self.config.crop_share,
-            seed=self.config.seed, channels=self.law,
+            seed=self.config.seed, channels=self.channels,
         )  # fmt: skip
 
     def task(self, network: Any, plan: Plan, data: _Data, context: Context) -> FinetuneTask:
@@ -181,20 +173,6 @@ def classifier_of(weights: Weights, config: FinetuneConfig, *, size: int, classe
     load_weights(vit, weights, name=config.checkpoint, leave=new_weights(config.pooling))
     describe_input(vit, weights.mean, weights.std, size=size, crop_share=config.crop_share)
     return vit
-
-
-def _check_channels(law: Channels, config: FinetuneConfig) -> None:
-    """Raises ConfigError for settings that are of 8-bit pictures of RGB."""
-    for name, value, without in (
-        ("auto_augment", config.auto_augment, "none"), ("corruptions", config.corruptions, False)
-    ):  # fmt: skip
-        if value != without:
-            raise ConfigError(
-                f"{name} {value} for {config.checkpoint}, which sees channels {law.spelled} of "
-                "files",
-                expected="crops and mirrors alone: the others are of 8-bit pictures of RGB",
-                fix="--auto-augment none" if without == "none" else f"without {name}",
-            )
 
 
 def _augmentation(plan: Plan) -> Augmentation:

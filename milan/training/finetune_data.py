@@ -26,9 +26,9 @@ from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError, DataError, ImageFault
 from milan.evaluation.splits import Split
-from milan.images.channels import Channels
+from milan.images.channels import Channels, central_square
 from milan.images.decode import decode
-from milan.images.views import View, ViewSpec, centre_view, render, view_of
+from milan.images.views import View, ViewSpec, view_of
 
 _PART = re.compile(r"(m|n|w|d|t|p|a|b|inc|mmax)[0-9.]+|mstd([0-9.]+|inf)|3a|weights")
 """Of a policy of timm: what its functions take apart."""
@@ -150,19 +150,17 @@ class LabelledImages:
     def _seen(self, split: Split, position: int, epoch: int | None) -> np.ndarray:
         """An image as it is trained on in an epoch, or its central square. Raises ImageFault."""
         row, law = int(split.rows[position]), self.channels
-        data = split.of.images.read(row)
+        data, beside = split.of.images.read(row), split.of.beside.read(row, law)
+        if epoch is None:
+            return central_square(
+                law, data, beside, share=self.crop_share, size=self.augmentation.size
+            )
         if law is None:
-            image = decode(data)
-            if epoch is None:
-                return self._central_square(image)
-            return self._augmented(image, epoch, position)
+            return self._augmented(decode(data), epoch, position)
 
         def place(height: int, width: int) -> View:
-            if epoch is None:
-                return centre_view(height, width, crop_share=self.crop_share)
             return view_of(self._crops, position, view=epoch, height=height, width=width)
 
-        beside = split.of.beside_of(row, law)
         return law.part(data, beside, place, size=self.augmentation.size)
 
     def _augmented(self, image: Image.Image, epoch: int, position: int) -> np.ndarray:
@@ -170,11 +168,6 @@ class LabelledImages:
         self._transform = self._transform or self.augmentation.build()
         with seeded(self.seed, rng.AUGMENTED, (epoch, position)):
             return np.asarray(self._transform(image))
-
-    def _central_square(self, image: Image.Image) -> np.ndarray:
-        width, height = image.size
-        view = centre_view(height, width, crop_share=self.crop_share)
-        return render(image, view, size=self.augmentation.size)
 
 
 @contextmanager

@@ -52,8 +52,7 @@ def initialise_from(
     if whole:
         found, joint = _of_rils(whole)
     else:
-        found = find_weights(config.init, flag="--init", model=config.model, size=size,
-                             any_channels=True)  # fmt: skip
+        found = find_weights(config.init, flag="--init", model=config.model, size=size)
         joint = None
     note = _adapt_channels(found, student.encoder, config, law)
     state = _fitting(found, student.encoder, config)

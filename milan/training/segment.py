@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.core.config_resolver import from_call
-from milan.core.device import autocast, normalise, seeded_weights
+from milan.core.device import autocast, network_input, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind, split_over_ranks
@@ -31,6 +31,7 @@ from milan.errors import DataError
 from milan.evaluation.config import SegmentConfig
 from milan.evaluation.iou import Agreement, Areas, agreement, areas, confusion, require_torchmetrics
 from milan.evaluation.masked import MaskedData, open_masked
+from milan.images.channels import picture_of
 from milan.images.masks import IGNORED
 from milan.models.foreign import Weights
 from milan.models.segmenter import (
@@ -118,6 +119,7 @@ class Segment(Supervised):
 
     kind, file = SegmentConfig, SEGMENTER
     most = (16, 4)
+    of_rgb: ClassVar[dict[str, Any]] = {"distortion": 0.0}
     compiles = False  # BatchNorm
     pairs = "two images at least, of which UPerNet's BatchNorm takes statistics", ""
     places = (
@@ -152,7 +154,9 @@ class Segment(Supervised):
             return found
         weights = initial_weights(replace(self.config, size=None))
         with torch.device("meta"):
-            vit = create_encoder(weights.model, weights.args, size=weights.size)
+            vit = create_encoder(
+                weights.model, weights.args, size=weights.size, any_channels=bool(weights.channels)
+            )
         self.native_size, patch = weights.size, vit.patch_embed.patch_size[0]
         self.config = replace(self.config, size=self.config.size or -(-_SIZE // patch) * patch)
         return weights
@@ -164,7 +168,7 @@ class Segment(Supervised):
 
     def open_data(self, progress: Progress) -> _Data:
         """Images with masks. Raises DataError."""
-        masked = open_masked(self.config, progress)
+        masked = open_masked(self.config, progress, self.channels)
         return _Data(masked, masked.names)
 
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Segmenter:
@@ -173,11 +177,13 @@ class Segment(Supervised):
         if config.drop_path:
             args["drop_path_rate"] = config.drop_path
         with seeded_weights(config.seed):
-            vit = self.teacher or create_encoder(weights.model, args, size=weights.size)
+            vit = self.teacher or create_encoder(
+                weights.model, args, size=weights.size, any_channels=bool(weights.channels)
+            )
             if not self.teacher:
                 set_window(vit, self.window)
                 load_weights(vit, weights, name=config.checkpoint, leave=())
-            head = build_head(config.protocol, vit, len(data.classes), channels=config.channels)
+            head = build_head(config.protocol, vit, len(data.classes), width=config.channels)
         if self.linear:
             vit.requires_grad_(False)
         segmenter = Segmenter(prepared(vit, head), head, window=self.window, frozen=self.linear)
@@ -188,9 +194,10 @@ class Segment(Supervised):
     def source(self, plan: Plan, data: _Data) -> MaskedBatches:
         """Crops to train on, whole images to measure on."""
         config = self.config
-        red, green, blue = (min(255, max(0, round(255 * part))) for part in plan.mean)
+        # Of channels of files, which are normalised before, the mean is 0.
+        fill = [0 if self.channels else min(255, max(0, round(255 * part))) for part in plan.mean]
         augmentation = WindowAugmentation(
-            self.window, config.scale, config.hflip, config.distortion, (red, green, blue)
+            self.window, config.scale, config.hflip, config.distortion, tuple(fill)
         )
         return MaskedBatches(data.masked.train, data.masked.val, augmentation, seed=config.seed)
 
@@ -207,7 +214,7 @@ class Segment(Supervised):
         _write_tables(run, task.outcome, task.data)
         described = {
             "protocol": self.config.protocol, "window": list(self.window),
-            "native_size": self.native_size, "channels": self.config.channels,
+            "native_size": self.native_size, "decoder_width": self.config.channels,
             "colours": network.colours,
         }  # fmt: skip
         return described, {
@@ -252,7 +259,8 @@ class SegmentTask(SupervisedTask):
 
     def loss(self, batch: MaskedBatch) -> torch.Tensor:
         """Cross-entropy of the pixels that count, the auxiliary classifier's added."""
-        images, masks = normalise(batch.pixels, self.plan.mean, self.plan.std), batch.masks.long()
+        images = network_input(batch.pixels, self.plan.mean, self.plan.std)
+        masks = batch.masks.long()
         found = self.forward(images)
         weights = (1.0, self.config.auxiliary)[: len(found)]
         parts = (w * _entropy(logits, masks) for w, logits in zip(weights, found, strict=True))
@@ -284,8 +292,9 @@ class SegmentTask(SupervisedTask):
             seen.append((place, areas(own.numpy())))
             if len(rows) < _PICTURES and self.context.ranks.is_rank0:
                 name = self.data.key(int(batch.positions[0]))
-                shown = (part.cpu().numpy() for part in (pixels, mask, named))
-                rows.append(MaskRow(name, *shown))
+                image, *masks = (part.cpu().numpy() for part in (pixels, mask, named))
+                law = self.data.masked.val.channels
+                rows.append(MaskRow(name, picture_of(law, image), *masks))
         self.outcome = self._outcome(counts.numpy(), seen)
         (total,) = self.context.ranks.all_reduce_sum([total])
         found = self.outcome.agreement
@@ -304,7 +313,7 @@ class SegmentTask(SupervisedTask):
         return metrics, {SHEET: sheet}
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:
-        return self.evaluated(normalise(windows, self.plan.mean, self.plan.std))
+        return self.evaluated(network_input(windows, self.plan.mean, self.plan.std))
 
     def _outcome(self, own: np.ndarray, seen: list[tuple[int, Areas]]) -> Outcome:
         """Of what all ranks have seen, in the order of the images."""

@@ -19,6 +19,7 @@ from torchvision.transforms import functional as colours
 
 from milan.core import rng
 from milan.core.device import copy_to
+from milan.core.resizing import bilinear
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import DataError, ImageFault
@@ -41,7 +42,8 @@ class MaskedBatch(NamedTuple):
     """B images with masks: windows to train on, or one whole image to measure on."""
 
     pixels: torch.Tensor
-    """[B, h, w, 3] uint8; to measure on it is scaled (milan.models.segmenter.fitted)"""
+    """[B, h, w, 3] uint8; channels of files [B, h, w, C] float32, normalised; to measure on it is
+    scaled (milan.models.segmenter.fitted)"""
     masks: torch.Tensor
     """[B, H, W] int16; to train on h x w, else of the image as it is; -1: does not count"""
     positions: torch.Tensor
@@ -70,11 +72,12 @@ class WindowAugmentation:
     """Probability that it is mirrored."""
     distortion: float
     """Probability of each of the four changes of colour."""
-    fill: tuple[int, int, int]
-    """Colour of what is missing."""
+    fill: tuple[int, ...]
+    """What is missing has this colour, of each channel."""
 
     def __call__(self, pixels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [H, W, 3] and int16 [H, W] of a window, drawn by Python's global generator."""
+        """uint8 [H, W, 3] (or float32 [H, W, C], as the image is) and int16 [H, W] of a window,
+        drawn by Python's global generator. Only pictures of RGB can be distorted."""
         (high, wide), (height, width) = self.window, mask.shape
         scale = random.uniform(*self.scale) * max(high / height, wide / width)
         scaled = max(1, round(height * scale)), max(1, round(width * scale))
@@ -92,15 +95,13 @@ class WindowAugmentation:
             left * ratio[1], top * ratio[0],
             min(width, (left + len(columns)) * ratio[1]), min(height, (top + len(rows)) * ratio[0]),
         )  # fmt: skip
-        image = Image.fromarray(pixels).resize(
-            (len(columns), len(rows)), Image.Resampling.BILINEAR, box=box
-        )
+        image = bilinear(pixels, (len(rows), len(columns)), box)
         for change, low, most in _DISTORTIONS:
             if random.random() < self.distortion:
-                image = change(image, random.uniform(low, most))
-        window = np.empty((high, wide, 3), np.uint8)
+                image = np.asarray(change(Image.fromarray(image), random.uniform(low, most)))
+        window = np.empty((high, wide, pixels.shape[2]), pixels.dtype)
         window[:] = self.fill
-        window[: len(rows), : len(columns)] = np.asarray(image)
+        window[: len(rows), : len(columns)] = image
         whole = np.full((high, wide), IGNORED, np.int16)
         whole[: len(rows), : len(columns)] = cut
         if random.random() < self.hflip:
@@ -155,7 +156,9 @@ class MaskedBatches:
             if training:
                 raise DataError(f"no image of a batch of {len(found)} can be read: {why}")
             high, wide = self.augmentation.window
-            found = [(np.zeros((high, wide, 3), np.uint8), np.full((1, 1), IGNORED, np.int16))]
+            law = split.channels
+            blank = np.zeros((high, wide, law.count if law else 3), np.float32 if law else np.uint8)
+            found = [(blank, np.full((1, 1), IGNORED, np.int16))]
         chosen = np.where(readable, np.arange(len(found)), readable.argmax())
         pairs = [found[i] for i in chosen]
         positions = address.rows + (0 if training else len(self.train))

@@ -137,8 +137,7 @@ def _said(
 ) -> _Said:
     texts, ids, features = _sentences(cache, rows, seed)
     images, joint = normalise(pixels, MEAN, STD), isinstance(objective, SentenceReconstruction)
-    student: Any = load_rils(Path(run) / WEIGHTS) if joint else load_student(
-        run, any_channels=True).student  # fmt: skip
+    student: Any = load_rils(Path(run) / WEIGHTS) if joint else load_student(run).student
     count, first = student.patches, np.zeros_like(rows)
     noise = torch.from_numpy(rng.mask_noise(seed, first, rows, first, count))
     mask = random_mask(noise, visible=visible_count(count, objective.mask_ratio))

@@ -24,7 +24,7 @@ from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.config import SupervisedConfig, teacher_refused
 from milan.images.channels import Channels
-from milan.models.export import CHANNELS, read_about, refuse_channels
+from milan.models.export import CHANNELS, read_about
 from milan.models.foreign import Weights
 from milan.models.state_dict import misfit
 from milan.models.weights import find_weights, is_foreign, resampled
@@ -75,11 +75,8 @@ class SupervisedData(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Changes with the images, their order and their labels."""
-
-    def identity_for(self, channels: Channels | None) -> str:
-        """`identity`, and that of the files beside the images, for an encoder that sees these."""
-        return self.identity
+        """Changes with the images, with files beside them that the encoder sees, their order and
+        their labels."""
 
     @abstractmethod
     def key(self, position: int) -> str:
@@ -186,8 +183,10 @@ class Supervised(ABC):
     default_size: ClassVar[int | None] = None
     """Edge of the images in pixels, if not the encoder's."""
 
-    channels: ClassVar[bool] = False
-    """Whether it takes an encoder of other channels than RGB."""
+    channels: Channels | None = None
+    """What the encoder sees in place of RGB; known once there are weights."""
+    of_rgb: ClassVar[dict[str, Any]] = {}
+    """Settings that are of 8-bit pictures of RGB alone, and their values without effect."""
     places: ClassVar[tuple[str, ...]] = ()
     """Settings of its own that no recipe has: where data are, and what they mean."""
 
@@ -213,11 +212,26 @@ class Supervised(ABC):
 
     def weights(self) -> Weights:
         """Weights, model and normalisation that the run starts from. Raises ConfigError."""
-        return initial_weights(self.config, any_channels=self.channels)
+        return initial_weights(self.config)
+
+    def see(self, channels: Channels | None) -> None:
+        """Keep what the encoder sees. Raises ConfigError for settings of RGB, if that is other."""
+        self.channels = channels
+        if channels is None:
+            return
+        for name, without in self.of_rgb.items():
+            if (value := getattr(self.config, name)) != without:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    f"{name} {value} for {self.config.checkpoint}, which sees channels "
+                    f"{channels.spelled} of files",
+                    expected="crops and mirrors alone: the others are of 8-bit pictures of RGB",
+                    fix=f"without {flag}" if without is False else f"{flag} {without}",
+                )
 
     @abstractmethod
     def open_data(self, progress: Progress) -> Any:
-        """A SupervisedData; called on rank 0. Raises DataError."""
+        """A SupervisedData; called on rank 0, when `channels` are known. Raises DataError."""
 
     @abstractmethod
     def build(self, weights: Weights, plan: Plan, data: Any) -> Any:
@@ -242,17 +256,13 @@ class Supervised(ABC):
 # --- weights --------------------------------------------------------------------------------------
 
 
-def initial_weights(config: SupervisedConfig, *, any_channels: bool = False) -> Weights:
-    """Weights, model and normalisation that a run starts from; of RGB, unless it may have
-    `any_channels`. Raises ConfigError."""
+def initial_weights(config: SupervisedConfig) -> Weights:
+    """Weights, model and normalisation that a run starts from. Raises ConfigError."""
     name = config.checkpoint
     if name == "teacher":
         raise teacher_refused()
     if name != "random":
-        return find_weights(
-            name, flag="--checkpoint", model=config.model, size=config.size,
-            any_channels=any_channels,
-        )  # fmt: skip
+        return find_weights(name, flag="--checkpoint", model=config.model, size=config.size)
     if not config.like:
         args = dict(config.model_args)
         size = args.pop("img_size", 224)
@@ -265,17 +275,10 @@ def initial_weights(config: SupervisedConfig, *, any_channels: bool = False) -> 
         found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
         return replace(found, encoder={})
     about = read_about(config.like)
-    if not any_channels:
-        refuse_channels(about, config.like)
     return Weights(
         {}, about["model"], about["input_size"], about["model_args"], mean=about["mean"],
         std=about["std"], channels=about.get(CHANNELS),
     )  # fmt: skip
-
-
-def law_of(weights: Weights) -> Channels | None:
-    """How what the encoder sees in place of RGB is read; None: it sees RGB."""
-    return Channels.from_about(weights.channels) if weights.channels else None
 
 
 def load_weights(vit: Any, weights: Weights, *, name: str, leave: tuple[str, ...]) -> None:

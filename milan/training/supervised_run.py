@@ -36,6 +36,7 @@ from milan.data.sampler import StepSampler
 from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
 from milan.evaluation.table import NOT_MEASURED
+from milan.images.channels import Channels
 from milan.images.manifest import resolve_data
 from milan.models.export import CHANNELS, is_whole, save_encoder
 from milan.models.foreign import Weights
@@ -60,7 +61,7 @@ from milan.training.run import (
     start_run,
     stored_identity,
 )
-from milan.training.supervised import Plan, Supervised, SupervisedTask, law_of, parameter_groups
+from milan.training.supervised import Plan, Supervised, SupervisedTask, parameter_groups
 
 _PLACES = (
     "checkpoint", "data", "val_data", "data_root", "split", "val_split", "out", "recipe", "like",
@@ -153,6 +154,8 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
     differs = deviations(config, recipe=work.recipe(), leave=(*_PLACES, *work.places))
     ranks.on_rank0(lambda: check_place(run, _data_of(config)))
     ranks.on_rank0(lambda: until_end.enter_context(locked(run, progress=progress)))
+    weights = work.weights()
+    work.see(Channels.if_any(weights.channels))
     data = ranks.on_rank0(lambda: work.open_data(progress))
     if config.batch_size > data.train_count:
         raise ConfigError(
@@ -160,11 +163,10 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
             expected="no more than there are images",
             fix=f"--batch-size {max(1, data.train_count // 2 * 2)}",
         )
-    weights = work.weights()
     plan = _plan_of(work, weights, context)
     network = work.build(weights, plan, data)
     values = plan.values(classes=len(data.classes))
-    identity = {"data": data.identity_for(law_of(weights)), "weights": _digest(weights)}
+    identity = {"data": data.identity, "weights": _digest(weights)}
     identity |= identity_of(work.kind, values)
     start = ranks.on_rank0(
         lambda: decide(

@@ -12,7 +12,8 @@ from milan.config import PretrainConfig
 from milan.core.config_fields import names_in
 from milan.core.progress import NoProgress, Progress
 from milan.errors import ConfigError, TrainError, nearest
-from milan.models.export import CHANNELS, refuse_channels
+from milan.images.channels import Channels
+from milan.models.export import CHANNELS
 from milan.models.student import Student, add_deep_decoders, build_student
 from milan.objectives.base import Objective, objective_class
 from milan.objectives.features import (
@@ -46,6 +47,8 @@ class TrainedStudent:
     """Whether it learnt to predict the class token."""
     visible: bool = True
     """Whether it learnt to predict patches that it sees."""
+    channels: Channels | None = None
+    """What it sees in place of pictures' RGB."""
 
 
 def load_student(
@@ -53,15 +56,13 @@ def load_student(
     *,
     drawn: int | None = None,
     progress: Progress | None = None,
-    any_channels: bool = False,
     layer: str | None = None,
 ) -> TrainedStudent:
     """The student of a run that predicts the teacher's features, by its newest checkpoint.
 
-    `drawn`: a student of the same shape with weights drawn by this seed, as before training. One
-    of other channels than pictures' RGB is refused, unless `any_channels`. Of a run with several
-    teachers it predicts that of `layer`, as the run spells it; default: the first. Raises
-    ConfigError for that, for a layer that the run has not, and for a run of another objective,
+    `drawn`: a student of the same shape with weights drawn by this seed, as before training. Of
+    a run with several teachers it predicts that of `layer`, as the run spells it; default: the
+    first. Raises ConfigError for a layer that the run has not, and for a run of another objective,
     TrainError for one without run.json or checkpoints: encoder.safetensors has no decoder.
     """
     folder = Path(run)
@@ -82,8 +83,7 @@ def load_student(
             + (f" (objective {settings['objective']})" if targets else ""),
             expected="a pretraining with objective milan",
         )
-    if not any_channels:
-        refuse_channels({CHANNELS: content.get(CHANNELS) or targets.get(CHANNELS)}, str(run))
+    law = Channels.if_any(content.get(CHANNELS) or targets.get(CHANNELS))
     config = config_of(folder)
     if config.loss == "relation":
         raise ConfigError(
@@ -121,7 +121,7 @@ def load_student(
         _restore_features(student, config, folder, digest)
     return TrainedStudent(
         student.eval().requires_grad_(False), store, own, teacher,
-        learns_class_token(config), config.predict != "masked",
+        learns_class_token(config), config.predict != "masked", law,
     )  # fmt: skip
 
 

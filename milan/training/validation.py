@@ -25,8 +25,9 @@ from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.knn import NEIGHBOURS, nearest_neighbours
 from milan.evaluation.meaning import doubts
+from milan.images.channels import as_colours
 from milan.models.student import Student
-from milan.objectives.base import JointObjective, Objective, attention_of, shown_channels
+from milan.objectives.base import JointObjective, Objective, attention_of
 from milan.reporting.panels import Colours, SheetInputs, caption_of, draw_page, sheet_of_run
 from milan.reporting.run_files import SHEET
 from milan.store.joined import short_names
@@ -184,7 +185,10 @@ def sheet_inputs(student: Student, objective: Objective, batch: Batch) -> SheetI
         None if target is None else target.cpu().numpy(),
         predicted.cpu().numpy(),
         None if batch.channels is None
-        else shown_channels(batch.channels, objective.config.shown_channels).cpu().numpy(),
+        else as_colours(
+            batch.channels.permute(0, 2, 3, 1).float().cpu().numpy(),
+            objective.config.shown_channels,
+        ),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from milan.evaluation.splits import LabelledSet
 from milan.images import decode as decoding
 from milan.images.decode import decode
 from milan.images.manifest import build_manifest
+from milan.images.pairing import FilesOfImages
 from milan.images.source import ImageSource
 from milan.store.cache import TargetCache
 from milan.store.generation import system_errors
@@ -189,7 +190,8 @@ def test_whoever_reads_images_ends(
         "audit": lambda: verify(store, audit=Audit(4)),
     }
     images, labels = dataset.source, dataset.labels
-    labelled = LabelledSet(store, images, labels, "", dataset.cache.manifest.table["key"])
+    keys, beside = dataset.cache.manifest.table["key"], FilesOfImages(None, [], of=store)
+    labelled = LabelledSet(store, images, labels, "", keys, None, beside)
     square, network = np.empty((32, 32, 3), np.uint8), Frozen(torch.flatten, 32, "none")
     failing = Failing(LocalFiles.read_below, system("EIO"), 10**6)
     real = LocalFiles.read_below

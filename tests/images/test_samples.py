@@ -158,14 +158,18 @@ def test_files_of_images_pair_by_key(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     np.save(tmp_path / "a" / "1.npy", WHOLE)
     (tmp_path / "2.TIF").write_bytes(READ["pixels"][0])
-    files = FilesOfImages(tmp_path, ["a/1.jpg", "2.jpg", "3.jpg"])
-    assert files.read(1) == READ["pixels"][0]
-    assert np.array_equal(read_samples(files.read(0)), WHOLE)
+    files = FilesOfImages(str(tmp_path), ["a/1.jpg", "2.jpg", "3.jpg"], of=tmp_path)
+    beside = Channels("1", paired=True)
+    assert files.read(1, beside) == READ["pixels"][0]
+    assert files.read(1, Channels("1")) == b""  # of the image's own file
+    assert np.array_equal(read_samples(files.read(0, beside)), WHOLE)
     with pytest.raises(ImageFault, match="missing"):
-        files.read(2)
+        files.read(2, beside)
+    with pytest.raises(ConfigError, match="--student-data FOLDER"):
+        FilesOfImages(None, ["2.jpg"], of=tmp_path).check(beside)
     (tmp_path / "2.npy").write_bytes(READ["array"][0])
     with pytest.raises(DataError, match="two channel files for one image"):
-        FilesOfImages(tmp_path, ["2.jpg"])
+        FilesOfImages(str(tmp_path), ["2.jpg"], of=tmp_path)
 
 
 def test_a_square_is_of_the_image_whose_file_it_is(photos: Path) -> None:

@@ -41,7 +41,7 @@ def trained(tmp_path: Path) -> Path:
     about = {
         "model": "vit_tiny_patch16_224", "model_args": VIT, "mean": MEAN, "std": STD,
         "input_size": 32, "classes": ["grass", "disc", "box"], "protocol": "linear",
-        "window": [32, 40], "native_size": 32, "channels": None,
+        "window": [32, 40], "native_size": 32, "decoder_width": None,
         "colours": [list(colour) for colour in SCENE_COLOURS],
     }  # fmt: skip
     (tmp_path / "run").mkdir()

@@ -83,7 +83,7 @@ def test_blocks_of_the_pyramid(depth: int, blocks: tuple[int, ...]) -> None:
     """4, 6, 8 and 12 of 12 (MAE, mmsegmentation), scaled to other depths; the sizes are right."""
     with torch.device("meta"):
         vit = create_encoder("vit_tiny_patch16_224", {**ARGS, "depth": depth}, size=32)
-    head = build_head("upernet", vit, 5, channels=16).train()
+    head = build_head("upernet", vit, 5, width=16).train()
     assert head.blocks == blocks
     if depth == 4:
         maps = [torch.randn(2, 32, 5, 7) for _ in range(4)]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from helpers import EXTRACTION
 
-from milan.errors import MilanError
+from milan.errors import ConfigError, MilanError
 from milan.store.cache import TargetCache
 from pipeline.extract import extract_targets
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.verify import Audit, verify
+from pipeline.zero_shot import zero_shot
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 
@@ -68,6 +69,8 @@ def test_a_block_is_a_layer_of_the_store(
     assert block == own.replace("/", "@1/")
     cache = TargetCache(out, layer=block)
     assert (cache.spec.channels, cache.spec.teacher["block"]) == (32, 1)
+    with pytest.raises(ConfigError, match=r"@1/.* has tokens of an inner block .* milan knn"):
+        zero_shot("teacher", cache=str(out), layer=block, data=str(photos))
     verdict = verify(out, audit=Audit(4))  # of the first layer
     assert verdict.code == 0, verdict
 

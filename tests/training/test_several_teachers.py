@@ -273,8 +273,28 @@ def test_a_run_resumes_to_the_bit_and_says_what_each_teacher_taught(
     assert second.target.shape == first.predicted.shape == (3, 4, 4, 3)
     assert second.cosine is not None
     assert not np.allclose(first.cosine, second.cosine)
-    page = write_page(tmp_path / "r.html", [run], [], PictureSettings(images=1, compared=0))
-    assert "cosine to the target, whole, timm-test_vit" in page.read_text()
+    page = write_page(tmp_path / "r.html", [run], [], PictureSettings(images=1, compared=12))
+    told = page.read_text()
+    assert "cosine to the target, whole, timm-test_vit" in told
+    for name in ("teacher teacher0", "teacher timm-test_vit"):
+        assert f"shared with the {name}" in told
+        assert f"neighbour 1 by {name}, cosine" in told
+    key = "teacher timm-test_vit"
+    settings = PictureSettings(images=3, compared=20, near=4)
+    first_layer = TargetCache(layers, layer=given["layer"][0])
+    shown = shown_of(first_layer, [(run, store)], settings, NoProgress())
+    assert list(shown.alike) == ["", key, "whole"]
+    assert shown.alike["whole"].shared.keys() == {"", key}
+    rows = np.array([int(caption.split(",")[0].split()[1]) for caption in shown.bank_captions])
+    tokens = decoded(TargetCache(layers, layer=VIT), rows, np.zeros_like(rows))[:, 0].float()
+    cosine = F.cosine_similarity(tokens[:3, None], tokens[None], dim=2).numpy()
+    np.put_along_axis(cosine, np.arange(3)[:, None], -2, axis=1)
+    assert np.array_equal(shown.alike[key].places, np.argsort(-cosine, axis=1)[:, :4])
+    # An image that the second teacher has never seen is nobody's neighbour.
+    gone = shown.alike[key].places[0, 0]
+    store.places[1][rows[gone]] = -1  # type: ignore[attr-defined]
+    less = shown_of(first_layer, [(run, store)], settings, NoProgress()).alike[key].places
+    assert np.array_equal(less[0, :3], shown.alike[key].places[0, 1:4])
     drawn = load_student(whole, layer=VIT)
     assert (drawn.layer, drawn.store, drawn.teacher) == (VIT, str(layers), "timm:test_vit")
     assert drawn.student.decoder.heads[0].mlp.fc2.out_features == 64
