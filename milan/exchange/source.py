@@ -12,14 +12,12 @@ import torch
 from milan.errors import ConfigError
 from milan.models.classifier import CLASSIFIER, POOLING, load_classifier
 from milan.models.encoder import create_vit
-from milan.models.export import CHANNELS, ENCODER, load_encoder, read_about
+from milan.models.export import CHANNELS, ENCODER, load_encoder, pools_mean, read_about
 from milan.models.layouts import State
 from milan.models.weights import find_weights, is_foreign, resampled
 from milan.training.trained import load_student
 
 _OTHERS = ("segmenter.safetensors", "detector.safetensors")
-_NO_TOKEN = ("pixels", "rils")
-"""Objectives whose loss does not see the class token."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,7 @@ def _source(
         args["global_pool"] = POOLING[about["pooling"]]
     elif "objective" in about and "global_pool" not in args:
         # The norm stays where training had it: before the average.
-        unseen = about.get("pooling") == "mean" or about["objective"] in _NO_TOKEN
-        mean = unseen or trained.cls_token is None
+        mean = pools_mean(about) or trained.cls_token is None
         args |= {"global_pool": "avg", "fc_norm": False} if mean else {"global_pool": "token"}
     own = about["input_size"]
     vit = create_vit(about["model"], img_size=size or own, args=args, any_channels=True)

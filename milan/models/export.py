@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ ENCODER = "encoder.safetensors"
 """The file in a run's folder."""
 CHANNELS = "channels"
 """What a file says of an encoder that sees other channels than pictures' RGB."""
+_NO_TOKEN = ("pixels", "rils")
+"""Objectives whose loss does not see the class token."""
 _NEEDED = {"model", "model_args", "mean", "std", "input_size"}
 
 
@@ -137,7 +140,9 @@ def encoder_weights(run: str | Path) -> dict[str, torch.Tensor]:
 def load_encoder(run: str | Path) -> VisionTransformer:
     """The pretrained encoder of a run (its folder, or an encoder.safetensors), in eval mode.
 
-    A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size.
+    A timm VisionTransformer; `timm.data.resolve_model_data_config` gives its mean, std and size. An
+    image becomes its class token, or the mean of its patches where training left the class token
+    alone (`pools_mean`). Raises CacheError, ConfigError.
     """
     about, weights = read_about(run), encoder_weights(run)
     size = about["input_size"]
@@ -158,4 +163,14 @@ def load_encoder(run: str | Path) -> VisionTransformer:
         "crop_pct": 0.875,
         "interpolation": "bicubic",
     }
+    if "global_pool" not in about["model_args"] and pools_mean(about):
+        encoder.global_pool = "avg"
     return encoder.eval()
+
+
+def pools_mean(about: Mapping[str, Any]) -> bool:
+    """Whether the loss of an encoder's training did not see its class token.
+
+    `about` is what its file says (`read_about`). The norm is before the average, as in training.
+    """
+    return about.get("pooling") == "mean" or about.get("objective") in _NO_TOKEN
