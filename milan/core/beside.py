@@ -45,10 +45,12 @@ def _take(package: str) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _is_ours(found: object) -> bool:
+def _is_ours(package: object) -> bool:
     """Whether a package, or its spec, is looked for first in the folder that milan is in."""
-    places = getattr(found, "submodule_search_locations", None) or getattr(found, "__path__", [])
-    return any(Path(place).resolve().parent == _HERE for place in list(places)[:1])
+    folders = getattr(package, "submodule_search_locations", None) or getattr(
+        package, "__path__", []
+    )
+    return any(Path(folder).resolve().parent == _HERE for folder in list(folders)[:1])
 
 
 def _load(package: str) -> ModuleType:

@@ -231,7 +231,7 @@ def _meet(ranks: Ranks, stop: Stop | None, progress: Progress | None) -> dist.St
     while not serves and not _answers(host, port, fix):
         wait.check()
         time.sleep(0.2)
-    found: list[dist.Store | Exception] = []
+    results: list[dist.Store | Exception] = []
     given_up = Event()
 
     def join() -> None:
@@ -253,28 +253,28 @@ def _meet(ranks: Ranks, stop: Stop | None, progress: Progress | None) -> dist.St
             pause = 0.02
             while store.add("here", 0) < ranks.size and not given_up.wait(pause):
                 pause = min(1.0, 2 * pause)
-            found.append(store)
+            results.append(store)
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     # In a thread: nothing interrupts torch while it waits for a server that does not answer.
     thread = Thread(target=join, daemon=True, name="meet")
     thread.start()
     try:
-        while not found:
+        while not results:
             thread.join(0.5)
             wait.check()
     finally:
         given_up.set()
-    if isinstance(found[0], RuntimeError):
+    if isinstance(results[0], RuntimeError):
         what = "cannot serve" if serves else "cannot reach"
         raise RankError(
             f"rank {ranks.rank} {what} MASTER_ADDR={host}, MASTER_PORT={port}: "
-            f"{str(found[0]).splitlines()[0][:200]}; try: {fix}"
+            f"{str(results[0]).splitlines()[0][:200]}; try: {fix}"
         )
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def _answers(host: str, port: int, fix: str) -> bool:

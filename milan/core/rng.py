@@ -82,5 +82,5 @@ def _uniforms_at(
     seed: int, purpose: int, addresses: tuple[np.ndarray, ...], count: int
 ) -> np.ndarray:
     """`uniforms` at each of B addresses, given part by part; float64 [B, count]."""
-    places = zip(*(part.tolist() for part in addresses), strict=True)
-    return np.stack([uniforms(seed, purpose, at, count) for at in places])
+    each = zip(*(part.tolist() for part in addresses), strict=True)
+    return np.stack([uniforms(seed, purpose, address, count) for address in each])

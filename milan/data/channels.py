@@ -165,14 +165,14 @@ class StudentChannels:
 
         Until it is asked to `stop`. Raises DataError for two files of one image.
         """
-        found, cache = Examined({}, {}, {}), self.dataset.cache
+        examined, cache = Examined({}, {}, {}), self.dataset.cache
         paths: dict[int, str] = {}
         if self.folder is not None and len(rows):
             keys = cache.manifest.take(rows).keys()
             files = FilesBeside.below(self.folder, EXTENSIONS).of_images(keys, OF_CHANNELS)
             for row, key, file in zip(rows.tolist(), keys, files, strict=True):
                 if file is None:
-                    found.faults[row] = f"missing: {self.folder / stem_of(key)}.*"
+                    examined.faults[row] = f"missing: {self.folder / stem_of(key)}.*"
                 else:
                     paths[row] = file[0]
         wanted = set(sample.tolist())
@@ -187,7 +187,7 @@ class StudentChannels:
                 return str(fault)
             return content_digest(data), Moments.of(samples) if row in wanted else None
 
-        left = rows[~np.isin(rows, list(found.faults))]
+        left = rows[~np.isin(rows, list(examined.faults))]
         progress.begin("check channels", len(left), "images")
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(left), _AT_ONCE):
@@ -197,14 +197,14 @@ class StudentChannels:
                 answers = pool.map(look, some.tolist(), cache.image_sizes(some))
                 for row, answer in zip(some.tolist(), answers, strict=True):
                     if isinstance(answer, str):
-                        found.faults[row] = answer
+                        examined.faults[row] = answer
                         continue
-                    found.files[row] = paths.get(row, ""), answer[0]
+                    examined.files[row] = paths.get(row, ""), answer[0]
                     if answer[1]:
-                        found.moments[row] = answer[1]
-                progress.advance(first + len(some), f"{len(found.faults)} cannot be used")
+                        examined.moments[row] = answer[1]
+                progress.advance(first + len(some), f"{len(examined.faults)} cannot be used")
         progress.end()
-        return found
+        return examined
 
     def changed(self, rows: np.ndarray, *, stop: Stop, progress: Progress) -> dict[int, str]:
         """Which of `rows` have a file beside them that is gone or has other bytes; with the reason.

@@ -132,15 +132,15 @@ class CachedDataset(Dataset):
         spec = self.cache.view_spec
         out = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
         checksums = self.cache.pixel_checksums(rows, views).tolist()
-        places = zip(rows.tolist(), views.tolist(), checksums, strict=True)
+        entries = zip(rows.tolist(), views.tolist(), checksums, strict=True)
         if self.stored:
             pictures = self.cache.packed(rows, views)
-            for pixels, picture, place in zip(out, pictures, places, strict=True):
-                self._unpack(pixels, picture, *place)
+            for pixels, picture, entry in zip(out, pictures, entries, strict=True):
+                self._unpack(pixels, picture, *entry)
             return out
         crops = self.cache.crops(rows, views)
-        for i, (pixels, crop, place) in enumerate(zip(out, crops, places, strict=True)):
-            row, view, expected = place
+        for i, (pixels, crop, entry) in enumerate(zip(out, crops, entries, strict=True)):
+            row, view, expected = entry
             data = b""
             try:
                 data = self.source.read(row)

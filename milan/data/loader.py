@@ -227,8 +227,8 @@ class SharedBatch:
         count = at.shape.numel()
         if not count:
             return torch.empty(at.shape, dtype=at.dtype)
-        found = torch.frombuffer(memory, dtype=at.dtype, count=count, offset=at.first)
-        return found.view(at.shape)
+        flat = torch.frombuffer(memory, dtype=at.dtype, count=count, offset=at.first)
+        return flat.view(at.shape)
 
     def pin_memory(self) -> Any:
         """Called by DataLoader where there is a GPU."""

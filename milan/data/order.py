@@ -104,9 +104,9 @@ class Order:
                 )
             used = self.steps * self.batch_size
             unused_first = np.roll(np.arange(len(rows)), -used)
-            places = np.flatnonzero(gone)
-            spare = np.resize(unused_first[~gone[unused_first]], len(places))
-            rows[places], views[places] = rows[spare], views[spare]
+            positions = np.flatnonzero(gone)
+            spare = np.resize(unused_first[~gone[unused_first]], len(positions))
+            rows[positions], views[positions] = rows[spare], views[spare]
         return rows, views
 
     def without(self, removed: np.ndarray, replaced: np.ndarray) -> Order:
@@ -226,5 +226,5 @@ def shuffle_quality(rows: np.ndarray) -> float:
     """
     if len(rows) < 2:
         return 1.0
-    places = np.argsort(rows, kind="stable")
-    return float(np.abs(np.diff(places)).mean() / ((len(rows) + 1) / 3))
+    positions = np.argsort(rows, kind="stable")
+    return float(np.abs(np.diff(positions)).mean() / ((len(rows) + 1) / 3))

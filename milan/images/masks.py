@@ -250,8 +250,8 @@ def _of_folders(
             f"no masks at {root} for the images in {manifest.root}",
             expected="a folder of the same name for the masks",
         )
-    found = FilesBeside.below(root, _ENDINGS)
-    masks = _matched(manifest, found)
+    files = FilesBeside.below(root, _ENDINGS)
+    masks = _matched(manifest, files)
     table = manifest.table
     for name, values in (
         ("path", pa.array([path for path, _ in masks], pa.string())),
@@ -263,30 +263,30 @@ def _of_folders(
     lines = [
         *describe_source(manifest, wanted.flag),
         f"masks: {root}",
-        _reconciled(len(manifest), found, {stem_of(path) for path, _ in masks}),
+        _reconciled(len(manifest), files, {stem_of(path) for path, _ in masks}),
     ]
     return MaskedImages(manifest, Manifest(table, None, replace(listing, root=root)), ""), lines
 
 
-def _matched(manifest: Manifest, found: FilesBeside) -> list[tuple[str, int | None]]:
+def _matched(manifest: Manifest, files: FilesBeside) -> list[tuple[str, int | None]]:
     """(path, bytes) of the mask of each image. Raises DataError."""
     keys = manifest.keys()
-    masks = found.of_images(keys, "mask")
+    masks = files.of_images(keys, "mask")
     if absent := [key for key, mask in zip(keys, masks, strict=True) if mask is None]:
         first = min(absent)
         raise DataError(
             f"{len(absent):,} of {len(keys):,} images have no mask, the first is {first!r}",
-            expected=f"{found.root / (stem_of(first) + '.png')}, or another format without loss",
+            expected=f"{files.root / (stem_of(first) + '.png')}, or another format without loss",
             fix="move images without a mask elsewhere; --masks NAME, if the folder is another",
         )
     return [mask for mask in masks if mask]
 
 
-def _reconciled(images: int, found: FilesBeside, used: set[str]) -> str:
+def _reconciled(images: int, files: FilesBeside, used: set[str]) -> str:
     """'matched: 120 images, each with a mask; 122 masks found, 2 without an image, such as …'."""
-    spare = sorted(set(found.by_stem) - used)
-    line = f"matched: {images:,} images, each with a mask, of {len(found.by_stem):,} masks found"
+    spare = sorted(set(files.by_stem) - used)
+    line = f"matched: {images:,} images, each with a mask, of {len(files.by_stem):,} masks found"
     if spare:
         line += f"; left out: {len(spare):,} masks without an image, such as {spare[0]!r}"
-    named = [f"{count:,} {ending}" for ending, count in sorted(found.others.items())]
+    named = [f"{count:,} {ending}" for ending, count in sorted(files.others.items())]
     return line + (f"; no masks: {', '.join(named)}" if named else "")

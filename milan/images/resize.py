@@ -63,8 +63,8 @@ class _Weights(NamedTuple):
 @cache
 def _library() -> Any:
     try:
-        found = find_spec("milan.images._resize")
-        library = ctypes.CDLL(found.origin or "") if found else None
+        spec = find_spec("milan.images._resize")
+        library = ctypes.CDLL(spec.origin or "") if spec else None
     except OSError:
         return None
     if library:
@@ -95,8 +95,8 @@ def _weights(inputs: int, outputs: int, flip: bool = False) -> _Weights:
     last = np.minimum((centres + 2 * wide + 0.5).astype(np.int64), inputs)
     taps = int((last - first).max())
     first = np.minimum(first, inputs - taps)  # as many for each output, some of weight 0
-    places = first[:, None] + np.arange(taps)
-    x = np.abs((places - centres[:, None] + 0.5) * (1 / wide))
+    indices = first[:, None] + np.arange(taps)
+    x = np.abs((indices - centres[:, None] + 0.5) * (1 / wide))
     near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
     weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
     total = np.zeros(outputs)

@@ -190,20 +190,20 @@ def percentiles(files: Iterable[bytes], numbers: tuple[int, ...]) -> tuple[float
 
     Files without them are left out. Raises DataError if none is left, with the first's reason.
     """
-    found, why = list[np.ndarray](), ""
+    sampled, why = list[np.ndarray](), ""
     for data in files:
         try:
             samples = pick(read_samples(data), numbers).reshape(-1)
-            found.append(samples[:: max(1, samples.size // _SAMPLES)].astype(np.float64))
+            sampled.append(samples[:: max(1, samples.size // _SAMPLES)].astype(np.float64))
         except ImageFault as fault:
             why = why or str(fault)
-    if not found:
+    if not sampled:
         raise DataError(
             f"no file has channels {', '.join(map(str, numbers))}: {why or 'none can be read'}",
             expected="TIFFs (or arrays) of several channels, counted from 1",
         )
-    low, high = np.percentile(np.concatenate(found), (2, 98))
-    return float(low), float(max(high, low + 1)), len(found)
+    low, high = np.percentile(np.concatenate(sampled), (2, 98))
+    return float(low), float(max(high, low + 1)), len(sampled)
 
 
 def resize_samples(samples: np.ndarray, size: int, *, flip: bool) -> np.ndarray:

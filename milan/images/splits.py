@@ -182,8 +182,8 @@ def _words(names: list[str]) -> list[str | None]:
 
 def _word(name: str) -> str | None:
     """The split that a name speaks of; None if of none, or of two (`train_val`)."""
-    found = {_WORDS[word.lower()] for word in _WORD.findall(name)}
-    return found.pop() if len(found) == 1 else None
+    splits = {_WORDS[word.lower()] for word in _WORD.findall(name)}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def _is_word(name: str) -> bool:
