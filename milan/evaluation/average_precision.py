@@ -36,13 +36,13 @@ class AveragePrecision:
         self.positions: list[int] = []
         """Of the images that were added."""
 
-    def add(self, position: int, found: dict[str, torch.Tensor]) -> None:
+    def add(self, position: int, detections: dict[str, torch.Tensor]) -> None:
         """What was found on an image: boxes [k, 4], labels from 1 on, scores, masks [k, 1, H, W].
 
         Boxes are left, top, right, bottom in pixels of the image.
         """
         truth, there = self.truth, self.truth.of_image(position)
-        detected = {name: value.cpu() for name, value in found.items() if name != "masks"}
+        detected = {name: value.cpu() for name, value in detections.items() if name != "masks"}
         detected["labels"] = detected["labels"] - 1
         annotated = {
             "boxes": torch.from_numpy(truth.boxes[there]),
@@ -55,7 +55,7 @@ class AveragePrecision:
             masks = [truth.mask(box, (height, width)) for box in range(there.start, there.stop)]
             stacked = np.stack(masks) if masks else np.empty((0, height, width), np.uint8)
             annotated["masks"] = torch.from_numpy(stacked).bool()
-            detected["masks"] = (found["masks"][:, 0] >= 0.5).cpu()
+            detected["masks"] = (detections["masks"][:, 0] >= 0.5).cpu()
         self.metric.update([detected], [annotated])
         self.positions.append(position)
 
@@ -104,7 +104,7 @@ class AveragePrecision:
         """
         import faster_coco_eval.faster_eval_api_cpp as accumulator
 
-        found, count = dict[str, tuple[float, float]](), len(self.positions)
+        intervals, count = dict[str, tuple[float, float]](), len(self.positions)
         classes = len(self.truth.classes)
         for kind in self.kinds:
             evaluation = self._matched(_KINDS[kind])
@@ -117,8 +117,8 @@ class AveragePrecision:
                 there = table[table > -1]
                 values.append(100 * float(there.mean()) if there.size else 0.0)
             low, high = np.percentile(values, [2.5, 97.5])
-            found[f"{kind}_ap_interval"] = (round(float(low), 2), round(float(high), 2))
-        return found
+            intervals[f"{kind}_ap_interval"] = (round(float(low), 2), round(float(high), 2))
+        return intervals
 
     def _matched(self, kind: str) -> Any:
         """faster-coco-eval's evaluation, with a match for each class and image."""
@@ -207,14 +207,14 @@ class AveragePrecision:
         }
 
 
-def _overlaps(found: np.ndarray, boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+def _overlaps(detected: np.ndarray, boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """[k, n] IoU of boxes [k, 4] with those annotated [n, 4]; with a `crowd` the share of what was
     found that lies in it."""
-    sides = np.minimum(found[:, None, 2:], boxes[:, 2:]) - np.maximum(
-        found[:, None, :2], boxes[:, :2]
+    sides = np.minimum(detected[:, None, 2:], boxes[:, 2:]) - np.maximum(
+        detected[:, None, :2], boxes[:, :2]
     )
     common = sides.clip(0).prod(axis=-1)
-    areas = [(b[:, 2:] - b[:, :2]).prod(axis=-1) for b in (found, boxes)]
+    areas = [(b[:, 2:] - b[:, :2]).prod(axis=-1) for b in (detected, boxes)]
     union = areas[0][:, None] + np.where(crowd, 0, areas[1] - common)
     return common / union.clip(1e-12)
 

@@ -94,13 +94,13 @@ def robustness(accuracy: Callable[[Corruption], float], clean: float) -> dict[st
     Returns corrupted_top1 (the mean over corruptions and severities) and corrupted_share (of
     `clean`) in percent, and the figures themselves: corruption -> five.
     """
-    found = {
+    accuracies = {
         name: [accuracy(Corruption(name, severity)) for severity in range(1, len(strengths) + 1)]
         for name, strengths in SEVERITIES.items()
     }
-    mean = float(np.mean(list(found.values())))
+    mean = float(np.mean(list(accuracies.values())))
     return {
         "corrupted_top1": round(mean, 2),
         "corrupted_share": round(100 * mean / clean, 2) if clean else None,
-        "corruptions": {name: [round(v, 2) for v in values] for name, values in found.items()},
+        "corruptions": {name: [round(v, 2) for v in values] for name, values in accuracies.items()},
     }

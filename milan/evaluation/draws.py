@@ -150,11 +150,11 @@ def _listed(
             f"{len(twice):,} names in {file} stand for several images, the first is {twice[0]!r}",
             expected="names with their folder, such as class/image.jpg",
         )
-    if lacking := [name for name in wanted if name not in known]:
+    if missing := [name for name in wanted if name not in known]:
         fix = "--val-data with images of its own" if config.val_data is None else ""
         raise ConfigError(
-            f"{len(lacking):,} of {len(wanted):,} names in {file} are no training images, the "
-            f"first is {lacking[0]!r}",
+            f"{len(missing):,} of {len(wanted):,} names in {file} are no training images, the "
+            f"first is {missing[0]!r}",
             expected=f"names such as {names[int(rows[0])]!r}",
             fix="without --limit" if config.limit else fix,
         )

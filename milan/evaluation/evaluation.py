@@ -99,7 +99,7 @@ class Measurement:
         identity = digest_of(network.identity) if network.identity else ""
         if identity in known and tables is None:
             return known[identity]
-        run, found = self.protocol.load(), list[dict[str, Any]]()
+        run, draws = self.protocol.load(), list[dict[str, Any]]()
         kept: dict[tuple[str, Corruption | None], Features] = {}
 
         def features(split: Split, corruption: Corruption | None = None) -> Features:
@@ -117,8 +117,8 @@ class Measurement:
                 _tell(evaluation)
             context = replace(self.context, progress=NoProgress()) if quiet else self.context
             figures = run(replace(evaluation, context=context, tables=None if number else tables))
-            found.append(figures | _facts(evaluation) | drawn(self.config, number))
-        merged = over_draws(found, self.protocol.columns)
+            draws.append(figures | _facts(evaluation) | drawn(self.config, number))
+        merged = over_draws(draws, self.protocol.columns)
         if identity:
             known[identity] = merged
         return merged
@@ -167,8 +167,10 @@ def _evaluation(
         )
 
     def numbered(labelled: Labelled) -> Labelled:
-        found = np.searchsorted(numbers, labelled.labels).clip(max=len(numbers) - 1)
-        return replace(labelled, labels=np.where(numbers[found] == labelled.labels, found, -1))
+        positions = np.searchsorted(numbers, labelled.labels).clip(max=len(numbers) - 1)
+        return replace(
+            labelled, labels=np.where(numbers[positions] == labelled.labels, positions, -1)
+        )
 
     def corrupted(corruption: Corruption) -> Labelled:
         return numbered(Labelled.of(features(val_split, corruption), val_split))

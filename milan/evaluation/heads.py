@@ -176,9 +176,9 @@ def _seeded(evaluation: Evaluation, make: Callable[..., Head], settings: dict[st
         return make(**settings)
 
 
-def _learnt_from(places: np.ndarray) -> np.ndarray:
-    """Places are permuted, so each tenth of them is a fair sample to choose by."""
-    return places % _TENTH > 0
+def _learnt_from(positions: np.ndarray) -> np.ndarray:
+    """Positions are permuted, so each tenth of them is a fair sample to choose by."""
+    return positions % _TENTH > 0
 
 
 def _right_of_tenth(evaluation: Evaluation, heads: Sequence[Head], steps: Steps) -> list[float]:

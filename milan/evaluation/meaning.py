@@ -39,14 +39,14 @@ def doubts(train: np.ndarray, val: np.ndarray, *, neighbours: int = 0) -> list[s
     `train` and `val` are the labels, int [n] and [m], of images to learn from and to measure on;
     `neighbours` vote in a k-NN probe.
     """
-    found = []
+    sentences = []
     if len(val) < _ENOUGH:
-        found.append(
+        sentences.append(
             f"{len(val)} validation images of {len(np.unique(val))} classes: chance is "
             f"{chance(train, val):.0f} %, and figures that differ by less than "
             f"{100 / np.sqrt(len(val)):.0f} points mean the same"
         )
-    return found + (few_neighbours(len(train), neighbours) if neighbours else [])
+    return sentences + (few_neighbours(len(train), neighbours) if neighbours else [])
 
 
 def few_neighbours(images: int, neighbours: int) -> list[str]:

@@ -82,14 +82,14 @@ class Answers:
         self._predicted = np.full(len(labels), -1)
         self._in_top5 = np.zeros(len(labels), bool)
 
-    def see(self, places: np.ndarray | int, best: torch.Tensor) -> None:
-        """`best` [b, up to 5] are classes, the best guess first, of the images at `places` [b]; or
-        of b images from that place on."""
+    def see(self, positions: np.ndarray | int, best: torch.Tensor) -> None:
+        """`best` [b, up to 5] are classes, the best guess first, of the images at `positions` [b];
+        or of b images from that position on."""
         guesses = best.cpu().numpy()
-        if isinstance(places, int):
-            places = np.arange(places, places + len(guesses))
-        self._predicted[places] = guesses[:, 0]
-        self._in_top5[places] = (guesses == self.labels[places][:, None]).any(axis=1)
+        if isinstance(positions, int):
+            positions = np.arange(positions, positions + len(guesses))
+        self._predicted[positions] = guesses[:, 0]
+        self._in_top5[positions] = (guesses == self.labels[positions][:, None]).any(axis=1)
 
     def of_all(self, ranks: Ranks = SINGLE) -> Outcome:
         """What `ranks`, each for images of its own, have seen together; all must call it.

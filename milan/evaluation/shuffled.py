@@ -43,33 +43,35 @@ class Shuffled:
         memory: int = 0,
         wanted: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        """`wanted` says which places [n] of the split are taken, [n] bool; default: all."""
+        """`wanted` says which positions [n] of the split are taken, [n] bool; default: all."""
         self.labelled, self.context = labelled, context
         self.seed, self.room = seed, memory
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._rows = labelled.features.rows[labelled.places]
-        self._places: dict[int, np.ndarray] = {}
+        self._positions: dict[int, np.ndarray] = {}
         for number, rows in enumerate(labelled.features.files.ranges):
-            places = np.arange(*np.searchsorted(self._rows, (rows[0], rows[-1] + 1)))
-            places = places[wanted(places)] if wanted else places
-            if len(places):
-                self._places[number] = places
-        self.images = sum(map(len, self._places.values()))
+            positions = np.arange(*np.searchsorted(self._rows, (rows[0], rows[-1] + 1)))
+            positions = positions[wanted(positions)] if wanted else positions
+            if len(positions):
+                self._positions[number] = positions
+        self.images = sum(map(len, self._positions.values()))
         self.steps = max(1, -(-self.images // step_images))
         """Of an epoch: with as many images each as can be."""
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The steps of an epoch; all ranks have as many."""
-        files = np.array(list(self._places))
+        files = np.array(list(self._positions))
         order = files[rng.permutation(self.seed, rng.ORDER, (number,), len(files))].tolist()
         fresh = self.labelled.features.pieces([f for f in order if f not in self._kept])
         ends = np.linspace(0, self.images, self.steps + 1).round().astype(int)
         step, seen, parts = 1, 0, list[tuple[torch.Tensor, torch.Tensor]]()
         for file in order:
-            places = self._places[file]
-            own = self._own(places)
+            positions = self._positions[file]
+            own = self._own(positions)
             x, y = self._kept.get(file) or self._read(file, own, *next(fresh))
-            rest = places[rng.permutation(self.seed, rng.ORDER, (number, 1 + file), len(places))]
+            rest = positions[
+                rng.permutation(self.seed, rng.ORDER, (number, 1 + file), len(positions))
+            ]
             while len(rest):
                 taken, rest = np.split(rest, [ends[step] - seen])
                 index = torch.from_numpy(np.searchsorted(own, self._own(taken))).to(x.device)
@@ -80,9 +82,9 @@ class Shuffled:
                     yield Batch(torch.cat(xs), torch.cat(ys), int(ends[step] - ends[step - 1]))
                     step, parts = step + 1, []
 
-    def _own(self, places: np.ndarray) -> np.ndarray:
+    def _own(self, positions: np.ndarray) -> np.ndarray:
         ranks = self.context.ranks
-        return places[places % ranks.size == ranks.rank]
+        return positions[positions % ranks.size == ranks.rank]
 
     def _read(
         self, file: int, own: np.ndarray, features: torch.Tensor, rows: np.ndarray

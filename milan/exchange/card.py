@@ -123,10 +123,10 @@ def _store(place: str | None, digest: str | None) -> list[tuple[str, str]]:
         return rows
     wanted = ("data", "images", "views of each", "targets")
     first = next(iter(tables.values()), [])
-    found = [(what, str(value)) for what, value in first if what in wanted]
+    facts = [(what, str(value)) for what, value in first if what in wanted]
     same = any(what == "identity" and value == digest for what, value in first)
     return rows + [(what if same else f"{what} (of the store as it is today)", v)
-                   for what, v in found]  # fmt: skip
+                   for what, v in facts]  # fmt: skip
 
 
 def _measured(source: Source) -> tuple[list[tuple[str, str]], list[str]]:
@@ -136,11 +136,11 @@ def _measured(source: Source) -> tuple[list[tuple[str, str]], list[str]]:
     rows += [(f"training: {key.replace('_', ' ')}", f"{own[key]:.4g}")
              for key in _FIGURES if isinstance(own.get(key), int | float)]  # fmt: skip
     for protocol in PROTOCOLS.values():
-        found = _json(source.folder, f"{protocol.name}.json")
+        figures = _json(source.folder, f"{protocol.name}.json")
         said = [
-            f"{column.heading} {column.format.format(found[column.key])}"
+            f"{column.heading} {column.format.format(figures[column.key])}"
             for column in protocol.columns
-            if isinstance(found.get(column.key), int | float)
+            if isinstance(figures.get(column.key), int | float)
         ]
         if said:
             rows.append((protocol.title, ", ".join(said)))
@@ -152,10 +152,10 @@ def _measured(source: Source) -> tuple[list[tuple[str, str]], list[str]]:
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
     """A file of figures; empty if there is none that can be read."""
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8")) if folder else {}
+        figures = json.loads((folder / name).read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return figures if isinstance(figures, dict) else {}
 
 
 def _run(source: Source) -> dict[str, Any]:

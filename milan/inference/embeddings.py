@@ -125,10 +125,10 @@ class Embeddings:
             )
         self.about, self.rows = about, pq.read_metadata(rows_file(self.path)).num_rows
         values = self._values if self.path.suffix.lower() != ".parquet" else None
-        found = tuple(values.shape) if values is not None else (self.rows, *about["shape"][1:])
-        if found != tuple(about["shape"]) or found[0] != self.rows:
+        shape = tuple(values.shape) if values is not None else (self.rows, *about["shape"][1:])
+        if shape != tuple(about["shape"]) or shape[0] != self.rows:
             raise DataError(
-                f"{path} has embeddings {found}, and {rows_file(self.path).name} says "
+                f"{path} has embeddings {shape}, and {rows_file(self.path).name} says "
                 f"{tuple(about['shape'])}",
                 expected="both as milan embed wrote them",
                 fix=_ANEW,

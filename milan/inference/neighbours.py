@@ -88,14 +88,14 @@ def _position(images: Collection, query: str, where: str) -> int:
     if query in images.keys:
         return images.keys.index(query)
     path = Path(query)
-    found = images.find_file(path) if path.is_file() else None
-    if found is None:
+    position = images.find_file(path) if path.is_file() else None
+    if position is None:
         raise DataError(
             f"the image {query!r} is not in {where}" + ("" if path.is_file() else ", nor a file"),
             expected="a row, the key of an image, or a file with the bytes of one",
             fix=f"0, or {images.keys[0]!r}",
         )
-    return found
+    return position
 
 
 def _nearest(
@@ -112,15 +112,14 @@ def _nearest(
     done = 0
     progress.begin("nearest images", len(images.rows), "images")
     for vectors in images.pieces():
-        places = torch.arange(done, done + len(vectors), device=device)
-        nearest.see(vectors.to(device), places)
+        positions = torch.arange(done, done + len(vectors), device=device)
+        nearest.see(vectors.to(device), positions)
         done += len(vectors)
         progress.advance(done)
     progress.end()
     pairs = zip(nearest.labels[0].tolist(), nearest.similarity[0].tolist(), strict=True)
-    found = [(at, cosine) for at, cosine in pairs if at != position]
-    found = found[:count]
-    pictures = images.pictures([position, *(at for at, _ in found)])
+    near = [(at, cosine) for at, cosine in pairs if at != position][:count]
+    pictures = images.pictures([position, *(at for at, _ in near)])
     blank = np.full((8, 8, 3), 255, np.uint8)
     tiles = [
         Tile(thumbnail(blank if pixels is None else pixels), lines)
@@ -128,7 +127,7 @@ def _nearest(
             pictures,
             [
                 ["query", *_about(images, position)],
-                *([f"{cosine:.3f}", *_about(images, at)] for at, cosine in found),
+                *([f"{cosine:.3f}", *_about(images, at)] for at, cosine in near),
             ],
             strict=True,
         )
@@ -140,7 +139,7 @@ def _nearest(
     return {
         "what": images.what,
         "query": _row(images, position, 1.0),
-        "neighbours": [_row(images, at, cosine) for at, cosine in found],
+        "neighbours": [_row(images, at, cosine) for at, cosine in near],
         "sheet": str(save_picture(draw_tiles(title, tiles), config.path)),
     }
 
@@ -166,11 +165,11 @@ def _duplicates(
 ) -> dict[str, Any]:
     with tempfile.TemporaryFile() as file:
         vectors = _spooled(images, file, progress)
-        found = _similar_pairs(vectors, config.threshold - _ROUNDING, device, progress)
+        similar = _similar_pairs(vectors, config.threshold - _ROUNDING, device, progress)
         digests = images.digests()
         for a, b in _same_bytes(digests or []):
-            found.setdefault((a, b), float(vectors[a] @ vectors[b]))
-    order = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+            similar.setdefault((a, b), float(vectors[a] @ vectors[b]))
+    order = sorted(similar.items(), key=lambda item: (-item[1], item[0]))
     with written(config.path, _LIST) as table:
         for at in range(0, len(order), _WRITTEN):
             part = order[at : at + _WRITTEN]
@@ -191,8 +190,8 @@ def _duplicates(
         "pairs": len(order),
         "pairs_of_the_same_bytes": None
         if digests is None
-        else sum(digests[a] == digests[b] for a, b in found),
-        "images_in_pairs": len({i for pair in found for i in pair}),
+        else sum(digests[a] == digests[b] for a, b in similar),
+        "images_in_pairs": len({i for pair in similar for i in pair}),
         "list": str(config.path),
     }
 
@@ -217,7 +216,7 @@ def _similar_pairs(
 
     Raises ConfigError for more than somebody could look at.
     """
-    found: dict[tuple[int, int], float] = {}
+    similar: dict[tuple[int, int], float] = {}
     most = max(_FEWEST, _PAIRS * len(vectors))
     starts = range(0, len(vectors), _BLOCK)
     progress.begin("pairs", len(starts) * (len(starts) + 1) // 2, "blocks")
@@ -234,7 +233,7 @@ def _similar_pairs(
             if second == first:
                 cosine = cosine.triu(1)  # 0, which no threshold is
             a, b = (cosine >= threshold).nonzero(as_tuple=True)
-            if len(found) + len(a) > most:
+            if len(similar) + len(a) > most:
                 raise ConfigError(
                     f"more than {most:,} pairs of {len(vectors):,} images have a cosine of "
                     f"{threshold + _ROUNDING:g} or more",
@@ -242,11 +241,11 @@ def _similar_pairs(
                     fix=f"--threshold {1 - (1 - threshold) / 4:.4f}",
                 )
             pairs = zip((a + first).tolist(), (b + second).tolist(), strict=True)
-            found |= dict(zip(pairs, cosine[a, b].tolist(), strict=True))
+            similar |= dict(zip(pairs, cosine[a, b].tolist(), strict=True))
             done += 1
             progress.advance(done)
     progress.end()
-    return found
+    return similar
 
 
 def _same_bytes(digests: list[str]) -> list[tuple[int, int]]:
