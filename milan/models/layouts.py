@@ -44,8 +44,8 @@ class Names:
         """Their name; None if they have no such part."""
         if ours.startswith("blocks."):
             _, number, rest = ours.split(".", 2)
-            found = _renamed(rest, self.inside) if self.inside else rest
-            return found and f"{self.stack}{number}.{found}"
+            name = _renamed(rest, self.inside) if self.inside else rest
+            return name and f"{self.stack}{number}.{name}"
         return _renamed(ours, self.outside)
 
     def ours(self, theirs: str) -> str | None:
@@ -54,9 +54,9 @@ class Names:
         block = re.match(rf"(?:{stacks})(\d+)\.(.+)", theirs)
         if block:
             back = {v: k for k, v in self.inside.items()} | dict(self.also)
-            found = _renamed(block[2], back)
-            found = block[2] if found is None and not self.inside else found
-            return found and f"blocks.{block[1]}.{found}"
+            name = _renamed(block[2], back)
+            name = block[2] if name is None and not self.inside else name
+            return name and f"blocks.{block[1]}.{name}"
         return _renamed(theirs, {v: k for k, v in self.outside.items()} | dict(self.also))
 
 
@@ -216,20 +216,20 @@ LAYOUTS = (
 
 def layout_of(names: Collection[str], where: object) -> Layout:
     """The layout of a checkpoint's names. Raises ConfigError for one that is not known."""
-    found = next((layout for layout in LAYOUTS if layout.matches(names)), None)
-    if found is None:
+    layout = next((one for one in LAYOUTS if one.matches(names)), None)
+    if layout is None:
         raise ConfigError(
             f"{where} is in no known layout: it has {listed(names)}",
-            expected="a ViT of " + ", ".join(layout.title.split("'")[0] for layout in LAYOUTS),
+            expected="a ViT of " + ", ".join(one.title.split("'")[0] for one in LAYOUTS),
         )
     relative = [n for n in names if "relative_position_" in n or "rel_pos_" in n]
     if relative:
         raise ConfigError(
-            f"{where} has relative positions ({listed(relative, 1)}), in {found.title} layout",
+            f"{where} has relative positions ({listed(relative, 1)}), in {layout.title} layout",
             expected="absolute positions alone: a plain ViT of timm has no place for others",
             fix="weights that were trained without them, such as timm:vit_base_patch16_224.mae",
         )
-    return found
+    return layout
 
 
 def split_up(state: State, layout: Layout, where: object) -> tuple[State, State, list[str]]:
@@ -266,42 +266,42 @@ def joined(state: State) -> State:
     """Queries, keys and values in one tensor, as timm has them; biases of BEiT too, whose keys have
     none: softmax does not see them. Class token and positions with the axis of images, which
     open_clip leaves out."""
-    found = dict(state)
+    weights = dict(state)
     for name in {"cls_token", "pos_embed"} & state.keys():
-        found[name] = state[name].reshape(1, -1, state[name].shape[-1])
+        weights[name] = state[name].reshape(1, -1, state[name].shape[-1])
     for name in state:
         if not name.endswith(("attn.k.weight", "attn.k.bias", "attn.q_bias")):
             continue
         stem, _, leaf = name.rpartition("attn.")
         stem += "attn."
         if leaf == "q_bias":
-            query, value = found.pop(stem + "q_bias"), found.pop(stem + "v_bias", None)
+            query, value = weights.pop(stem + "q_bias"), weights.pop(stem + "v_bias", None)
             value = torch.zeros_like(query) if value is None else value
-            found[stem + "qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+            weights[stem + "qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
             continue
         kind = leaf.partition(".")[2]
         parts = [stem + f"{part}.{kind}" for part in "qkv"]
-        if all(part in found for part in parts):
-            found[f"{stem}qkv.{kind}"] = torch.cat([found.pop(part) for part in parts])
-    return found
+        if all(part in weights for part in parts):
+            weights[f"{stem}qkv.{kind}"] = torch.cat([weights.pop(part) for part in parts])
+    return weights
 
 
 def parted(state: Mapping[str, torch.Tensor]) -> State:
     """Queries, keys and values apart, as transformers has them."""
-    found: State = {}
+    weights: State = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
             stem, _, kind = name.partition("qkv.")
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{stem}{part}.{kind}"] = piece.clone()
+                weights[f"{stem}{part}.{kind}"] = piece.clone()
         else:
-            found[name] = tensor
-    return found
+            weights[name] = tensor
+    return weights
 
 
 def renamed(state: Mapping[str, torch.Tensor], names: Names, before: str = "") -> State:
     """A ViT's weights under a layout's names. Raises ConfigError for parts that it lacks."""
-    found: State = {}
+    weights: State = {}
     for ours, tensor in state.items():
         theirs = names.theirs(ours)
         if theirs is None:
@@ -310,5 +310,5 @@ def renamed(state: Mapping[str, torch.Tensor], names: Names, before: str = "") -
                 expected="a plain ViT with a class token",
                 fix="--format timm, which takes any ViT of timm",
             )
-        found[before + theirs] = tensor.contiguous()
-    return found
+        weights[before + theirs] = tensor.contiguous()
+    return weights

@@ -51,13 +51,13 @@ class Student(nn.Module):
         latent, behind = encode_all(
             self.encoder, images, mask.visible, recompute=self.recompute, blocks=blocks
         )
-        found = [
+        predictions = [
             decoder(self._predicting(tokens), mask, recompute=self.recompute)
             for decoder, tokens in zip(
                 (self.decoder, *self.deep_decoders.values()), (latent, *behind), strict=True
             )
         ]
-        return torch.stack(found) if behind else found[0]
+        return torch.stack(predictions) if behind else predictions[0]
 
     def _predicting(self, latent: torch.Tensor) -> torch.Tensor:
         """Tokens without registers: they are no part of the picture, nothing is predicted."""

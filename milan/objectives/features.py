@@ -60,8 +60,8 @@ def image_loss(
             total = counted.sum(dim=1) + left_out * decoded.mean(dim=1)
             loss = total / (counted.shape[1] + left_out)
     else:
-        places = {"masked": [mask.decoded_at], "visible": [mask.visible_at]}
-        kinds = places.get(predict, [mask.decoded_at, mask.visible_at])
+        indices = {"masked": [mask.decoded_at], "visible": [mask.visible_at]}
+        kinds = indices.get(predict, [mask.decoded_at, mask.visible_at])
         loss = torch.stack([patches.gather(1, at).mean(dim=1) for at in kinds]).mean(dim=0)
     return loss + class_weight * distance[:, 0] if class_weight else loss
 
@@ -160,9 +160,9 @@ class FeatureRegression(Objective):
         norm = self.targets.norm
         if norm not in MEASURED:
             return [] if norm == "none" else [f"targets: {norm}, each token by itself"]
-        found = statistics_of(self.cache)
-        views = int(found.views[0])
-        return [f"targets: {norm}, by statistics of {views:,} views, {found.digest[:12]}"]
+        statistics = statistics_of(self.cache)
+        views = int(statistics.views[0])
+        return [f"targets: {norm}, by statistics of {views:,} views, {statistics.digest[:12]}"]
 
     @property
     def normalised_by(self) -> list[TargetCache]:
@@ -228,22 +228,22 @@ class FeatureRegression(Objective):
         def of_patches(tokens: torch.Tensor) -> torch.Tensor:
             return prediction.of_patches(cosine(tokens)).gather(1, at).mean()
 
-        found = {
+        metrics = {
             "loss": self._loss(prediction, target),
             "cosine": of_patches(prediction.tokens),
         }
         if self.config.class_weight:
-            found["class_cosine"] = cosine(prediction.tokens)[:, 0].mean()
+            metrics["class_cosine"] = cosine(prediction.tokens)[:, 0].mean()
         for block, tokens in zip(self.blocks, prediction.deep, strict=True):
-            found[f"cosine_block_{block}"] = of_patches(tokens)
-        return found
+            metrics[f"cosine_block_{block}"] = of_patches(tokens)
+        return metrics
 
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
         """The features of the patches, the teacher's and the student's.
 
         Those that the student does not learn to predict are not a number.
         """
-        mask, found = prediction.mask, self.targets.restored(prediction.patches.float())
+        mask, predicted = prediction.mask, self.targets.restored(prediction.patches.float())
         if mask.chosen is None:
             given = self._as_given(prediction, self.features(prediction))
             features = prediction.of_patches(given)
@@ -251,7 +251,7 @@ class FeatureRegression(Objective):
             whole, count = mask._replace(chosen=None), prediction.batch.noise.shape[1]
             coded = Coded.of(prediction.batch)
             features = self.targets.features(coded, whole, count, normalised=False)
-        return features.float(), _in_place(found, mask, self.config.predict)
+        return features.float(), _in_place(predicted, mask, self.config.predict)
 
 
 def _in_place(patches: torch.Tensor, mask: Mask, predict: str) -> torch.Tensor:

@@ -79,8 +79,8 @@ class CachedSentences(JointObjective, FeatureRegression):
 
         Raises DataError if they are to be, and the store's images have no class names.
         """
-        found = "captions" if len(self.cache.captioned) else "classes"
-        by_class = self._argument("sentences", found) == "classes"
+        default = "captions" if len(self.cache.captioned) else "classes"
+        by_class = self._argument("sentences", default) == "classes"
         if by_class and self.cache.prototypes is None and self.cache.spec.texts:
             raise DataError(
                 f"objective.sentences=classes, and the images of {self.cache.path} have no class "
@@ -131,22 +131,22 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     def notes(self) -> list[str]:
         """Temperatures, and a doubt where they give targets that teach little."""
-        found, _ = self.measured, self.by_class
-        effective = found.effective(self.teacher_tau)
+        measured, _ = self.measured, self.by_class
+        effective = measured.effective(self.teacher_tau)
         notes = [
-            f"sentences: cosines of patches {found.mean:.3f} ± {found.spread:.3f} over "
-            f"{found.texts:,} texts; at temperature {self.teacher_tau:g} a target spreads over "
+            f"sentences: cosines of patches {measured.mean:.3f} ± {measured.spread:.3f} over "
+            f"{measured.texts:,} texts; at temperature {self.teacher_tau:g} a target spreads over "
             f"{effective:,.1f} of them"
         ]
-        if effective > _UNIFORM * found.texts:
+        if effective > _UNIFORM * measured.texts:
             notes.append(
                 "sentences: targets are nearly uniform and teach little; a smaller "
-                f"--set objective.teacher_tau, such as {found.teacher_tau:g}"
+                f"--set objective.teacher_tau, such as {measured.teacher_tau:g}"
             )
         elif effective < _ONE_HOT:
             notes.append(
                 "sentences: targets are nearly one-hot; a larger --set objective.teacher_tau, such "
-                f"as {found.teacher_tau:g}"
+                f"as {measured.teacher_tau:g}"
             )
         return notes
 

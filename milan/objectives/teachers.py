@@ -134,14 +134,14 @@ class SeveralTeachers(Objective):
 
     def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:
         """The weighted mean of each metric over all teachers, none dropped, and that of each."""
-        found = [
+        by_teacher = [
             one.metrics(share)
             for one, share in zip(self.each, self.shares(prediction), strict=True)
         ]
-        means = {name: self._mean([of[name] for of in found]) for name in found[0]}
+        means = {name: self._mean([of[name] for of in by_teacher]) for name in by_teacher[0]}
         return means | {
             f"{name}_{teacher}": value
-            for teacher, of in zip(self.names, found, strict=True)
+            for teacher, of in zip(self.names, by_teacher, strict=True)
             for name, value in of.items()
         }
 

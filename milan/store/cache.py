@@ -171,20 +171,20 @@ class TargetCache:
         given = [as_path(data_root)] if data_root else []
         parts, good, paths = self._row_generations(), self.good_rows(), self.manifest.table["path"]
         recorded = [self._recorded_roots(g, needed=not given) for g in parts]
-        others = [root for roots in recorded for root in roots]
-        found: list[tuple[int, AnyPath]] = []
+        others = [root for candidates in recorded for root in candidates]
+        roots: list[tuple[int, AnyPath]] = []
         for g, own in zip(parts, recorded, strict=True):
             # Several, because some may have been deleted since.
             sample = paths.take(good[g.holds_rows(good)][:16]).to_pylist()
-            roots = list(dict.fromkeys([*given, *own, *others]))
-            root = first_with(roots, sample)
+            candidates = list(dict.fromkeys([*given, *own, *others]))
+            root = first_with(candidates, sample)
             if sample and root is None:
-                raise not_found(self.path, given or roots, sample)
-            if root is not None and (not found or found[-1][1] != root):
-                found.append((g.spec.first_row if found else 0, root))
-        if given and given[0] not in [root for _, root in found]:
+                raise not_found(self.path, given or candidates, sample)
+            if root is not None and (not roots or roots[-1][1] != root):
+                roots.append((g.spec.first_row if roots else 0, root))
+        if given and given[0] not in [root for _, root in roots]:
             raise not_found(self.path, given, paths.take(good[:1]).to_pylist())
-        return found
+        return roots
 
     def image_places(self, data_root: str | None = None) -> list[AnyPath]:
         """What the images are read from: their folders, or the one file that holds all of them.
@@ -193,13 +193,13 @@ class TargetCache:
         """
         roots, table = self.find_data_roots(data_root), self.manifest.table
         ends = [first for first, _ in roots[1:]] + [len(table)]
-        places: list[AnyPath] = []
+        paths: list[AnyPath] = []
         for (first, root), end in zip(roots, ends, strict=True):
             part = table.slice(first, end - first)
-            paths = pc.unique(part["path"]).to_pylist()
+            files = pc.unique(part["path"]).to_pylist()
             inside = part["group"].null_count + part["offset"].null_count < 2 * len(part)
-            places.append(root / paths[0] if inside and len(paths) == 1 else root)
-        return places
+            paths.append(root / files[0] if inside and len(files) == 1 else root)
+        return paths
 
     @staticmethod
     def _recorded_roots(generation: Generation, *, needed: bool) -> list[AnyPath]:
@@ -295,7 +295,7 @@ class TargetCache:
 
     def _of_records(self, rows: np.ndarray) -> list[tuple[str | None, int, int]]:
         """(content digest, height, width) of each row's image."""
-        found: dict[int, tuple[str | None, int, int]] = {}
+        by_row: dict[int, tuple[str | None, int, int]] = {}
         for g in self._row_generations():
             mine, size = rows[g.holds_rows(rows)] - g.spec.first_row, g.spec.shard_size
             blocks = np.unique(mine // size).tolist()
@@ -304,8 +304,8 @@ class TargetCache:
                 columns = [record[name] for name in ("digests", "heights", "widths")]
                 for row in mine[mine // size == block].tolist():
                     at = row - record["rows"][0]
-                    found[row + g.spec.first_row] = tuple(column[at] for column in columns)
-        return [found[row] for row in rows.tolist()]
+                    by_row[row + g.spec.first_row] = tuple(column[at] for column in columns)
+        return [by_row[row] for row in rows.tolist()]
 
     @property
     def captioned(self) -> np.ndarray:

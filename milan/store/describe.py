@@ -95,16 +95,17 @@ def _similarities(cache: TargetCache) -> list[tuple[str, Any]]:
     if not cache.spec.texts or not cache.spec.has_targets:
         return []
     try:
-        found = similarities(cache)
+        measured = similarities(cache)
     except (CacheError, DataError) as error:
         return [("cosines to texts", f"cannot be read: {error.found}")]
-    tau = found.teacher_tau
-    spreads = ", ".join(f"{found.effective(t):,.1f} at {t:g}" for t in (0.04, tau))
+    tau = measured.teacher_tau
+    spreads = ", ".join(f"{measured.effective(t):,.1f} at {t:g}" for t in (0.04, tau))
     return [
         (
             "cosines to texts",
-            f"patches {found.mean:.3f} ± {found.spread:.3f}, class token {found.class_mean:.3f} ± "
-            f"{found.class_spread:.3f}, over {found.texts:,} texts",
+            f"patches {measured.mean:.3f} ± {measured.spread:.3f}, class token "
+            f"{measured.class_mean:.3f} ± {measured.class_spread:.3f}, "
+            f"over {measured.texts:,} texts",
         ),
         ("texts that a patch spreads over", f"{spreads} (temperature of the softmax)"),
     ]

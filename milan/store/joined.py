@@ -96,14 +96,14 @@ class JoinedCache(TargetCache):
 
         Raises CacheError, also for views that are not the first layer's.
         """
-        found = []
+        targets = []
         for number, (part, place) in enumerate(zip(self.parts, self.places, strict=True)):
             masks = attention and number == self._lead
             if features or masks:
                 self._check_views(number, rows, views)
-                found.append(part.read(place[rows], views, features=features, attention=masks))
-        first, *others = found
-        masking = next((f for f in found if f.attention.shape[1]), first)
+                targets.append(part.read(place[rows], views, features=features, attention=masks))
+        first, *others = targets
+        masking = next((f for f in targets if f.attention.shape[1]), first)
         return Targets(masking.attention, first.codes, first.scale, tuple(others))
 
     def use_local(self, folder: Path, limit: int) -> None:
@@ -169,15 +169,15 @@ class JoinedCache(TargetCache):
 
 def _places(first: TargetCache, other: TargetCache) -> np.ndarray:
     """[rows of `first`] int64: the row of each image in `other`; -1 where it has no targets."""
-    places = np.full(first.rows, -1, np.int64)
+    rows = np.full(first.rows, -1, np.int64)
     good = other.good_rows(with_dropped=True)
     if first.rows == other.rows and first.manifest_digests() == other.manifest_digests():
-        places[good] = good
-        return places
+        rows[good] = good
+        return rows
     ours, theirs = first.manifest.keys(), other.manifest.keys()
     row_of = {theirs[row]: row for row in good.tolist()}
-    places[:] = [row_of.get(key, -1) for key in ours]
-    return places
+    rows[:] = [row_of.get(key, -1) for key in ours]
+    return rows
 
 
 def layers_of(path: str | AnyPath, layers: str | None) -> list[tuple[AnyPath, str | None]]:
@@ -187,14 +187,14 @@ def layers_of(path: str | AnyPath, layers: str | None) -> list[tuple[AnyPath, st
     """
     own = as_path(path)
     spelled = [name.rpartition(BETWEEN) for name in names_in(layers)] if layers else [("", "", "")]
-    found = [(as_path(store) if store else own, name or None) for store, _, name in spelled]
-    if found[0][0] != own:
+    pairs = [(as_path(store) if store else own, name or None) for store, _, name in spelled]
+    if pairs[0][0] != own:
         raise ConfigError(
-            f"the first layer is of {found[0][0]}",
+            f"the first layer is of {pairs[0][0]}",
             expected=f"one of {own}, the store that is trained on",
-            fix=f"--cache {found[0][0]}, or another layer first",
+            fix=f"--cache {pairs[0][0]}, or another layer first",
         )
-    return found
+    return pairs
 
 
 def open_targets(

@@ -112,12 +112,14 @@ def measured(cache: TargetCache) -> Statistics:
 def find(folder: AnyPath, cache: TargetCache) -> Statistics | None:
     """Those of a layer in a folder of them; None if there are none, or none that is whole."""
     wanted = cache.generations[0].entry.digest[:_SHOWN]
-    return next((found for _, found in _whole(folder, wanted)), None)
+    return next((statistics for _, statistics in _whole(folder, wanted)), None)
 
 
 def find_digest(folder: AnyPath, digest: str) -> Statistics | None:
     """Those of a digest in a folder of them; None if there are none, or they are not whole."""
-    return next((found for _, found in _whole(folder, "") if found.digest == digest), None)
+    return next(
+        (statistics for _, statistics in _whole(folder, "") if statistics.digest == digest), None
+    )
 
 
 def _whole(folder: AnyPath, start: str) -> Iterator[tuple[str, Statistics]]:
