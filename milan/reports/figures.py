@@ -74,8 +74,8 @@ def number(value: Any, form: str = "{:.4g}") -> Cell:
 
 def overview(runs: Sequence[Run]) -> Grid:
     """A row for each run: what it is, how far, its last figures."""
-    found = dict.fromkeys(key for run in runs for line in run.log for key in line)
-    metrics = [key for key in found if key not in COLUMNS]
+    keys = dict.fromkeys(key for run in runs for line in run.log for key in line)
+    metrics = [key for key in keys if key not in COLUMNS]
     rows = []
     for at, run in enumerate(runs):
         settings, log_epochs = run.config, run.last("epoch")
@@ -165,13 +165,13 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     Losses of different objectives mean different things, so each objective has a chart.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_title: dict[str, dict[str, Any]] = {}
 
     def add(key: str, title: str, at: int, kind: str, *, more: bool = False) -> None:
         points = [(line.get("epoch"), line.get(key)) for line in runs[at].log]
         xs, ys = thinned([(x, y) for x, y in points if x is not None and y is not None])
         if xs:
-            chart = found.setdefault(title, {"title": title, "more": more, "series": []})
+            chart = by_title.setdefault(title, {"title": title, "more": more, "series": []})
             chart["series"].append({"run": at, "kind": kind, "x": xs, "y": ys})
 
     for at, run in enumerate(runs):
@@ -188,7 +188,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
             ("images_per_second", "images a second"), ("wait_share", "share of data-loading time"),
         ):  # fmt: skip
             add(key, title, at, "training", more=True)
-    return sorted(found.values(), key=lambda chart: chart["more"])
+    return sorted(by_title.values(), key=lambda chart: chart["more"])
 
 
 def thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float | None]]:
@@ -224,33 +224,33 @@ def _evaluation(name: str, runs: Sequence[Run]) -> Grid:
     rows = rows_of(_with_known_baselines(measured))
     main = protocol.columns[0]
     low, high = _axis(main, rows)
-    found = []
+    grid_rows = []
     for row in rows:
         key = row["checkpoint"]
         at = int(key) if key in measured else None
         label = runs[at].name if at is not None else _baseline(key, runs)
         cells = [Cell(label), *(_figure(column, row) for column in protocol.columns)]
         cells += [number(row.get(key), form) for key, form in _facts(rows)]
-        found.append(Row(cells, at, _bar(main, row, low, high)))
+        grid_rows.append(Row(cells, at, _bar(main, row, low, high)))
     headings = [name, *(column.heading for column in protocol.columns)]
     headings[0] = "encoder"
     headings += [key.replace("_", " ") for key, _ in _facts(rows)]
     axis = (main.format.format(low), main.format.format(high))
-    return Grid(protocol.title, headings, found, _notes(rows, protocol.settings), axis)
+    return Grid(protocol.title, headings, grid_rows, _notes(rows, protocol.settings), axis)
 
 
 def _with_known_baselines(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The metrics; baselines of the same figures are `like` the first run that has them."""
     known: list[tuple[str, dict[str, Any]]] = []
-    found = {}
+    linked = {}
     for at, metrics in measured.items():
-        found[at] = metrics
+        linked[at] = metrics
         if other := metrics.get("baseline"):
             bare = {key: value for key, value in other.items() if key not in ("like", "seconds")}
             like = next((first for first, figures in known if figures == bare), at)
             known.append((like, bare))
-            found[at] = metrics | {"baseline": other | {"like": like}}
-    return found
+            linked[at] = metrics | {"baseline": other | {"like": like}}
+    return linked
 
 
 def _baseline(name: str, runs: Sequence[Run]) -> str:

@@ -131,8 +131,7 @@ def check_alike(protocol: Protocol, metrics: Metrics) -> None:
 
 def _result(protocol: Protocol, encoder: Run) -> dict[str, Any]:
     """The metrics of an encoder, which must be there. Raises ConfigError."""
-    found = encoder.results.get(protocol.name)
-    return found or read_result(protocol, encoder.folder)
+    return encoder.results.get(protocol.name) or read_result(protocol, encoder.folder)
 
 
 def _by_column(protocol: Protocol, metrics: Metrics) -> dict[str, dict[str, Any]]:

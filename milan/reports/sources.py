@@ -131,7 +131,7 @@ def read_figures(path: Path, *needed: str) -> dict[str, Any]:
 
 def read_sources(what: Iterable[str]) -> tuple[list[Run], list[AnyPath]]:
     """(runs, stores) that people name, each PATH or NAME=PATH. Raises ConfigError for others."""
-    runs: dict[Path, tuple[str, Path]] = {}
+    folders: dict[Path, tuple[str, Path]] = {}
     stores: list[AnyPath] = []
     for word in what:
         name, equals, path = word.partition("=")
@@ -141,7 +141,7 @@ def read_sources(what: Iterable[str]) -> tuple[list[Run], list[AnyPath]]:
         if (place / INDEX).exists():
             stores.append(place)
         elif isinstance(place, Path) and _is_run(place):
-            runs[place.resolve()] = name, place
+            folders[place.resolve()] = name, place
         else:
             raise ConfigError(
                 f"{path} holds no run, no metrics of an evaluation and no finished store"
@@ -150,9 +150,9 @@ def read_sources(what: Iterable[str]) -> tuple[list[Run], list[AnyPath]]:
                 expected="folders that milan pretrain or an evaluation wrote, or stores",
                 fix="milan report runs/pretrain targets.zarr",
             )
-    short = _short_names([path for path, (name, _) in runs.items() if not name])
-    found = [read_run_folder(name or short[at], folder) for at, (name, folder) in runs.items()]
-    return found, list(dict.fromkeys(stores))
+    short = _short_names([path for path, (name, _) in folders.items() if not name])
+    runs = [read_run_folder(name or short[at], folder) for at, (name, folder) in folders.items()]
+    return runs, list(dict.fromkeys(stores))
 
 
 def _is_run(folder: Path) -> bool:
@@ -185,13 +185,13 @@ def find_store(run: Run, given: Sequence[AnyPath]) -> TargetCache | str:
     """
     part, recorded = run.about["stretches"][-1], run.config["cache"]
     pins = [layer["generations"] for layer in layers_of_part(part)]
-    places = [*given, as_path(recorded)]
-    if is_local(places[-1]) and not Path(recorded).is_absolute():
-        places += [folder / recorded for folder in run.folder.resolve().parents]
-    for place in dict.fromkeys(places):
+    paths = [*given, as_path(recorded)]
+    if is_local(paths[-1]) and not Path(recorded).is_absolute():
+        paths += [folder / recorded for folder in run.folder.resolve().parents]
+    for path in dict.fromkeys(paths):
         try:
             cache = open_targets(
-                place, run.config.get("layer"), mask_layer=run.config.get("mask_layer"), pinned=pins
+                path, run.config.get("layer"), mask_layer=run.config.get("mask_layer"), pinned=pins
             )
         except MilanError:
             continue

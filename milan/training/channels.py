@@ -103,30 +103,30 @@ def prepare(
     )
     if ranks.any_flags(int(context.stop.by is not None)):
         raise Stopped(context.stop.by or "a signal to another rank")
-    found = Examined({}, {}, {})
+    examined = Examined({}, {}, {})
     for _, part in ranks.gather_objects(mine):
-        found.files.update(part.files)
-        found.faults.update(part.faults)
-        found.moments.update(part.moments)
-    if found.faults and not drops:
-        first = min(found.faults)
+        examined.files.update(part.files)
+        examined.faults.update(part.faults)
+        examined.moments.update(part.moments)
+    if examined.faults and not drops:
+        first = min(examined.faults)
         raise DataError(
-            f"{len(found.faults):,} of {len(looked_at):,} images have no usable channels "
+            f"{len(examined.faults):,} of {len(looked_at):,} images have no usable channels "
             f"{law.spelled}, the first is {dataset.cache.manifest.key(first)!r}: "
-            f"{found.faults[first]}",
+            f"{examined.faults[first]}",
             expected="for each image a file of its size with these channels, all numbers",
             fix="mend them, or --on-changed drop, which leaves these images out",
         )
-    if not found.moments:
-        why = next(iter(found.faults.values()), "there are none")
+    if not examined.moments:
+        why = next(iter(examined.faults.values()), "there are none")
         raise DataError(f"no image has usable channels {law.spelled}: {why}")
-    moments = [found.moments[row] for row in sorted(found.moments)]
+    moments = [examined.moments[row] for row in sorted(examined.moments)]
     channels.law = law.measured(*mean_and_std(moments))
-    channels.table = found.as_table() if folder is not None else None
+    channels.table = examined.as_table() if folder is not None else None
     kept = channels.law.about() | {
         "folder": None if folder is None else str(folder), "measured_on": len(moments)
     }  # fmt: skip
-    return Prepared(channels, {CHANNELS: kept}, found.faults, table=channels.table)
+    return Prepared(channels, {CHANNELS: kept}, examined.faults, table=channels.table)
 
 
 def kept_channels(

@@ -48,9 +48,9 @@ class JointStep:
         """
         if len(batches) == 1:
             output = self._output(batches[0], seeds[0])
-            found = self.loss(output)
-            scale(found.loss).backward()
-            return found._replace(loss=found.loss.detach())
+            joint = self.loss(output)
+            scale(joint.loss).backward()
+            return joint._replace(loss=joint.loss.detach())
         with torch.no_grad():
             said = [self._output(b, seed) for b, seed in zip(batches, seeds, strict=True)]
         kind, counts = type(said[0]), [len(output[0]) for output in said]
@@ -58,8 +58,8 @@ class JointStep:
         del said
         for part in whole:
             part.requires_grad_(part.is_floating_point())
-        found = self.loss(kind(*whole))
-        scale(found.loss).backward()
+        joint = self.loss(kind(*whole))
+        scale(joint.loss).backward()
         grads = [None if p.grad is None else _of_micro(p.grad, counts) for p in whole]
         for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             with sync_gradients(self.network, i + 1 == len(batches)):
@@ -70,7 +70,7 @@ class JointStep:
                     if grad is not None and part.requires_grad
                 ]
                 torch.autograd.backward([part for part, _ in taught], [grad for _, grad in taught])
-        return found._replace(loss=found.loss.detach())
+        return joint._replace(loss=joint.loss.detach())
 
     def _output(self, batch: Any, seed: int) -> Any:
         manual_seed(seed, self.device)

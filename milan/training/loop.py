@@ -402,8 +402,8 @@ class _Loop:
         with self.feed.idle.measured():
             taken = [self.feed.take() for _ in range(count)]
         seeds = [self._seed(step, micro) for micro in range(count)]
-        found = self.joint.backward([there for _, there in taken], seeds, self.scaler.scale)
-        return [found.loss / count] * count, [batch for batch, _ in taken], found.parts
+        joint = self.joint.backward([there for _, there in taken], seeds, self.scaler.scale)
+        return [joint.loss / count] * count, [batch for batch, _ in taken], joint.parts
 
     def settle(self) -> None:
         """Check the last step. Raises TrainError on all ranks if a loss of one is not finite."""

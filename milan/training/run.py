@@ -136,16 +136,16 @@ def _steps_of(run: Path, step: int) -> int | None:
     return steps or read_metrics(run).get("steps")
 
 
-def check_place(run: Path, places: Iterable[AnyPath]) -> None:
-    """Raises TrainError if a run's folder is one of `places`, which it reads: a folder of
+def check_place(run: Path, paths: Iterable[AnyPath]) -> None:
+    """Raises TrainError if a run's folder is one of `paths`, which it reads: a folder of
     images with a run in it is no data any more; or if it is inside a store."""
     ours = run.resolve()
-    for place in places:
-        if not is_local(place) or not ours.is_relative_to(place.resolve()):
+    for path in paths:
+        if not is_local(path) or not ours.is_relative_to(path.resolve()):
             continue
-        if ours == place.resolve() or (place / INDEX).exists():
+        if ours == path.resolve() or (path / INDEX).exists():
             raise TrainError(
-                f"{run} is {'in ' * (ours != place.resolve())}what the run reads, {place}",
+                f"{run} is {'in ' * (ours != path.resolve())}what the run reads, {path}",
                 expected="a folder of its own",
                 fix="--out another folder",
             )

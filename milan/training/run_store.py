@@ -146,16 +146,16 @@ def settle_statistics(objective: Objective, context: Context, step: int | None) 
     ranks, progress, run = context.ranks, context.progress, context.run
 
     def begun(cache: TargetCache, number: int) -> Statistics:
-        found, store = statistics_of(cache), cache.path
-        if not keep(found, cache, store / FOLDER):
+        statistics, store = statistics_of(cache), cache.path
+        if not keep(statistics, cache, store / FOLDER):
             progress.note(f"target statistics: kept with the run, {store} cannot be written")
-        return found
+        return statistics
 
     def resumed(cache: TargetCache, number: int) -> Statistics:
         digest = digests_of(run)[number]
         for folder in (run / FOLDER, cache.path / FOLDER):
-            if found := find_digest(folder, digest):
-                return found
+            if statistics := find_digest(folder, digest):
+                return statistics
         raise TrainError(
             f"the target statistics {digest[:12]} of {run} are not in its folder {FOLDER}/",
             expected="the numbers that it was trained with",
@@ -164,9 +164,9 @@ def settle_statistics(objective: Objective, context: Context, step: int | None) 
 
     look, digests = begun if step is None else resumed, list[str]()
     for number, cache in enumerate(objective.normalised_by):
-        found = ranks.on_rank0(partial(look, cache, number))
-        settle(cache, found)
-        digests.append(found.digest)
+        statistics = ranks.on_rank0(partial(look, cache, number))
+        settle(cache, statistics)
+        digests.append(statistics.digest)
     return digests
 
 
