@@ -105,8 +105,9 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
         if config.pooling == "patches" and ranks.is_rank0:
             shutil.rmtree(folder, ignore_errors=True)
     if features.rejected:
-        found = f"rejected files: {len(features.rejected)}, the first is {features.rejected[0]}"
-        context.progress.note(found)
+        context.progress.note(
+            f"rejected files: {len(features.rejected)}, the first is {features.rejected[0]}"
+        )
     return _figures(out, began) | {"rejected_images": len(features.rejected)}
 
 

@@ -122,10 +122,10 @@ def _runs(folders: Sequence[str | Path], index: Index) -> Runs:
     pinned: dict[str, str] = {}
     others: list[str] = []
     for folder in map(Path, folders):
-        found = sorted(file.parent for file in folder.rglob(RUN))
-        if not found:
+        runs = sorted(file.parent for file in folder.rglob(RUN))
+        if not runs:
             raise DataError(f"--runs {folder}: there is no run in or below it", expected=RUN)
-        for run in found:
+        for run in runs:
             parts = read_run(run).get("stretches", [])  # none of a fine-tuning
             for part in parts:
                 entries = [e for one in layers_of_part(part) for e in _entries_of(one, index)]

@@ -277,10 +277,10 @@ def _print_verdict(verdict: Any) -> None:
             console.out.print(f"{kind}: {line}", markup=False)
     result = {0: "good", 3: "corrupt", 4: "incomplete", 5: "of another teacher or data set"}
     rows = [(what, f"{number:,}") for what, number in verdict.checked.items()]
-    found = result[verdict.code]
+    outcome = result[verdict.code]
     if verdict.unread and verdict.code == 0:
-        found = "good, as far as it was read"
-    console.table("Verified", ("what", ""), [*rows, (verdict.path, found)])
+        outcome = "good, as far as it was read"
+    console.table("Verified", ("what", ""), [*rows, (verdict.path, outcome)])
     if verdict.unread:
         console.out.print(
             f"not read: the contents of {format_bytes(verdict.unread)} of targets, only their "

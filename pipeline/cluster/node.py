@@ -15,13 +15,13 @@ PACKAGES = ("milan-pretrain", "ray", "torch")
 
 def versions() -> dict[str, str]:
     """Of Python and PACKAGES in this process; `none` for one that is not installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found
+            installed[name] = "none"
+    return installed
 
 
 class Node:

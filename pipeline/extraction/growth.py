@@ -62,7 +62,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Found:
+class Data:
     """The images that the data has now."""
 
     manifest: Manifest
@@ -97,7 +97,7 @@ class Growth:
 
 
 def parts_of(
-    out: AnyPath, wanted: CacheSpec, found: Found, layer: str, *, extend: bool, progress: Progress
+    out: AnyPath, wanted: CacheSpec, data: Data, layer: str, *, extend: bool, progress: Progress
 ) -> Growth:
     """The generations for `wanted.rows` images and `wanted.views` views.
 
@@ -106,7 +106,7 @@ def parts_of(
     these become another layer; and for images that are not those of the store.
     """
     if not (out / INDEX).exists():
-        images = found.manifest.head(wanted.rows)
+        images = data.manifest.head(wanted.rows)
         manifest = _as_begun(out, GENERATION, images, wanted.layer())
         spec = replace(wanted, manifest=manifest.digest(), rows=len(manifest))
         begun = len(manifest) < len(images)
@@ -138,12 +138,12 @@ def parts_of(
             expected=f"--views {views} or more: a store only grows",
             fix=f"--views {views}, or --out another.zarr",
         )
-    stored = _Stored(out, rows, manifests, found, rejected_by=same or rows)
+    stored = _Stored(out, rows, manifests, data, rejected_by=same or rows)
     stored.check_missing(index.dropped.get(rows[0].entry.layer, []))
     stored.check_images(more_views=min(stored_views) < wanted.views)
     parts = [Part(g.entry.path, g.spec, g.manifest()) for g in same]
     free_names = _free_names(index.count)
-    lacking = [
+    short = [
         (next(free_names), g, manifest, has)
         for g, manifest, has in zip(rows, manifests, stored_views, strict=True)
         if has < wanted.views
@@ -151,7 +151,7 @@ def parts_of(
     name = next(free_names)
     if same:
         stored.try_rejected(out / name, progress)
-    for more_name, g, manifest, has in lacking:
+    for more_name, g, manifest, has in short:
         more = replace(
             wanted,
             manifest=manifest.digest(),
@@ -192,13 +192,13 @@ class _Stored:
     """The images that a layer has, and where the data has them now."""
 
     def __init__(
-        self, out: AnyPath, rows: list[Generation], manifests: list[Manifest], found: Found,
+        self, out: AnyPath, rows: list[Generation], manifests: list[Manifest], data: Data,
         *, rejected_by: list[Generation],
     ) -> None:  # fmt: skip
-        self.out, self.rows, self.found = out, rows, found
+        self.out, self.rows, self.data = out, rows, data
         self.notes: list[str] = []
         self.manifest = Manifest.join(manifests)
-        self.keys, self.listed = self.manifest.keys(), found.manifest.keys()
+        self.keys, self.listed = self.manifest.keys(), data.manifest.keys()
         self.rejected = {row: why for g in rejected_by for row, why in _rejected(g).items()}
         """Row -> why it has no targets."""
         newest = {key: row for row, key in enumerate(self.keys)}
@@ -221,18 +221,18 @@ class _Stored:
         Nothing is lost with those that were rejected.
         """
         gone = self.missing[~np.isin(self.missing, [*dropped, *self.rejected])]
-        allowed = self.found.drop_missing or not len(gone)
+        allowed = self.data.drop_missing or not len(gone)
         if allowed and len(self.present):
             return
         first = min(self.keys[row] for row in (gone if len(gone) else self.missing).tolist())
         raise CacheError(
             f"{len(self.missing):,} of the {len(self.keys) - len(self.superseded):,} images of "
             f"{self.out} are not in the "
-            f"data ({self.found.root}), the first is {first!r} (manifest)",
+            f"data ({self.data.root}), the first is {first!r} (manifest)",
             expected=f"the same images ({self._recorded()}), and perhaps more",
             fix="restore them, or --out another.zarr"
             + (", or --drop-missing if they were deleted" if len(self.present) else "")
-            + (", or --split all if they are of other splits" if self.found.of_one_split else ""),
+            + (", or --split all if they are of other splits" if self.data.of_one_split else ""),
         )
 
     def check_images(self, *, more_views: bool) -> None:
@@ -242,7 +242,7 @@ class _Stored:
         bytes of a few images, as where a name is only a place in a file.
         """
         stored = self.manifest.table.take(pa.array(self.read))
-        listed = self.found.manifest.table.take(pa.array(self.place[self.read]))
+        listed = self.data.manifest.table.take(pa.array(self.place[self.read]))
         moved = not self._same_root()
         for name, empty in (("path", ""), ("group", -1), ("index", -1), ("offset", -1)):
             differ = _differ(stored[name], listed[name], empty)
@@ -267,7 +267,7 @@ class _Stored:
 
     def _same_root(self) -> bool:
         """Whether the data is where the store found it, or the store does not say."""
-        root = self.found.root.resolve()
+        root = self.data.root.resolve()
         for g in self.rows:
             try:
                 roots = g.roots()
@@ -282,14 +282,14 @@ class _Stored:
         generation = next(g for g in self.rows if g.holds_rows(np.array([row]))[0])
         with suppress(CacheError, ImageFault):  # a damaged record, or an image that is: others tell
             digest = generation.content_digest(row, 0)
-            listed = self.found.manifest.take(self.place[[row]])
-            data = ImageSource(listed, self.found.root).read(0)
+            listed = self.data.manifest.take(self.place[[row]])
+            data = ImageSource(listed, self.data.root).read(0)
             return bool(digest) and content_digest(data) != digest
         return False
 
     def _other_images(self, what: str, differ: np.ndarray) -> CacheError:
         """The error for images, by their position among those read, that are not the store's."""
-        where = self.found.root
+        where = self.data.root
         return CacheError(
             f"{len(differ):,} images of {self.out} {what} below {where}, the first is "
             f"{self.keys[self.read[differ[0]]]!r}",
@@ -316,7 +316,7 @@ class _Stored:
             self.again = [row for row in tried if self.keys[row] in keys]
         else:
             images = ImageSource(
-                self.found.manifest.take(self.place[np.array(tried)]), self.found.root
+                self.data.manifest.take(self.place[np.array(tried)]), self.data.root
             )
             digests = readable(images, range(len(tried)), progress)
             self.again = [tried[i] for i in digests]
@@ -350,7 +350,7 @@ class _Stored:
                 expected=f"--limit {count} or more: a store only grows",
                 fix=f"--limit {count}, or --out another.zarr",
             )
-        old, listing = set(self.keys), self.found.manifest
+        old, listing = set(self.keys), self.data.manifest
         new = [i for i, key in enumerate(self.listed) if key not in old][: rows - count]
         new = sorted([*new, *self.place[self.again].tolist()]) if self.again else new
         if not new:
@@ -362,7 +362,7 @@ class _Stored:
                 part = g.manifest()
                 table.add(part.table["label"], part.classes, str(self.out))
         before = len(table.names)
-        labelled = table.renumbered(listing.table, listing.classes, str(self.found.root))
+        labelled = table.renumbered(listing.table, listing.classes, str(self.data.root))
         self._check_numbers(labelled, table.names)
         if table.names[before:] and before:
             numbers = [f"{name!r} {before + i}" for i, name in enumerate(table.names[before:])]
@@ -481,8 +481,8 @@ def _as_begun(out: AnyPath, name: str, images: Manifest, layer: bytes) -> Manife
     if min(rows) < 0 or begun.digest() != spec.manifest:
         return images
     now = images.table.take(pa.array(rows))
-    places = (("path", ""), ("group", -1), ("index", -1), ("offset", -1))
-    same = all(not len(_differ(begun.table[column], now[column], no)) for column, no in places)
+    columns = (("path", ""), ("group", -1), ("index", -1), ("offset", -1))
+    same = all(not len(_differ(begun.table[column], now[column], no)) for column, no in columns)
     return begun if same else images
 
 

@@ -16,7 +16,7 @@ from milan.images.splits import WantedSplit
 from milan.store.codecs import NO_TARGETS, codec_of
 from milan.store.format import CacheSpec
 from pipeline.config import ExtractConfig
-from pipeline.extraction.growth import Found, Part, parts_of
+from pipeline.extraction.growth import Data, Part, parts_of
 from pipeline.extraction.hardware import Hardware, hardware_of
 from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.no_teacher import PREFIX
@@ -178,8 +178,8 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     for note in about["notes"]:
         progress.note(f"teacher: {note}")
     layer = f"{about['name']}/{codec.name}"
-    found = Found(manifest, manifest.root, drop_missing=config.drop_missing)
-    growth = parts_of(out, wanted, found, layer, extend=config.extend, progress=progress)
+    data = Data(manifest, manifest.root, drop_missing=config.drop_missing)
+    growth = parts_of(out, wanted, data, layer, extend=config.extend, progress=progress)
     for note in growth.notes:
         progress.note(note)
     return Plan(

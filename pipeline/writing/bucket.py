@@ -95,9 +95,9 @@ class Bucket:
         if store.is_file():
             raise CacheError(f"{store} is an object", expected="a folder for the store",
                              fix="--out …")  # fmt: skip
-        found = set(names_in(store)) - {""}
-        checks = {name for name in found if name.startswith(CHECK)}
-        names = found - checks
+        present = set(names_in(store)) - {""}
+        checks = {name for name in present if name.startswith(CHECK)}
+        names = present - checks
         ours = {".lock", "zarr.json", GENERATIONS, LOGS}
         finished = {INDEX, GENERATIONS} <= names
         if not (names <= ours or finished or head(store / GENERATION / "zarr.json")):

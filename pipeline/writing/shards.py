@@ -88,15 +88,15 @@ def write_array(
 
 def _regrouped(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The same rows, `size` at a time; fewer at the end."""
-    held: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
     for piece in pieces:
-        held.append(piece)
-        while sum(map(len, held)) >= size:
-            rows = np.concatenate(held)
-            held = [rows[size:]]
+        pending.append(piece)
+        while sum(map(len, pending)) >= size:
+            rows = np.concatenate(pending)
+            pending = [rows[size:]]
             yield rows[:size]
-    if sum(map(len, held)):
-        yield np.concatenate(held)
+    if sum(map(len, pending)):
+        yield np.concatenate(pending)
 
 
 def stage_shard(

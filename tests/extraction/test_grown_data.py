@@ -161,7 +161,7 @@ def test_numbers_of_another_listing(
         if kind == "as before":
 
             def added(stored: _Stored, *_: Any) -> Manifest:
-                listing = stored.found.manifest
+                listing = stored.data.manifest
                 new = [i for i, key in enumerate(stored.listed) if not key.startswith("b.")]
                 return Manifest(listing.table.take(pa.array(new)), listing.classes)
 
