@@ -100,6 +100,8 @@ def read_about(run: str | Path) -> dict[str, Any]:
         raise CacheError(
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
         )
+    if not isinstance(about.get(CHANNELS, {}), dict):  # version 1.0: of a segmenter, its width
+        about["decoder_width"] = about.pop(CHANNELS)
     return about
 
 

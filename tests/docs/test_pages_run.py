@@ -29,7 +29,6 @@ IN_PLACE_OF = {
     "--pretrained none": WEIGHTS,
     "timm:vit_base_patch16_224.mae": "runs/other",
     "timm:vit_small_patch14_dinov2.lvd142m": "runs/other",
-    "--deep-supervision 6,8,10": "--deep-supervision 2",  # of a student of 4 blocks
     "/network/": "network/",
     "/nvme/": "nvme/",
     "~/Pictures": "photos",

@@ -23,7 +23,7 @@ from milan.evaluation.config import SegmentConfig
 from milan.evaluation.masked import open_masked
 from milan.images.masks import IGNORED
 from milan.models.encoder import build_encoder
-from milan.models.export import ENCODER, save_encoder
+from milan.models.export import ENCODER, read_about, save_encoder
 from milan.models.segmenter import SEGMENTER, load_segmenter, predict_masks
 from milan.training.finetune_data import seeded
 from milan.training.segment import segment
@@ -94,6 +94,11 @@ def test_it_learns_and_leaves_a_segmenter(
     checkpoint = next((tmp_path / "a/checkpoints").glob("*/model.safetensors"))
     frozen = protocol == "linear"
     assert all(name.startswith("head.") for name in load_file(checkpoint)) == frozen
+    file, old = tmp_path / "a" / SEGMENTER, tmp_path / "of-version-1.0.safetensors"
+    about = read_about(file)
+    about["channels"] = about.pop("decoder_width")
+    save_encoder(old, load_file(file), about)
+    assert next(predict_masks(load_segmenter(old), shown[:1])).shape == shown[0].shape[:2]
 
 
 def _splits(data: dict[str, str]) -> tuple[Any, Any]:
