@@ -80,12 +80,14 @@ def open_source(checkpoint: str, size: int | None) -> Source:
     """
     path = Path(checkpoint)
     if is_foreign(checkpoint) or checkpoint.startswith("timm:"):
-        found = find_weights(checkpoint, flag="RUN", model="vit_base_patch16_224")
-        vit = create_vit(found.model, img_size=found.size, args=found.args)
-        vit.load_state_dict(found.encoder)
-        about = {"model": found.model, "model_args": found.args, "input_size": found.size,
-                 "mean": found.mean, "std": found.std}  # fmt: skip
-        return _source(vit, about, size, folder=None, said=found.said, decoder=found.decoder or {})
+        weights = find_weights(checkpoint, flag="RUN", model="vit_base_patch16_224")
+        vit = create_vit(weights.model, img_size=weights.size, args=weights.args)
+        vit.load_state_dict(weights.encoder)
+        about = {"model": weights.model, "model_args": weights.args, "input_size": weights.size,
+                 "mean": weights.mean, "std": weights.std}  # fmt: skip
+        return _source(
+            vit, about, size, folder=None, said=weights.said, decoder=weights.decoder or {}
+        )
     if path.is_dir() and not (path / ENCODER).exists():
         other = next((name for name in _OTHERS if (path / name).exists()), None)
         if other and not (path / CLASSIFIER).exists():

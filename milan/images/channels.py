@@ -64,7 +64,7 @@ class Channels:
     @property
     def numbers(self) -> tuple[int, ...]:
         """The others, by number from 1. Raises ConfigError for what are none."""
-        found = list[int]()
+        numbers = list[int]()
         parts = self.spelled.split(",")[self.colours :]
         for part in parts:
             match = _PART.fullmatch(part)
@@ -76,8 +76,8 @@ class Channels:
                     "for the image's own colours",
                     fix=f"--student-channels 1-13, or {RGB},1",
                 )
-            found += range(first, last + 1)
-        return tuple(found)
+            numbers += range(first, last + 1)
+        return tuple(numbers)
 
     @property
     def count(self) -> int:
@@ -127,14 +127,14 @@ class Channels:
         Raises ImageFault as read_samples, for a file that has fewer, and for one of another `size`
         (height, width) than its image.
         """
-        found = pick(read_samples(data), self.numbers)
-        if size and found.shape[:2] != size:
-            height, width = found.shape[:2]
+        samples = pick(read_samples(data), self.numbers)
+        if size and samples.shape[:2] != size:
+            height, width = samples.shape[:2]
             raise ImageFault(
                 "other-size", f"{height} x {width} (height x width), its image is "
                 f"{size[0]} x {size[1]}"
             )  # fmt: skip
-        return found
+        return samples
 
     def view(
         self, samples: np.ndarray | None, view: View, size: int, pixels: np.ndarray | None
@@ -199,11 +199,11 @@ class Channels:
 def as_colours(seen: np.ndarray, chosen: tuple[int, int, int] | None = None) -> np.ndarray:
     """Three of the channels [..., C] that a student sees as colours, uint8 [..., 3].
 
-    `chosen` by place, from 1; default: the first three, or the first in grey where there are fewer.
+    `chosen`: numbers from 1; default: the first three, or the first in grey where there are fewer.
     The mean is grey, two deviations below it are black, two above white.
     """
-    places = chosen or ((1, 2, 3) if seen.shape[-1] >= 3 else (1, 1, 1))
-    three = seen[..., [place - 1 for place in places]].astype(np.float32)
+    numbers = chosen or ((1, 2, 3) if seen.shape[-1] >= 3 else (1, 1, 1))
+    three = seen[..., [number - 1 for number in numbers]].astype(np.float32)
     return np.rint(128 + 64 * three).clip(0, 255).astype(np.uint8)
 
 

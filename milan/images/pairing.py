@@ -81,8 +81,8 @@ class FilesOfImages:
                 expected="files of the images' names, whatever their endings",
                 fix="--student-data FOLDER",
             )
-        found = FilesBeside.below(self.root, EXTENSIONS)
-        self.paths = found.of_images(list(keys), OF_CHANNELS)
+        files = FilesBeside.below(self.root, EXTENSIONS)
+        self.paths = files.of_images(list(keys), OF_CHANNELS)
 
     def check(self, channels: Channels | None) -> None:
         """Raises ConfigError for `channels` of files beside the images, if no folder was named."""
@@ -101,10 +101,10 @@ class FilesOfImages:
         if channels is None or not channels.paired:
             return b""
         self.check(channels)
-        found = self.paths[row]
-        if self.root is None or found is None:
+        file = self.paths[row]
+        if self.root is None or file is None:
             raise ImageFault("missing", f"no file of its name in {self.root}")
-        return read_beside(self.root, found[0])
+        return read_beside(self.root, file[0])
 
     def identity_for(self, identity: str, channels: Channels | None) -> str:
         """`identity`, and that of the files beside the images, for a network that sees these.
@@ -115,9 +115,9 @@ class FilesOfImages:
         if channels is None or not channels.paired or self.root is None:
             return identity
         sha = hashlib.sha256(identity.encode())
-        for found in self.paths:
-            state = size_and_time(self.root / found[0]) if found and is_local(self.root) else None
-            sha.update(repr((found, state)).encode(errors="surrogatepass"))
+        for file in self.paths:
+            state = size_and_time(self.root / file[0]) if file and is_local(self.root) else None
+            sha.update(repr((file, state)).encode(errors="surrogatepass"))
         return sha.hexdigest()
 
 

@@ -40,22 +40,22 @@ def predict_boxes(job: Job) -> dict[str, Any]:
         for batch in job.pictures.batches(prepare, at_once=_AT_ONCE):
             images = [picture.prepared for picture in batch]
             answers = find_boxes(detector, images, score=job.config.score)
-            for picture, found in zip(batch, answers, strict=True):
+            for picture, detections in zip(batch, answers, strict=True):
                 key = job.pictures.manifest.key(picture.row)
-                labels = found["labels"] - 1
+                labels = detections["labels"] - 1
                 columns: list[Any] = [
                     [key] * len(labels), [names[label] for label in labels.tolist()],
-                    found["scores"], *np.ascontiguousarray(found["boxes"].T),
+                    detections["scores"], *np.ascontiguousarray(detections["boxes"].T),
                 ]  # fmt: skip
                 if detector.spec.masks:
-                    columns.append([_run_lengths(mask) for mask in found["masks"]])
+                    columns.append([_run_lengths(mask) for mask in detections["masks"]])
                 if len(labels):
                     table.write_table(pa.table(columns, schema=schema))
                 total += len(labels), not len(labels)
                 if picture.row in shown:
                     panel = draw_boxes(
-                        picture_of(channels, picture.prepared), found["boxes"], labels, names,
-                        masks=found.get("masks"), edge=PANEL, named=False,
+                        picture_of(channels, picture.prepared), detections["boxes"], labels, names,
+                        masks=detections.get("masks"), edge=PANEL, named=False,
                     )  # fmt: skip
                     counts = Counter(names[label] for label in labels.tolist()).most_common(4)
                     said = ", ".join(f"{name} {count}" for name, count in counts)

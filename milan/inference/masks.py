@@ -76,8 +76,8 @@ def predict_masks(job: Job) -> dict[str, Any]:
             values = [list(column) for column in zip(*rows, strict=True)]
             arrays = [pa.array(v, field.type) for v, field in zip(values, schema, strict=True)]
             table.write_table(pa.Table.from_arrays(arrays, schema=schema))
-    found = int((sum(job.over_ranks(pixels_of)) > 0).sum())
-    return {"classes": len(names), "classes_found": found, "masks": str(folder)}
+    present = int((sum(job.over_ranks(pixels_of)) > 0).sum())
+    return {"classes": len(names), "classes_found": present, "masks": str(folder)}
 
 
 def _write_names(folder: Path, names: list[str]) -> None:

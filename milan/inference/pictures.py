@@ -118,11 +118,11 @@ class Pictures:
         }
         if self.rejected:
             row, why = min(self.rejected.items())
-            found = f"{self.manifest.key(row)} ({why})"
+            first = f"{self.manifest.key(row)} ({why})"
             if len(self.rejected) == len(self):
-                raise DataError(f"no image of {self.config.data} can be read: {found}")
-            self.progress.note(f"rejected files: {len(self.rejected)}, the first is {found}")
+                raise DataError(f"no image of {self.config.data} can be read: {first}")
+            self.progress.note(f"rejected files: {len(self.rejected)}, the first is {first}")
 
     def _by_place(self) -> np.ndarray:
-        places = [(name, "ascending") for name in ("path", "group", "offset", "index")]
-        return pc.sort_indices(self.manifest.table, sort_keys=places).to_numpy()
+        sort_keys = [(name, "ascending") for name in ("path", "group", "offset", "index")]
+        return pc.sort_indices(self.manifest.table, sort_keys=sort_keys).to_numpy()

@@ -145,14 +145,14 @@ def _file_of(checkpoint: str) -> Path:
     if path.is_file() and path.name in names:
         return path
     if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        files = [path / name for name in names if (path / name).is_file()]
+        if len(files) == 1:
+            return files[0]
+        if files:
             raise CacheError(
-                f"{path} holds {' and '.join(file.name for file in found)}",
+                f"{path} holds {' and '.join(file.name for file in files)}",
                 expected="one of them",
-                fix=f"milan predict {found[0]}",
+                fix=f"milan predict {files[0]}",
             )
         below = [file.parent for name in names for file in sorted(path.glob(f"*/{name}"))]
         if below:

@@ -57,31 +57,31 @@ class Seen:
         parts = [seen for _, seen in ranks.gather_objects(self)]
         self._labels = [labels for part in parts for labels in part._labels]
         self._ranks, self._best = (
-            {name: [found for kind in kinds for found in kind[name]] for name in kinds[0]}
+            {name: [values for kind in kinds for values in kind[name]] for name in kinds[0]}
             for kinds in ([p._ranks for p in parts], [p._best for p in parts])
         )
         self.maps = {row: map_ for part in parts for row, map_ in part.maps.items()}
 
     def figures(self, classes: int) -> dict[str, Any]:
         """top1, its interval, and top5 of the class token and of the mean of patches."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for name, parts in self._ranks.items():
             if not parts:
-                found |= {f"{name}_top1": None, f"{name}_top{TOP}": None}
+                figures |= {f"{name}_top1": None, f"{name}_top{TOP}": None}
                 continue
             ranks = np.concatenate(parts)
             top5 = round(100 * float((ranks < TOP).mean()), 2) if classes > TOP else None
-            found |= {
+            figures |= {
                 f"{name}_top1": round(100 * float((ranks < 1).mean()), 2),
                 f"{name}_top1_interval": accuracy_interval(ranks < 1),
                 f"{name}_top{TOP}": top5,
             }
-        return found
+        return figures
 
     def outcome(self, names: list[str]) -> Outcome:
         """What the class token says, or without one the mean of patches."""
         kind = "token" if self._ranks["token"] else "mean"
-        ranks, best = (np.concatenate(found[kind]) for found in (self._ranks, self._best))
+        ranks, best = (np.concatenate(kinds[kind]) for kinds in (self._ranks, self._best))
         return Outcome(self.labels, best, ranks < TOP, names)
 
 

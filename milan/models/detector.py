@@ -257,8 +257,8 @@ class Detector(FasterRCNN):
             self.rpn.eval()
             heads.eval()
         proposals, _ = self.rpn(listed, maps)
-        found, _ = heads(maps, proposals, listed.image_sizes)
-        return self.transform.postprocess(found, listed.image_sizes, shapes), losses
+        detections, _ = heads(maps, proposals, listed.image_sizes)
+        return self.transform.postprocess(detections, listed.image_sizes, shapes), losses
 
 
 def _pool(edge: int, size: int) -> MultiScaleRoIAlign:
@@ -375,14 +375,14 @@ def find_boxes(
     placed = [torch.from_numpy(on_canvas(image, size).copy()) for image in arrays]
     shapes = [(image.shape[0], image.shape[1]) for image in arrays]
     with torch.no_grad():
-        found, _ = detector.detect([unit(pixels.to(device)) for pixels in placed], shapes)
-    chosen = [each["scores"] >= score for each in found]
+        detections, _ = detector.detect([unit(pixels.to(device)) for pixels in placed], shapes)
+    chosen = [each["scores"] >= score for each in detections]
     return [
         {
             name: (value[kept, 0] >= 0.5 if name == "masks" else value[kept]).cpu().numpy()
             for name, value in each.items()
         }
-        for each, kept in zip(found, chosen, strict=True)
+        for each, kept in zip(detections, chosen, strict=True)
     ]
 
 

@@ -55,8 +55,8 @@ class Segmenter(nn.Module):
         """Logits at the size of the images; in training a list, of which the first counts most."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = feature_maps(self.encoder, images, self.head.blocks, norm=self.head.norm)
-        found = [enlarged(logits, images.shape[-2:]) for logits in self.head(maps)]
-        return found if self.training else found[0]
+        outputs = [enlarged(logits, images.shape[-2:]) for logits in self.head(maps)]
+        return outputs if self.training else outputs[0]
 
     def train(self, mode: bool = True) -> Segmenter:
         """A frozen encoder stays in eval mode."""
@@ -321,15 +321,15 @@ def slide(
     `logits` takes windows of it, [B, H, W, 3] or more channels, and gives [B, C, H, W].
     """
     height, width = pixels.shape[:2]
-    places = [(y, x) for y in starts(height, window[0]) for x in starts(width, window[1])]
+    corners = [(y, x) for y in starts(height, window[0]) for x in starts(width, window[1])]
     total, seen = pixels.new_zeros(()), pixels.new_zeros((height, width), dtype=torch.float32)
-    for first in range(0, len(places), at_once):
-        some = places[first : first + at_once]
+    for first in range(0, len(corners), at_once):
+        some = corners[first : first + at_once]
         cut = [pixels[y : y + window[0], x : x + window[1]] for y, x in some]
-        found = logits(torch.stack(cut)).float()
+        scores = logits(torch.stack(cut)).float()
         if not total.ndim:
-            total = found.new_zeros((found.shape[1], height, width))
-        for (y, x), part in zip(some, found, strict=True):
+            total = scores.new_zeros((scores.shape[1], height, width))
+        for (y, x), part in zip(some, scores, strict=True):
             total[:, y : y + window[0], x : x + window[1]] += part
             seen[y : y + window[0], x : x + window[1]] += 1
     return total / seen
