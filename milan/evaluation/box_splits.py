@@ -87,15 +87,15 @@ def _of_same_classes(train: BoxSet, val: BoxSet, *, sampled: bool) -> tuple[BoxS
         {part.classes[label] for label in np.unique(part.labels[~part.crowd])}
         for part in (train, val)
     )
-    lacking = sorted(there - used)
-    if lacking and not sampled:
-        boxes = int(np.isin(val.labels, [val.classes.index(name) for name in lacking]).sum())
+    untrained = sorted(there - used)
+    if untrained and not sampled:
+        boxes = int(np.isin(val.labels, [val.classes.index(name) for name in untrained]).sum())
         raise DataError(
-            f"{len(lacking):,} classes of {val.annotations} have no box in {train.annotations}, "
-            f"the first is {lacking[0]!r}: {boxes:,} of {len(val.labels):,} boxes could never be "
+            f"{len(untrained):,} classes of {val.annotations} have no box in {train.annotations}, "
+            f"the first is {untrained[0]!r}: {boxes:,} of {len(val.labels):,} boxes could never be "
             "found",
             expected="classes that there are boxes of to train on",
-            fix=nearest(lacking[0], sorted(used)),
+            fix=nearest(untrained[0], sorted(used)),
         )
     every = dict.fromkeys((*train.classes, *val.classes))
     names = tuple(name for name in every if name in used | there)
@@ -115,8 +115,8 @@ def _check(train: BoxSet, val: BoxSet, progress: Progress) -> None:
                 f"{part.annotations} has no box to {what} in {len(part):,} images",
                 expected="boxes of single objects",
             )
-    places = [{str(part.root / name) for name in part.names} for part in (train, val)]
-    if common := len(places[0] & places[1]):
+    paths = [{str(part.root / name) for name in part.names} for part in (train, val)]
+    if common := len(paths[0] & paths[1]):
         found = f"{common:,} of {len(val):,} images to measure on are training images too"
         if common == len(val):
             raise DataError(
@@ -147,23 +147,23 @@ def _annotation_file(source: AnyPath, given: str | None, wanted: WantedSplit) ->
         raise DataError(f"no annotations at {given}", expected=COCO)
     if source.is_file():
         return source
-    found = _json_files(source)
-    if not found and (beside := source.parent / f"{source.name}.json").is_file():
+    files = _json_files(source)
+    if not files and (beside := source.parent / f"{source.name}.json").is_file():
         return beside
-    if not found:
+    if not files:
         raise DataError(
             f"no annotations in {source}",
             expected=f"a file of {COCO}, in it or in its folder annotations",
             fix="--annotations FILE",
         )
-    _, taken = take_split(find_splits(found, pictures=False), wanted, source)
+    _, taken = take_split(find_splits(files, pictures=False), wanted, source)
     if len(taken) > 1:
-        names = ", ".join(found[i] for i in taken[:3]) + (", …" if len(taken) > 3 else "")
+        names = ", ".join(files[i] for i in taken[:3]) + (", …" if len(taken) > 3 else "")
         raise DataError(
             f"{source} has {len(taken)} files of annotations: {names}",
-            expected="one of them", fix=f"--annotations {source / found[taken[0]]}",
+            expected="one of them", fix=f"--annotations {source / files[taken[0]]}",
         )  # fmt: skip
-    return source / found[taken[0]]
+    return source / files[taken[0]]
 
 
 def _own_validation(source: AnyPath, file: AnyPath, wanted: WantedSplit) -> AnyPath | None:
@@ -171,11 +171,11 @@ def _own_validation(source: AnyPath, file: AnyPath, wanted: WantedSplit) -> AnyP
     folder = source
     if source.is_file() or not _json_files(source):
         folder = file.parent
-    found = [name for name in _json_files(folder) if folder / name != file]
-    splits = find_splits([*found, _below(file, folder)], pictures=False).of_files[: len(found)]
+    others = [name for name in _json_files(folder) if folder / name != file]
+    splits = find_splits([*others, _below(file, folder)], pictures=False).of_files[: len(others)]
     asked = [wanted.name] if wanted.name else list(wanted.defaults)
     for name in asked:
-        of_split = [file for file, split in zip(found, splits, strict=True) if split == name]
+        of_split = [file for file, split in zip(others, splits, strict=True) if split == name]
         if len(of_split) == 1:
             return folder / of_split[0]
     if wanted.name:
@@ -190,11 +190,11 @@ def _below(file: AnyPath, folder: AnyPath) -> str:
 def _json_files(folder: AnyPath) -> list[str]:
     """Names below a folder of what may be annotations: COCO's of objects, if such are there."""
     with as_data_error(folder):
-        found = [n for n in names_in(folder) if n.endswith(".json") and not n.startswith(".")]
+        names = [n for n in names_in(folder) if n.endswith(".json") and not n.startswith(".")]
         for below in sorted(folders_in(folder)):
             inside = list(names_in(folder / below)) if below == "annotations" else []
-            found += [f"{below}/{n}" for n in inside if n.endswith(".json")]
+            names += [f"{below}/{n}" for n in inside if n.endswith(".json")]
             if (folder / below / _BESIDE).is_file():
-                found.append(f"{below}/{_BESIDE}")
-    objects = [name for name in found if name.rpartition("/")[2].startswith("instances_")]
-    return sorted(objects or found)
+                names.append(f"{below}/{_BESIDE}")
+    objects = [name for name in names if name.rpartition("/")[2].startswith("instances_")]
+    return sorted(objects or names)

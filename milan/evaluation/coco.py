@@ -96,8 +96,8 @@ class BoxSet:
         sha.update(repr((self.classes, self.masks)).encode())
         for array in (self.shapes, self.first, self.boxes, self.labels, self.areas, self.crowd):
             sha.update(array.tobytes())
-        found = sha.hexdigest()
-        return self.beside.identity_for(found, self.channels) if self.beside else found
+        identity = sha.hexdigest()
+        return self.beside.identity_for(identity, self.channels) if self.beside else identity
 
 
 def mask_functions() -> Any:
@@ -243,11 +243,11 @@ class _Reader:
         stem = self.file.name.removesuffix(".json").removeprefix("instances_")
         above = self.file.parent.parent  # annotations/ lies beside the images
         # A folder of the split's name first: splits may have images of the same names.
-        places = [part / stem for part in (self.file.parent, above, folder, folder / "images")]
-        places += [self.file.parent, folder, folder / "images"]
-        root = next((p for p in places if size_of(p / names[0]) is not None), None)
+        folders = [part / stem for part in (self.file.parent, above, folder, folder / "images")]
+        folders += [self.file.parent, folder, folder / "images"]
+        root = next((p for p in folders if size_of(p / names[0]) is not None), None)
         if root is None:
-            looked = ", ".join(dict.fromkeys(map(str, places)))
+            looked = ", ".join(dict.fromkeys(map(str, folders)))
             raise DataError(
                 f"{self.file} names the image {names[0]!r}, which is nowhere; looked in: {looked}",
                 expected="the images beside the annotations",
@@ -278,12 +278,12 @@ class _Reader:
                     f"annotation {entry.get('id')} of {self.file} has the box {box}",
                     expected="four numbers: left, top, width, height in pixels",
                 )
-        found = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
-        edges = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], axis=1)
+        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+        edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         limits = np.concatenate([shapes[:, ::-1], shapes[:, ::-1]], axis=1)
         inside = np.clip(edges, 0, limits)
         beyond = (np.abs(edges - inside) > _EDGE).any(axis=1)
-        if beyond.sum() > max(4, len(found) / 4) or (len(found) and (edges <= 1).all()):
+        if beyond.sum() > max(4, len(boxes) / 4) or (len(boxes) and (edges <= 1).all()):
             first = entries[int(beyond.argmax())]
             what = "reach out of their images" if beyond.any() else "are smaller than a pixel"
             raise DataError(
@@ -346,10 +346,10 @@ class _Reader:
         if not why:
             try:
                 counts = convert(given, width, height)["counts"]
-                found = counts.encode() if isinstance(counts, str) else bytes(counts)
+                encoded = counts.encode() if isinstance(counts, str) else bytes(counts)
                 if not isinstance(runs, list):  # the library takes any letters for run lengths
-                    mask_functions().decode({"size": [height, width], "counts": found})
-                return found
+                    mask_functions().decode({"size": [height, width], "counts": encoded})
+                return encoded
             except Exception as error:  # of a library in C++: any
                 why = f"cannot be read: {str(error).splitlines()[0][:100]}"
         raise DataError(

@@ -92,17 +92,17 @@ class LabelledConfig:
             self.check()
             return [self]
         configs = [replace(self, checkpoint=name, out=None) for name in names]
-        places: dict[Path, str] = {}
+        folders: dict[Path, str] = {}
         for config in configs:
             config.check()
             place = config.folder.resolve()
-            if place in places:
+            if place in folders:
                 raise ConfigError(
-                    f"checkpoints {places[place]} and {config.checkpoint} are the same, or leave "
+                    f"checkpoints {folders[place]} and {config.checkpoint} are the same, or leave "
                     f"their metrics in the same folder, {config.folder}",
                     expected="each checkpoint once",
                 )
-            places[place] = config.checkpoint
+            folders[place] = config.checkpoint
         return configs
 
 

@@ -121,17 +121,17 @@ def _train_all(
     for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
         if config.checkpoint not in ("random", "teacher"):
             find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
-    found: dict[str, Any] = {}
+    by_checkpoint: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         if progress and len(configs) > 1:
             progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
         metrics = _train(protocol, config, run, stop, progress)
         if "stopped_by" in metrics or not metrics:
             return {config.checkpoint: metrics}
-        found[config.checkpoint] = metrics
+        by_checkpoint[config.checkpoint] = metrics
         if write:
             _write(protocol, config, metrics)
-    return found
+    return by_checkpoint
 
 
 def _train(
@@ -145,7 +145,7 @@ def _train(
     if not isinstance(config, ClassificationConfig):
         return run(config)
     draws, path = config.each_draw(), protocol.metrics_path(config).with_suffix("")
-    found = []
+    by_draw = []
     for number, draw in enumerate(draws):
         if len(draws) > 1:
             draw = replace(draw, out=str(path.with_name(f"{path.name}-draws") / f"{number}.json"))
@@ -158,8 +158,8 @@ def _train(
             beside = metrics.get("baseline", {})
             for one in (metrics, beside) if "run" in beside else (metrics,):
                 one |= classifier_robustness(draw, one, stop or Stop(), progress)
-        found.append(metrics | drawn(config, number))
-    return over_draws(found, protocol.columns) | _chosen(config)
+        by_draw.append(metrics | drawn(config, number))
+    return over_draws(by_draw, protocol.columns) | _chosen(config)
 
 
 def _draws(config: LabelledConfig) -> Sequence[Any]:
@@ -239,7 +239,7 @@ def _measure_all(
             split.of.identity_for(channels)  # refuses images whose channel files nobody named
     known: dict[str, dict[str, Any]] = {}  # by the network's identity
     shapes: dict[str, str] = {}  # the first checkpoint whose shape a baseline has
-    found: dict[str, Any] = {}
+    by_checkpoint: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         began = time.perf_counter()
         if len(configs) > 1:
@@ -257,7 +257,7 @@ def _measure_all(
             figures = {key: value for key, value in beside.items() if key not in FACTS}
             like = shapes.setdefault(digest_of(other.identity), config.checkpoint)
             metrics["baseline"] = {"checkpoint": other.name, **figures, "like": like}
-        found[config.checkpoint] = metrics
+        by_checkpoint[config.checkpoint] = metrics
         if write and context.ranks.is_rank0:
             _write(protocol, config, metrics)
-    return found
+    return by_checkpoint

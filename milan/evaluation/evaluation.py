@@ -99,7 +99,7 @@ class Measurement:
         identity = digest_of(network.identity) if network.identity else ""
         if identity in known and tables is None:
             return known[identity]
-        run, draws = self.protocol.load(), list[dict[str, Any]]()
+        run, by_draw = self.protocol.load(), list[dict[str, Any]]()
         kept: dict[tuple[str, Corruption | None], Features] = {}
 
         def features(split: Split, corruption: Corruption | None = None) -> Features:
@@ -117,8 +117,8 @@ class Measurement:
                 _tell(evaluation)
             context = replace(self.context, progress=NoProgress()) if quiet else self.context
             figures = run(replace(evaluation, context=context, tables=None if number else tables))
-            draws.append(figures | _facts(evaluation) | drawn(self.config, number))
-        merged = over_draws(draws, self.protocol.columns)
+            by_draw.append(figures | _facts(evaluation) | drawn(self.config, number))
+        merged = over_draws(by_draw, self.protocol.columns)
         if identity:
             known[identity] = merged
         return merged

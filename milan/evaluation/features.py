@@ -214,8 +214,8 @@ class _Files:
     def absent(self, ranks: Ranks) -> list[int]:
         """The files that are not there, or not as they were written, the same on all ranks."""
         mine = range(ranks.rank, len(self.ranges), ranks.size)
-        found = ranks.gather_objects([number for number in mine if not self._is_whole(number)])
-        return sorted(number for _, numbers in found for number in numbers)
+        gathered = ranks.gather_objects([number for number in mine if not self._is_whole(number)])
+        return sorted(number for _, numbers in gathered for number in numbers)
 
     def _is_whole(self, number: int) -> bool:
         with suppress(OSError, SafetensorError, KeyError, ValueError):
@@ -492,8 +492,8 @@ class Labelled:
     @classmethod
     def of(cls, features: Features, split: Split) -> Labelled:
         """Those of `split`, with its labels."""
-        places = np.flatnonzero(np.isin(features.rows, split.rows))
-        return cls(features, places, split.of.labels[features.rows[places]])
+        positions = np.flatnonzero(np.isin(features.rows, split.rows))
+        return cls(features, positions, split.of.labels[features.rows[positions]])
 
     def __len__(self) -> int:
         return len(self.places)

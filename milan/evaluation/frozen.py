@@ -181,14 +181,14 @@ def _last_blocks(
     finally:
         for hook in hooks:
             hook.remove()
-    found = [last]
+    layers = [last]
     for x in passed[-2::-1]:
         if not torch.is_tensor(x) or x.shape != last.shape:
             break
         for norm in ("norm", "fc_norm"):
             x = getattr(vit, norm, torch.nn.Identity())(x)
-        found.insert(0, x)
-    return found
+        layers.insert(0, x)
+    return layers
 
 
 def _edge(name: str, shape: tuple[int, int, int], any_channels: bool) -> int:

@@ -255,9 +255,9 @@ def _checked(
         f"pixels of {flag}: {total:,} in {len(kept):,} masks: {int(counts.sum()):,} of "
         f"{present:,} classes, {ignored:,} ignored ({100 * ignored / max(1, total):.1f} %)"
     )
-    places = np.array(kept)
+    positions = np.array(kept)
     keys = [split.keys[position] for position in kept]
-    return replace(split, rows=split.rows[places], keys=keys), counts, len(faults)
+    return replace(split, rows=split.rows[positions], keys=keys), counts, len(faults)
 
 
 _ADVICE = {
@@ -308,9 +308,9 @@ def _look(split: MaskedSplit, named: bool, row: int) -> _Seen:
         )
     highest = int(numbers.max(initial=0))
     if (numbers == UNKNOWN).any() or highest >= split.classes:
-        found = split.coding.first_unknown(split.masks.read(row), split.classes)
+        unknown = split.coding.first_unknown(split.masks.read(row), split.classes)
         known = f"{split.classes} classes are named" if named else f"{split.classes} are allowed"
-        return _Seen(nothing, 0, wrong=("class", f"{found} is no class ({known})"))
+        return _Seen(nothing, 0, wrong=("class", f"{unknown} is no class ({known})"))
     counts = np.bincount(numbers[numbers >= 0].ravel(), minlength=highest + 1)
     return _Seen(counts, int((numbers == IGNORED).sum()))
 
@@ -335,15 +335,15 @@ def _check_classes(
             expected=f"classes 0 to {len(names) - 1}, as in --data",
             fix="--classes FILE with all names, if they are classes; --ignore NUMBER, if not",
         )
-    for found, said in (
+    for numbers, said in (
         (np.flatnonzero(train[: len(names)] == 0), "have no pixel to train on"),
         (
             np.flatnonzero((train[: len(names)] > 0) & (val[: len(names)] == 0)),
             "have no pixel to measure on",
         ),
     ):
-        if len(found):
-            progress.note(f"{len(found)} of {len(names)} classes {said}: {_some(found, names)}")
+        if len(numbers):
+            progress.note(f"{len(numbers)} of {len(names)} classes {said}: {_some(numbers, names)}")
     measured_only = np.flatnonzero((train[: len(names)] == 0) & (val[: len(names)] > 0))
     if len(measured_only) and len(measured_only) == int((val[: len(names)] > 0).sum()):
         raise DataError(
@@ -352,6 +352,6 @@ def _check_classes(
         )
 
 
-def _some(found: np.ndarray, names: list[str]) -> str:
-    shown = [names[number] for number in found[:5].tolist()]
-    return ", ".join(shown) + (", …" if len(found) > 5 else "")
+def _some(numbers: np.ndarray, names: list[str]) -> str:
+    shown = [names[number] for number in numbers[:5].tolist()]
+    return ", ".join(shown) + (", …" if len(numbers) > 5 else "")

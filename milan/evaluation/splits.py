@@ -168,12 +168,12 @@ def identity_of(manifest: Manifest) -> str:
 
     Of a file at a URL the size alone is known.
     """
-    root, sha, places = manifest.root, hashlib.sha256(), manifest.table.select(_PLACES)
+    root, sha, columns = manifest.root, hashlib.sha256(), manifest.table.select(_PLACES)
     for first in range(0, len(manifest), _PIECE):
-        for column in places.slice(first, _PIECE).columns:
+        for column in columns.slice(first, _PIECE).columns:
             sha.update(repr(column.to_pylist()).encode(errors="surrogatepass"))
     remote = None if is_local(root) else sizes_below(root)
-    for path in pc.unique(places["path"]).to_pylist():
+    for path in pc.unique(columns["path"]).to_pylist():
         sha.update(repr(remote(path) if remote else size_and_time(root / path)).encode())
     return sha.hexdigest()
 
@@ -215,14 +215,14 @@ def all_among(val: Manifest, train: Manifest) -> bool:
     if not (inside[0].startswith(inside[1]) or inside[1].startswith(inside[0])):
         return False
     columns = ("path", "group", "index", "offset")
-    places = [
+    images = [
         {
             (prefix + path, *place)
             for path, *place in zip(*(m.table[c].to_pylist() for c in columns), strict=True)
         }
         for m, prefix in zip((val, train), inside, strict=True)
     ]
-    return places[0] <= places[1]
+    return images[0] <= images[1]
 
 
 def _matched(train: Manifest, val: Manifest) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
@@ -268,11 +268,11 @@ def _check_classes(
     unknown = ~np.isin(val.labels, train.labels)
     if not unknown.any() or len(train.rows) < 2:
         return
-    lacking = np.unique(val.labels[unknown]).tolist()
-    first = names[lacking[0]] if names else lacking[0]
-    found = f"{len(lacking):,} classes of --val-data are not in --data, the first is {first!r}"
+    unlearnt = np.unique(val.labels[unknown]).tolist()
+    first = names[unlearnt[0]] if names else unlearnt[0]
+    found = f"{len(unlearnt):,} classes of --val-data are not in --data, the first is {first!r}"
     if config.val_data is None:
-        found = f"{len(lacking):,} classes have images to measure on and none to fit on"
+        found = f"{len(unlearnt):,} classes have images to measure on and none to fit on"
     found += f": {int(unknown.sum()):,} of {len(unknown):,} images could never be right"
     sampled = config.val_data is None or config.limit is not None
     if sampled and not unknown.all():

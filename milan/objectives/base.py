@@ -209,8 +209,9 @@ class JointObjective(Objective):
 
 
 def _not_its_own(name: str, config: PretrainConfig, fix: str) -> ConfigError:
-    found = f"{name} with objective {config.objective}"
-    return ConfigError(found, expected="a setting of this objective", fix=fix)
+    return ConfigError(
+        f"{name} with objective {config.objective}", expected="a setting of this objective", fix=fix
+    )
 
 
 def attention_of(batch: Batch) -> torch.Tensor:

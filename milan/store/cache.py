@@ -365,8 +365,7 @@ class TargetCache:
     def no_text_features(self) -> CacheError:
         """The error for what needs texts as a teacher sees them, which this layer has not."""
         others = self._other_layers()
-        found = (c.layer for c in others if c.spec.texts and c.spec.has_targets)
-        layer = next(found, None)
+        layer = next((c.layer for c in others if c.spec.texts and c.spec.has_targets), None)
         return CacheError(
             f"{self.path} has no text features of a teacher"
             + (f" in layer {self.layer}" if others else ""),
