@@ -248,8 +248,8 @@ class _Data:
         feeding = Feeding(Loading(1000, 1000 * seconds, 1000 * seconds), workers, 1, stored, rate)
         words = feeding.words()
         slow = words.startswith("slower")
-        found, _, remedy = words.partition("; try: ")
-        yield Finding("data loading", WARNING if slow else OK, f"{found} (ViT-B/16)", remedy)
+        verdict, _, remedy = words.partition("; try: ")
+        yield Finding("data loading", WARNING if slow else OK, f"{verdict} (ViT-B/16)", remedy)
 
 
 def student_rate(device: torch.device) -> float:

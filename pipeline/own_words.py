@@ -101,8 +101,8 @@ def _token_ids(
         prototypes = cache.prototypes if config.templates == "stored" else None
         if prototypes and not set(names) - set(prototypes.classes):
             at = [prototypes.classes.index(name) for name in names]
-            if (found := torch.from_numpy(prototypes.ids[at])).min() >= 0:
-                return found
+            if (ids := torch.from_numpy(prototypes.ids[at])).min() >= 0:
+                return ids
     if config.teacher or not (cache and spec):
         name = config.teacher or DEFAULT_TEACHER
     else:

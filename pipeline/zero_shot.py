@@ -138,9 +138,9 @@ def _by_teacher(
         )
     prototypes = cache.prototypes if cache else None
     known = prototypes.classes if prototypes and config.templates == "stored" else []
-    lacking = [name for name in names if name not in known]
-    teacher = _teacher(config, cache, lacking, device, progress)
-    texts = torch.from_numpy(_texts(names, lacking, cache, teacher, config)).to(device)
+    missing = [name for name in names if name not in known]
+    teacher = _teacher(config, cache, missing, device, progress)
+    texts = torch.from_numpy(_texts(names, missing, cache, teacher, config)).to(device)
     networks = [frozen_view(teacher)] if teacher else []
     if trained:
         networks.insert(0, _predictor(trained, config, device))
@@ -210,18 +210,18 @@ def _store(
 def _teacher(
     config: ZeroShotConfig,
     cache: TargetCache | None,
-    lacking: list[str],
+    missing: list[str],
     device: torch.device,
     progress: Progress,
 ) -> Teacher | None:
     """The teacher that was named, else the store's if it can be loaded.
 
-    With its text tower, if texts of classes are `lacking`. Raises MilanError for one that was named
+    With its text tower, if texts of classes are `missing`. Raises MilanError for one that was named
     and cannot be loaded, or is not the store's; and for one whose texts are needed.
     """
     if config.teacher:
         named = TeacherSpec(
-            config.teacher, config.pretrained, config.teacher_norm, texts=bool(lacking)
+            config.teacher, config.pretrained, config.teacher_norm, texts=bool(missing)
         )
         teacher = load_teacher(named, device=str(device))
         if cache and teacher.identity["weights"] != cache.spec.teacher["weights"]:
@@ -235,12 +235,12 @@ def _teacher(
         return None
     try:
         recorded = TeacherSpec.recorded(cache.generations[0].origin["teacher"])
-        spec = recorded.as_stored(cache.spec.teacher, texts=bool(lacking))
+        spec = recorded.as_stored(cache.spec.teacher, texts=bool(missing))
         return load_teacher(spec, device=str(device))
     except MilanError as error:
-        if lacking:
+        if missing:
             raise ConfigError(
-                f"{cache.path} has no text of {len(lacking)} classes, such as {lacking[0]!r}, and "
+                f"{cache.path} has no text of {len(missing)} classes, such as {missing[0]!r}, and "
                 f"its teacher gives none: {error.found}",
                 expected="a store that was extracted with --texts, or a teacher with a text tower",
                 fix="--teacher NAME --pretrained TAG, or milan extract-targets --texts",
@@ -251,14 +251,14 @@ def _teacher(
 
 def _texts(
     names: list[str],
-    lacking: list[str],
+    missing: list[str],
     cache: TargetCache | None,
     teacher: Teacher | None,
     config: ZeroShotConfig,
 ) -> np.ndarray:
     """Unit vectors [P, C] of classes: the store's, else the text tower's. Raises ConfigError."""
     stored = cache.prototypes if cache else None
-    if stored and stored.features is not None and not lacking:
+    if stored and stored.features is not None and not missing:
         number = {name: i for i, name in enumerate(stored.classes)}
         return stored.features[[number[name] for name in names]]
     if teacher and teacher.texts:
@@ -304,9 +304,9 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
     def tokens(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         visible = every.expand(len(pixels), -1)
         images = pixels if law else normalise(pixels, MEAN, STD)
-        found = student(images, Mask(visible, visible[:, :0])).float()
-        first = found[:, 0] if student.decoder.class_token and trained.class_token else None
-        return first, found[:, -student.patches :]
+        tokens = student(images, Mask(visible, visible[:, :0])).float()
+        first = tokens[:, 0] if student.decoder.class_token and trained.class_token else None
+        return first, tokens[:, -student.patches :]
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         first, patches = tokens(pixels)

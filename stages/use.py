@@ -122,16 +122,16 @@ def neighbours(
     given = flags | {"where": where, "query": image}
     config = resolve(NeighboursConfig, section="neighbours", params=params, sets=sets, flags=given)
     with console.ConsoleProgress() as progress:
-        found = run(config, progress=progress)
+        result = run(config, progress=progress)
     if config.duplicates:
-        rows = [(name.replace("_", " "), value) for name, value in found.items()]
+        rows = [(name.replace("_", " "), value) for name, value in result.items()]
         console.table("Near-duplicates", ("what", ""), rows)
         return
-    shown = [found["query"], *found["neighbours"]]
+    shown = [result["query"], *result["neighbours"]]
     columns = ("similarity", "row", "key", "class")
     cells = [tuple("" if row[c] is None else row[c] for c in columns) for row in shown]
     console.table("Nearest images", columns, cells, text=True)
-    console.out.print(f"picture: {found['sheet']}", markup=False)
+    console.out.print(f"picture: {result['sheet']}", markup=False)
 
 
 @settings_command(ExportConfig, {"Export": ("format", "out", "size")}, "export")

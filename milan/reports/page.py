@@ -107,13 +107,13 @@ def _by_store(
     for run in runs:
         if not run.pretrained:
             continue
-        found = find_store(run, stores)
-        if isinstance(found, str):
-            notes.append(f"{run.name}: no pictures, for {found}. Name it: milan report … STORE")
+        known = find_store(run, stores)
+        if isinstance(known, str):
+            notes.append(f"{run.name}: no pictures, for {known}. Name it: milan report … STORE")
             continue
-        whole = TargetCache(found.path, layer=found.layer)
-        place = str(found.path.resolve()) if isinstance(found.path, Path) else str(found.path)
-        groups.setdefault((place, found.layer), (whole, []))[1].append((run, found))
+        whole = TargetCache(known.path, layer=known.layer)
+        place = str(known.path.resolve()) if isinstance(known.path, Path) else str(known.path)
+        groups.setdefault((place, known.layer), (whole, []))[1].append((run, known))
     for path in stores:
         place = str(path.resolve()) if isinstance(path, Path) else str(path)
         if place not in {place for place, _ in groups}:
@@ -291,10 +291,10 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
     for name, alike in shown.alike.items():
         cells = [figures.Cell(named(name))]
         for teacher in teachers or [TEACHER]:
-            found = alike.shared.get(teacher)
-            cell = figures.number(found and found[0], "{:.0f} %")
-            if found:
-                cell = figures.Cell(cell.text, cell.sort, "{1:.0f}–{2:.0f}".format(*found))
+            shared = alike.shared.get(teacher)
+            cell = figures.number(shared and shared[0], "{:.0f} %")
+            if shared:
+                cell = figures.Cell(cell.text, cell.sort, "{1:.0f}–{2:.0f}".format(*shared))
             cells.append(cell)
         cells.append(figures.number(alike.same_class, "{:.0f} %"))
         rows.append(figures.Row(cells, numbers.get(name)))
@@ -317,7 +317,7 @@ def _neighbours(shown: Shown, numbers: dict[str, int]) -> dict[str, Any] | None:
 def _own_pictures(runs: Sequence[Run], shown: list[Shown]) -> list[dict[str, Any]]:
     """Pictures that runs drew themselves, of runs whose students are not shown."""
     students = {name for one in shown for name in one.students}
-    found = []
+    pictures = []
     for at, run in enumerate(runs[:_DRAWN]):
         for file, what in _OWN_PICTURES.items():
             if run.name not in students and (run.folder / file).is_file():
@@ -326,11 +326,11 @@ def _own_pictures(runs: Sequence[Run], shown: list[Shown]) -> list[dict[str, Any
                     pixels = np.asarray(picture.convert("RGB"))
                 except OSError:
                     continue  # it is drawn anew in the next epoch
-                found.append(
+                pictures.append(
                     {"run": at, "name": run.name, "what": what, "uri": _uri(pixels),
                      "alt": f"{what}: {run.name}"}
                 )  # fmt: skip
-    return found
+    return pictures
 
 
 def _panel(name: str, pixels: np.ndarray, what: str, caption: str) -> dict[str, Any]:

@@ -213,7 +213,9 @@ def _rows(
         some = [rows for rows in held_out.values() if len(rows)]
         common = some[0] if some else cache.good_rows()
     rows = common[:count]
-    return rows, [name for name, held in held_out.items() if not np.isin(rows, held).all()]
+    return rows, [
+        name for name, validation in held_out.items() if not np.isin(rows, validation).all()
+    ]
 
 
 def _panels(
@@ -244,16 +246,16 @@ def _panels(
     names = short_names(dataset.cache) if len(widths) > 1 else [""]
     ends = np.cumsum(widths)[:-1]
     pairs = (np.split(tokens, ends, axis=2) for tokens in (seen.features, seen.prediction))
-    found = list[Panels]()
+    panels = list[Panels]()
     for name, target, predicted in zip(names, *pairs, strict=True):
-        own = colours if colours is not None and not found else Colours(target)
+        own = colours if colours is not None and not panels else Colours(target)
         ours, theirs = (torch.from_numpy(part).float() for part in (target, predicted))
         cosine = F.cosine_similarity(ours, theirs, dim=-1).numpy()
-        found.append(Panels(
+        panels.append(Panels(
             visible, as_bytes(own(predicted)), to_grid(cosine), masked, name,
-            as_bytes(own(target)) if found else None,
+            as_bytes(own(target)) if panels else None,
         ))  # fmt: skip
-    return found
+    return panels
 
 
 # --- neighbours -----------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ class _Bank:
         how many of them are those of its `teachers`."""
         pixels = self.shown.bank
         assert pixels is not None
-        found = []
+        features = []
         self.progress.begin(f"features of {name}", len(pixels), "images")
         with torch.inference_mode():
             for at in range(0, len(pixels), _AT_ONCE):
@@ -329,10 +331,10 @@ class _Bank:
                 else:
                     part = torch.from_numpy(pixels[at : at + _AT_ONCE]).to(self.device)
                     images = normalise(part, MEAN, STD)
-                found.append(student.pooled_features(images).float().cpu())
+                features.append(student.pooled_features(images).float().cpu())
                 self.progress.advance(min(at + _AT_ONCE, len(pixels)))
         self.progress.end()
-        self._note(name, torch.cat(found), teachers)
+        self._note(name, torch.cat(features), teachers)
 
     def _note(self, name: str, vectors: torch.Tensor, teachers: list[str]) -> np.ndarray:
         """Keep who is near whom by vectors [m, F], zeros where there is none; returns the ten
@@ -344,11 +346,11 @@ class _Bank:
         cosine[:, ~there] = NOBODY
         cosine[~there[:asked]] = NOBODY
         count = min(max(self.near, _COMPARED), len(unit) - 1)
-        values, places = (part.numpy() for part in cosine.topk(count, dim=1))
-        places = np.where(values > NOBODY, places, -1)
-        ten = places[:, :_COMPARED]
-        told = [c >= 0 and (self.labels == c).sum() > 1 for c in self.labels[:asked]]
-        known = np.array(told, bool)[:, None] & (ten >= 0)
+        values, positions = (part.numpy() for part in cosine.topk(count, dim=1))
+        positions = np.where(values > NOBODY, positions, -1)
+        ten = positions[:, :_COMPARED]
+        comparable = [c >= 0 and (self.labels == c).sum() > 1 for c in self.labels[:asked]]
+        known = np.array(comparable, bool)[:, None] & (ten >= 0)
         same = (self.labels[ten] == self.labels[:asked, None])[known]
         shared = dict[str, tuple[float, float, float]]()
         for teacher in teachers if count else ():
@@ -362,7 +364,7 @@ class _Bank:
             mean = float(share.mean())
             shared[teacher] = mean, max(0.0, mean - spread), min(100.0, mean + spread)
         self.shown.alike[name] = Alike(
-            places[: self.asked, : self.near], values[: self.asked, : self.near],
+            positions[: self.asked, : self.near], values[: self.asked, : self.near],
             100 * float(same.mean()) if same.size else None, shared,
         )  # fmt: skip
         return ten

@@ -66,8 +66,8 @@ def detect(
     raises as milan.training.supervised_run.train_supervised.
     """
     config = from_call(DetectConfig, "checkpoint", checkpoint, settings, "detect")
-    found = train_supervised(Detect, config, stop=stop, progress=progress)
-    return beside_random(found, Detect, config, stop=stop, progress=progress)
+    metrics = train_supervised(Detect, config, stop=stop, progress=progress)
+    return beside_random(metrics, Detect, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -152,18 +152,18 @@ class Detect(Supervised):
 
     def results(self, task: DetectTask, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Its heads; metrics; writes classes.csv and confusion.csv."""
-        found, val = task.found, task.data.val
-        assert found is not None
-        figures = found.figures()
-        _write_tables(run, found, figures)
-        figures |= found.intervals(seed=self.config.seed)
+        measured, val = task.found, task.data.val
+        assert measured is not None
+        figures = measured.figures()
+        _write_tables(run, measured, figures)
+        figures |= measured.intervals(seed=self.config.seed)
         metrics = {
             f"{kind}_{name}": figures.get(f"{kind}_{name}")
             for kind in ("box", "mask")
             for name in ("ap", "ap_interval", "ap50", "ap75")
         }
         return {name: getattr(task.trained.spec, name) for name in _HEAD}, metrics | {
-            "val_images": len(found.positions),
+            "val_images": len(measured.positions),
             "val_boxes": int((~val.crowd).sum()),
         }
 
@@ -194,10 +194,12 @@ class DetectTask(SupervisedTask):
             draw = rng.bits(self.config.seed, rng.MIXED, (positions[0],), 1)[0]
             manual_seed(int(draw >> 1), self.context.device)
             with autocast(self.context.device, self.plan.precision):
-                found, losses = self.evaluated.detect(batch.images(), shapes, batch.targets())
+                detections, losses = self.evaluated.detect(batch.images(), shapes, batch.targets())
             for name, loss in losses.items():
                 sums[name] += float(loss) * len(positions)
-            for position, one, whole in zip(positions, found, batch.readable.tolist(), strict=True):
+            for position, one, whole in zip(
+                positions, detections, batch.readable.tolist(), strict=True
+            ):
                 if whole:
                     seen.add(position, one)
         ranks = self.context.ranks
@@ -233,16 +235,18 @@ class DetectTask(SupervisedTask):
                 image = picture_of(val.channels, read_image(val, position))
             except ImageFault:
                 continue
-            there, found = val.of_image(position), self.found.found_on(number)
-            sure = found["scores"] >= SHOWN
+            there, detections = val.of_image(position), self.found.found_on(number)
+            sure = detections["scores"] >= SHOWN
             annotated: dict[str, Any] = {"boxes": val.boxes[there], "labels": val.labels[there]}
-            detected = {name: found[name][sure] for name in ("boxes", "labels", "scores")}
+            detected = {name: detections[name][sure] for name in ("boxes", "labels", "scores")}
             if val.masks is not None:
                 shape = image.shape[:2]
                 annotated["masks"] = [
                     val.mask(box, shape) for box in range(there.start, there.stop)
                 ]
-                detected["masks"] = [found["mask_of"](n) for n in np.flatnonzero(sure).tolist()]
+                detected["masks"] = [
+                    detections["mask_of"](n) for n in np.flatnonzero(sure).tolist()
+                ]
             shown.append(
                 {
                     "key": val.names[position],
@@ -255,9 +259,9 @@ class DetectTask(SupervisedTask):
         return sheet_of_boxes(title, shown, self.data.classes)
 
 
-def _write_tables(run: Path, found: AveragePrecision, figures: dict[str, Any]) -> None:
+def _write_tables(run: Path, measured: AveragePrecision, figures: dict[str, Any]) -> None:
     """classes.csv and confusion.csv."""
-    val, kinds = found.truth, found.kinds
+    val, kinds = measured.truth, measured.kinds
     single = val.labels[~val.crowd]
     with open(run / "classes.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -267,7 +271,7 @@ def _write_tables(run: Path, found: AveragePrecision, figures: dict[str, Any]) -
             writer.writerow(
                 [name, int((single == label).sum()), *("" if a is None else a for a in aps)]
             )
-    names, counts = [*val.classes, "nothing"], found.confusion()
+    names, counts = [*val.classes, "nothing"], measured.confusion()
     with open(run / "confusion.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["is", "taken for", "boxes"])

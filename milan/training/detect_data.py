@@ -62,7 +62,7 @@ class BoxBatch(NamedTuple):
     def targets(self) -> list[dict[str, torch.Tensor]]:
         """What torchvision's detectors learn from, for each image."""
         counts = self.counts.tolist()
-        found = [
+        targets = [
             {"boxes": boxes, "labels": labels}
             for boxes, labels in zip(
                 self.boxes.split(counts), self.labels.split(counts), strict=True
@@ -71,12 +71,12 @@ class BoxBatch(NamedTuple):
         if self.masks is not None:
             parts = self.masks.split(counts)
             for target, bits, (height, width) in zip(
-                found, parts, self.sizes.tolist(), strict=True
+                targets, parts, self.sizes.tolist(), strict=True
             ):
-                places = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
-                pixels = (bits[..., None] >> places & 1).flatten(2)
+                shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+                pixels = (bits[..., None] >> shifts & 1).flatten(2)
                 target["masks"] = pixels[:, :height, :width]
-        return found
+        return targets
 
 
 class Placement(NamedTuple):

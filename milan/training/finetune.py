@@ -62,8 +62,8 @@ def finetune(
     milan.training.supervised_run.train_supervised.
     """
     config = from_call(FinetuneConfig, "checkpoint", checkpoint, settings, "finetune")
-    found = train_supervised(Finetune, config, stop=stop, progress=progress)
-    return beside_random(found, Finetune, config, stop=stop, progress=progress)
+    metrics = train_supervised(Finetune, config, stop=stop, progress=progress)
+    return beside_random(metrics, Finetune, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Finetune(Supervised):
                 f"all {len(labels)} images to train on are of one class",
                 expected="at least two classes",
             )
-        found = np.searchsorted(numbers, val.labels).clip(max=len(numbers) - 1)
-        val_labels = np.where(numbers[found] == val.labels, found, -1)
+        positions = np.searchsorted(numbers, val.labels).clip(max=len(numbers) - 1)
+        val_labels = np.where(numbers[positions] == val.labels, positions, -1)
         names = train.of.names or [str(number) for number in range(int(numbers.max()) + 1)]
         return _Data(
             _relabelled(train, labels),
@@ -229,8 +229,8 @@ class FinetuneTask(SupervisedTask):
                 losses = F.cross_entropy(logits, known, reduction="none")
                 best = logits.topk(min(TOP, self.classes), dim=1).indices
                 total += float((losses * (batch.readable & (batch.labels >= 0))).sum())
-                places = (batch.positions - self.data.train_count)[batch.readable]
-                answers.see(places.cpu().numpy(), best[batch.readable])
+                positions = (batch.positions - self.data.train_count)[batch.readable]
+                answers.see(positions.cpu().numpy(), best[batch.readable])
         return self._metrics(answers, total), {}
 
     def _images(self, batch: LabelledBatch) -> torch.Tensor:

@@ -50,19 +50,19 @@ def initialise_from(
     size = student.encoder.patch_embed.img_size[0]
     whole = _rils_file(config.init) if isinstance(student, RilsStudent) else None
     if whole:
-        found, joint = _of_rils(whole)
+        weights, joint = _of_rils(whole)
     else:
-        found = find_weights(config.init, flag="--init", model=config.model, size=size)
+        weights = find_weights(config.init, flag="--init", model=config.model, size=size)
         joint = None
-    note = _adapt_channels(found, student.encoder, config, law)
-    state = _fitting(found, student.encoder, config)
-    note += _fold_normalisation(state, found, law)
+    note = _adapt_channels(weights, student.encoder, config, law)
+    state = _fitting(weights, student.encoder, config)
+    note += _fold_normalisation(state, weights, law)
     student.encoder.load_state_dict(state, strict=True)
     decoder = "drawn by the seed"
-    if found.decoder is not None:
-        theirs = {name: tensor.shape for name, tensor in found.decoder.items()}
+    if weights.decoder is not None:
+        theirs = {name: tensor.shape for name, tensor in weights.decoder.items()}
         if theirs == {name: tensor.shape for name, tensor in student.decoder.state_dict().items()}:
-            student.decoder.load_state_dict(found.decoder)
+            student.decoder.load_state_dict(weights.decoder)
             decoder = "the published one"
         else:
             decoder += ": the published one has another shape"
@@ -71,8 +71,8 @@ def initialise_from(
         kept["text tower"] = _joint_parts(config, student, joint)
     others = "; ".join(f"{part} {of}" for part, of in kept.items() if part != "encoder")
     progress.note(f"initial weights: encoder of {config.init}{note}; {others}")
-    if found.said:
-        progress.note(f"{config.init} was read {found.said}")
+    if weights.said:
+        progress.note(f"{config.init} was read {weights.said}")
     return {"initial": kept}
 
 
@@ -129,27 +129,27 @@ def check_absolute(init: str | None) -> None:
         )
 
 
-def _fitting(found: Weights, encoder: Any, config: PretrainConfig) -> State:
+def _fitting(weights: Weights, encoder: Any, config: PretrainConfig) -> State:
     """The weights as the encoder takes them. Raises ConfigError for the first that does not fit."""
-    state = resampled(found.encoder, encoder)
+    state = resampled(weights.encoder, encoder)
     if odd := misfit(state, encoder):
         raise ConfigError(
             f"the weights of {config.init} do not fit {config.model}: {odd}",
             expected="an encoder of the same shape",
-            fix=f"--model {found.flags}",
+            fix=f"--model {weights.flags}",
         )
     mine = encoder.blocks[0].attn.num_heads
-    if found.heads and found.heads != mine:
+    if weights.heads and weights.heads != mine:
         raise ConfigError(
-            f"the weights of {config.init} are of {found.heads} heads, {config.model} has {mine}",
+            f"the weights of {config.init} are of {weights.heads} heads, {config.model} has {mine}",
             expected="the same number: the shapes fit, the results would be others",
-            fix=f"--set model.num_heads={found.heads}",
+            fix=f"--set model.num_heads={weights.heads}",
         )
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _adapt_channels(
-    found: Weights, encoder: Any, config: PretrainConfig, law: Channels | None
+    weights: Weights, encoder: Any, config: PretrainConfig, law: Channels | None
 ) -> str:
     """Let weights of RGB see other channels, by timm's rule; says what it did.
 
@@ -157,15 +157,15 @@ def _adapt_channels(
     added up (timm.models.adapt_input_conv). Weights of other channels fit the same ones only.
     Raises ConfigError.
     """
-    seen = None if found.channels is None else found.channels["spelled"]
+    seen = None if weights.channels is None else weights.channels["spelled"]
     wanted = None if law is None else law.spelled
     if seen in (None, RGB):
         if law is None:
             return ""
         name, count = "patch_embed.proj.weight", encoder.patch_embed.proj.in_channels
-        fold = _folded(found.encoder, MEAN, STD, found.mean, found.std)
-        found.encoder.update(fold)
-        found.encoder[name] = adapt_input_conv(count, found.encoder[name])
+        fold = _folded(weights.encoder, MEAN, STD, weights.mean, weights.std)
+        weights.encoder.update(fold)
+        weights.encoder[name] = adapt_input_conv(count, weights.encoder[name])
         return f", its RGB kernels made ones of {count} channels by timm's rule"
     if seen != wanted:
         raise ConfigError(
@@ -177,12 +177,12 @@ def _adapt_channels(
     return ""
 
 
-def _fold_normalisation(state: State, found: Weights, law: Channels | None) -> str:
+def _fold_normalisation(state: State, weights: Weights, law: Channels | None) -> str:
     """Let the patch embedding expect the student's normalisation; says what it did."""
-    if law is not None and found.channels is None:
+    if law is not None and weights.channels is None:
         return ""  # channels that the weights never saw have none
     mine = (MEAN, STD) if law is None else (law.mean, law.std)
-    theirs = tuple(found.mean), tuple(found.std)
+    theirs = tuple(weights.mean), tuple(weights.std)
     if all(np.allclose(a, b) for a, b in zip(mine, theirs, strict=True)):
         return ""
     changed = _folded(state, *mine, *theirs)

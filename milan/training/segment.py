@@ -83,8 +83,8 @@ def segment(
     config = from_call(SegmentConfig, "checkpoint", checkpoint, settings, "segment").published()
     require_torchmetrics()
     protocol = partial(Segment, load=load)
-    found = train_supervised(protocol, config, stop=stop, progress=progress)
-    return beside_random(found, Segment, config, stop=stop, progress=progress)
+    metrics = train_supervised(protocol, config, stop=stop, progress=progress)
+    return beside_random(metrics, Segment, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class Segment(Supervised):
     def weights(self) -> Weights:
         """Those of any ViT of timm, whose blocks can be looked at, or of the teacher."""
         if self.config.checkpoint == "teacher" and self.load and self.linear:
-            self.teacher, found = self.load(self.config)
-            self.config = replace(self.config, size=found.size)
-            return found
+            self.teacher, weights = self.load(self.config)
+            self.config = replace(self.config, size=weights.size)
+            return weights
         weights = initial_weights(replace(self.config, size=None))
         with torch.device("meta"):
             vit = create_encoder(
@@ -210,7 +210,7 @@ class Segment(Supervised):
     def results(self, task: SegmentTask, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Head and window; metrics; writes classes.csv and confusion.csv."""
         assert task.outcome is not None
-        found, network = task.outcome.agreement, task.evaluated
+        agreement, network = task.outcome.agreement, task.evaluated
         _write_tables(run, task.outcome, task.data)
         described = {
             "protocol": self.config.protocol, "window": list(self.window),
@@ -219,11 +219,11 @@ class Segment(Supervised):
         }  # fmt: skip
         return described, {
             "protocol": self.config.protocol,
-            "miou": round(found.miou, 2),
-            "miou_interval": found.interval,
-            "pixel_accuracy": round(found.pixel_accuracy, 2),
-            "class_accuracy": round(found.class_accuracy, 2),
-            "measured_classes": sum(value is not None for value in found.iou),
+            "miou": round(agreement.miou, 2),
+            "miou_interval": agreement.interval,
+            "pixel_accuracy": round(agreement.pixel_accuracy, 2),
+            "class_accuracy": round(agreement.class_accuracy, 2),
+            "measured_classes": sum(value is not None for value in agreement.iou),
             "val_images": task.outcome.images,
         }
 
@@ -261,9 +261,9 @@ class SegmentTask(SupervisedTask):
         """Cross-entropy of the pixels that count, the auxiliary classifier's added."""
         images = network_input(batch.pixels, self.plan.mean, self.plan.std)
         masks = batch.masks.long()
-        found = self.forward(images)
-        weights = (1.0, self.config.auxiliary)[: len(found)]
-        parts = (w * _entropy(logits, masks) for w, logits in zip(weights, found, strict=True))
+        outputs = self.forward(images)
+        weights = (1.0, self.config.auxiliary)[: len(outputs)]
+        parts = (w * _entropy(logits, masks) for w, logits in zip(weights, outputs, strict=True))
         return torch.stack(list(parts)).sum()
 
     def addresses(self, epoch: int) -> list[Address]:
@@ -297,19 +297,19 @@ class SegmentTask(SupervisedTask):
                 rows.append(MaskRow(name, picture_of(law, image), *masks))
         self.outcome = self._outcome(counts.numpy(), seen)
         (total,) = self.context.ranks.all_reduce_sum([total])
-        found = self.outcome.agreement
+        agreement = self.outcome.agreement
         metrics = {
             "val_loss": total / self.outcome.images,
-            "val_miou": found.miou,
-            "val_accuracy": found.pixel_accuracy,
+            "val_miou": agreement.miou,
+            "val_accuracy": agreement.pixel_accuracy,
         }
         if not rows:
             return metrics, {}
         title = (
-            f"{self.config.checkpoint}, {self.config.protocol}: mIoU {found.miou:.1f} % of "
+            f"{self.config.checkpoint}, {self.config.protocol}: mIoU {agreement.miou:.1f} % of "
             f"{self.outcome.images} images; beside each class its IoU in percent"
         )
-        sheet = mask_sheet(title, rows, self.data.classes, network.colours, found.iou)
+        sheet = mask_sheet(title, rows, self.data.classes, network.colours, agreement.iou)
         return metrics, {SHEET: sheet}
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:
@@ -325,8 +325,8 @@ class SegmentTask(SupervisedTask):
         images = Areas(
             *(np.stack(column) for column in zip(*(a for _, a in everything), strict=True))
         )
-        found = agreement(np.asarray(whole), images, seed=self.config.seed)
-        return Outcome(np.asarray(whole), found, len(everything))
+        measured = agreement(np.asarray(whole), images, seed=self.config.seed)
+        return Outcome(np.asarray(whole), measured, len(everything))
 
 
 def _entropy(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -347,12 +347,12 @@ def _at(mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 def _write_tables(run: Path, outcome: Outcome, data: _Data) -> None:
     """classes.csv and confusion.csv."""
-    found, counts, names = outcome.agreement, outcome.confusion, data.classes
+    agreement, counts, names = outcome.agreement, outcome.confusion, data.classes
     with open(run / "classes.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "iou", "accuracy", "pixels", "train_pixels"])
         for name, iou, accuracy, pixels, trained in zip(
-            names, found.iou, found.accuracy, counts.sum(axis=1).tolist(),
+            names, agreement.iou, agreement.accuracy, counts.sum(axis=1).tolist(),
             data.masked.train_pixels.tolist(), strict=True,
         ):  # fmt: skip
             figures = ("" if value is None else f"{value:.2f}" for value in (iou, accuracy))

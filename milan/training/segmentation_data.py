@@ -131,13 +131,13 @@ class MaskedBatches:
         """
         training = address.kind is Kind.TRAIN
         split = self.train if training else self.val
-        found: list[tuple[np.ndarray, np.ndarray] | None] = []
+        loaded: list[tuple[np.ndarray, np.ndarray] | None] = []
         why = ""
         for position in address.rows.tolist():
             try:
                 pixels, mask = split.pixels(position), split.mask(position)
             except ImageFault as fault:
-                found.append(None)
+                loaded.append(None)
                 why = why or f"{split.keys[position]}: {fault}"
                 continue
             if pixels.shape[:2] != mask.shape:
@@ -148,19 +148,19 @@ class MaskedBatches:
                 )
             if training:
                 with seeded(self.seed, rng.AUGMENTED, (address.epoch, position)):
-                    found.append(self.augmentation(pixels, mask))
+                    loaded.append(self.augmentation(pixels, mask))
             else:
-                found.append((fitted(pixels, self.augmentation.window), mask))
-        readable = np.array([pair is not None for pair in found])
+                loaded.append((fitted(pixels, self.augmentation.window), mask))
+        readable = np.array([pair is not None for pair in loaded])
         if not readable.any():
             if training:
-                raise DataError(f"no image of a batch of {len(found)} can be read: {why}")
+                raise DataError(f"no image of a batch of {len(loaded)} can be read: {why}")
             high, wide = self.augmentation.window
             law = split.channels
             blank = np.zeros((high, wide, law.count if law else 3), np.float32 if law else np.uint8)
-            found = [(blank, np.full((1, 1), IGNORED, np.int16))]
-        chosen = np.where(readable, np.arange(len(found)), readable.argmax())
-        pairs = [found[i] for i in chosen]
+            loaded = [(blank, np.full((1, 1), IGNORED, np.int16))]
+        chosen = np.where(readable, np.arange(len(loaded)), readable.argmax())
+        pairs = [loaded[i] for i in chosen]
         positions = address.rows + (0 if training else len(self.train))
         return MaskedBatch(
             torch.from_numpy(np.stack([pair[0] for pair in pairs if pair])),

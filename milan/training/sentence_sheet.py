@@ -148,10 +148,10 @@ def _said(
                 f"{run} is plain CLIP (objective.weight=0)", expected="a run that predicts patches"
             )
         with torch.inference_mode():
-            found = student(images, mask, ids[:1].expand(len(rows), -1))
+            output = student(images, mask, ids[:1].expand(len(rows), -1))
             vectors = unit(student.text(ids))
         taus = loss.teacher_tau, loss.student_tau
-        return _Said(found.predicted, found.target, mask, texts, vectors, taus)
+        return _Said(output.predicted, output.target, mask, texts, vectors, taus)
     assert features is not None
     at = mask.masked[..., None].expand(-1, -1, cache.spec.channels)
     with torch.inference_mode():

@@ -133,10 +133,10 @@ class SupervisedTask(ABC):
         taken = ((address, next(batches)) for address in self.addresses(epoch))
         self.evaluated.eval()
         with torch.no_grad():
-            found = self.measure(batch for address, batch in taken if not address.padding)
+            measured = self.measure(batch for address, batch in taken if not address.padding)
         self.evaluated.train()
         self.measured = True
-        return found
+        return measured
 
     def update_average(self) -> None:
         """Let the average follow the weights; called after each step of the optimiser."""
@@ -272,8 +272,8 @@ def initial_weights(config: SupervisedConfig) -> Weights:
             )
         return Weights({}, config.model, config.size or size, args)
     if config.like.startswith("timm:") or is_foreign(config.like):
-        found = find_weights(config.like, flag="--like", model=config.model, size=config.size)
-        return replace(found, encoder={})
+        weights = find_weights(config.like, flag="--like", model=config.model, size=config.size)
+        return replace(weights, encoder={})
     about = read_about(config.like)
     return Weights(
         {}, about["model"], about["input_size"], about["model_args"], mean=about["mean"],

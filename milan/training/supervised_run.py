@@ -118,26 +118,26 @@ def train_supervised(
 
 
 def beside_random(
-    found: dict[str, Any],
+    metrics: dict[str, Any],
     protocol: Callable[[Any], Supervised],
     config: SupervisedConfig,
     *,
     stop: Stop | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """What train_supervised has `found`, and as `baseline` the same of a network as timm
+    """The `metrics` of train_supervised, and as `baseline` the same of a network as timm
     initialises it, trained alike in the folder `random` of the run, if the settings ask for it; if
     they say nothing, that it was not trained, and how to (table.NOT_MEASURED)."""
-    if not found or "stopped_by" in found or config.baseline == "none":
-        return found
+    if not metrics or "stopped_by" in metrics or config.baseline == "none":
+        return metrics
     if config.checkpoint in ("random", "teacher"):
-        return found
+        return metrics
     if config.baseline is None:
-        return found | {"baseline": {"checkpoint": "random", NOT_MEASURED: _HOW}}
+        return metrics | {"baseline": {"checkpoint": "random", NOT_MEASURED: _HOW}}
     if Ranks.from_environment():
         if progress:
             progress.note("no baseline: ranks that others started train one network")
-        return found
+        return metrics
     like = None if config.checkpoint.startswith("published") else config.checkpoint
     other = replace(
         config, checkpoint="random", like=like, out=str(config.run / "random.json"), baseline="none"
@@ -145,7 +145,7 @@ def beside_random(
     if progress:
         progress.note("baseline: the same network as timm initialises it")
     beside = train_supervised(protocol, other, stop=stop, progress=progress)
-    return beside if "stopped_by" in beside else found | {"baseline": beside}
+    return beside if "stopped_by" in beside else metrics | {"baseline": beside}
 
 
 def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str, Any]:
@@ -218,11 +218,11 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
 
 def _data_of(config: SupervisedConfig) -> list[AnyPath]:
     """Where the images are, as far as names say it."""
-    found = list[AnyPath]()
+    paths = list[AnyPath]()
     for name in filter(None, (config.data, config.val_data)):
         with suppress(DataError):
-            found.append(resolve_data(name, config.data_root))
-    return found
+            paths.append(resolve_data(name, config.data_root))
+    return paths
 
 
 def _compiled(task: SupervisedTask) -> Any:
@@ -335,15 +335,15 @@ def _micro_batch(work: Supervised, context: Context) -> int:
     share = config.batch_size // size
     on_gpu, on_cpu = work.most
     most = config.micro_batch or (on_gpu if context.device.type == "cuda" else on_cpu)
-    found = divisor(share, most, multiple=work.multiple)
-    if found is None:
+    micro_batch = divisor(share, most, multiple=work.multiple)
+    if micro_batch is None:
         raise ConfigError(
             f"batch size {config.batch_size}: {share} images a rank in micro-batches of "
             f"{most} at most",
             expected=work.pairs[0],
             fix=f"--batch-size {2 * size * max(1, share // 2)}" + work.pairs[1],
         )
-    return found
+    return micro_batch
 
 
 def _shuffled(count: int, *, batch_size: int, seed: int) -> Order:

@@ -155,8 +155,8 @@ def load_trained(
     student = student_of(settings, cache, decoder=decoder_of(run))
     objective = settings.whole().objective(cache)
     for part, digest in zip(objective.normalised_by, digests_of(run), strict=True):
-        if found := find_digest(run / FOLDER, digest):
-            settle(part, found)
+        if statistics := find_digest(run / FOLDER, digest):
+            settle(part, statistics)
     _load_newest(run, student, progress)
     return student.to(device).eval().requires_grad_(False), objective
 

@@ -101,7 +101,7 @@ class Validation:
 
         Metrics of the objective are named val_…; all ranks call it together and get the same.
         """
-        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        values: dict[str, list[tuple[int, torch.Tensor]]] = {}
         count, joint = 0, list[tuple[torch.Tensor, Any]]()
         knn = _KNN(self.dataset.labels) if self.plan.config.probe_every else None
         sheet: list[SheetInputs] = []
@@ -116,7 +116,7 @@ class Validation:
                         joint.append((owner if address.padding else batch.rows, prediction.joint))
                         continue
                     for name, value in self.objective.metrics(prediction).items():
-                        found.setdefault(name, []).append((counted, value))
+                        values.setdefault(name, []).append((counted, value))
                     count += counted
                 elif address.kind is Kind.PICTURE:
                     sheet.append(sheet_inputs(self.student, self.objective, batch))
@@ -124,9 +124,9 @@ class Validation:
                     knn.add(address, self.student.pooled_features(batch.images).float())
         ranks = self.plan.ranks
         # Read at the end: reading a value waits for the device.
-        sums = [sum(n * float(value) for n, value in parts) for parts in found.values()]
+        sums = [sum(n * float(value) for n, value in parts) for parts in values.values()]
         *totals, total = ranks.all_reduce_sum([*sums, float(count)])
-        metrics = {f"val_{name}": value / total for name, value in zip(found, totals, strict=True)}
+        metrics = {f"val_{name}": value / total for name, value in zip(values, totals, strict=True)}
         if joint:
             metrics = self._compare(joint)
         if knn and knn.complete:
@@ -243,17 +243,19 @@ def check_labels(dataset: CachedDataset, order: Order, config: PretrainConfig) -
         )
     bank, validation = _bank(order, config), order.validation_rows
     known, asked = dataset.labels[bank], dataset.labels[validation]
-    found = doubts(known, asked, neighbours=NEIGHBOURS)
+    sentences = doubts(known, asked, neighbours=NEIGHBOURS)
     digests = {*dataset.cache.content_digests(bank)}
     repeated = sum(digest in digests for digest in dataset.cache.content_digests(validation))
     if repeated:
-        found.append(
+        sentences.append(
             f"{repeated} of {len(asked)} validation images are training images too (the same "
             "bytes): k-NN is better than on new images"
         )
     if unknown := int((~np.isin(asked, known)).sum()):
-        found.append(f"{unknown} of {len(asked)} validation images are of classes without others")
-    return [f"k-NN probe: {doubt}" for doubt in found]
+        sentences.append(
+            f"{unknown} of {len(asked)} validation images are of classes without others"
+        )
+    return [f"k-NN probe: {doubt}" for doubt in sentences]
 
 
 def _bank(order: Order, config: PretrainConfig) -> np.ndarray:
