@@ -359,7 +359,7 @@ def test_an_image_that_is_alone_in_its_class(labels: list[int], share: float | N
     bank = _Bank.__new__(_Bank)
     bank.labels, bank.asked, bank.near, bank.teachers = np.array(labels), 5, 2, None
     bank.shown = SimpleNamespace(alike={})  # type: ignore[assignment]
-    bank._note("teacher", torch.eye(5) + 0.1)
+    bank._note("teacher", torch.eye(5) + 0.1, [])
     assert bank.shown.alike["teacher"].same_class == share
 
 
