@@ -282,7 +282,7 @@ def test_views_before_there_is_a_store(
     assert "20% to 100% of the image's area" in columns[1].explanation
     for arguments, told in (
         (["--data", photos, "--out", photos / "x.png"], "lies in the folder of the images"),
-        ([store, "--scale", "0.5,1"], "--scale beside a store"),
+        ([store, "--scale", "0.5,1"], "--scale with a store"),
         (["--data", photos, "--scale", "0,1"], "scale"),
     ):
         refused = run_here("visualise", *arguments, cwd=tmp_path)

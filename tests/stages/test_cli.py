@@ -24,6 +24,7 @@ from milan.errors import MilanError
 from milan.evaluation.config import LinearProbeConfig
 from milan.evaluation.protocols import PROTOCOLS
 from pipeline.config import ExtractConfig
+from stages import console
 
 COMMANDS = (
     "doctor", "plan", "extract-targets", "pretrain", "linear-probe", "inspect", "verify", "repair",
@@ -118,8 +119,9 @@ def test_config_lists_every_key(command: str, kind: type, key: str) -> None:
     assert key in listed
 
 
-def test_config_says_where_a_value_is_from(tmp_path: Path) -> None:
+def test_config_says_where_a_value_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Default, recipe, file or --set; with its unit, and whole."""
+    monkeypatch.setattr(console.out, "width", 200)  # whatever COLUMNS was when it was imported
     (tmp_path / "p.yaml").write_text("pretrain: {recipe: vit_large, seed: 3, lr: auto}\n")
     line = ("config", "pretrain", "--params", "p.yaml", "--set", "epochs=100")
     shown = run_here(*line, cwd=tmp_path).out
