@@ -11,10 +11,10 @@ import dataclasses
 import inspect
 import itertools
 import re
-import textwrap
 import typing
 from collections.abc import Callable, Collection
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -171,9 +171,14 @@ def field_docs(config: type) -> dict[str, str]:
     """The string below each field of a dataclass and of the dataclasses it extends."""
     docs = {}
     for part in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
-        for field, below in itertools.pairwise(body):
+        for field, below in itertools.pairwise(_classes(inspect.getfile(part))[part.__name__].body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 text = ast.literal_eval(below.value)
                 docs[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]
     return docs
+
+
+@lru_cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
