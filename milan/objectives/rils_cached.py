@@ -15,7 +15,6 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.device import kept_copy
 from milan.data.loader import Batch
-from milan.errors import DataError
 from milan.models.text_encoder import caption_numbers
 from milan.objectives.arguments import check_arguments
 from milan.objectives.base import JointLoss, JointObjective, Prediction
@@ -75,20 +74,9 @@ class CachedSentences(JointObjective, FeatureRegression):
 
     @property
     def by_class(self) -> bool:
-        """Whether sentences are class prompts; by default where the store has no captions.
-
-        Raises DataError if they are to be, and the store's images have no class names.
-        """
+        """Whether sentences are class prompts; by default where the store has no captions."""
         default = "captions" if len(self.cache.captioned) else "classes"
-        by_class = self._argument("sentences", default) == "classes"
-        if by_class and self.cache.prototypes is None and self.cache.spec.texts:
-            raise DataError(
-                f"objective.sentences=classes, and the images of {self.cache.path} have no class "
-                "names",
-                expected="class folders, or labels with names",
-                fix="--set objective.sentences=captions",
-            )
-        return by_class
+        return self._argument("sentences", default) == "classes"
 
     @cached_property
     def measured(self) -> Similarities:
@@ -130,8 +118,11 @@ class CachedSentences(JointObjective, FeatureRegression):
         return kept_copy(self._copies, (part, device), made[part], device)
 
     def notes(self) -> list[str]:
-        """Temperatures, and a doubt where they give targets that teach little."""
-        measured, _ = self.measured, self.by_class
+        """Temperatures, and a doubt where they give targets that teach little.
+
+        Raises CacheError and DataError for a store without the sentences, before a run begins.
+        """
+        measured, _ = self.measured, self.bank
         effective = measured.effective(self.teacher_tau)
         notes = [
             f"sentences: cosines of patches {measured.mean:.3f} ± {measured.spread:.3f} over "

@@ -42,6 +42,7 @@ def text_bank(
             raise DataError(
                 f"the images of {cache.path} have no class names",
                 expected="class folders, or labels with names",
+                fix="--set objective.sentences=captions" if len(rows) else "",
             )
         features, ids = prototypes.features, prototypes.ids[:, 0]
     assert features is not None
