@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from doc_blocks import shell_blocks
 from helpers import (
     ROOT,
     STUDENT,
@@ -41,19 +45,22 @@ STAGES = (
 """In an order in which they can run."""
 
 
-def run_dvc(project: Path, *arguments: str, seconds: int = 900) -> subprocess.CompletedProcess:
-    """dvc in `project`, with the installed `milan` on its path."""
-    programs = Path(sys.executable).parent
-    env = {
+def dvc_environment(project: Path) -> dict[str, str]:
+    """With the installed `dvc` and `milan` on its path."""
+    return {
         **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(project / ".site"),
     }
+
+
+def run_dvc(project: Path, *arguments: str, seconds: int = 900) -> subprocess.CompletedProcess:
+    """dvc in `project`."""
     return subprocess.run(
-        [str(programs / "dvc"), *arguments],
-        cwd=project, env=env, capture_output=True, text=True, timeout=seconds,
+        [str(Path(sys.executable).parent / "dvc"), *arguments],
+        cwd=project, env=dvc_environment(project), capture_output=True, text=True, timeout=seconds,
     )  # fmt: skip
 
 
@@ -121,8 +128,7 @@ def reproduced(project: Path) -> subprocess.CompletedProcess:
 
 def ran(done: subprocess.CompletedProcess) -> list[str]:
     """Names of the stages that DVC ran."""
-    lines = done.stdout.splitlines()
-    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+    return re.findall(r"^Running stage '(.*?)'", done.stdout, re.MULTILINE)
 
 
 def list_stages(project: Path) -> dict[str, tuple[str, list[str]]]:
@@ -274,6 +280,21 @@ def test_a_killed_extraction_resumes(
     assert untouched.stat().st_mtime_ns == time
 
 
+def test_small_results_are_kept() -> None:
+    """Of all outputs only the store and encoders are not: else nothing of before could be shown."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    outs = [
+        out if isinstance(out, dict) else {out: {}}
+        for stage in stages.values()
+        for kind in ("outs", "metrics", "plots")
+        for out in stage.get(kind, [])
+    ]
+    without = {
+        Path(path).name for out in outs for path, how in out.items() if how.get("cache") is False
+    }
+    assert without == {"index.json", "encoder.safetensors"}
+
+
 def test_committed_parameters_are_the_demo(project: Path) -> None:
     """A fresh clone runs on the embedded data; the files named are committed ones."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -386,14 +407,30 @@ def test_the_pipeline_from_captions(tmp_path: Path) -> None:
     assert ran(run_dvc(tmp_path, "repro", "demo/rils/dvc.yaml")) == []
 
 
+def run_shell(project: Path, line: str) -> str:
+    """What a line prints that is typed in `project`, a git repository of nobody's."""
+    env = dvc_environment(project) | {"GIT_CONFIG_GLOBAL": os.devnull}
+    for who in ("AUTHOR", "COMMITTER"):
+        env |= {f"GIT_{who}_NAME": "milan", f"GIT_{who}_EMAIL": "milan@localhost"}
+    done = subprocess.run(
+        ["bash", "-ec", line], cwd=project, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, (line, done.stdout + done.stderr)
+    return done.stdout
+
+
 @pytest.mark.soak
 def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
-    """Every stage by DVC, each once; the second time none; metrics and plots are found."""
+    """Every stage by DVC, each once; the second time none; metrics and plots are found, and an
+    experiment is compared as docs/dvc.md says."""
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(project / name, tmp_path)
+    for name in (".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, tmp_path)
     for name in ("data", "teacher"):
         shutil.copytree(project / name, tmp_path / name)
-    assert run_dvc(tmp_path, "init", "--no-scm").returncode == 0
+    set_params(tmp_path, {"pretrain": {"epochs": 2, "held_out": 0.34}})
+    run_shell(tmp_path, "git init -q && dvc init -q && git add dvc.yaml .gitignore .dvcignore")
     done = run_dvc(tmp_path, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
     stages = ran(done)
@@ -415,8 +452,62 @@ def test_the_whole_pipeline(project: Path, tmp_path: Path) -> None:
     names |= {f"runs/{n}/linear_probe.json" for n in ("milan", "pixels", "random", "teacher")}
     assert set(shown) == names
     assert all("data" in value for value in shown.values())
-    plots = run_dvc(tmp_path, "plots", "show", "--out", "plots")
-    assert plots.returncode == 0, plots.stderr
-    html = (tmp_path / "plots/index.html").read_text()
-    assert "milan: loss" in html
-    assert "linear_probe.csv" in html
+    check_comparison(tmp_path)
+
+
+def check_comparison(project: Path) -> None:
+    """The lines of docs/dvc.md, of 2 epochs and 4: what changed is what they show."""
+    (block,) = (b.text for b in shell_blocks(ROOT / "docs/dvc.md") if "exp run" in b.text)
+    assert "pretrain.epochs=20" in block
+    lines = block.replace("pretrain.epochs=20", "pretrain.epochs=4").splitlines()
+    before = json.loads((project / "report/metrics.json").read_text())
+    printed = {line.partition(" -")[0]: run_shell(project, line) for line in lines}
+    after = json.loads((project / "report/metrics.json").read_text())
+    assert "Running stage 'pretrain@milan'" in printed["dvc exp run"]
+    assert "Running stage 'extract'" not in printed["dvc exp run"]
+
+    (changed,) = re.findall(r"^params.yaml +(.*)$", printed["dvc params diff"], re.MULTILINE)
+    assert changed.split() == ["pretrain.epochs", "2", "4"]
+    key, every = "pretrain_images_per_second", run_shell(project, "dvc metrics diff")
+    for text in (printed["dvc metrics diff"], every):
+        for name in ("MILAN", "pixels"):
+            assert re.search(rf"{key}.{name} .*{before[key][name]} .*{after[key][name]} ", text)
+    assert re.search(r"runs/milan/metrics.json +step +4 +8 +4$", every, re.MULTILINE)
+    assert re.search(r"runs/pixels/metrics.json +val_loss ", every)
+
+    html = (project / "dvc_plots/index.html").read_text()
+    charts = [
+        json.loads(chart) for chart in re.findall(r"var spec = (\{.+\});$", html, re.MULTILINE)
+    ]
+    titles = {chart["title"]["text"]: chart["data"]["values"] for chart in charts}
+    for objective in ("milan", "pixels"):
+        for kind in ("training", "validation"):
+            rows = titles.pop(f"{objective}: loss in {kind}")
+            curve = "curves" if kind == "training" else "validation"
+            kept = (project / f"runs/{objective}/{curve}.csv").read_text()
+            now = [row for row in rows if row["rev"] == "workspace"]
+            assert [{**row, "rev": ""} for row in now] == [
+                {**row, "rev": ""} for row in csv.DictReader(io.StringIO(kept))
+            ]
+            assert [float(row["epoch"]) for row in rows if row["rev"] == "HEAD"] == [1, 2]
+    bars = titles.pop("report/evaluation/linear_probe.csv")
+    assert not titles
+    for rev, figures in (("HEAD", before), ("workspace", after)):
+        found = {row["encoder"]: float(row["value"]) for row in bars if row["rev"] == rev}
+        assert found == figures["linear_probe"]["top1"]
+    for rev in ("HEAD", "workspace"):
+        picture = project / f"dvc_plots/static/{rev}_report_evaluation_linear_probe.png"
+        assert picture.stat().st_size > 3000
+
+    (head,) = re.findall(r"^ +Experiment .*", printed["dvc exp show"], re.MULTILINE)
+    assert head.split()[-1] == "pretrain.epochs"
+    assert "pretrain_images_per_second.MILAN" in head.split()
+    assert not re.search(r"runs/", head)
+    assert re.search(
+        rf"longer\].* {after[key]['MILAN']} .* 4 *$", printed["dvc exp show"], re.MULTILINE
+    )
+
+    run_shell(project, "git checkout -q . && dvc checkout -q")
+    assert json.loads((project / "report/metrics.json").read_text()) == before
+    run_shell(project, "dvc exp apply longer")
+    assert json.loads((project / "report/metrics.json").read_text()) == after
