@@ -30,6 +30,8 @@ from milan.models.layouts import (
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _PTH = "model.pth"
+_USUAL_EPS = 1e-6  # of the norms of torchvision's ViT and of MAE's
+_USUAL_NORMS: tuple[str, str, tuple[str, ...]] = "", "", ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def write_timm(source: Source, folder: Path) -> Written:
         "num_classes": len(classes),
         "num_features": vit.num_features,
         "global_pool": vit.global_pool,
-        "model_args": source.args | {"img_size": source.size},
+        "model_args": {k: v for k, v in source.args.items() if k != "norm_eps"}
+        | {"img_size": source.size},
         "pretrained_cfg": {
             "input_size": [vit.patch_embed.proj.in_channels, source.size, source.size],
             "mean": list(source.mean), "std": list(source.std),
@@ -66,24 +69,29 @@ def write_timm(source: Source, folder: Path) -> Written:
     _json(folder / CONFIG, config)
     save_file(source.state, folder / WEIGHTS, metadata={"format": "pt"})
     kind = "AutoModelForImageClassification" if classes else "AutoModel"
+    imports, norms, notes = _USUAL_NORMS
+    if "norm_eps" in source.args:  # config.json cannot say it
+        imports, norms, notes = _told_norms(vit, "timm", "timm.layers.LayerNorm")
     if source.channels:  # transforms of timm are for pictures
         return Written(
-            f"""import timm
+            f"""{imports}import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm 1.0.26 or newer
+model = timm.create_model("local-dir:FOLDER", pretrained=True{norms}).eval()  # timm 1.0.26 or newer
 data = timm.data.resolve_model_data_config(model)  # mean and std of each channel
 tokens = model.forward_features(images)  # {source.input}""",
             "timm",
+            notes,
         )
     return Written(
-        f"""import timm
+        f"""{imports}import timm
 from transformers import {kind}  # opens the same folder, if it is installed
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # timm 1.0.26 or newer
+model = timm.create_model("local-dir:FOLDER", pretrained=True{norms}).eval()  # timm 1.0.26 or newer
 data = timm.data.resolve_model_data_config(model)  # mean, std, size, crop
 transform = timm.data.create_transform(**data, is_training=False)
 same = {kind}.from_pretrained("FOLDER")""",
         "timm",
+        notes,
     )
 
 
@@ -100,7 +108,7 @@ def write_transformers(source: Source, folder: Path) -> Written:
         "intermediate_size": _hidden(vit), "hidden_act": "gelu", "num_channels": 3,
         "image_size": source.size, "patch_size": vit.patch_embed.patch_size[0],
         "qkv_bias": vit.blocks[0].attn.qkv.bias is not None,
-        "layer_norm_eps": vit.norm.eps, "pooler_act": "linear", "pooler_output_size": width,
+        "layer_norm_eps": _eps(vit), "pooler_act": "linear", "pooler_output_size": width,
         "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "torch_dtype": "float32",
     }  # fmt: skip
     if classes:
@@ -152,7 +160,7 @@ def write_mmpretrain(source: Source, folder: Path) -> Written:
         "patch_size": vit.patch_embed.patch_size[0],
         "qkv_bias": vit.blocks[0].attn.qkv.bias is not None,
         "out_type": pooled if source.classes else "raw",
-        "final_norm": hasattr(vit.norm, "weight"),
+        "final_norm": hasattr(vit.norm, "weight"), "norm_cfg": {"type": "LN", "eps": _eps(vit)},
         "layer_scale_init_value": 1e-5 if hasattr(vit.blocks[0].ls1, "gamma") else 0.0,
     }  # fmt: skip
     model: dict[str, Any] = {"type": "ImageClassifier", "backbone": backbone}
@@ -202,7 +210,7 @@ def write_detectron2(source: Source, folder: Path) -> Written:
     (folder / "config.py").write_text(
         "from functools import partial\n\nimport torch\nfrom detectron2.config import LazyCall as L"
         "\nfrom detectron2.modeling import ViT\n\nnet = L(ViT)(\n" + arguments
-        + "    norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),\n)\n"
+        + f"    norm_layer={_norms(vit, 'torch.nn.LayerNorm')},\n)\n"
         + "".join(f"{name} = {value!r}\n" for name, value in pixels.items()),
         encoding="utf-8",
     )  # fmt: skip
@@ -231,18 +239,22 @@ def write_torchvision(source: Source, folder: Path) -> Written:
         "crop_share": source.crop_share, "interpolation": "bicubic",
     })  # fmt: skip
     bare = "" if source.classes else "model.heads = torch.nn.Identity()\n"
-    notes = ("Its output is the class token, which the training left alone.",)
+    imports, norms, notes = _USUAL_NORMS
+    if _eps(vit) != _USUAL_EPS:
+        imports, norms, notes = _told_norms(vit, "torchvision", "torch.nn.LayerNorm")
+    if source.averages:
+        notes += ("Its output is the class token, which the training left alone.",)
     return Written(
-        f"""import json
+        f"""{imports}import json
 import torch
 from torchvision.models import VisionTransformer
 
 arguments = json.load(open("FOLDER/config.json"))["arguments"]
-model = VisionTransformer(**arguments)
+model = VisionTransformer(**arguments{norms})
 {bare}model.load_state_dict(torch.load("FOLDER/model.pth", weights_only=True))
 model.eval()""",
         "torchvision",
-        notes if source.averages else (),
+        notes,
     )
 
 
@@ -252,13 +264,15 @@ def write_official(source: Source, folder: Path) -> Written:
     if source.decoder:
         state |= renamed(source.decoder, OFFICIAL_DECODER)
     torch.save({"model": state}, folder / "checkpoint.pth")
-    missing = "" if source.decoder or source.classes else "There is no decoder in it."
+    notes = [] if source.decoder or source.classes else ["There is no decoder in it."]
+    if (eps := _eps(source.network)) != _USUAL_EPS:
+        notes.append(f"The eps of its norms is {eps:g}, that of the authors' networks 1e-6.")
     return Written(
         """import torch
 
 state = torch.load("FOLDER/checkpoint.pth", weights_only=True)["model"]""",
         "",
-        (missing,) if missing else (),
+        tuple(notes),
     )
 
 
@@ -287,6 +301,22 @@ def _sizes(source: Source, width: str, depth: str, heads: str) -> dict[str, Any]
     return {
         width: vit.embed_dim, depth: len(vit.blocks), heads: vit.blocks[0].attn.num_heads
     }  # fmt: skip
+
+
+def _eps(vit: Any) -> float:
+    """Of all norms."""
+    return float(vit.blocks[0].norm1.eps)
+
+
+def _norms(vit: Any, kind: str) -> str:
+    """What makes its norms, in Python; `kind`: the library's class."""
+    return f"partial({kind}, eps={_eps(vit):g})"
+
+
+def _told_norms(vit: Any, library: str, kind: str) -> tuple[str, str, tuple[str, ...]]:
+    """(import, argument, note) for a library whose norms have another eps unless it is told."""
+    note = f"The eps of its norms is {_eps(vit):g}: without `norm_layer` {library} takes another."
+    return "from functools import partial\n\n", f", norm_layer={_norms(vit, kind)}", (note,)
 
 
 def _hidden(vit: Any) -> int:

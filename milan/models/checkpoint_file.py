@@ -35,7 +35,7 @@ class CheckpointFile:
     state: dict[str, torch.Tensor]
     """Weights by name, without what DDP, FSDP or torch.compile put before it."""
     config: dict[str, Any] = field(default_factory=dict)
-    """config.json of a folder of timm, transformers or open_clip."""
+    """config.json of timm, transformers or open_clip, which lies beside the weights."""
     processor: dict[str, Any] = field(default_factory=dict)
     """preprocessor_config.json beside it."""
     others: tuple[str, ...] = ()
@@ -53,7 +53,8 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     """Weights of a file (.pth, .pt, .bin, .safetensors) or a folder of timm, transformers or
     open_clip.
 
-    Raises ConfigError for what is no checkpoint, is damaged, or would need code of its own to load.
+    A file of such a folder is read as the folder is. Raises ConfigError for what is no checkpoint,
+    is damaged, or would need code of its own to load.
     """
     path = Path(path)
     if path.is_dir():
@@ -80,7 +81,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     if state is not content:
         others += [_described(key, part) for key, part in content.items() if part is not state]
     try:
-        return CheckpointFile(unwrapped(tensors), others=tuple(others))
+        return CheckpointFile(unwrapped(tensors), *_beside(path), tuple(others))
     except ValueError as error:
         raise ConfigError(f"{path} holds two networks in one: {error}") from None
 
@@ -134,7 +135,6 @@ def _folder(path: Path) -> CheckpointFile:
     """A folder as timm, transformers and open_clip leave it: config.json and weights, in one file
     or more."""
     clip = (path / CLIP_CONFIG).is_file()  # its repositories also have transformers' config.json
-    config = _json(path / (CLIP_CONFIG if clip else "config.json"))
     files = (*CLIP_FILES, *_FILES) if clip else _FILES
     if not clip and (path / _INDEX).is_file():
         parts = sorted(set(_json(path / _INDEX).get("weight_map", {}).values()))
@@ -148,7 +148,20 @@ def _folder(path: Path) -> CheckpointFile:
     state: dict[str, torch.Tensor] = {}
     for part in parts:
         state |= read_checkpoint(path / part).state
-    return CheckpointFile(state, config, _json(path / "preprocessor_config.json"))
+    return CheckpointFile(state, *_configs(path, clip))
+
+
+def _beside(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`_configs` of the folder, if the file has the name that weights have in one."""
+    if file.name in CLIP_FILES:
+        return _configs(file.parent, True)
+    return _configs(file.parent, False) if file.name in _FILES else ({}, {})
+
+
+def _configs(folder: Path, clip: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config.json or open_clip's, preprocessor_config.json) of a folder; empty where none is."""
+    config = folder / (CLIP_CONFIG if clip else "config.json")
+    return _json(config), _json(folder / "preprocessor_config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,23 +71,27 @@ def create_vit(
 ) -> Any:
     """A timm ViT without head, initialised as timm does; of RGB, unless it may have `any_channels`.
 
-    `args` override its arguments (patch_size, embed_dim, depth, num_heads, ...). Raises
-    ConfigError: unknown name or argument (the nearest are named), or a ViT of another kind.
+    `args` override its arguments (patch_size, embed_dim, depth, num_heads, ...); `norm_eps`, which
+    timm does not have, is the eps of all norms. Raises ConfigError: unknown name or argument (the
+    nearest are named), or a ViT of another kind.
     """
     if not timm.is_model(name):
         raise unknown_vit(f"unknown model {name!r}", name)
     if module_of(name) not in VIT_MODULES:
         raise unknown_vit(f"model {name} is no plain ViT", name)
     args = dict(args or {})
-    allowed = set(inspect.signature(VisionTransformer).parameters)
+    allowed = {*inspect.signature(VisionTransformer).parameters, "norm_eps"}
     for key in args:
         if key not in allowed:
             raise ConfigError(f"unknown model argument {key!r}", fix=nearest(key, allowed))
+    given = dict(args)
     try:
+        if "norm_eps" in args:
+            args["norm_layer"] = _norms(float(args.pop("norm_eps")))
         vit = timm.create_model(name, **{"img_size": img_size, "num_classes": 0, **args})
     except (AssertionError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ConfigError(
-            f"model {name} cannot be built with {args}: {e}",
+            f"model {name} cannot be built with {given}: {e}",
             expected="a plain ViT of timm, and arguments that it takes",
         ) from None
     why, fix = "", f"--model {_DEFAULT}"
@@ -119,6 +124,13 @@ def create_vit(
             fix=fix,
         )
     return vit
+
+
+def _norms(eps: float) -> Any:
+    """The layer of all norms of a ViT. Raises ValueError."""
+    if not 0 <= eps < 1:
+        raise ValueError("norm_eps is from 0 to 1")
+    return partial(nn.LayerNorm, eps=eps)
 
 
 def pretrained_vit(name: str, **args: Any) -> Any:

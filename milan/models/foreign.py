@@ -27,7 +27,6 @@ _KNOWN = {
 }  # fmt: skip
 """(width, depth, patch) -> the ViT of timm."""
 _HEAD = ("head.",)
-_EPS = 1e-6  # of timm's ViTs
 _NORMALISATIONS = {
     "ImageNet's": (MEAN, STD), HALVES: ((0.5,) * 3, (0.5,) * 3),
     "CLIP's": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -86,12 +85,15 @@ def read_foreign(path: str | Path) -> Weights:
             f"{path}, in {layout.title} layout, is no whole ViT: {odd}",
             expected=f"every weight of {model}, and no other",
         )
+    eps = file.config.get("layer_norm_eps", layout.norm_eps)
+    if eps and eps != vit.blocks[0].norm1.eps:
+        args["norm_eps"] = float(eps)
     mean, std, assumed = _normalisation(file, layout)
     said = [f"in {layout.title} layout ({layout.seen})"]
     if heads is None:
         said.append(f"heads are not in it: {vit.blocks[0].attn.num_heads} assumed")
-    if (eps := file.config.get("layer_norm_eps", _EPS)) != _EPS:
-        said.append(f"norms have eps {eps:g} there, and {_EPS:g} here")
+    if eps and "layer_norm_eps" not in file.config:
+        said.append(f"eps of the norms is not in it: {eps:g} assumed")
     if assumed:
         said.append(f"normalisation is not in it: {assumed} assumed")
     if layout.title == CLIP:

@@ -84,6 +84,9 @@ class Layout:
     """Beginnings of names of what is neither encoder nor decoder."""
     normalisation: str = "ImageNet's"
     """What its networks see, where the file does not say (milan.models.foreign)."""
+    norm_eps: float | None = None
+    """Of its networks' norms, where the file does not say; None: that of timm's ViT with such
+    weights."""
 
 
 _OUTSIDE = {name: name for name in (
@@ -184,7 +187,7 @@ LAYOUTS = (
     Layout(
         "transformers'", "embeddings.patch_embeddings", _any("embeddings.patch_embeddings."),
         TRANSFORMERS, _TRANSFORMERS_DECODER, ("vit.",), ("pooler.", "embeddings.mask_token"),
-        HALVES,
+        HALVES, norm_eps=1e-12,
     ),
     Layout(
         "RILS's", "visual.blocks.i, text_projection", _any("visual.blocks.0."), PLAIN,

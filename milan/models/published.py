@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def load_published(
                 "depth": shape["depth"],
                 "num_heads": shape["num_heads"],
                 "mlp_ratio": shape["mlp_ratio"],
-                "norm_layer": partial(nn.LayerNorm, eps=shape["norm_eps"]),
+                "norm_eps": shape["norm_eps"],
             },
         )
         decoder = Decoder(

@@ -57,6 +57,9 @@ def initialise_from(
     note = _adapt_channels(weights, student.encoder, config, law)
     state = _fitting(weights, student.encoder, config)
     note += _fold_normalisation(state, weights, law)
+    mine = student.encoder.blocks[0].norm1.eps
+    if (theirs := weights.args.get("norm_eps", mine)) != mine:
+        note += f", its norms with eps {mine:g} in place of {theirs:g}"
     student.encoder.load_state_dict(state, strict=True)
     decoder = "drawn by the seed"
     if weights.decoder is not None:

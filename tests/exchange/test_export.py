@@ -24,7 +24,7 @@ from torch import nn
 import milan
 from milan.errors import CacheError, ConfigError, MilanError
 from milan.models.classifier import CLASSIFIER, load_classifier, seeded_classifier
-from milan.models.encoder import build_encoder
+from milan.models.encoder import build_encoder, create_vit
 from milan.models.export import ENCODER, load_encoder, save_encoder
 from milan.models.foreign import read_foreign
 from milan.models.published import load_published
@@ -217,7 +217,6 @@ def test_mae_of_transformers_itself(tmp_path: Path) -> None:
         image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=256, decoder_hidden_size=32, decoder_num_hidden_layers=1,
         decoder_num_attention_heads=2, decoder_intermediate_size=128, mask_ratio=0.0,
-        layer_norm_eps=1e-6,
     )  # fmt: skip
     theirs = drawn(ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path)
@@ -230,6 +229,78 @@ def test_mae_of_transformers_itself(tmp_path: Path) -> None:
     assert found.decoder
     assert torch.equal(found.decoder["pred.weight"], theirs.decoder.decoder_pred.weight)
     assert "blocks.0.attn.qkv.weight" in found.decoder
+
+
+@pytest.mark.soak
+@torch.no_grad()
+def test_norms_of_another_eps(tmp_path: Path) -> None:
+    """It travels in the configuration, or in the Python that the card shows, with a note."""
+    vit = drawn(build_encoder(VIT, img_size=32, args=ARGS | {"norm_eps": 1e-3}))
+    (tmp_path / "run").mkdir()
+    told = about() | {"model_args": ARGS | {"norm_eps": 1e-3}}
+    save_encoder(tmp_path / "run" / ENCODER, vit.state_dict(), told)
+    x, notes = 0.1 * images(), Notes()
+    tokens = vit.forward_features(x)
+    close(load_encoder(tmp_path / "run").forward_features(x), tokens)
+
+    def use(format: str) -> dict[str, Any]:
+        out = tmp_path / format
+        made = milan.export(str(tmp_path / "run"), format=format, out=str(out), progress=notes)
+        found: dict[str, Any] = {}
+        if format not in ("mmpretrain", "detectron2"):
+            exec(made["use"], found)
+        return found
+
+    opened = use("timm")
+    close(opened["model"].forward_features(x), tokens)
+    other = (opened["same"](x).last_hidden_state - tokens).abs().max()
+    assert other > 1e-4, "the note is needed"
+    assert "is 0.001: without `norm_layer` timm takes another" in " ".join(notes.lines)
+    close(use("transformers")["model"](x).last_hidden_state, tokens)
+    close(use("torchvision")["model"](x), tokens[:, 0])
+    assert "without `norm_layer` torchvision takes another" in " ".join(notes.lines)
+    use("official")
+    assert "is 0.001, that of the authors' networks 1e-6" in " ".join(notes.lines)
+    use("mmpretrain")
+    settings: dict[str, Any] = {}
+    exec((tmp_path / "mmpretrain/config.py").read_text(), settings)
+    assert settings["model"]["backbone"]["norm_cfg"] == {"type": "LN", "eps": 1e-3}
+    use("detectron2")
+    assert "LayerNorm, eps=0.001)" in (tmp_path / "detectron2/config.py").read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+@torch.no_grad()
+def test_eps_of_transformers(eps: float, tmp_path: Path) -> None:
+    """Features are those of the library's own ViT: by its config.json, for the folder and for its
+    file; a file alone has the library's default, and the note says so."""
+    from transformers import ViTConfig, ViTModel
+
+    theirs = drawn(ViTModel(ViTConfig(
+        image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+        intermediate_size=256, layer_norm_eps=eps,
+    )))  # fmt: skip
+    theirs.embeddings.requires_grad_(False)
+    for parameter in theirs.embeddings.parameters():
+        parameter *= 0.01  # small tokens, in whose norms eps counts
+    theirs.save_pretrained(tmp_path / "whole")
+    expected = theirs(images()).last_hidden_state
+
+    def features(path: Path, **args: Any) -> Any:
+        found = read_foreign(path)
+        vit = create_vit(found.model, img_size=found.size, args=found.args | args)
+        vit.load_state_dict(found.encoder)
+        return vit.eval().forward_features(images())
+
+    weights = tmp_path / "whole/model.safetensors"
+    for path in (tmp_path / "whole", weights):
+        close(features(path), expected)
+        assert "eps" not in read_foreign(path).said
+    assert (features(weights, norm_eps=1e-6) - expected).abs().max() > MOST, "it counts"
+    alone = Path(shutil.copy(weights, tmp_path))
+    assert "eps of the norms is not in it: 1e-12 assumed" in read_foreign(alone).said
+    assert ((features(alone) - expected).abs().max() <= MOST) == (eps == 1e-12)
 
 
 @torch.no_grad()
