@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from browser import Browser
+
     from milan.store.cache import TargetCache
 
 pytest_plugins = ["s3"]
@@ -188,6 +190,19 @@ def shared_data() -> Path:
     if not SHARED.exists():
         pytest.skip("../shared/data is absent: CIFAR-10 and ImageNet photographs are not tested")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium without a window; tests of pages skip where it is absent."""
+    from browser import Browser, find_browser
+
+    program = find_browser()
+    if not program:
+        pytest.skip("no Chromium on this machine: pages are not looked at (apt install chromium)")
+    opened = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

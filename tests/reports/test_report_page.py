@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from browser import Browser, find_browser
+from browser import Browser
 from helpers import SMALL, log_of, run_here
 from PIL import Image
 from torch.nn import functional as F
@@ -396,16 +396,6 @@ def test_what_cannot_be_reported(runs: dict[str, Path], store: Path, tmp_path: P
 
 
 # --- in a browser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_browser()
-    if not program:
-        pytest.skip("no Chromium on this machine: pages are not looked at (apt install chromium)")
-    opened = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield opened
-    opened.close()
 
 
 FOCUS = "document.activeElement"
