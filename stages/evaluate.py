@@ -124,7 +124,7 @@ Shown = tuple[tuple[str, ...], list[tuple[Any, ...]]]
 
 def _of_one(metrics: dict[str, Any], path: Path) -> Shown:
     """Figures with their intervals, and those of the baseline beside them."""
-    from milan.evaluation.table import not_measured, rows_of
+    from milan.evaluation.table import rows_of
 
     shown = [
         key
@@ -135,21 +135,18 @@ def _of_one(metrics: dict[str, Any], path: Path) -> Shown:
     columns = rows_of(named)[::-1]
     rows = [(key.replace("_", " "), *(_cell(c, key) for c in columns)) for key in shown]
     blank = ("",) * (len(columns) - 1)
-    rows += [("baseline", line)] if (line := not_measured(named)) else []
     return ("what", "", *blank), [*rows, ("metrics", path, *blank)]
 
 
 def _of_several(metrics: dict[str, dict[str, Any]], protocol: Protocol) -> Shown:
     """A row a checkpoint, and for each baseline once."""
-    from milan.evaluation.table import not_measured, rows_of
+    from milan.evaluation.table import rows_of
 
     rows = rows_of(metrics)
     shown = [(column.key, column.heading) for column in protocol.columns]
     robust = {"corrupted_top1": "corrupted %", "corrupted_share": "of clean %"}
     shown += [(key, heading) for key, heading in robust.items() if key in rows[-1]]
     cells = [(row["checkpoint"], *(_cell(row, key) for key, _ in shown)) for row in rows]
-    if line := not_measured(metrics):
-        cells.insert(0, (line, *("-" for _ in shown)))
     return ("checkpoint", *(heading for _, heading in shown)), cells
 
 

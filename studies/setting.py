@@ -29,7 +29,7 @@ PROBES: dict[str, tuple[str, str, dict[str, Any]]] = {
 TUNING: dict[str, Any] = {
     "batch_size": 64, "lr": 1e-3, "warmup_epochs": 0.5, "mixup": 0.0, "cutmix": 0.0,
     "auto_augment": "none", "erasing": 0.0, "scale": (0.6, 1.0), "num_workers": 0,
-    "report_to": "none",
+    "report_to": "none", "baseline": "none",
 }  # fmt: skip
 """A short fine-tuning of all weights."""
 

@@ -341,9 +341,9 @@ class SupervisedConfig(LabelledConfig):
     """How often all ranks restart from the last checkpoint after one crashed."""
     overwrite: bool = setting(False, identity=False)
     """Replace a run of other settings."""
-    baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
-    """What is trained for comparison: random (the same network as timm initialises it, for twice
-    the hours), or none; auto: nothing, and the metrics say so."""
+    baseline: str = setting("random", identity=False, choices=("random", "none"))
+    """What is trained afterwards for comparison: random (the same network as timm initialises it,
+    in as many hours again), or none."""
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
@@ -558,9 +558,6 @@ class SegmentConfig(SupervisedConfig):
     """With checkpoint teacher: its weights, as in extract-targets."""
     teacher_norm: str | None = setting(None, identity=False, auto=True)
     """With checkpoint teacher: imagenet, own or auto, as in extract-targets."""
-    baseline: str | None = setting(None, identity=False, auto=True, choices=("random", "none"))
-    """What is trained for comparison: random (the same network as timm initialises it), or none;
-    auto: random (linear), or nothing, and the metrics say so (upernet)."""
 
     @property
     def takes_teacher(self) -> bool:
@@ -599,5 +596,4 @@ class SegmentConfig(SupervisedConfig):
             "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
         }
         missing = {name: v for name, v in values.items() if getattr(self, name) is None}
-        baseline = self.baseline or ("random" if self.protocol == "linear" else None)
-        return replace(self, **missing, baseline=baseline)
+        return replace(self, **missing)

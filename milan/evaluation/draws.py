@@ -27,7 +27,6 @@ from milan.core.progress import Progress
 from milan.errors import ConfigError
 from milan.evaluation.config import ClassificationConfig
 from milan.evaluation.protocols import Column
-from milan.evaluation.table import NOT_MEASURED
 from milan.images.manifest import Manifest
 
 _LINES = "the name of an image in each line"
@@ -199,7 +198,7 @@ def over_draws(metrics: list[dict[str, Any]], columns: Sequence[Column]) -> dict
     for key in ("corrupted_top1", "corrupted_share", "corruptions"):
         if key in metrics[0]:
             merged[key] = _mean([one[key] for one in metrics])
-    if "baseline" in metrics[0] and NOT_MEASURED not in metrics[0]["baseline"]:
+    if "baseline" in metrics[0]:
         merged["baseline"] = over_draws([one["baseline"] for one in metrics], columns)
     same = {
         key: value

@@ -103,7 +103,7 @@ def _whole(metrics: dict[str, Any], config: LabelledConfig, write: bool) -> dict
 
 def _train_all(
     protocol: Protocol,
-    configs: Sequence[LabelledConfig],
+    configs: Sequence[Any],
     run: Callable[[LabelledConfig], dict[str, Any]],
     stop: Stop | None,
     progress: Progress | None,
@@ -118,20 +118,41 @@ def _train_all(
             expected="one: they meet once",
             fix="a line for each checkpoint and draw (--first-draw)",
         )
-    for config in configs if len(configs) > 1 else []:  # a bad one is found before hours of work
-        if config.checkpoint not in ("random", "teacher"):
-            find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
+    shapes = _shapes(configs) if len(configs) > 1 else {}
+    beside: dict[str | None, dict[str, Any]] = {}  # the baseline of a shape
     by_checkpoint: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         if progress and len(configs) > 1:
             progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
+        shape = shapes.get(config.checkpoint)
+        if isinstance(config, SupervisedConfig) and (shape in beside or "random" in shapes):
+            config = replace(config, baseline="none")
         metrics = _train(protocol, config, run, stop, progress)
         if "stopped_by" in metrics or not metrics:
             return {config.checkpoint: metrics}
+        if "baseline" in metrics:
+            beside[shape] = metrics["baseline"] | {"like": config.checkpoint}
+        if shape in beside:
+            metrics["baseline"] = beside[shape]
         by_checkpoint[config.checkpoint] = metrics
         if write:
             _write(protocol, config, metrics)
     return by_checkpoint
+
+
+def _shapes(configs: Sequence[LabelledConfig]) -> dict[str, str]:
+    """What a baseline has of each checkpoint, by name: a bad one is found before hours of work, and
+    those of one shape have one baseline."""
+    shapes = {}
+    for config in configs:
+        if config.checkpoint in ("random", "teacher"):
+            shapes[config.checkpoint] = config.checkpoint
+        else:
+            weights = find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
+            values = [weights.model, weights.args, weights.size, weights.channels]
+            values += [list(weights.mean), list(weights.std)]
+            shapes[config.checkpoint] = digest_of(values)
+    return shapes
 
 
 def _train(

@@ -9,20 +9,17 @@ from typing import Any
 
 from milan.core.atomic import write_json, write_text
 
-NOT_MEASURED = "not_measured"
-"""In a baseline that has no figures: how to get them."""
-
 
 def rows_of(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics of checkpoints (name -> metrics) as rows; `checkpoint` is the name of each.
 
-    Baselines that were measured come first. Checkpoints of one shape have the same random one; a
+    Baselines come first. Checkpoints of one shape have the same random one; a
     teacher is like none.
     """
     beside = {
         other.get("like", ""): {key: value for key, value in other.items() if key != "like"}
         for one in metrics.values()
-        if (other := one.get("baseline")) and NOT_MEASURED not in other
+        if (other := one.get("baseline"))
     }
     rows = [
         {**other, "checkpoint": other["checkpoint"] + (f", like {like}" if len(beside) > 1 else "")}
@@ -30,17 +27,6 @@ def rows_of(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if not any(other.items() <= one.items() for one in metrics.values())  # it was asked for too
     ]
     return rows + [{**one, "checkpoint": name} for name, one in metrics.items()]
-
-
-def not_measured(metrics: dict[str, dict[str, Any]]) -> str | None:
-    """The baseline that nobody measured, and how to, in a line; None if it was, or if nobody wants
-    it. One of the checkpoints may be it."""
-    baselines = [one["baseline"] for one in metrics.values() if "baseline" in one]
-    there = {one.get("checkpoint") for one in metrics.values()}
-    for other in baselines:
-        if NOT_MEASURED in other and other["checkpoint"] not in there:
-            return f"{other['checkpoint']}: not measured; {other[NOT_MEASURED]}"
-    return None
 
 
 def write_table(path: Path, metrics: dict[str, dict[str, Any]]) -> None:

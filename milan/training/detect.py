@@ -44,7 +44,7 @@ from milan.training.supervised import (
     initial_weights,
     load_weights,
 )
-from milan.training.supervised_run import beside_random, train_supervised
+from milan.training.supervised_run import train_supervised
 
 _PICTURES = 4  # images of a sheet
 _DROPS = (163_889 / 184_375, 177_546 / 184_375)  # of the run (mask_rcnn_vitdet_b_100ep.py)
@@ -66,8 +66,7 @@ def detect(
     raises as milan.training.supervised_run.train_supervised.
     """
     config = from_call(DetectConfig, "checkpoint", checkpoint, settings, "detect")
-    metrics = train_supervised(Detect, config, stop=stop, progress=progress)
-    return beside_random(metrics, Detect, config, stop=stop, progress=progress)
+    return train_supervised(Detect, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from milan.training.supervised import (
     SupervisedTask,
     load_weights,
 )
-from milan.training.supervised_run import beside_random, train_supervised
+from milan.training.supervised_run import train_supervised
 
 
 def finetune(
@@ -62,8 +62,7 @@ def finetune(
     milan.training.supervised_run.train_supervised.
     """
     config = from_call(FinetuneConfig, "checkpoint", checkpoint, settings, "finetune")
-    metrics = train_supervised(Finetune, config, stop=stop, progress=progress)
-    return beside_random(metrics, Finetune, config, stop=stop, progress=progress)
+    return train_supervised(Finetune, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from milan.training.supervised import (
     initial_weights,
     load_weights,
 )
-from milan.training.supervised_run import beside_random, train_supervised
+from milan.training.supervised_run import train_supervised
 
 _SIZE = 512  # of crops and windows (DINOv3, MAE)
 _PICTURES = 6
@@ -83,8 +83,7 @@ def segment(
     config = from_call(SegmentConfig, "checkpoint", checkpoint, settings, "segment").published()
     require_torchmetrics()
     protocol = partial(Segment, load=load)
-    metrics = train_supervised(protocol, config, stop=stop, progress=progress)
-    return beside_random(metrics, Segment, config, stop=stop, progress=progress)
+    return train_supervised(protocol, config, stop=stop, progress=progress)
 
 
 @dataclass(frozen=True)

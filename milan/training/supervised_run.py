@@ -27,6 +27,7 @@ from milan.core.launch import as_rank, launch
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
+from milan.core.units import format_duration
 from milan.core.versions import version
 from milan.core.waiting import Stopped
 from milan.data.feeding import loader_cores
@@ -35,7 +36,6 @@ from milan.data.order import Order
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError, DataError
 from milan.evaluation.config import SupervisedConfig
-from milan.evaluation.table import NOT_MEASURED
 from milan.images.channels import Channels
 from milan.images.manifest import resolve_data
 from milan.models.export import CHANNELS, is_whole, save_encoder
@@ -69,7 +69,6 @@ _PLACES = (
     "corruptions", "student_data", "val_student_data", "baseline",
 )  # fmt: skip
 """Settings that no recipe has."""
-_HOW = "--baseline random trains it too, which takes as long again"
 _SPEED = ("images_per_second", "seconds", "device")
 """Of the metrics, what a call that trains nothing does not know."""
 
@@ -81,10 +80,11 @@ def train_supervised(
     stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train and measure; called again it goes on from the newest checkpoint.
+    """Train and measure, and then a baseline; called again it goes on from the newest checkpoint.
 
     With several GPUs it starts a rank for each. Returns the metrics of the last validation, which
-    lie in the run's folder too; ranks after the first return {}. Asked to stop, or by SIGINT,
+    lie in the run's folder too, and as `baseline` those of the same network as timm initialises
+    it, trained alike; ranks after the first return {}. Asked to stop, or by SIGINT,
     SIGTERM or SIGUSR1, it finishes its step, writes a checkpoint and returns {"stopped_by":
     signal}. Raises MilanError, and RankError if other ranks are out of reach.
     """
@@ -105,46 +105,39 @@ def train_supervised(
                 restart_arguments=lambda: {"config": goes_on} if begun() else {},
                 progress=progress,
             )
-        with (
-            as_rank(given, device, stop=stop, progress=progress) as (ranks, own),
-            ExitStack() as until_end,
-        ):
+        with as_rank(given, device, stop=stop, progress=progress) as (ranks, own):
             context = Context(config.run, own, ranks, progress, stop)
-            with as_train_error(context.run, None):
-                figures = _train(protocol(config), context, until_end)
-                return figures if ranks.is_rank0 else {}
+            metrics = _with_baseline(protocol, config, context)
+            return metrics if ranks.is_rank0 else {}
     except Stopped as stopped:
         return {"stopped_by": stopped.by}
 
 
-def beside_random(
-    metrics: dict[str, Any],
-    protocol: Callable[[Any], Supervised],
-    config: SupervisedConfig,
-    *,
-    stop: Stop | None,
-    progress: Progress | None,
+def _with_baseline(
+    protocol: Callable[[Any], Supervised], config: SupervisedConfig, context: Context
 ) -> dict[str, Any]:
-    """The `metrics` of train_supervised, and as `baseline` the same of a network as timm
-    initialises it, trained alike in the folder `random` of the run, if the settings ask for it; if
-    they say nothing, that it was not trained, and how to (table.NOT_MEASURED)."""
-    if not metrics or "stopped_by" in metrics or config.baseline == "none":
+    """The metrics of `_train`, and as `baseline` those of the same network as timm initialises it,
+    trained alike in the folder `random` of the run, if the settings ask for it."""
+    progress = context.progress
+    with ExitStack() as until_end, as_train_error(context.run, None):
+        metrics = _train(protocol(config), context, until_end)
+    if "stopped_by" in metrics or config.baseline == "none":
         return metrics
     if config.checkpoint in ("random", "teacher"):
         return metrics
-    if config.baseline is None:
-        return metrics | {"baseline": {"checkpoint": "random", NOT_MEASURED: _HOW}}
-    if Ranks.from_environment():
-        if progress:
-            progress.note("no baseline: ranks that others started train one network")
-        return metrics
-    like = None if config.checkpoint.startswith("published") else config.checkpoint
-    other = replace(
-        config, checkpoint="random", like=like, out=str(config.run / "random.json"), baseline="none"
+    rate = metrics.get("images_per_second")
+    takes = (
+        f", about {format_duration(metrics['train_images'] * config.epochs / rate)}" if rate else ""
     )
-    if progress:
-        progress.note("baseline: the same network as timm initialises it")
-    beside = train_supervised(protocol, other, stop=stop, progress=progress)
+    progress.note(
+        f"measured: {config.run / METRICS}; now the baseline, the same network as timm initialises "
+        f"it{takes} (--baseline none leaves it out)"
+    )
+    like = None if config.checkpoint.startswith("published") else config.checkpoint
+    run = config.run / "random"
+    other = replace(config, checkpoint="random", like=like, out=f"{run}.json", baseline="none")
+    with ExitStack() as until_end, as_train_error(run, None):
+        beside = _train(protocol(other), replace(context, run=run), until_end)
     return beside if "stopped_by" in beside else metrics | {"baseline": beside}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,9 @@ def test_ranks_measure_several(protocol: str, place: Path, tmp_path: Path) -> No
     assert tables[1] == tables[2]
 
 
-def test_several_are_fine_tuned(place: Path, tmp_path: Path) -> None:
-    """One after the other, each in the folder in which it would be alone."""
+def test_several_are_fine_tuned(place: Path) -> None:
+    """One after the other, each in the folder in which it would be alone; those of one shape share
+    the baseline that was trained beside the first."""
     done = run_here(
         "finetune", "--checkpoint", "a,b", "--data", "photos", "--epochs", "1", "--batch-size", "8",
         "--num-workers", "0", "--report-to", "none", "--set", "warmup_epochs=0", "--size", "16",
@@ -155,7 +157,12 @@ def test_several_are_fine_tuned(place: Path, tmp_path: Path) -> None:
         assert (place / name / "finetune/classifier.safetensors").is_file()
         assert json.loads((place / name / "finetune.json").read_text())["checkpoint"] == name
     assert "│ b " in done.out
-    assert "random: not measured; --baseline random" in " ".join(done.out.split())
+    one, other = (json.loads((place / x / "finetune.json").read_text())["baseline"] for x in "ab")
+    assert one == other
+    assert (one["checkpoint"], one["like"]) == ("random", "a")
+    assert one["run"].endswith("a/finetune/random")
+    assert not (place / "b/finetune/random").exists()
+    assert done.out.count("│ random ") == 1
 
 
 def tuned(place: Path, *more: str) -> Any:
@@ -167,28 +174,30 @@ def tuned(place: Path, *more: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("flags", "line", "left"),
+    ("flags", "beside"),
     [
-        ((), True, True),
-        (("--baseline", "none"), False, False),
-        (("--checkpoint", "random", "--like", "b"), False, False),
+        (("--checkpoint", "b"), "random"),
+        (("--checkpoint", "b", "--baseline", "none"), None),
+        (("--checkpoint", "random", "--like", "b"), None),
     ],
 )
-def test_a_baseline_that_is_not_trained_is_named(
-    flags: tuple[str, ...], line: bool, left: bool, place: Path
+def test_a_baseline_is_trained_beside(
+    flags: tuple[str, ...], beside: str | None, place: Path
 ) -> None:
-    """Table and metrics say that it was not measured and how to, unless nobody wants it."""
-    done = tuned(place, "--checkpoint", "b", *flags)
+    """By default, and after the result, which is in the run's folder by then."""
+    shutil.rmtree(place / "tuned", ignore_errors=True)
+    done = tuned(place, *flags)
     assert (done.code, done.err) == (0, ""), done.err
-    assert ("random: not measured; --baseline random trains it" in done.out) == line
     metrics = json.loads((place / "tuned.json").read_text())
-    assert ("not_measured" in metrics.get("baseline", {})) == left
+    assert metrics.get("baseline", {}).get("checkpoint") == beside
+    assert (place / "tuned/random/classifier.safetensors").exists() == bool(beside)
+    assert ("measured: tuned/metrics.json; now the baseline" in done.out) == bool(beside)
 
 
 def test_the_baseline_of_draws(place: Path) -> None:
     """Its figures are means over the same draws, of the same corrupted images."""
     done = tuned(
-        place, "--checkpoint", "b", "--baseline", "random", "--shots", "2", "--draws", "2",
+        place, "--checkpoint", "b", "--shots", "2", "--draws", "2",
         "--batch-size", "4", "--corruptions",
     )  # fmt: skip
     assert (done.code, done.err) == (0, ""), done.err
