@@ -122,12 +122,12 @@ class CachedSentences(JointObjective, FeatureRegression):
 
         Raises CacheError and DataError for a store without the sentences, before a run begins.
         """
-        measured, _ = self.measured, self.bank
+        measured, (_, numbers) = self.measured, self.bank
         effective = measured.effective(self.teacher_tau)
         notes = [
-            f"sentences: cosines of patches {measured.mean:.3f} ± {measured.spread:.3f} over "
-            f"{measured.texts:,} texts; at temperature {self.teacher_tau:g} a target spreads over "
-            f"{effective:,.1f} of them"
+            f"sentences: {len(numbers):,} in every step; cosines of patches {measured.mean:.3f} ± "
+            f"{measured.spread:.3f} over {measured.texts:,} texts; at temperature "
+            f"{self.teacher_tau:g} a target spreads over {effective:,.1f} of them"
         ]
         if effective > _UNIFORM * measured.texts:
             notes.append(
