@@ -33,8 +33,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from milan.core.bilinear import bilinear
 from milan.core.device import MEAN, STD
-from milan.core.resizing import bilinear
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
 from milan.models.export import CHANNELS, load_whole, read_about

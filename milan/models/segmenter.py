@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from milan.core.bilinear import bilinear
 from milan.core.device import network_input
-from milan.core.resizing import bilinear
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import VIT_MODULES, create_vit, module_of
 from milan.models.export import CHANNELS, load_whole, read_about

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from milan.core import rng
+from milan.core.bilinear import bilinear
 from milan.core.device import copy_to
 from milan.core.paths import probe, read_below
-from milan.core.resizing import bilinear
 from milan.core.retry import described
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind

@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.transforms import functional as colours
 
 from milan.core import rng
+from milan.core.bilinear import bilinear
 from milan.core.device import copy_to
-from milan.core.resizing import bilinear
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import DataError, ImageFault

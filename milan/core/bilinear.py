@@ -1,4 +1,7 @@
-"""Pillow's bilinear filter for pixels and for channels of floats alike."""
+"""Pillow's bilinear filter for pixels and for channels of floats alike: what segmenters and
+detectors see, in training as in use. Views are resized by the law of views, which is bicubic
+(milan.images.views).
+"""
 
 from __future__ import annotations
 
