@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_average_precision
 
 from milan.core.progress import NoProgress
 from milan.evaluation.box_splits import open_boxes
@@ -52,8 +53,8 @@ def labels_of(boxes: BoxSet, patch: int) -> torch.Tensor:
     for image, shape in enumerate(boxes.shapes):
         scale = SIZE / shape.max()
         there = boxes.of_image(image)
-        found = zip(boxes.boxes[there] * scale, boxes.labels[there], strict=True)
-        largest_first = sorted(found, key=lambda one: -np.prod(one[0][2:] - one[0][:2]))
+        objects = zip(boxes.boxes[there] * scale, boxes.labels[there], strict=True)
+        largest_first = sorted(objects, key=lambda one: -np.prod(one[0][2:] - one[0][:2]))
         for (left, top, right, bottom), label in largest_first:
             rows, columns = (at >= top) & (at <= bottom), (at >= left) & (at <= right)
             labels[image][np.ix_(rows, columns)] = label + 1
@@ -106,9 +107,7 @@ def fitted(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.T
     scores = val_x @ torch.linalg.solve(x.T @ x + penalty, x.T @ y)
     shown = [float((scores.argmax(1) == val_y).double().mean())]
     for number in range(1, classes):
-        hits = (val_y[scores[:, number].argsort(descending=True)] == number).double()
-        precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-        shown.append(float((precision * hits).sum() / hits.sum()))
+        shown.append(float(binary_average_precision(scores[:, number], (val_y == number).long())))
     return [f"{100 * value:.1f}" for value in shown]
 
 
