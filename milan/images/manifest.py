@@ -25,7 +25,8 @@ from milan.core.paths import AnyPath, as_data_error, as_path, check_unicode, is_
 from milan.errors import DataError
 from milan.images.classes import ClassTable, class_name
 from milan.images.formats import extensions
-from milan.images.listing import SCHEMA, Listing, list_images
+from milan.images.listing import Listing, list_images
+from milan.images.rows import SCHEMA
 from milan.images.splits import WantedSplit, show_counts
 from milan.images.tars import BETWEEN_CAPTIONS
 

@@ -22,9 +22,9 @@ from milan.errors import DataError, ImageFault
 from milan.images.classes import class_name
 from milan.images.decode import orientation_of
 from milan.images.formats import open_picture
-from milan.images.listing import parquet_below
 from milan.images.manifest import Manifest, build_manifest, describe_source
 from milan.images.pairing import FilesBeside, stem_of
+from milan.images.parquet import parquet_below
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 from milan.core.paths import AnyPath, answered, as_path, probe, read_below
 from milan.core.retry import described
 from milan.errors import ImageFault
-from milan.images.listing import parquet_below, read_bytes
 from milan.images.manifest import Manifest
+from milan.images.parquet import parquet_below, read_bytes
 
 _CACHE_BYTES = 512 << 20  # two of the manifest's shuffle windows
 

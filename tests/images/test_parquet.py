@@ -16,7 +16,7 @@ from helpers import CASES
 
 from milan.core.paths import LFS_POINTER
 from milan.errors import DataError
-from milan.images import listing
+from milan.images import parquet
 from milan.images.manifest import build_manifest
 from milan.images.source import ImageSource
 
@@ -156,9 +156,9 @@ def test_row_groups_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     data = [bytes([i]) * 1000 for i in range(50)]
     column = images(pa.array(data), pa.array([f"{i}.jpg" for i in range(50)]))
     path = write(tmp_path / "x.parquet", [("image", column)])
-    monkeypatch.setattr(listing, "_PIECE_BYTES", 7000)
-    with listing.parquet_below(tmp_path, path.name) as reader:
-        pieces = listing.read_bytes(reader, 0)
+    monkeypatch.setattr(parquet, "_PIECE_BYTES", 7000)
+    with parquet.parquet_below(tmp_path, path.name) as reader:
+        pieces = parquet.read_bytes(reader, 0)
     assert 5 < pieces.num_chunks < 50
     assert pieces.to_pylist() == data
     manifest = build_manifest(path, seed=0)
