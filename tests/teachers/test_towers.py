@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,99 +18,35 @@ import pytest
 import timm
 import torch
 from counting import GPU, fake_gpu, to_gpu
-from helpers import TEACHER
+from helpers import TEACHER, Notes
 from safetensors.torch import save_file
-from timm.models import DefaultCfg, model_entrypoint, register_model
+from small_towers import (
+    CLASS_TOKENS,
+    CLIPS,
+    POOLED,
+    alone,
+    check,
+    clip_config,
+    last_attention,
+    pool_attention,
+    sharp,
+    small,
+    without_custom_text,
+)
+from timm.models import model_entrypoint, register_model
 from torch.nn import functional as F
 
 import pipeline.teachers.timm_vit
-from milan.core.progress import NoProgress
 from milan.data.dataset import open_cache
 from milan.errors import TeacherError
 from milan.models.state_dict import weights_digest
 from milan.store.codecs import codec_of
 from pipeline.extract import extract_targets
 from pipeline.extraction.worker import targets_of
-from pipeline.teachers.load import Teacher, load_teacher
+from pipeline.teachers.load import load_teacher
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.towers import TimmTower
 from pipeline.teachers.weights import read_weights
-
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-
-default_cfgs: dict[str, DefaultCfg] = {}  # where timm looks for those of this module's models
-
-
-def small(name: str, real: str, **args: Any) -> None:
-    """Register timm's `real` model as `name`, small: its own settings but for SMALL and `args`."""
-
-    def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        return model_entrypoint(real)(pretrained, **{**SMALL, **args, **kwargs})
-
-    build.__name__ = build.__qualname__ = name
-    cfg = replace(timm.get_pretrained_cfg(real), tag=None, url=None, hf_hub_id=None)
-    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
-    register_model(build)
-
-
-# name -> (timm's model, what is set beside SMALL); only those that this timm has
-VITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "small_vit": ("vit_small_patch16_224", {}),
-    "small_norms": ("vit_small_patch16_224", {"qk_norm": True, "qkv_bias": False}),
-    "small_clip": ("vit_base_patch16_clip_224", {}),  # norm before the blocks
-    "small_dinov2": ("vit_small_patch14_reg4_dinov2", {}),  # four registers, LayerScale
-    "small_dinov3": ("vit_small_patch16_dinov3", {}),  # rotary positions, four registers
-    "small_dinov3_qkvb": ("vit_small_patch16_dinov3_qkvb", {}),
-    "small_eva": ("eva_giant_patch14_224", {}),  # no key bias
-    "small_eva02": ("eva02_base_patch14_224", {}),  # rotary, separate projections, inner norms
-    "small_mixed": ("vit_small_patch16_rope_mixed_224", {}),  # rotary, learned, another a block
-    "small_grouped": (
-        "vit_base_patch16_sapiens2",
-        {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 64},
-    ),
-    "small_beit": ("beit_base_patch16_224", {}),  # position biases, the norm behind the average
-    "small_distilled": ("deit_small_distilled_patch16_224", {}),  # a second class token
-}
-CLASS_TOKENS = [name for name, (real, _) in VITS.items() if timm.is_model(real)]
-CLIPS: dict[str, tuple[str, str, str | None]] = {
-    # name -> timm's model, timm_pool, timm_proj, as in open_clip's configs
-    "eva_clip": ("eva02_base_patch16_clip_224", "token", None),  # EVA02-B-16
-    "siglip": ("vit_base_patch16_siglip_224", "map", "none"),  # ViT-B-16-SigLIP
-    "pe": ("vit_pe_core_base_patch16_224", "map", None),  # PE-Core-B-16: a class token, not used
-    "gap": ("vit_medium_patch16_gap_256", "", "linear"),
-    "avg": ("vit_base_patch16_224", "avg", "mlp"),  # a class token, not used
-}
-POOLED = [name for name, (real, _, _) in CLIPS.items() if timm.is_model(real)]
-for _name in CLASS_TOKENS:
-    small(_name, VITS[_name][0], **VITS[_name][1])
-for _name in POOLED:
-    small(f"small_{_name}_trunk", CLIPS[_name][0])
-small("small_siglip_gap", "vit_base_patch16_siglip_gap_224")
-
-
-def clip_config(name: str) -> dict:
-    _, pool, proj = CLIPS[name]
-    embed = 48 if proj == "none" else 24
-    vision = {
-        "image_size": 32, "timm_model_name": f"small_{name}_trunk", "timm_pool": pool,
-        "timm_proj": proj,
-    }  # fmt: skip
-    return {**TEACHER, "embed_dim": embed, "vision_cfg": vision, "custom_text": True}
-
-
-def sharp(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Queries and keys of random weights, made large: else attention is nearly flat.
-
-    Everything else is moved off its initial value, or zero biases and unit norms would prove
-    nothing.
-    """
-    draw = torch.Generator().manual_seed(5)
-    found = {}
-    for key, value in state.items():
-        value = value.float() + 0.1 * torch.randn(value.shape, generator=draw)
-        attends = ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn_pool.q.", "attn_pool.kv")
-        found[key] = value * 3 if any(part in key for part in attends) else value
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
             torch.manual_seed(2)
             if name in CLIPS:
                 config.write_text(json.dumps(clip_config(name)))
-                visual = open_clip.CustomTextCLIP(**_plain(clip_config(name))).visual
+                visual = open_clip.CustomTextCLIP(**without_custom_text(clip_config(name))).visual
                 state = {f"visual.{k}": v for k, v in visual.state_dict().items()}
             else:
                 state = timm.create_model(name, num_classes=0).state_dict()
@@ -137,69 +72,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return spec
 
 
-def _plain(config: dict) -> dict:
-    return {k: v for k, v in config.items() if k != "custom_text"}
-
-
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     """Five normalised images."""
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-def alone(name: str, teacher: Teacher) -> Any:
-    """The same model by timm or open_clip alone, its attention written out: the witness."""
-    if name in CLIPS:
-        model = open_clip.CustomTextCLIP(**_plain(clip_config(name))).visual
-    else:
-        model = timm.create_model(name, num_classes=0)
-    model.load_state_dict(teacher.visual.state_dict())
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    return model.eval()
-
-
-@torch.no_grad()
-def last_attention(trunk: Any, images: torch.Tensor) -> torch.Tensor:
-    """All of the last block's attention [B, T, T], mean over heads, as the block computes it."""
-    seen: list[torch.Tensor] = []
-    drop = trunk.blocks[-1].attn.attn_drop
-    handle = drop.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    trunk.forward_features(images)
-    handle.remove()
-    return seen[0].mean(dim=1)
-
-
-@torch.no_grad()
-def pool_attention(trunk: Any, images: torch.Tensor) -> torch.Tensor:
-    """The pooling query's attention [B, keys], mean over heads, by the equations."""
-    seen: list[torch.Tensor] = []
-    pool = trunk.attn_pool
-    handle = pool.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    trunk(images)
-    handle.remove()
-    x, heads = seen[0], pool.num_heads
-    width = x.shape[-1]
-    q = (pool.latent[0] @ pool.q.weight.T + pool.q.bias).view(heads, -1)
-    k = (x @ pool.kv.weight[:width].T + pool.kv.bias[:width]).view(*x.shape[:2], heads, -1)
-    logits = torch.einsum("hd,bthd->bht", q, k) / (width // heads) ** 0.5
-    return logits.softmax(dim=-1).mean(dim=1)
-
-
-def check(
-    teacher: Teacher, images: torch.Tensor, tokens: torch.Tensor, attention: torch.Tensor
-) -> None:
-    """The teacher says `tokens` and `attention`; and they are such that a mistake would show."""
-    found, seen = teacher.forward(images)
-    assert found.shape == (5, 17, teacher.channels) == tokens.shape
-    assert seen.shape == (5, 16) == attention.shape
-    assert found.dtype == seen.dtype == torch.float32
-    assert (found - tokens).abs().max() <= 2e-5 * tokens.abs().max()
-    assert (seen - attention).abs().max() <= 2e-6
-    assert (seen > 0).all()
-    assert attention.std() > 0.005, "this attention is too flat to tell anything apart"
-    assert (tokens[:, 0] - tokens[:, 1:].mean(dim=1)).abs().max() > 1e-2 * tokens.abs().max()
 
 
 # --- a class token --------------------------------------------------------------------------------
@@ -500,7 +376,7 @@ def test_a_local_dir_with_a_timm_tower(files: Any, images: torch.Tensor, tmp_pat
     """The layout of open_clip's hub: the way SigLIP and EVA-CLIP come from there."""
     spec = files("siglip")
     expected = load_teacher(spec, device="cpu")
-    model = open_clip.CustomTextCLIP(**_plain(clip_config("siglip")))
+    model = open_clip.CustomTextCLIP(**without_custom_text(clip_config("siglip")))
     model.visual.load_state_dict(expected.visual.state_dict())
     folder = tmp_path / "hub"
     folder.mkdir()
@@ -623,20 +499,10 @@ def test_offline_says_which_file_to_place(monkeypatch: pytest.MonkeyPatch, tmp_p
 # --- into a store ---------------------------------------------------------------------------------
 
 
-class Heard(NoProgress):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.mark.parametrize("name", ["siglip", "small_dinov2", "gap"])
 def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None:
     """A real store of such a teacher holds what it says, and tells what row 0 is."""
-    spec, progress = files(name), Heard()
+    spec, progress = files(name), Notes()
     path = tmp_path / "t.zarr"
     extract_targets(
         str(photos), out=str(path), teacher=spec.name, pretrained=spec.pretrained, views=1,
@@ -659,7 +525,7 @@ def test_extraction(files: Any, photos: Path, tmp_path: Path, name: str) -> None
         assert about[key] == teacher.about[key]
     assert cache.spec.teacher == teacher.identity
     assert cache.spec.teacher["pooling"] == {"siglip": "map", "gap": "avg"}.get(name, "token")
-    assert any(f"row 0 is {about['class_token']}" in note for note in progress.notes)
+    assert any(f"row 0 is {about['class_token']}" in note for note in progress.lines)
     assert (cache.spec.tokens, cache.spec.channels) == (17, teacher.channels)
 
 

@@ -44,16 +44,6 @@ from pipeline.teachers.load import Teacher, load_teacher
 from pipeline.teachers.spec import TeacherSpec
 
 
-class Heard(NoProgress):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def teacher(teacher_files: dict[str, str]) -> Teacher:
     return load_teacher(
@@ -495,12 +485,12 @@ def test_a_resumed_store_is_the_same_to_the_byte(
     for block, view in lost:
         (root / GENERATION / "records" / record_name(block, view)).unlink()
     kept = times(root / GENERATION)
-    progress = Heard()
+    progress = Notes()
     extract(photos, progress=progress)
     assert tree(root) == before
     blocks = {block for block, _ in lost}
     if len(blocks) < 3:
-        assert f"resuming: {6 - 2 * len(blocks)} of 6 shards are there" in progress.notes
+        assert f"resuming: {6 - 2 * len(blocks)} of 6 shards are there" in progress.lines
     after = times(root / GENERATION)
     redone = {record_name(block, view) for block in blocks for view in (0, 1)}
     for path, when in kept.items():
@@ -560,22 +550,22 @@ def test_a_dry_run_writes_nothing(
     cache: TargetCache, extract: Any, photos: Path, tmp_path: Path
 ) -> None:
     """It says what the run would take."""
-    progress = Heard()
+    progress = Notes()
     summary = extract(photos, dry_run=True, progress=progress)
     assert list(tmp_path.iterdir()) == []
     assert summary["bytes"] == cache.spec.total_bytes()
     assert summary["bytes_per_view"] == cache.spec.view_bytes()
     assert (summary["images"], summary["views"], summary["shards"]) == (24, 2, 6)
-    told = " ".join(progress.notes)
+    told = " ".join(progress.lines)
     for part in ("executor: local, 1 x teacher", "24 images, 3 classes", "licence of the weights"):
         assert part in told
 
 
 def test_random_weights_are_flagged_everywhere(extract: Any, photos: Path, tmp_path: Path) -> None:
     """A store of a random teacher must never pass for a real one."""
-    progress = Heard()
+    progress = Notes()
     extract(photos, pretrained="none", progress=progress, limit=3)
-    assert any("RANDOM WEIGHTS" in note for note in progress.notes)
+    assert any("RANDOM WEIGHTS" in note for note in progress.lines)
     about = TargetCache(tmp_path / "t.zarr").attributes["about"]
     assert about["random_weights"] is True
     assert about["licence"] == "none (random weights)"
