@@ -189,6 +189,13 @@ def run_here(*arguments: object, cwd: Path | None = None) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+class Bomb:
+    """Makes the folder `exploded` where it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("exploded",))
+
+
 class Notes:
     """Progress that keeps what it is given."""
 
