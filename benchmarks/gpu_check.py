@@ -257,7 +257,7 @@ def late(check: Check) -> None:
         for _ in range(20):
             square = square @ square.clamp(-1, 1)
         loss = square.mean() + step
-        result = _StepResult.from_device(step, [], [loss], loss)
+        result = _StepResult.from_device(step, [None], [loss], loss)
         late_value = result.loss.item()
         equal &= late_value == loss.item()
     check.true("late", "a loss read late equals a blocking read", equal)
@@ -327,7 +327,8 @@ def resume(check: Check) -> None:
         whole, killed = f"whole-{precision}", f"killed-{precision}"
         more = {"precision": precision, "save_every": 4, "epochs": 10}
         check.run(whole, **more)
-        _kill(check, killed, more)
+        in_the_middle = _kill(check, killed, more)
+        check.true("resume", f"it was killed in the middle, {precision}", in_the_middle)
         check.run(killed, **more)
         ours, theirs = check.losses(killed), check.losses(whole)
         error = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
@@ -340,8 +341,8 @@ def resume(check: Check) -> None:
     check.at_most("resume", "its last loss", abs(moved - stayed) / stayed, 5e-2)
 
 
-def _kill(check: Check, name: str, more: dict[str, Any]) -> None:
-    """Start a run in a process of its own, and kill it after a few steps."""
+def _kill(check: Check, name: str, more: dict[str, Any]) -> bool:
+    """Start a run in a process of its own, and kill it after a few steps; whether that was so."""
     settings = check.settings(name) | more
     del settings["progress"]
     script = f"import milan; milan.pretrain({check.store()!r}, **{settings!r})"
@@ -353,7 +354,7 @@ def _kill(check: Check, name: str, more: dict[str, Any]) -> None:
         time.sleep(0.01)
     with suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    return process.wait() == -signal.SIGKILL and '"step": 9,' in log.read_text()
 
 
 def groups(check: Check) -> None:

@@ -25,7 +25,7 @@ import torch
 from benchmarks.measure import interleaved, parser, ratio, report
 from benchmarks.published import TOWERS, Published
 from milan.config import PretrainConfig
-from milan.core.device import MEAN, STD, autocast, normalise
+from milan.core.device import MEAN, STD, autocast, normalise, pick_device
 from milan.data.loader import Batch
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
@@ -190,7 +190,7 @@ def main() -> None:
     flags.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what seconds mean")
     args = flags.parse_args()
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [
         "| teacher | student's patch | precision | published, s | online, s | cached, s "
         "| published / cached (range) | online / cached (range) |",

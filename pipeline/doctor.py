@@ -11,7 +11,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -30,6 +29,7 @@ from milan.data.loader import check_locks
 from milan.errors import MilanError
 from milan.images.manifest import Manifest, build_manifest, resolve_data
 from milan.images.splits import WantedSplit
+from milan.training.build import precision_of
 from milan.version import __version__
 from pipeline.cluster.node import versions
 from pipeline.config import ExtractConfig
@@ -257,7 +257,7 @@ def student_rate(device: torch.device) -> float:
 
     Forward and backward pass, without the embedding, the update of the weights and the loss.
     """
-    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = precision_of("auto", device)
     images = 64 if device.type == "cuda" else 2
     total = 0.0
     for width, heads, tokens, blocks in _STUDENT:
@@ -266,7 +266,7 @@ def student_rate(device: torch.device) -> float:
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            with autocast(device, precision) if device.type == "cuda" else nullcontext():
+            with autocast(device, precision):
                 loss = block(x).float().square().mean()
             loss.backward()
             loss.item()  # waits for the device

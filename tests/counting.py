@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from milan.core import device as milan_device
+from milan.core.device import autocast
+from milan.objectives import normalisation, rils_cached
+from milan.objectives.base import JointObjective
 from milan.store import codecs
+from milan.store.cache import TargetCache
+from milan.training.build import Settings, student_of
+from milan.training.compilation import StepLoss
+from milan.training.memory import trial_batch
+from milan.training.optim import adamw, gradient_norm
 from pipeline.teachers import towers
 
 GPU = torch.device("cuda", 0)
@@ -56,9 +64,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeTensorMode, 
         waits.found = before
         return result
 
-    for module in (milan_device, codecs, towers):
+    for module in (milan_device, codecs, towers, normalisation, rils_cached):
         monkeypatch.setattr(module, "kept_copy", uncounted)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, waits:
         yield fake, waits
 
@@ -69,7 +78,38 @@ def to_gpu(module: nn.Module, fake: FakeTensorMode) -> None:
         for name, weight in each._parameters.items():
             if weight is not None:
                 moved = fake.from_tensor(weight.detach()).to(GPU)
-                each._parameters[name] = nn.Parameter(moved, requires_grad=False)
+                each._parameters[name] = nn.Parameter(moved, weight.requires_grad)
         for name, buffer in each._buffers.items():
             if buffer is not None:
                 each._buffers[name] = fake.from_tensor(buffer).to(GPU)
+
+
+def waits_of_a_step(
+    settings: Settings, cache: TargetCache, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, int]:
+    """What makes the host wait in a micro-batch of pretraining and the update of its weights.
+
+    Without the way back, which torch does not walk on tensors of a GPU that is not there.
+    """
+    student = student_of(settings, cache).train()
+    objective = settings.objective(cache)
+    objective.to(torch.device("cpu"))  # what is measured of the store is measured before a run
+    objective.notes()
+    with fake_gpu(monkeypatch) as (fake, waits):
+        to_gpu(student, fake)
+        optimiser = adamw(student, GPU, weight_decay=0.05, beta2=0.95)
+        batch = trial_batch(4, student, cache, GPU, objective=objective)
+        waits.found.clear()
+        with autocast(GPU, "bf16"):
+            if isinstance(objective, JointObjective):
+                said = objective.predict(student, batch).joint
+                loss = objective.joint_loss(said).loss
+            else:
+                loss = StepLoss(objective, student, objective.loss)(batch)
+        for weight in student.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        norm = gradient_norm(student)
+        optimiser.step()
+        assert loss.device == norm.device == GPU
+        assert loss.requires_grad
+    return dict(waits.found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,19 @@ def test_parts_fail_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows[0]["value"] == "RuntimeError: no such kernel"
 
 
+def test_a_loss_is_read_late_and_one_that_is_none_is_named(tmp_path: Path) -> None:
+    """The part that looks into a step, which training changes."""
+    check = Check(torch.device("cpu"), tmp_path, small=True)
+    run_parts(check, ["late"])
+    assert [row.good for row in check.rows] == [True, True]
+
+
 @pytest.mark.soak
-def test_all_parts(tmp_path: Path) -> None:
-    """Each ends with good verdicts; but times of a dry run depend on what else runs here."""
+def test_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends with good verdicts, without packages that a GPU's machine need not have; but times
+    of a dry run depend on what else runs here."""
+    for absent in ("ray", "typer", "faiss", "tensorboard"):
+        monkeypatch.setitem(sys.modules, absent, None)
     check = Check(torch.device("cpu"), tmp_path, small=True)
     run_parts(check, list(PARTS))
     write(check, {}, tmp_path / "gpu.json")

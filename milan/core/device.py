@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from milan.core.machine import cpu_count
 from milan.core.progress import Progress
@@ -173,10 +174,10 @@ class Sent(NamedTuple):
 class Sender:
     """Copies batches to a device; on CUDA beside its work, on a stream of their own.
 
-    A batch is a tuple of tensors, and more. Those in pinned memory are copied while the kernels of
-    the batch before run. No memory is used again too early: torch's allocators wait for the streams
-    that they are told of, here for that of the kernels, and when pinned pages are freed for that of
-    the copy.
+    A batch is a tuple of tensors, of tuples of them, and more. Those in pinned memory are copied
+    while the kernels of the batch before run. No memory is used again too early: torch's allocators
+    wait for the streams that they are told of, here for that of the kernels, and when pinned pages
+    are freed for that of the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -196,7 +197,7 @@ class Sender:
         if sent.arrived:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(sent.arrived)
-            for part in sent.moved:
+            for part in tree_leaves(sent.moved):  # a batch of several teachers has tuples in it
                 if isinstance(part, torch.Tensor):
                     part.record_stream(current)
         return sent.moved

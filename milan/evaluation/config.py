@@ -440,6 +440,8 @@ class DetectConfig(SupervisedConfig):
     """Learning rate of a block, as a share of the next one's."""
     weight_decay: float = setting(0.1, unit="times lr", least=0)
     """AdamW's; none for biases, norms and positions."""
+    compile: str = setting("auto", identity=False, choices=("auto", "off"))
+    """Not used: each image has another number of regions."""
     scale: tuple[float, float] = setting((0.1, 2.0), unit="times", above=0)
     """Smallest and largest factor by which training images are scaled; what is larger is
     cropped."""
@@ -530,6 +532,8 @@ class SegmentConfig(SupervisedConfig):
     scale: tuple[float, float] = setting((0.5, 2.0), unit="times", above=0)
     """Smallest and largest size of training images, as multiples of the smallest that a crop fits
     in."""
+    compile: str = setting("auto", identity=False, choices=("auto", "off"))
+    """Not used: heads have BatchNorm, whose statistics a trial would change."""
     distortion: float = setting(0.5, unit="share", least=0, most=1)
     """Probability of each change of brightness, contrast, saturation and hue."""
     channels: int | None = setting(None, unit="numbers", auto=True, least=1)

@@ -191,7 +191,7 @@ class CachedSentences(JointObjective, FeatureRegression):
         recon = ranks.size * (kl * accepted[:, None]).sum() / rows.clamp_min(1)
         parts = {
             "recon": recon, "accepted": accepted.mean(), "prototypes": entropy.exp().mean(),
-            "sentences": torch.tensor(float(len(sentences)), device=device),
+            "sentences": torch.full((), float(len(sentences)), device=device),
         }  # fmt: skip
         loss, weight = recon, float(self._argument("milan", 0.0))
         if weight:

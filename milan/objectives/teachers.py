@@ -129,7 +129,10 @@ class SeveralTeachers(Objective):
         losses = torch.stack([one.image_losses(share) for one, share in pairs], dim=1)
         drops = prediction.batch.drops
         assert drops is not None
-        weights = kept_teachers(losses, drops, self.dropping) * losses.new_tensor(self.weights)
+        kept = kept_teachers(losses, drops, self.dropping)
+        # Column by column: a tensor of the weights would wait for the device.
+        columns = zip(kept.unbind(dim=1), self.weights, strict=True)
+        weights = torch.stack([column * weight for column, weight in columns], dim=1)
         return ((losses * weights).sum(dim=1) / weights.sum(dim=1)).mean()
 
     def metrics(self, prediction: Prediction) -> dict[str, torch.Tensor]:

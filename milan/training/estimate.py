@@ -14,7 +14,7 @@ import torch
 
 from milan.config import PretrainConfig
 from milan.core.device import autocast, pick_device, ranks_here, tf32
-from milan.core.distributed import Ranks
+from milan.core.distributed import Ranks, process_group
 from milan.core.progress import NoProgress, Progress
 from milan.core.units import format_bytes, format_duration
 from milan.data.dataset import CachedDataset
@@ -78,7 +78,7 @@ class _Trial:
         began = time.perf_counter()
         work()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - began
 
     def _first_pass(self) -> None:
@@ -104,14 +104,19 @@ def estimate_run(
     follow from their median. Of several ranks each is assumed to be as fast. Raises MilanError.
     """
     config.check()
-    progress = progress or NoProgress()
-    device = pick_device(config.device)
+    with process_group(None, pick_device(config.device)) as (_, device):
+        return _estimate(config, device, call or Call(), progress or NoProgress())
+
+
+def _estimate(
+    config: PretrainConfig, device: torch.device, call: Call, progress: Progress
+) -> list[tuple[str, str]]:
     here = ranks_here(config.device, device, config.devices)
     ranks = Ranks.from_environment() or Ranks(size=here * config.num_nodes, on_node=here)
     settings = resolve_defaults(config, device, ranks)
     cache = open_cache_of(config)
     order = run_order(config, cache).without(cache.dropped, cache.dropped[:0])
-    run, call = Path(config.out), call or Call()
+    run = Path(config.out)
     start = start_of(settings, call, run, progress)
     student = student_of(settings, cache, decoder=decoder_of(run) if start.step else None)
     dataset = CachedDataset(cache, data_root=config.data_root)

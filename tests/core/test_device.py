@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from milan.config import PretrainConfig
 from milan.core.device import (
     MEAN,
     STD,
+    Sender,
     copy_to,
     denormalise,
     normalise,
@@ -70,7 +71,8 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, two_gpus: None
 
 
 def test_bf16_by_emulation_is_no_support(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
-    """A card before Ampere takes fp16; torch says that it supports bf16, by emulation."""
+    """A card before Ampere takes fp16; torch says that it supports bf16, by emulation. Nobody else
+    asks torch: not what measures how fast a card trains either."""
     config, seen = PretrainConfig("t.zarr"), []
     for capable, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(
@@ -79,6 +81,7 @@ def test_bf16_by_emulation_is_no_support(monkeypatch: pytest.MonkeyPatch, two_gp
         )  # fmt: skip
         seen.append((resolve_defaults(config, GPU).precision, expected))
     assert all(ours == expected for ours, expected in seen)
+    assert files_with(r"is_bf16_supported") == {"milan/training/build.py"}
 
 
 def test_nothing_fake_is_kept() -> None:
@@ -127,13 +130,48 @@ def test_only_cuda_copies_without_waiting(name: str, waits: bool) -> None:
 
 def test_nothing_else_copies_without_waiting() -> None:
     """But what events guard: what is trained and its figures, and batches in pinned buffers."""
-    users = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("milan", "pipeline", "stages")
-        for path in (ROOT / folder).rglob("*.py")
-        if re.search(r"non_blocking=(?!False)", path.read_text())
-    }
+    users = files_with(r"non_blocking=(?!False)")
     assert users == {"milan/core/device.py", "milan/core/transfer.py"}
+
+
+def test_whoever_waits_for_a_gpu_says_for_which() -> None:
+    """--device cuda:1: without a device torch waits for cuda:0, or asks it, and a time is wrong."""
+    unnamed = r"(synchronize|current_stream|mem_get_info|max_memory_allocated|Stream)\(\)"
+    assert files_with(rf"torch\.cuda\.{unnamed}") == set()
+    assert files_with(r"torch\.device\(.cuda.[ )]") == set()
+
+
+def files_with(pattern: str) -> set[str]:
+    """The project's modules in whose text it is."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("milan", "pipeline", "stages", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(pattern, path.read_text())
+    }
+
+
+def test_no_part_of_a_batch_is_overwritten_while_kernels_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not those of other teachers either, which are tuples in the batch: torch is told of all."""
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copies")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Kernels())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Kernels())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: told.append(tensor))
+
+    class Kernels:
+        def record(self, stream: object) -> None: ...
+
+        def wait_event(self, event: object) -> None: ...
+
+    parts = [torch.zeros(1) for _ in range(5)]
+    sender = Sender(GPU)
+    sent = sender.send((parts[0], (tuple(parts[1:3]), (parts[3], None)), None, parts[4]), tuple)
+    sender.receive(sent)
+    assert [any(one is part for one in told) for part in parts] == [True] * 5
 
 
 @pytest.mark.parametrize(

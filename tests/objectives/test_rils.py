@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from counting import waits_of_a_step
 from helpers import ROOT, Notes, log_of, run_here, tree, weights
 from safetensors.torch import load_file
 
@@ -242,6 +243,12 @@ def test_resumed_it_is_the_same_run(run: Path, tokens: Path, tmp_path: Path) -> 
         for folder in (run, tmp_path / "parts")
     )
     assert one == two
+
+
+def test_nothing_waits_for_a_gpu(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions are compared and told apart on the device."""
+    settings = resolve_defaults(PretrainConfig(str(tokens), **RUN), torch.device("cpu"))
+    assert waits_of_a_step(settings, TargetCache(tokens), monkeypatch) == {}
 
 
 @pytest.mark.soak

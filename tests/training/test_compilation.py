@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import milan
 from milan.errors import ConfigError
+from milan.evaluation.config import DetectConfig, SegmentConfig
 from milan.training import compilation
 
 RUN: dict[str, Any] = {**SMALL, "epochs": 2, "micro_batch": 4, "log_every": 1}
@@ -76,6 +77,14 @@ def test_auto_leaves_a_cpu_alone(
     """There compiling takes longer than it saves."""
     milan.pretrain(str(store), stop_after=1, **{**RUN, "out": str(tmp_path)})
     assert graphs.frame_count == 0
+
+
+@pytest.mark.parametrize("kind", [SegmentConfig, DetectConfig])
+def test_what_is_never_compiled_says_so(kind: type[SegmentConfig | DetectConfig]) -> None:
+    """In place of a flag without effect."""
+    with pytest.raises(ConfigError, match="compile 'on'; expected: one of auto, off"):
+        kind("random", data="x", compile="on").check()
+    kind("random", data="x", compile="off").check()
 
 
 @pytest.mark.soak

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import SMALL, STUDENT, run_here, tree
 
 import milan
@@ -16,6 +17,7 @@ from milan.config import PretrainConfig
 from milan.core.units import parse_bytes
 from milan.errors import ConfigError, TrainError
 from milan.reporting.run_files import read_run, update_run
+from milan.training import estimate
 from milan.training.estimate import estimate_run
 from milan.training.pretrain import Call
 
@@ -74,6 +76,19 @@ def test_a_run_that_is_there(
     assert tree(run) == before
     with pytest.raises(ConfigError, match="nowhere"):
         figures(store, out=str(tmp_path / "new"), init=str(tmp_path / "nowhere"))
+
+
+def test_a_dry_run_waits_for_its_own_gpu(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--device cuda:1: it is the current one, and a time ends when it is done, not cuda:0."""
+    gpu, current, awaited = torch.device("cuda", 1), list[Any](), list[Any]()
+    monkeypatch.setattr(estimate, "pick_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: awaited.append(device))
+    monkeypatch.setattr(estimate, "_estimate", lambda config, device, *_: [("device", device)])
+    assert figures(store) == {"device": gpu}
+    trial = estimate._Trial(*[None] * 4, gpu)  # type: ignore[arg-type]
+    assert trial._seconds(lambda: None) > 0
+    assert (current, awaited) == ([gpu], [gpu])
 
 
 def test_the_command_writes_nothing(store: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import waits_of_a_step
 from helpers import EXTRACTION, SMALL, Notes, log_of, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -211,6 +212,16 @@ def test_the_loss_is_the_weighted_mean_of_the_teachers(layers: Path) -> None:
     worst = torch.stack(each).amax(dim=0).mean()
     assert dropping.loss(prediction).item() == pytest.approx(worst.item(), abs=1e-6)
     assert isinstance(dropping, SeveralTeachers)
+
+
+@pytest.mark.parametrize("dropping", [0.0, 0.5])
+def test_nothing_waits_for_a_gpu(
+    layers: Path, dropping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of teachers are no tensor of the host that would be copied in each step."""
+    given = settings_of(layers, teacher_dropping=dropping, layer_weights="1,0.5")
+    cache = open_targets(layers, given.config.layer)
+    assert waits_of_a_step(given, cache, monkeypatch) == {}
 
 
 def test_the_worst_teacher_is_kept_and_others_at_the_rate() -> None:
