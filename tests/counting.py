@@ -36,11 +36,14 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.all: Counter[str] = Counter()
+        """All operators."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        self.all[name] += 1
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
         # A number of the host may meet a tensor of any device: it travels with the kernel.
@@ -109,7 +112,10 @@ def waits_of_a_step(
         for weight in student.parameters():
             weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         norm = gradient_norm(student)
+        waits.all.clear()
         optimiser.step()
+        # A kernel for each group (torch does not take the norm of fake tensors in one).
+        assert waits.all["_fused_adamw_"] == len(optimiser.param_groups) == 2
         assert loss.device == norm.device == GPU
         assert loss.requires_grad
     return dict(waits.found)
