@@ -78,6 +78,15 @@ class ImageFault(Exception):
         return (ImageFault, (self.reason, self.detail))
 
 
+def none_readable(of: str, why: str = "") -> DataError:
+    """Of images none of which can be read: where they are, and `why` the first cannot be."""
+    return DataError(
+        f"no image of {of} can be read" + (f": {why}" if why else ""),
+        expected="images that another program can open",
+        fix="copy them anew",
+    )
+
+
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """The names most like `name`, as a phrase for an error's `fix`; empty if none is near."""
     known = list(known)

@@ -42,7 +42,7 @@ from milan.inference.embeddings import (
     write_parquet,
     write_rows,
 )
-from milan.inference.tables import check_ending, replaced
+from milan.inference.tables import check_ending, check_place, replaced
 from milan.reporting.panels import check_apart
 from pipeline.teachers.frozen import frozen_teacher
 from pipeline.writing.shards import write_array
@@ -79,6 +79,7 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
     images = ranks.on_rank0(lambda: open_images(evaluation, context.progress))
     source = resolve_data(config.data, config.data_root)
     ranks.on_rank0(lambda: check_apart(out, [source]))
+    ranks.on_rank0(lambda: check_place(out, folder=True))
     about = {
         "checkpoint": frozen.name,
         "pooling": config.pooling,
@@ -92,6 +93,7 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
     if ranks.on_rank0(lambda: _is_there(out, about)):
         context.progress.note(f"nothing is left to do: {out} holds these embeddings")
         return _figures(out, began)
+    ranks.on_rank0(lambda: _check_room(out, (len(images.labels), *shape), config.dtype))
     with ExitStack() as kept:
         if config.pooling == "patches":
             folder, frozen = Path(f"{config.out}.parts"), _of_patches(frozen, config.dtype)
@@ -131,6 +133,18 @@ def _is_there(out: Path, about: dict[str, Any]) -> bool:
             fix=f"--out {out.with_stem(out.stem + '-2')}, or remove it",
         )
     return False
+
+
+def _check_room(out: Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Before anything is computed. Raises DataError if the disk is too small."""
+    count = torch.Size(shape).numel() * (2 if dtype == "float16" else 4)
+    if count > (free := shutil.disk_usage(out.parent).free):
+        raise DataError(
+            f"{out} takes {format_bytes(count)}, and {out.parent} has room for "
+            f"{format_bytes(free)}",
+            expected="room for all embeddings, beside the features that they are made from",
+            fix="--out on a larger disk",
+        )
 
 
 def _figures(out: Path, began: float) -> dict[str, Any]:
@@ -183,15 +197,6 @@ def _write(
 ) -> None:
     """Write the file from the features that are kept. Raises DataError if it cannot be."""
     shape, dtype = tuple(about["shape"]), about["dtype"]
-    count = torch.Size(shape).numel() * (2 if dtype == "float16" else 4)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if count > (free := shutil.disk_usage(out.parent).free):
-        raise DataError(
-            f"{out} takes {format_bytes(count)}, and {out.parent} has room for "
-            f"{format_bytes(free)}",
-            expected="room for all embeddings, beside the features that they are made from",
-            fix="--out on a larger disk",
-        )
     context.progress.begin(f"writing {out.name}", shape[0], "images")
     pieces = _pieces(features, images, about, context)
     ending = out.suffix.lower()

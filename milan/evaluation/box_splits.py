@@ -81,14 +81,15 @@ def _limited(boxes: BoxSet, config: DetectConfig) -> BoxSet:
 def _of_same_classes(train: BoxSet, val: BoxSet, *, sampled: bool) -> tuple[BoxSet, BoxSet]:
     """Both in one numbering: classes with a box to train on, or in a part of the same images.
 
-    Raises DataError for boxes to measure on of a class that cannot be learnt.
+    Raises DataError for boxes to measure on of a class that cannot be learnt; in a part of the
+    images only if that is true of all.
     """
     used, there = (
         {part.classes[label] for label in np.unique(part.labels[~part.crowd])}
         for part in (train, val)
     )
     untrained = sorted(there - used)
-    if untrained and not sampled:
+    if untrained and (not sampled or not used & there):
         boxes = int(np.isin(val.labels, [val.classes.index(name) for name in untrained]).sum())
         raise DataError(
             f"{len(untrained):,} classes of {val.annotations} have no box in {train.annotations}, "
@@ -109,11 +110,14 @@ def _renumbered(boxes: BoxSet, names: tuple[str, ...]) -> BoxSet:
 
 def _check(train: BoxSet, val: BoxSet, progress: Progress) -> None:
     """Raises DataError if nothing can be learnt or measured."""
-    for part, what in ((train, "train on"), (val, "measure on")):
+    for part, what, flag in (
+        (train, "train on", "--annotations"), (val, "measure on", "--val-annotations")
+    ):  # fmt: skip
         if not (~part.crowd).any():
             raise DataError(
                 f"{part.annotations} has no box to {what} in {len(part):,} images",
                 expected="boxes of single objects",
+                fix=f"other annotations: {flag} FILE; or more images, if there is a --limit",
             )
     paths = [{str(part.root / name) for name in part.names} for part in (train, val)]
     if common := len(paths[0] & paths[1]):
@@ -144,7 +148,7 @@ def _annotation_file(source: AnyPath, given: str | None, wanted: WantedSplit) ->
         for file in (as_path(given), source / given):
             if file.is_file():
                 return file
-        raise DataError(f"no annotations at {given}", expected=COCO)
+        raise DataError(f"no annotations at {given}", expected=COCO, fix="--annotations FILE")
     if source.is_file():
         return source
     files = _json_files(source)

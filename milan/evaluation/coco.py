@@ -28,6 +28,7 @@ from milan.images.pairing import FilesOfImages
 COCO = "COCO's JSON: images, annotations and categories (cocodataset.org/#format-data)"
 _EDGE = 1.0  # pixels that boxes may reach beyond the image by rounding
 _LONGEST = 1 << 20  # pixels of an edge: no decoder gives more
+_MEND = "mend it, or take another JSON by --annotations or --val-annotations"
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,9 @@ class _Reader:
     def read(self, progress: Progress, *, with_masks: bool) -> BoxSet:
         content = self._content()
         images = {entry["id"]: entry for entry in content["images"]}
+        self._check_ids(content["images"], "images", "which image a box is on is not known else")
         if not images:
-            raise DataError(f"{self.file} has no images", expected="at least one")
-        if len(images) < len(content["images"]):
-            raise DataError(f"{self.file} has images of the same id", expected="an id for each")
+            raise DataError(f"{self.file} has no images", expected="at least one", fix=_MEND)
         names = tuple(entry["file_name"] for entry in images.values())
         shapes = np.array([(e["height"], e["width"]) for e in images.values()], np.int64)
         root = self._root(names)
@@ -152,11 +152,9 @@ class _Reader:
                 fix="move the boxes of both to one of them",
             )
         numbers = {entry["id"]: n for n, entry in enumerate(content["categories"])}
-        if len(numbers) < len(content["categories"]):
-            raise DataError(
-                f"{self.file} has categories of the same id",
-                expected="an id for each: which class a box is of is not known else",
-            )
+        self._check_ids(
+            content["categories"], "categories", "which class a box is of is not known else"
+        )
         classes = tuple(str(entry["name"]) for entry in content["categories"])
         for name in classes:
             check_unicode(name, "the category", fix="another name in the JSON")
@@ -164,6 +162,7 @@ class _Reader:
             raise DataError(
                 f"{self.file} has {len(twice)} category names twice, the first is {twice[0]!r}",
                 expected="a name of its own for each category",
+                fix="another name for one of them in the JSON",
             )
         place = {image: position for position, image in enumerate(images)}
         of_image: list[list[int]] = [[] for _ in images]
@@ -174,12 +173,14 @@ class _Reader:
                     f"annotation {entry.get('id', number)} of {self.file} is of category "
                     f"{entry['category_id']!r}, which categories does not have",
                     expected="the id of one of " + ", ".join(map(str, list(numbers)[:10])),
+                    fix="add it to categories, or take the annotation out",
                 )
             if entry["image_id"] not in place:
                 raise DataError(
                     f"annotation {entry.get('id', number)} of {self.file} is on image "
                     f"{entry['image_id']!r}, which images does not have",
                     expected="the id of an image",
+                    fix="add it to images, or take the annotation out",
                 )
             of_image[place[entry["image_id"]]].append(number)
         order = [number for numbers_of in of_image for number in numbers_of]
@@ -192,8 +193,21 @@ class _Reader:
             root, self.file, names, shapes, np.cumsum([0, *counts.tolist()]), boxes[kept],
             np.array([numbers[entry["category_id"]] for entry in chosen], np.int64),
             np.array([_number(entry.get("area")) for entry in chosen]), crowd,
-            self._masks(chosen, crowd, shapes[positions[kept]]) if with_masks else None, classes,
+            self._masks(chosen, crowd, shapes[positions[kept]], progress) if with_masks else None,
+            classes,
         )  # fmt: skip
+
+    def _check_ids(self, entries: list[dict[str, Any]], part: str, why: str) -> None:
+        """Raises DataError for two entries of one id."""
+        twice = [
+            key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1
+        ]
+        if twice:
+            raise DataError(
+                f"{self.file} has {len(twice):,} ids twice in {part}, the first is {twice[0]!r}",
+                expected=f"an id for each: {why}",
+                fix=_MEND,
+            )
 
     def _content(self) -> dict[str, Any]:
         """The JSON, each of whose entries has what is needed. Raises DataError."""
@@ -202,7 +216,7 @@ class _Reader:
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
-            raise DataError(f"{self.file} is no JSON: {error}", expected=COCO) from None
+            raise DataError(f"{self.file} is no JSON: {error}", expected=COCO, fix=_MEND) from None
         needed: dict[str, dict[str, Any]] = {
             "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
             "annotations": {"image_id": (int, str), "category_id": int, "bbox": list},
@@ -211,7 +225,7 @@ class _Reader:
         for part, keys in needed.items():
             entries = content.get(part) if isinstance(content, dict) else None
             if not isinstance(entries, list):
-                raise DataError(f"{self.file} has no list of {part}", expected=COCO)
+                raise DataError(f"{self.file} has no list of {part}", expected=COCO, fix=_MEND)
             for number, entry in enumerate(entries):
                 odd = [
                     key for key, kind in keys.items()
@@ -222,6 +236,7 @@ class _Reader:
                     raise DataError(
                         f"entry {number} of {part} in {self.file} has no usable {odd[0]}",
                         expected=COCO,
+                        fix=_MEND,
                     )
         content["categories"].sort(key=lambda entry: entry["id"])
         return content
@@ -238,6 +253,7 @@ class _Reader:
             raise DataError(
                 f"{self.file} names the image {odd[0]!r}",
                 expected="paths below the folder of the images",
+                fix=_MEND,
             )
         folder = self.source.parent if self.source.is_file() else self.source
         stem = self.file.name.removesuffix(".json").removeprefix("instances_")
@@ -277,6 +293,7 @@ class _Reader:
                 raise DataError(
                     f"annotation {entry.get('id')} of {self.file} has the box {box}",
                     expected="four numbers: left, top, width, height in pixels",
+                    fix=_MEND,
                 )
         boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
         edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
@@ -289,13 +306,15 @@ class _Reader:
             raise DataError(
                 f"many boxes of {self.file} {what}, the first is {first['bbox']}",
                 expected="left, top, width, height in pixels",
+                fix="write them so: corners and shares of an image are other numbers",
             )
+        kept = np.isfinite(edges).all(axis=1) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        beyond &= kept
         if beyond.any():
             progress.note(
                 f"cut at the edge: {int(beyond.sum()):,} boxes of {self.file} reach out of their "
                 f"images, the first is annotation {entries[int(beyond.argmax())].get('id')}"
             )
-        kept = np.isfinite(edges).all(axis=1) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
         if not kept.all():
             first = entries[int((~kept).argmax())]
             progress.note(
@@ -305,8 +324,9 @@ class _Reader:
         return inside.astype(np.float32), kept
 
     def _masks(
-        self, entries: list[dict[str, Any]], crowd: np.ndarray, shapes: np.ndarray
-    ) -> tuple[bytes, ...] | None:
+        self, entries: list[dict[str, Any]], crowd: np.ndarray, shapes: np.ndarray,
+        progress: Progress,
+    ) -> tuple[bytes, ...] | None:  # fmt: skip
         """Run lengths of each mask; None if no object has one. Raises DataError if only some do."""
         there = np.array([bool(entry.get("segmentation")) for entry in entries], bool)
         if not there[~crowd].any():
@@ -319,11 +339,21 @@ class _Reader:
                 expected="a segmentation in each, or in none",
                 fix="--masks none, to detect boxes alone",
             )
-        convert = mask_functions().segmToRle
-        return tuple(
-            self._run_lengths(entry, (int(h), int(w)), convert)
-            for entry, (h, w) in zip(entries, shapes, strict=True)
+        convert, sizes = mask_functions().segmToRle, [(int(h), int(w)) for h, w in shapes]
+        masks = tuple(
+            self._run_lengths(entry, size, convert)
+            for entry, size in zip(entries, sizes, strict=True)
         )
+        pixels = mask_functions().area(
+            [{"size": size, "counts": mask} for size, mask in zip(sizes, masks, strict=True)]
+        )
+        if (empty := np.flatnonzero(np.asarray(pixels) == 0)).size:
+            progress.note(
+                f"masks without a pixel in their images: {len(empty):,} of {self.file}, which are "
+                f"not learnt from and never found, the first is of annotation "
+                f"{entries[int(empty[0])].get('id')}"
+            )
+        return masks
 
     def _run_lengths(
         self, entry: dict[str, Any], shape: tuple[int, int], convert: Callable[..., Any]
@@ -343,6 +373,8 @@ class _Reader:
             for polygon in given
         ):
             why = "has a polygon of less than three corners"
+        elif not all(map(_has_corners, given)):
+            why = "has a polygon with a corner that is no number of pixels"
         if not why:
             try:
                 counts = convert(given, width, height)["counts"]
@@ -362,6 +394,15 @@ class _Reader:
 def _is_number(value: Any) -> bool:
     """Whether a value of the JSON is a number that a float can be; a whole one may be larger."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _has_corners(polygon: list[Any]) -> bool:
+    """Whether its corners are numbers of pixels; the library would take NaN for some."""
+    try:
+        corners = np.asarray(polygon, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return corners.ndim == 1 and bool((np.abs(corners) <= _LONGEST).all())
 
 
 def _number(value: Any) -> float:

@@ -597,7 +597,7 @@ class SegmentConfig(SupervisedConfig):
         batch, epochs = self.batch_size or values["batch_size"], self.epochs or values["epochs"]
         values |= {
             "lr": values["lr"] * batch / values["batch_size"],
-            "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
+            "warmup_epochs": round(values["warmup_epochs"] * epochs / values["epochs"], 6),
         }
         missing = {name: v for name, v in values.items() if getattr(self, name) is None}
         return replace(self, **missing)

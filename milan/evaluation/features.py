@@ -42,7 +42,7 @@ from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
 from milan.core.units import format_bytes
 from milan.core.waiting import Stopped, Wait
-from milan.errors import DataError, ImageFault
+from milan.errors import DataError, ImageFault, none_readable
 from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
@@ -291,7 +291,7 @@ class Features:
         """uint64 [m]: equal for images of the same bytes."""
         self.width = max(part.features.shape[-1] for part in parts)
         if not len(self.rows):
-            raise DataError(f"no image of {source} can be read: {self.rejected[0]}")
+            raise none_readable(str(source), self.rejected[0])
 
     def __len__(self) -> int:
         return len(self.files.ranges)

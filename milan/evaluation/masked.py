@@ -14,7 +14,7 @@ import numpy as np
 from milan.core import rng
 from milan.core.machine import cpu_count
 from milan.core.progress import NoProgress, Progress
-from milan.errors import DataError, ImageFault
+from milan.errors import DataError, ImageFault, none_readable
 from milan.evaluation.config import SegmentConfig
 from milan.evaluation.splits import all_among, identity_of
 from milan.images.channels import Channels, whole_image
@@ -186,6 +186,7 @@ def _names(config: SegmentConfig, palette: Palette | None) -> tuple[list[str], l
             raise DataError(
                 f"{config.classes} has {len(given)} classes and {config.palette} {len(names)}",
                 expected="as many",
+                fix="--palette alone, which names the classes too",
             )
         names = given
     return names, colours
@@ -248,7 +249,7 @@ def _checked(
     if faults:
         progress.note(f"rejected files: {len(faults):,} images or masks, the first is {faults[0]}")
     if not kept:
-        raise DataError(f"no image of {split.name} with its mask can be read: {faults[0]}")
+        raise none_readable(f"{split.name} with its mask", faults[0])
     total = int(counts.sum()) + ignored
     present = int((counts > 0).sum())
     progress.note(
@@ -261,9 +262,16 @@ def _checked(
 
 
 _ADVICE = {
-    "size": {"expected": "a mask with the pixels of its image, as it is shown upright"},
+    "size": {
+        "expected": "a mask with the pixels of its image, as it is shown upright",
+        "fix": "scale masks to their images by the nearest pixel, or leave these pairs out",
+    },
     "none": {"expected": "a mask for every image", "fix": "leave out what has none"},
-    "colours": {
+    "lossy-mask": {
+        "expected": "masks in a format without loss: PNG, TIFF, BMP, GIF or PGM",
+        "fix": "the masks from which these were made",
+    },
+    "mask-of-colours": {
         "expected": "class numbers in grey, or in indices of a palette",
         "fix": "--palette FILE, with a line `red green blue name` for every class",
     },
@@ -297,7 +305,7 @@ def _look(split: MaskedSplit, named: bool, row: int) -> _Seen:
         numbers = split.coding.decode(split.masks.read(row))
     except ImageFault as fault:
         if fault.reason in ("lossy-mask", "mask-of-colours"):
-            return _Seen(nothing, 0, wrong=("colours", str(fault)))
+            return _Seen(nothing, 0, wrong=(fault.reason, str(fault)))
         if fault.reason == "missing":
             return _Seen(nothing, 0, wrong=("none", str(fault)))
         return _Seen(nothing, 0, f"its mask: {fault}")
@@ -349,6 +357,7 @@ def _check_classes(
         raise DataError(
             f"no class to measure on has a pixel to train on: {_some(measured_only, names)}",
             expected="images of the same classes in both",
+            fix="other --val-data, or more images if there is a --limit",
         )
 
 

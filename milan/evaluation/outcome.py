@@ -14,7 +14,7 @@ import torch
 
 from milan.core.atomic import write_text
 from milan.core.distributed import SINGLE, Ranks
-from milan.errors import DataError
+from milan.errors import none_readable
 from milan.evaluation.meaning import accuracy_interval
 
 TOP = 5
@@ -101,7 +101,7 @@ class Answers:
         predicted, in_top5 = together.numpy()
         outcome = Outcome(self.labels, predicted - 1, in_top5 > 0, self.names)
         if not outcome.read.any():
-            raise DataError("no image to measure on can be read")
+            raise none_readable("those to measure on")
         return outcome
 
 

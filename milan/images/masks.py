@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from milan.core.paths import AnyPath, answered, folders_in, read_lines
 from milan.errors import DataError, ImageFault
 from milan.images.classes import class_name
-from milan.images.decode import orientation_of
+from milan.images.decode import fault_of, orientation_of
 from milan.images.formats import open_picture
 from milan.images.manifest import Manifest, build_manifest, describe_source
 from milan.images.pairing import FilesBeside, stem_of
@@ -39,7 +39,6 @@ FOLDERS = ("annotations", "masks", "labels")
 _ENDINGS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
 _LOSSLESS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
 _NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes
-_FIX_COLOURS = "--palette FILE, with a line `red green blue name` for every class"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,11 @@ class Palette:
             names.append(class_name(parts[3].strip()) if len(parts) > 3 else str(number - 1))
         if len(set(colours)) < len(colours):
             twice = next(colour for colour in colours if colours.count(colour) > 1)
-            raise DataError(f"{path} has the colour {twice} twice", expected="one class a colour")
+            raise DataError(
+                f"{path} has the colour {twice} twice",
+                expected="one class a colour",
+                fix="another colour for one of them, in the file and in the masks",
+            )
         return cls(tuple(colours), tuple(names))
 
     @cached_property
@@ -91,14 +94,18 @@ def read_names(path: str) -> tuple[str, ...]:
     names = tuple(class_name(line) for line in _lines(path, "class names"))
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path} has the class {twice!r} twice", expected="a name for each class")
+        raise DataError(
+            f"{path} has the class {twice!r} twice",
+            expected="a name for each class",
+            fix="another name for one of them",
+        )
     return names
 
 
 def _lines(path: str, what: str) -> list[str]:
     lines = [line.strip() for line in read_lines(path, what) if line.strip()]
     if not lines:
-        raise DataError(f"{path} is empty", expected=what)
+        raise DataError(f"{path} is empty", expected=what, fix="a line for each class")
     return lines
 
 
@@ -143,14 +150,10 @@ class MaskCoding:
             if self.palette:
                 return self.palette.numbers(np.asarray(image.convert("RGB")))
             if image.mode not in _NUMBERS:
-                raise ImageFault("mask-of-colours", f"{image.mode}: {_FIX_COLOURS}")
+                raise ImageFault("mask-of-colours", f"pixels of mode {image.mode}")
             return np.asarray(image).astype(np.int32)
-        except (ImageFault, MemoryError):
-            raise
         except Exception as error:  # decoders meet damaged bytes with any exception
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise ImageFault("unreadable", f"{type(error).__name__}: {error}") from None
+            raise fault_of(data, error) from None
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -160,10 +163,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
     """
     try:
         image = open_picture(data)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageFault("not-an-image", f"{type(error).__name__}: {error}") from None
+    except Exception as error:  # decoders meet damaged bytes with any exception
+        raise fault_of(data, error) from None
     width, height = image.size
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 

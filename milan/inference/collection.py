@@ -69,7 +69,9 @@ def open_collection(config: NeighboursConfig) -> Collection:
     where = as_path(config.where)
     if is_local(where) and not where.exists():
         raise DataError(
-            f"nothing is at {where}", expected="a finished store, or a file of milan embed"
+            f"nothing is at {where}",
+            expected="a finished store, or a file of milan embed",
+            fix="milan embed --out embeddings.parquet, which leaves one",
         )
     if is_local(where) and where.suffix.lower() in ENDINGS and not (where / INDEX).exists():
         return _OfFile(where, config)

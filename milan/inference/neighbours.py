@@ -22,7 +22,7 @@ from milan.errors import ConfigError, DataError
 from milan.evaluation.knn import Nearest
 from milan.inference.collection import Collection, open_collection
 from milan.inference.config import NeighboursConfig
-from milan.inference.tables import check_ending, written
+from milan.inference.tables import check_ending, check_place, written
 from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture, thumbnail
 
 _BLOCK = 4096  # vectors compared with as many others at once: 64 MB of cosines
@@ -60,6 +60,7 @@ def neighbours(
     progress, device = progress or NoProgress(), pick_device(config.device)
     images = open_collection(config)
     check_apart(config.path, images.places)
+    check_place(config.path)
     progress.note(f"compared: {images.what}, of {len(images.rows):,} images")
     if config.duplicates:
         return _duplicates(images, config, device, progress)
@@ -83,7 +84,9 @@ def _position(images: Collection, query: str, where: str) -> int:
             "has no vector: its image was rejected or dropped" if first < row < last else "is none"
         )
         raise DataError(
-            f"row {row} of {where} {why}", expected=f"a row from {first} to {last}, or a key"
+            f"row {row} of {where} {why}",
+            expected=f"a row from {first} to {last}, or a key",
+            fix=f"milan neighbours {where} {first}",
         )
     if query in images.keys:
         return images.keys.index(query)
@@ -107,7 +110,11 @@ def _nearest(
 ) -> dict[str, Any]:
     count = min(config.images, len(images.rows) - 1)
     if count < 1:
-        raise DataError(f"{config.where} has one image only", expected="others to compare it with")
+        raise DataError(
+            f"{config.where} has one image only",
+            expected="others to compare it with",
+            fix="a store or file of more images",
+        )
     nearest = Nearest(images.vector(position)[None].to(device), count + 1)
     done = 0
     progress.begin("nearest images", len(images.rows), "images")

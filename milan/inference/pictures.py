@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from milan.core.ahead import Ahead
 from milan.core.machine import cpu_count, decoding_threads
-from milan.errors import DataError, ImageFault
+from milan.errors import ImageFault, none_readable
 from milan.evaluation.features import Context
 from milan.images.channels import Channels
 from milan.images.manifest import build_manifest, describe_source, resolve_data
@@ -120,7 +120,7 @@ class Pictures:
             row, why = min(self.rejected.items())
             first = f"{self.manifest.key(row)} ({why})"
             if len(self.rejected) == len(self):
-                raise DataError(f"no image of {self.config.data} can be read: {first}")
+                raise none_readable(self.config.data, first)
             self.progress.note(f"rejected files: {len(self.rejected)}, the first is {first}")
 
     def _by_place(self) -> np.ndarray:

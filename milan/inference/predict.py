@@ -29,7 +29,7 @@ from milan.evaluation.ranks import on_ranks
 from milan.images.channels import Channels
 from milan.inference.config import PredictConfig
 from milan.inference.pictures import Pictures
-from milan.inference.tables import Table, check_ending, replaced, written
+from milan.inference.tables import Table, check_ending, check_place, replaced, written
 from milan.models.export import CHANNELS, ENCODER, read_about
 from milan.reporting.panels import Tile, check_apart, draw_tiles, save_picture
 
@@ -115,6 +115,7 @@ def _predict(config: PredictConfig, context: Context) -> dict[str, Any]:
     pictures = Pictures(config, context, channels=channels)
     for ending in (Path(config.out).suffix, *_BESIDE):
         check_apart(config.beside(ending), [pictures.place])
+        context.ranks.on_rank0(partial(check_place, config.beside(ending)))
     job = Job(file, config, pictures, context)
     module, _, function = PREDICTORS[file.name].partition(":")
     progress.begin("predictions", len(pictures), "images")

@@ -5,9 +5,11 @@ Of several ranks each writes its rows; the table has those of the first rank fir
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,25 @@ def check_ending(path: Path, endings: tuple[str, ...] = ENDINGS) -> None:
             expected="one of " + ", ".join(endings),
             fix=f"--out {path.with_suffix(endings[0])}",
         )
+
+
+def check_place(path: Path, *, folder: bool = False) -> None:
+    """Before long work: raises DataError if no file could be written to `path` at its end.
+
+    `folder`: a folder that is there already is no fault.
+    """
+    try:
+        ensure_writable(path.parent)
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with suppress(FileNotFoundError):
+            path.with_name(_part_name(path)).stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror}",
+            expected="a file in a folder, on a disk with room",
+            fix="--out elsewhere",
+        ) from None
 
 
 @contextmanager
@@ -84,7 +105,7 @@ def replaced(path: Path) -> Iterator[Path]:
     What was at `path` stays as it is until then; a folder has to be new. Raises DataError if it
     cannot be written, or another command writes it.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(_part_name(path))
     try:
         ensure_writable(path.parent)
         with _claimed(path):
@@ -100,6 +121,11 @@ def replaced(path: Path) -> Iterator[Path]:
         ):
             raise
         raise _not_written(path, error) from None
+
+
+def _part_name(path: Path) -> str:
+    """Of the file beside `path` that takes its place once it is whole."""
+    return f".{path.name}.part"
 
 
 @contextmanager

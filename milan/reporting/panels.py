@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -341,7 +342,8 @@ def save_picture(page: np.ndarray, path: Path) -> Path:
         Image.fromarray(page).save(part)
         os.replace(part, path)
     except (OSError, ValueError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or error
         raise CacheError(
             f"{path} cannot be written: {why}",

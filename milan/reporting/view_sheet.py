@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from milan.core.progress import NoProgress, Progress
-from milan.errors import DataError, ImageFault
+from milan.errors import ImageFault, none_readable
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
 from milan.images.splits import WantedSplit
@@ -67,7 +67,7 @@ def view_sheet(
         if len(shown) == images:
             break
     if not shown:
-        raise DataError(f"no image of {data} can be read")
+        raise none_readable(str(data))
     boxes, rendered, covered = zip(*shown, strict=True)
     colours = "a box is the crop of a view, dashed if flipped"
     columns = [Column("image and crops", colours, np.stack(boxes))]

@@ -24,7 +24,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, manual_seed, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
-from milan.errors import DataError, ImageFault
+from milan.errors import ImageFault, none_readable
 from milan.evaluation.average_precision import AveragePrecision
 from milan.evaluation.box_splits import open_boxes
 from milan.evaluation.coco import BoxSet
@@ -220,7 +220,7 @@ class DetectTask(SupervisedTask):
     def _figures(self, states: list[Any]) -> dict[str, float]:
         self.found = AveragePrecision.joined(self.data.val, states)
         if not self.found.positions:
-            raise DataError(f"no image of {self.data.val.annotations} can be read")
+            raise none_readable(str(self.data.val.annotations))
         figures = self.found.figures()
         shown = ("box_ap", "box_ap50", "mask_ap")
         return {f"val_{name}": figures[name] for name in shown if figures.get(name) is not None}

@@ -18,6 +18,7 @@ from milan.errors import DataError, ImageFault
 from milan.evaluation.coco import BoxSet
 from milan.images.channels import whole_image
 from milan.models.detector import fitted, unit
+from milan.training.stand_ins import read_batch
 
 _LEAST = 1.0  # pixel that a box to train on is wide and high
 
@@ -42,7 +43,7 @@ class BoxBatch(NamedTuple):
     positions: torch.Tensor
     """[B] int64, places in the training images, or in the validation images behind them"""
     readable: torch.Tensor
-    """[B] bool; another image of the batch stands in for one that cannot be read"""
+    """[B] bool; another image stands in for one that cannot be read"""
 
     def to(self, device: torch.device) -> BoxBatch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -102,27 +103,22 @@ class BoxImages:
         self.hflip, self.seed = hflip, seed
 
     def load(self, address: Address) -> BoxBatch:
-        """The images at `address`. Raises DataError if none can be read, or one is of another size
-        than its annotations say: its boxes would be elsewhere."""
+        """The images at `address`. Raises DataError if neither they nor the next can be read, or
+        one is of another size than its annotations say: its boxes would be elsewhere."""
         training = address.kind is Kind.TRAIN
         boxes = self.train if training else self.val
-        loaded, why = list[tuple[np.ndarray, ...] | None](), ""
-        for position in address.rows.tolist():
-            try:
-                image = read_image(boxes, position)
-            except ImageFault as fault:
-                loaded.append(None)
-                why = why or f"{boxes.names[position]}: {fault}"
-                continue
-            place = self._drawn if training else self._whole
+        place = self._drawn if training else self._whole
+
+        def read(position: int) -> tuple[np.ndarray, ...]:
+            image = read_image(boxes, position)
             height, width = image.shape[:2]
             placement = place(height, width, (address.epoch, position))
-            loaded.append(self._placed(image, boxes, position, placement))
-        readable = np.array([one is not None for one in loaded])
-        if not readable.any():
-            raise DataError(f"no image of a batch of {len(loaded)} can be read: {why}")
-        chosen = np.where(readable, np.arange(len(loaded)), readable.argmax())
-        pixels, sizes, kept, labels, masks = zip(*(loaded[i] for i in chosen), strict=True)  # type: ignore[arg-type]
+            return self._placed(image, boxes, position, placement)
+
+        placed, _, readable = read_batch(
+            address.rows.tolist(), read, count=len(boxes), name=boxes.names.__getitem__
+        )
+        pixels, sizes, kept, labels, masks = zip(*placed, strict=True)
         return BoxBatch(
             torch.from_numpy(np.stack(pixels)),
             torch.from_numpy(np.stack(sizes)),

@@ -24,11 +24,12 @@ from milan.core import rng
 from milan.core.device import copy_to
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
-from milan.errors import ConfigError, DataError, ImageFault
+from milan.errors import ConfigError
 from milan.evaluation.splits import Split
 from milan.images.channels import Channels, central_square
 from milan.images.decode import decode
 from milan.images.views import View, ViewSpec, view_of
+from milan.training.stand_ins import read_batch
 
 _PART = re.compile(r"(m|n|w|d|t|p|a|b|inc|mmax)[0-9.]+|mstd([0-9.]+|inf)|3a|weights")
 """Of a policy of timm: what its functions take apart."""
@@ -44,7 +45,7 @@ class LabelledBatch(NamedTuple):
     positions: torch.Tensor
     """[B] int64, places in the training split, or in the validation split behind it"""
     readable: torch.Tensor
-    """[B] bool; another image of the batch stands in for one that cannot be read"""
+    """[B] bool; another image stands in for one that cannot be read"""
 
     def to(self, device: torch.device) -> LabelledBatch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -124,25 +125,18 @@ class LabelledImages:
         )
 
     def load(self, address: Address) -> LabelledBatch:
-        """The images at `address`. Raises DataError if none of them can be read."""
+        """The images at `address`. Raises DataError if neither they nor the next can be read."""
         training = address.kind is Kind.TRAIN
         split = self.train if training else self.val
-        pixels: list[np.ndarray | None] = []
-        why = ""
-        for position in address.rows.tolist():
-            try:
-                pixels.append(self._seen(split, position, address.epoch if training else None))
-            except ImageFault as fault:
-                pixels.append(None)
-                why = why or f"{split.key(position)}: {fault}"
-        readable = np.array([picture is not None for picture in pixels])
-        if not readable.any():
-            raise DataError(f"no image of a batch of {len(pixels)} can be read: {why}")
-        chosen = np.where(readable, np.arange(len(pixels)), readable.argmax())
+        epoch = address.epoch if training else None
+        pixels, rows, readable = read_batch(
+            address.rows.tolist(), lambda position: self._seen(split, position, epoch),
+            count=len(split.rows), name=split.key,
+        )  # fmt: skip
         positions = address.rows + (0 if training else len(self.train.rows))
         return LabelledBatch(
-            torch.from_numpy(np.stack([pixels[i] for i in chosen])),
-            torch.from_numpy(split.labels[address.rows[chosen]]),
+            torch.from_numpy(np.stack(pixels)),
+            torch.from_numpy(split.labels[rows]),
             torch.from_numpy(positions),
             torch.from_numpy(readable),
         )

@@ -27,7 +27,7 @@ from milan.core.device import autocast, network_input, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
 from milan.data.sampler import Address, Kind, split_over_ranks
-from milan.errors import DataError
+from milan.errors import none_readable
 from milan.evaluation.config import SegmentConfig
 from milan.evaluation.iou import Agreement, Areas, agreement, areas, confusion, require_torchmetrics
 from milan.evaluation.masked import MaskedData, open_masked
@@ -319,7 +319,7 @@ class SegmentTask(SupervisedTask):
         parts = self.context.ranks.gather_objects((own, seen))
         everything = sorted((pair for _, (_, pairs) in parts for pair in pairs), key=lambda p: p[0])
         if not everything:
-            raise DataError(f"no image of {self.data.masked.val.name} can be read")
+            raise none_readable(self.data.masked.val.name)
         whole = sum(counts for _, (counts, _) in parts)
         images = Areas(
             *(np.stack(column) for column in zip(*(a for _, a in everything), strict=True))

@@ -22,11 +22,12 @@ from milan.core.bilinear import bilinear
 from milan.core.device import copy_to
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
-from milan.errors import DataError, ImageFault
+from milan.errors import DataError
 from milan.evaluation.masked import MaskedSplit
 from milan.images.masks import IGNORED
 from milan.models.segmenter import fitted
 from milan.training.finetune_data import seeded
+from milan.training.stand_ins import read_batch
 
 _TRIES, _MOST = 10, 0.75  # windows tried; the share of one class that is little enough
 _DISTORTIONS = (
@@ -49,7 +50,7 @@ class MaskedBatch(NamedTuple):
     positions: torch.Tensor
     """[B] int64, places in the training split, or in the validation split behind it"""
     readable: torch.Tensor
-    """[B] bool; to train on another image of the batch stands in for one that cannot be read"""
+    """[B] bool; another image stands in for one that cannot be read"""
 
     def to(self, device: torch.device) -> MaskedBatch:
         """The same on `device`; from pinned memory to CUDA the copy does not wait."""
@@ -127,44 +128,32 @@ class MaskedBatches:
     def load(self, address: Address) -> MaskedBatch:
         """The images at `address`: several to train on, or one to measure on.
 
-        Raises DataError if none of several can be read, or a mask has another size than its image.
+        Raises DataError if neither they nor the next can be read, or a mask has another size than
+        its image.
         """
         training = address.kind is Kind.TRAIN
         split = self.train if training else self.val
-        loaded: list[tuple[np.ndarray, np.ndarray] | None] = []
-        why = ""
-        for position in address.rows.tolist():
-            try:
-                pixels, mask = split.pixels(position), split.mask(position)
-            except ImageFault as fault:
-                loaded.append(None)
-                why = why or f"{split.keys[position]}: {fault}"
-                continue
+
+        def read(position: int) -> tuple[np.ndarray, np.ndarray]:
+            pixels, mask = split.pixels(position), split.mask(position)
             if pixels.shape[:2] != mask.shape:
                 raise DataError(
                     f"the mask of {split.keys[position]} has {mask.shape[1]} x {mask.shape[0]} "
                     f"pixels, its image {pixels.shape[1]} x {pixels.shape[0]}",
                     expected="the mask that was there when the run began",
                 )
-            if training:
-                with seeded(self.seed, rng.AUGMENTED, (address.epoch, position)):
-                    loaded.append(self.augmentation(pixels, mask))
-            else:
-                loaded.append((fitted(pixels, self.augmentation.window), mask))
-        readable = np.array([pair is not None for pair in loaded])
-        if not readable.any():
-            if training:
-                raise DataError(f"no image of a batch of {len(loaded)} can be read: {why}")
-            high, wide = self.augmentation.window
-            law = split.channels
-            blank = np.zeros((high, wide, law.count if law else 3), np.float32 if law else np.uint8)
-            loaded = [(blank, np.full((1, 1), IGNORED, np.int16))]
-        chosen = np.where(readable, np.arange(len(loaded)), readable.argmax())
-        pairs = [loaded[i] for i in chosen]
+            if not training:
+                return fitted(pixels, self.augmentation.window), mask
+            with seeded(self.seed, rng.AUGMENTED, (address.epoch, position)):
+                return self.augmentation(pixels, mask)
+
+        pairs, _, readable = read_batch(
+            address.rows.tolist(), read, count=len(split), name=split.keys.__getitem__
+        )
         positions = address.rows + (0 if training else len(self.train))
         return MaskedBatch(
-            torch.from_numpy(np.stack([pair[0] for pair in pairs if pair])),
-            torch.from_numpy(np.stack([pair[1] for pair in pairs if pair])),
+            torch.from_numpy(np.stack([pair[0] for pair in pairs])),
+            torch.from_numpy(np.stack([pair[1] for pair in pairs])),
             torch.from_numpy(positions),
             torch.from_numpy(readable),
         )

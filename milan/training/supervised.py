@@ -149,7 +149,7 @@ class SupervisedTask(ABC):
             if new and not self.rejected:
                 first = self.data.key(min(new))
                 self.context.progress.note(
-                    f"rejected files: others of their batch stand in for them, the first is {first}"
+                    f"rejected files: others stand in for them, the first is {first}"
                 )
             self.rejected |= new
         return batch.to(self.context.device)

@@ -79,8 +79,17 @@ def test_what_is_not_in_the_image_is_cut_or_left_out(tmp_path: Path, scenes: Pat
     assert len(boxes.labels) == len(whole.labels) - 3
     assert boxes.boxes.min() == 0
     assert int(boxes.crowd.sum()) == 1
-    assert "annotation 1" in notes.line("cut at the edge: 2 boxes")
+    assert "annotation 1" in notes.line("cut at the edge: 1 boxes")
     assert "annotation 2: [500, 10, 20, 20]" in notes.line("left out: 3 boxes")
+
+
+def test_a_mask_outside_its_image_is_said(tmp_path: Path, scenes: Path) -> None:
+    """Counted, with the first of them named."""
+    outside = {"segmentation": [[500, 500, 600, 500, 600, 600]]}
+    folder, notes = changed(tmp_path / "a", scenes, put("annotations", **outside)), Notes()
+    read_coco(folder / "annotations.json", folder, notes)
+    line = notes.line("masks without a pixel in their images: 1 of")
+    assert line.endswith("the first is of annotation 2")
 
 
 def drop_keys(part: str, key: str) -> Callable[[dict[str, Any]], None]:
@@ -118,12 +127,16 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (put("images", file_name="\ud800"), "is not UTF-8"),
     (put("categories", name="\ud800"), "is not UTF-8"),
     (put("images", file_name="../x.png"), r"names the image '\.\./x\.png'"),
-    (put("images", id=1), "has images of the same id"),
+    (put("images", id=1), "has 1 ids twice in images, the first is 1"),
     (put("categories", name="square"), "category names twice, the first is 'square'"),
     (corners, "many boxes of .* reach out of their images"),
     (shares, "many boxes of .* are smaller than a pixel"),
     (put("annotations", segmentation=[]), "annotations of .* have no mask, the first is 2"),
     (put("annotations", segmentation=[[1, 2, 3, 4]]), "polygon of less than three corners"),
+    (put("annotations", segmentation=[[float("nan")] * 6]), "a corner that is no number of pixels"),
+    (put("annotations", segmentation=[[1, 2, 3, 4, 5, 1e12]]), "a corner that is no number of"),
+    (put("annotations", segmentation=[["a"] * 6]), "a corner that is no number of pixels"),
+    (put("annotations", segmentation=[[[1, 2]] * 6]), "a corner that is no number of pixels"),
     (put("annotations", segmentation={"size": [9, 9], "counts": [81]}), r"is \[9, 9\] pixels"),
     (put("annotations", segmentation={"size": [96, 128], "counts": [81]}), "has runs of 81 pixels"),
     (put("annotations", segmentation={"size": None, "counts": [81]}), "is None pixels"),
@@ -135,7 +148,7 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (put("images", width=0), "entry 1 of images in .* has no usable width"),
     (put("images", file_name="a" * 300), "1 of 12 images of .* are not in .*, the first is 'aaa"),
     (put("images", file_name="scene 00.png"), "has 1 files twice among its images, the first is"),
-    (put("categories", id=3), "has categories of the same id"),
+    (put("categories", id=3), "has 1 ids twice in categories, the first is 3"),
 ]
 
 
@@ -144,8 +157,10 @@ def test_what_is_refused(number: int, tmp_path: Path, scenes: Path) -> None:
     """One line each, that names the annotation."""
     change, said = BAD[number]
     folder = changed(tmp_path / "a", scenes, change)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=said) as refused:
         open_boxes(DetectConfig(data=str(folder)), NoProgress())
+    assert refused.value.expected
+    assert refused.value.fix
 
 
 def test_what_is_no_json(tmp_path: Path, scenes: Path) -> None:
@@ -225,6 +240,14 @@ def test_classes_are_matched_by_name(tmp_path: Path, scenes: Path) -> None:
     less = changed(tmp_path / "less", scenes, put("categories", name="ball"))
     with pytest.raises(DataError, match=r"1 classes of .* have no box in .*, the first is 'disc'"):
         open_boxes(DetectConfig(data=str(less), val_data=str(scenes)), NoProgress())
+
+    def other_names(content: dict[str, Any]) -> None:
+        for entry in content["categories"]:
+            entry["name"] += " of another set"
+
+    other = changed(tmp_path / "other", scenes, other_names)
+    with pytest.raises(DataError, match=r"3 classes of .* have no box in"):  # of a sample too
+        open_boxes(DetectConfig(data=str(scenes), val_data=str(other), limit=6), NoProgress())
     with pytest.raises(DataError, match="12 of 12 images to measure on are training images too"):
         open_boxes(DetectConfig(data=str(scenes), val_data=str(scenes)), NoProgress())
 

@@ -13,10 +13,10 @@ import pytest
 from helpers import SCENE_COLOURS, VOID, Notes, draw_masks
 from PIL import Image
 
-from milan.errors import DataError
+from milan.errors import DataError, ImageFault
 from milan.evaluation.config import SegmentConfig
 from milan.evaluation.masked import open_masked
-from milan.images.masks import IGNORED, MaskCoding, Palette
+from milan.images.masks import IGNORED, MaskCoding, Palette, upright_size
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ BAD = {
         change_mask(lambda mask: mask.convert("RGB")), {},
         r"mask-of-colours.*try: --palette FILE",
     ),
-    "a JPEG": (as_jpeg, {}, r"lossy-mask: a JPEG"),
+    "a JPEG": (as_jpeg, {}, r"lossy-mask: a JPEG.*expected: .* PNG.*try: the masks from which"),
     "an unknown number": (
         numbers(77), {"classes": "names"}, r"number 77 is no class \(3 classes are named"
     ),
@@ -204,6 +204,7 @@ def test_what_is_refused(name: str, scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said) as error:
         open_masked(settings(scenes, **{"val_data": str(scenes), **changed}))
     assert "\n" not in str(error.value)
+    assert error.value.fix or name == "a palette without numbers"  # there it says how a line looks
 
 
 def test_what_is_said_and_goes_on(scenes: Path, tmp_path: Path) -> None:
@@ -217,4 +218,6 @@ def test_what_is_said_and_goes_on(scenes: Path, tmp_path: Path) -> None:
     )
     assert (len(masked.train), masked.rejected, len(masked.names)) == (5, 1, 4)
     assert "scene 02.jpg: its mask: unreadable" in notes.line("rejected files: 1 ")
+    with pytest.raises(ImageFault, match="not-an-image: begins with b'no pictu'"):
+        upright_size(b"no picture")
     assert notes.line("1 of 4 classes have no pixel to train on").endswith("tree")

@@ -52,7 +52,7 @@ def test_figures_and_tables_of_a_few_images(tmp_path: Path) -> None:
 def test_five_classes_have_no_top5_and_nothing_read_is_refused() -> None:
     """A figure that cannot be wrong is none; no image is no figure."""
     answers = Answers(np.array([0, 1]), NAMES[:5])
-    with pytest.raises(DataError, match="no image to measure on can be read"):
+    with pytest.raises(DataError, match="no image of those to measure on can be read"):
         answers.of_all()
     answers.see(0, torch.tensor([[0], [0]]))
     assert answers.of_all().figures()["top5"] is None

@@ -240,6 +240,21 @@ def test_bad_input(
     assert not list(tmp_path.glob("e*.*"))
 
 
+@pytest.mark.parametrize("out", ["a file/e.npy", "a folder.npy", f"{'e' * 300}.zarr"])
+def test_a_place_that_cannot_be_written(
+    out: str, run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before an image is looked at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_bytes(b"mine")
+    (tmp_path / "a folder.npy").mkdir()
+    notes, given = Notes(), {"data": str(photos), "features": str(tmp_path / "kept")}
+    with pytest.raises(MilanError, match=r"cannot be written|there already|too long"):
+        embed(str(run), out=out, progress=notes, **given)
+    assert not any("features of" in line for line in notes.lines)
+    assert not (tmp_path / "kept").exists()
+
+
 def embed_slowly(given: dict[str, Any]) -> None:
     """embed in a process of its own, an image a file, in no haste."""
 

@@ -130,6 +130,9 @@ def test_of_embeddings(finished_run: Callable[..., Path], photos: Path, tmp_path
         ({"out": "n.txt"}, "unknown ending '.txt'"),
         ({"query": None, "duplicates": True, "out": "n.png"}, "unknown ending '.png'"),
         ({"query": None, "duplicates": True, "threshold": 1.2}, "threshold 1.2"),
+        ({"out": "other.npy/n.png"}, "n.png cannot be written: .*; try: --out elsewhere"),
+        ({"out": "is a folder.png"}, "folder.png cannot be written: Is a directory"),
+        ({"query": None, "duplicates": True, "out": "other.npy/n.csv"}, "n.csv cannot be written"),
     ],
 )
 def test_bad_input(
@@ -137,6 +140,8 @@ def test_bad_input(
 ) -> None:
     """One line."""
     monkeypatch.chdir(files)
+    monkeypatch.setattr(collection, "class_tokens", None)  # nothing is read before
+    (files / "is a folder.png").mkdir(exist_ok=True)
     with pytest.raises(MilanError, match=expected) as error:
         neighbours.neighbours(**{"where": "store.zarr", "query": "0", **changes})
     assert "\n" not in str(error.value)

@@ -201,6 +201,8 @@ def test_the_command(trained: Path, photos: Path, tmp_path: Path) -> None:
         ({"checkpoint": "encoder"}, "is an encoder, which names no classes.*milan finetune"),
         ({"checkpoint": "above"}, "itself holds none of .*try: milan predict above/tuned"),
         ({"out": "data/p.csv"}, "lies in the folder of the images"),
+        ({"out": "unreadable/a.jpg/p.csv"}, "p.csv cannot be written: .*; try: --out elsewhere"),
+        ({"out": "sheet.csv"}, "sheet.png cannot be written: Is a directory"),
         ({"device": "cuda:99"}, "cuda"),
     ],
 )
@@ -220,6 +222,7 @@ def test_bad_input(
     (tmp_path / "encoder" / "encoder.safetensors").write_bytes(b"")
     (tmp_path / "above" / "tuned").symlink_to(trained)
     (tmp_path / "data").symlink_to(photos)
+    (tmp_path / "sheet.png").mkdir()
     given = {"checkpoint": str(trained), "data": "data", **changes}
     with pytest.raises(MilanError, match=expected) as error:
         milan.predict(**given, progress=milan.NoProgress())

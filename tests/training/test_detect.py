@@ -262,6 +262,13 @@ def test_images_that_are_not_as_annotated(data: dict[str, str], tmp_path: Path) 
     figures = run(data | {"data": str(folder)}, tmp_path, epochs=1, masks="none", progress=notes)
     assert figures["rejected_images"] == 1
     assert "the first is scene 03.png" in str(notes.lines)
+    # In a batch of one, to train on and to measure on, another of the split does.
+    shutil.copytree(data["val_data"], tmp_path / "val")
+    last = sorted((tmp_path / "val").glob("*.png"))[-1]
+    last.write_bytes(b"no image")
+    places = {"data": str(folder), "val_data": str(tmp_path / "val")}
+    figures = run(places, tmp_path, "one", epochs=1, micro_batch=1, masks="none")
+    assert (figures["rejected_images"], figures["val_images"]) == (2, 4)
     Image.new("RGB", (96, 128)).save(victim)
     with pytest.raises(DataError, match=r"scene 03\.png is 96 x 128 pixels, and 128 x 96 in"):
         run(data | {"data": str(folder)}, tmp_path, "b", epochs=1)

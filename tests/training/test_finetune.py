@@ -316,7 +316,7 @@ def test_other_settings_are_another_run(data: dict[str, str], tmp_path: Path) ->
 
 
 def test_an_image_that_cannot_be_read(data: dict[str, str], tmp_path: Path) -> None:
-    """Counted and said; another of its batch stands in for it."""
+    """Counted and said; another stands in for it, also in a batch of one."""
     broken = make_photos(tmp_path / "broken")
     victim = sorted(broken.rglob("*.jpg"))[5]
     victim.write_bytes(victim.read_bytes()[:200])
@@ -324,6 +324,10 @@ def test_an_image_that_cannot_be_read(data: dict[str, str], tmp_path: Path) -> N
     figures = run(data, tmp_path, epochs=1, data=str(broken), progress=notes)
     assert figures["rejected_images"] == 1
     assert f"the first is {victim.relative_to(broken)}" in str(notes.lines)
+    figures = run(
+        data, tmp_path, "one", epochs=1, data=str(broken), micro_batch=1, mixup=0, cutmix=0
+    )
+    assert figures["rejected_images"] == 1
 
 
 def test_the_command(data: dict[str, str], tmp_path: Path) -> None:
