@@ -67,8 +67,9 @@ def predict_masks(job: Job) -> dict[str, Any]:
                 place = folder / f"{key}.png"
                 _write_mask(place, mask, segmenter.colours)
                 best = np.argsort(-counts, kind="stable")[:top].tolist()
-                shares = [(names[n], counts[n] / mask.size) for n in best]
-                rows.append([key, *ready.size, str(place), *(v for pair in shares for v in pair)])
+                shares = [(names[n], counts[n] / mask.size) for n in best if counts[n]]
+                ranks = [*shares, *[(None, None)] * (top - len(shares))]
+                rows.append([key, *ready.size, str(place), *(v for pair in ranks for v in pair)])
                 if ready.shown is not None:
                     said = [f"{name} {share:.0%}" for name, share in shares[:2]]
                     tile = _overlaid(ready.shown, mask, segmenter.colours)

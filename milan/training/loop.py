@@ -141,6 +141,8 @@ def fit(
                 loop.settle()
             if epoch_over:
                 loop.validate(schedule.data.position(step)[0])
+                requests |= loop.requests()  # it may take long
+                saving = saving or requests
             if logging:
                 loop.log(done)
             else:
@@ -308,6 +310,8 @@ class _Loop:
         """Seconds that checkpoints kept training waiting in this call; that the last one did."""
         self.validating = 0.0
         """Seconds spent on validation in this call."""
+        self.validated: int | None = None
+        """While the model is validated: how many of the batches have come."""
         self.writer = checkpoint.Writer(
             context.run, task.model, optimiser, keep=schedule.keep, ranks=context.ranks,
             written=self._keeps,
@@ -347,8 +351,13 @@ class _Loop:
         """Between two batches: show that the run is alive, and that a signal has arrived."""
         if self.stop.by and not self.stopped_by:
             self.stopped_by = self.stop.by
-            self.progress.note(f"{self.stopped_by}: finishing the step, then a checkpoint")
-        self.progress.advance(self.done)
+            now = "step" if self.validated is None else "validation"
+            self.progress.note(f"{self.stopped_by}: finishing the {now}, then a checkpoint")
+        if self.validated is None:
+            self.progress.advance(self.done)
+        else:
+            self.validated += 1
+            self.progress.advance(self.done, f"validating, batch {self.validated:,}")
 
     def step(self, step: int) -> None:
         """One update of the weights."""
@@ -533,10 +542,11 @@ class _Loop:
 
     def validate(self, epoch: int) -> None:
         """Measure the model after an epoch."""
-        began = time.perf_counter()
+        began, self.validated = time.perf_counter(), 0
         self.task.network.eval()
         self.metrics, self.pictures = self.task.validate(epoch, self.feed)
         self.task.network.train()
+        self.validated = None
         words = [f", {name} {value:.3f}" for name, value in self.metrics.items()]
         self.last_metrics = "".join(words) or self.last_metrics
         seconds = time.perf_counter() - began

@@ -217,7 +217,7 @@ def test_what_is_said_and_goes_on(scenes: Path, tmp_path: Path) -> None:
         settings(scenes, val_data=str(scenes), classes=str(tmp_path / "names")), notes
     )
     assert (len(masked.train), masked.rejected, len(masked.names)) == (5, 1, 4)
-    assert "scene 02.jpg: its mask: unreadable" in notes.line("rejected files: 1 ")
+    assert "scene 02.jpg: its mask: truncated" in notes.line("rejected files: 1 ")
     with pytest.raises(ImageFault, match="not-an-image: begins with b'no pictu'"):
         upright_size(b"no picture")
     assert notes.line("1 of 4 classes have no pixel to train on").endswith("tree")

@@ -53,6 +53,7 @@ def test_masks_for_a_folder(trained: Path, tmp_path: Path, forked_ranks: None) -
     """A PNG for each image, of its size, with the colours of the classes; shares in the table, by
     one rank and by two."""
     images = draw_masks(tmp_path / "scenes", count=5, split="a b") / "images"
+    Image.new("RGB", (1, 1)).save(images / "a b/scene 00.jpg")
     broken = images / "a b/scene 03.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     out = tmp_path / "found.parquet"
@@ -69,6 +70,8 @@ def test_masks_for_a_folder(trained: Path, tmp_path: Path, forked_ranks: None) -
         best = int(np.bincount(expected.ravel()).argmax())
         assert row["class1"] == segmenter.class_names[best]
         assert row["share1"] == pytest.approx(float((expected == best).mean()))
+        named = {row[f"class{n}"] for n in (1, 2, 3)} - {None}  # no class that has no pixel
+        assert named == {segmenter.class_names[n] for n in np.unique(expected)}
         at = tuple(np.argwhere(expected == best)[0][::-1].tolist())
         assert mask.convert("RGB").getpixel(at) == SCENE_COLOURS[best]
     names = (Path(metrics["masks"]) / "classes.txt").read_text().split()

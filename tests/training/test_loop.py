@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan.core.device import reached
+from milan.core.progress import NoProgress, Progress
+from milan.core.signals import Stop
 from milan.errors import TrainError
 from milan.reporting.log import RunLog, read_log
 from milan.training import checkpoint, loop
@@ -93,15 +96,17 @@ def batches_from(step: int) -> Iterator[Any]:
 
 def train(
     run: Path, *, epochs: int = 4, resume_from: int | None = None, save_every: int | None = 3,
-    **more: Any,
+    progress: Progress | None = None, stop: Stop | None = None, **more: Any,
 ) -> Any:  # fmt: skip
     run.mkdir(exist_ok=True)
     task = Classifier()
     figures = fit(
         task, adamw(task.model, CPU, weight_decay=0.0, beta2=0.95),
         schedule(epochs, save_every),
-        Context(run, CPU, open_log=lambda step: RunLog(run, step, [])), batches_from=batches_from,
-        resume_from=resume_from, **more,
+        Context(
+            run, CPU, progress=progress or NoProgress(), stop=stop or Stop(),
+            open_log=lambda step: RunLog(run, step, []),
+        ), batches_from=batches_from, resume_from=resume_from, **more,
     )  # fmt: skip
     return task, figures
 
@@ -215,6 +220,39 @@ def test_when_checkpoints_are_written(
     assert figures["checkpoint_share"] == pytest.approx(
         len(steps) * save / (20 * step + len(steps) * save), abs=1e-4
     )
+
+
+def test_a_validation_is_shown_and_stopped_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to stop while it validates, a run takes no step more; the checkpoint is behind it."""
+    stop, lines, shown = Stop(), list[str](), list[str]()
+    measure = Classifier.validate
+
+    def asked(self: Classifier, epoch: int, batches: Iterator[Any]) -> tuple[dict, dict]:
+        if epoch == 1:
+            stop.request(signal.SIGTERM)
+        return measure(self, epoch, batches)
+
+    class Seen(NoProgress):
+        def note(self, text: str) -> None:
+            lines.append(text)
+
+        def advance(self, done: int, figures: str = "") -> None:
+            shown.append(figures)
+
+    monkeypatch.setattr(Classifier, "validate", asked)
+    _, figures = train(tmp_path / "run", save_every=None, progress=Seen(), stop=stop)
+    assert (figures["step"], figures["stopped_by"]) == (10, "SIGTERM")
+    assert checkpoint.steps(tmp_path / "run")[-1] == 10
+    assert lines == ["SIGTERM: finishing the validation, then a checkpoint"]
+    assert shown.count("validating, batch 1") == 2
+    monkeypatch.undo()
+    whole, _ = train(tmp_path / "whole", save_every=None)
+    resumed, _ = train(tmp_path / "run", save_every=None, resume_from=10)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("run", "whole")]
+    assert [len(log.splitlines()) for log in logs] == [12, 12]
 
 
 # --- while a checkpoint is written ----------------------------------------------------------------
