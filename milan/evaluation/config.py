@@ -501,7 +501,7 @@ class SegmentConfig(SupervisedConfig):
 
     section = "segment"
 
-    checkpoint: str = setting("runs/pretrain", identity=False)
+    checkpoint: str = setting("runs/pretrain", identity=False, several=True)
     """A run's folder, timm:NAME, another library's checkpoint, or random (as timm initialises it);
     with protocol linear also teacher."""
     data: str = setting("ade20k", identity=False)
@@ -597,7 +597,7 @@ class SegmentConfig(SupervisedConfig):
         batch, epochs = self.batch_size or values["batch_size"], self.epochs or values["epochs"]
         values |= {
             "lr": values["lr"] * batch / values["batch_size"],
-            "warmup_epochs": round(values["warmup_epochs"] * epochs / values["epochs"], 6),
+            "warmup_epochs": values["warmup_epochs"] * epochs / values["epochs"],
         }
         missing = {name: v for name, v in values.items() if getattr(self, name) is None}
         return replace(self, **missing)

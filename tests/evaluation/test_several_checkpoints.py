@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,10 @@ def test_the_teacher_among_several(config: Any, found: str) -> None:
     protocol = "finetune" if isinstance(config, FinetuneConfig) else "knn"
     with pytest.raises(MilanError, match=found):
         evaluate(PROTOCOLS[protocol], config)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_protocol_takes_several(name: str) -> None:
+    """The flag may be repeated: else the last one alone would count, and nobody would be told."""
+    (checkpoint,) = (f for f in fields(PROTOCOLS[name].settings) if f.name == "checkpoint")
+    assert checkpoint.metadata["several"]
