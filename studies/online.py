@@ -58,8 +58,10 @@ class OnlineTargets(FeatureRegression):
 
     def features(self, prediction: Prediction) -> torch.Tensor:
         """The teacher's own numbers, [B, T, C] float32."""
-        assert prediction.batch.codes is not None
-        return prediction.batch.codes[:, -prediction.tokens.shape[1] :]
+        codes, tokens = prediction.batch.codes, prediction.tokens.shape[1]
+        assert codes is not None
+        rows = prediction.mask.rows[..., None].expand(-1, -1, codes.shape[2])
+        return codes.gather(1, rows)[:, -tokens:]
 
 
 def online(setting: Setting) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from milan.core import remote
 from milan.core.signals import STOPPING
+from milan.models.masking import Mask
 from milan.objectives.base import Objective
 from pipeline.extract import extract_targets
 
@@ -576,3 +577,10 @@ def draw_masks(folder: Path, *, count: int = 8, seed: int = 0, split: str = "") 
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, **({"quality": 95} if ending == "jpg" else {}))
     return folder
+
+
+def in_raster(tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """A student's prediction [B, T, C] as the published code has it: class token, then patches in
+    raster order."""
+    first = tokens.shape[1] - mask.order.shape[1]
+    return torch.cat([tokens[:, :first], mask.in_raster(tokens[:, first:])], dim=1)

@@ -373,9 +373,15 @@ def parallelise(student: nn.Module, ranks: Ranks, kind: str, precision: str = "f
             if half:  # autocast computes norms in float32
                 fully_shard(_without_products(block), mesh=mesh)
             fully_shard(block, mesh=mesh, mp_policy=policy)
+    student.register_forward_hook(_no_view)
     fully_shard(student, mesh=mesh)
     register_fsdp_forward_method(student, "pooled_features")
     return student
+
+
+def _no_view(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A view as a tensor of its own: FSDP2 warns of views, which somebody might write into."""
+    return output.clone() if isinstance(output, torch.Tensor) and output._is_view() else output
 
 
 def _without_products(block: nn.Module) -> list[nn.Module]:

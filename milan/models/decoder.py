@@ -181,14 +181,14 @@ class Decoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, latent: torch.Tensor, mask: Mask, *, recompute: bool = False) -> torch.Tensor:
-        """Latent [B, 1 + V, E] to predictions [B, T, C] in raster order, class token first.
+        """Latent [B, 1 + V, E] to predictions [B, T, C]: of the class token, of the visible
+        patches, and of the masked ones (`Mask.order`).
 
         Where the mask chooses D masked patches, the others are in no block, and T = 1 + V + D.
         """
         z = self.embed(latent)
         b, _, d = z.shape
-        # Tokens are kept as [class, visible | masked]; attention does not care for their order,
-        # so they go back to raster order once, at the end.
+        # Attention does not care for the order of tokens: they never go back to raster order.
         order = mask.visible + 1
         if self.class_token:
             order = torch.cat([torch.zeros_like(order[:, :1]), order], dim=1)
@@ -205,9 +205,6 @@ class Decoder(nn.Module):
             tokens = torch.cat([prompts, masked], dim=1)
             for block in self.blocks:
                 tokens = run_block(block, tokens, recompute=recompute)
-        raster = torch.cat([order, mask.decoded + 1], dim=1).argsort(dim=1)
         if self.heads is None:
-            prediction = self.pred(self.norm(tokens))
-        else:
-            prediction = torch.cat([head(tokens) for head in self.heads], dim=-1)
-        return prediction.gather(1, raster[..., None].expand(-1, -1, prediction.shape[2]))
+            return self.pred(self.norm(tokens))
+        return torch.cat([head(tokens) for head in self.heads], dim=-1)

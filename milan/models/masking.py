@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from milan.core.device import has_float64
 from milan.errors import ConfigError
@@ -31,23 +32,31 @@ class Mask(NamedTuple):
         return self.masked if self.chosen is None else self.chosen
 
     @property
+    def order(self) -> torch.Tensor:
+        """[B, V + D]: the patches that a decoder predicts, in its order: visible ones first."""
+        return torch.cat([self.visible, self.decoded], dim=1)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[B, 1 + V + D]: where the class token and these patches are in a table that has the class
+        token first and then all patches in raster order, as stores have them."""
+        return F.pad(1 + self.order, (1, 0))
+
+    @property
     def predicted(self) -> torch.Tensor:
-        """[B, V + D]: the patches that a decoder predicts, in the order of its tokens."""
-        return torch.cat([self.visible, self.decoded], dim=1).sort(dim=1).values
+        """[B, V + D]: the same patches in raster order."""
+        return self.order.sort(dim=1).values
 
-    @property
-    def decoded_at(self) -> torch.Tensor:
-        """[B, D]: where the decoded patches are among those that are predicted."""
-        if self.chosen is None:
-            return self.masked
-        return torch.searchsorted(self.predicted, self.chosen)
+    def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(those of visible patches [B, V, ...], those of decoded ones [B, D, ...]) of tokens in
+        the decoder's order; others may stand before the patches."""
+        decoded = tokens.shape[1] - self.decoded.shape[1]
+        return tokens[:, decoded - self.visible.shape[1] : decoded], tokens[:, decoded:]
 
-    @property
-    def visible_at(self) -> torch.Tensor:
-        """[B, V]: where the visible patches are among those that are predicted."""
-        if self.chosen is None:
-            return self.visible
-        return torch.searchsorted(self.predicted, self.visible)
+    def in_raster(self, patches: torch.Tensor) -> torch.Tensor:
+        """What belongs to the patches `order`, [B, V + D, C], as it belongs to `predicted`."""
+        at = self.order.argsort(dim=1)
+        return patches.gather(1, at[..., None].expand_as(patches))
 
     def boolean(self) -> torch.Tensor:
         """[B, N], True = masked."""

@@ -95,7 +95,7 @@ class RilsStudent(Student):
         """Normalised images [B, 3, S, S] and the token ids [B, L] of a caption each."""
         predicted = None
         if self.reconstruct:
-            predicted = _rows(self._patches(super().forward(images, mask)), mask.decoded_at)
+            _, predicted = mask.split(super().forward(images, mask))
         whole = self._patches(encode(self.encoder, images, recompute=self.recompute))
         # The target comes from the same weights as the prediction, and teaches them nothing.
         target = _rows(whole.detach(), mask.decoded) @ self.image_projection.detach()

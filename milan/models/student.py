@@ -42,8 +42,8 @@ class Student(nn.Module):
         return self.encoder.patch_embed.num_patches
 
     def forward(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Normalised images [B, channels, S, S] to predictions [B, T, C], fewer where the mask
-        chooses.
+        """Normalised images [B, channels, S, S] to predictions [B, T, C] in the decoder's order
+        (`Mask.order`, behind the class token), fewer where the mask chooses.
 
         With deep decoders [1 + those, B, T, C], theirs behind the decoder's (`split_deep`).
         """

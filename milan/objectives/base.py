@@ -38,7 +38,8 @@ class Prediction(NamedTuple):
     """What a student predicts for a micro-batch, and what it was given."""
 
     tokens: torch.Tensor
-    """[B, T, C]; T = 1 + V + D where the mask chooses D masked patches."""
+    """[B, T, C] in the decoder's order: class token, visible patches, masked ones (`Mask.order`);
+    T = 1 + V + D where the mask chooses D masked patches."""
     images: torch.Tensor
     """[B, channels, S, S] normalised."""
     mask: Mask
@@ -52,11 +53,12 @@ class Prediction(NamedTuple):
 
     @property
     def patches(self) -> torch.Tensor:
-        """[B, N, C]: the tokens without the class token; of V + D patches where D are chosen."""
-        return self.of_patches(self.tokens)
+        """[B, N, C]: the tokens of the patches in raster order, `Mask.predicted`; of V + D where D
+        are chosen."""
+        return self.mask.in_raster(self.of_patches(self.tokens))
 
     def of_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] without the class token, if there is one."""
+        """[B, T, ...] without the class token, if there is one; in the same order."""
         return tokens[:, -(self.mask.visible.shape[1] + self.mask.decoded.shape[1]) :]
 
     @property

@@ -49,20 +49,18 @@ def image_loss(
     the same predictions of all tokens have.
     """
     mask = prediction.mask
-    patches = prediction.of_patches(distance)
+    visible, decoded = mask.split(distance)
     if predict == "all":
-        counted = distance if class_weight is None else patches
+        counted = distance if class_weight is None else prediction.of_patches(distance)
         if mask.chosen is None:
             loss = counted.mean(dim=1)
         else:
             left_out = mask.masked.shape[1] - mask.chosen.shape[1]
-            decoded = patches.gather(1, mask.decoded_at)
             total = counted.sum(dim=1) + left_out * decoded.mean(dim=1)
             loss = total / (counted.shape[1] + left_out)
     else:
-        indices = {"masked": [mask.decoded_at], "visible": [mask.visible_at]}
-        kinds = indices.get(predict, [mask.decoded_at, mask.visible_at])
-        loss = torch.stack([patches.gather(1, at).mean(dim=1) for at in kinds]).mean(dim=0)
+        kinds = {"masked": [decoded], "visible": [visible]}.get(predict, [decoded, visible])
+        loss = torch.stack([kind.mean(dim=1) for kind in kinds]).mean(dim=0)
     return loss + class_weight * distance[:, 0] if class_weight else loss
 
 
@@ -219,14 +217,14 @@ class FeatureRegression(Objective):
         if self.config.loss == "relation":
             return {"loss": self._loss(prediction, target)}
         features = self._as_given(prediction, target)
-        at = mask.visible_at if self.config.predict == "visible" else mask.decoded_at
+        kind = 0 if self.config.predict == "visible" else 1
 
         def cosine(tokens: torch.Tensor) -> torch.Tensor:
             restored = self.targets.restored(tokens)
             return F.cosine_similarity(restored.float(), features.float(), dim=-1)
 
         def of_patches(tokens: torch.Tensor) -> torch.Tensor:
-            return prediction.of_patches(cosine(tokens)).gather(1, at).mean()
+            return mask.split(cosine(tokens))[kind].mean()
 
         metrics = {
             "loss": self._loss(prediction, target),
@@ -243,26 +241,21 @@ class FeatureRegression(Objective):
 
         Those that the student does not learn to predict are not a number.
         """
-        mask, predicted = prediction.mask, self.targets.restored(prediction.patches.float())
-        if mask.chosen is None:
-            given = self._as_given(prediction, self.features(prediction))
-            features = prediction.of_patches(given)
-        else:
-            whole, count = mask._replace(chosen=None), prediction.batch.noise.shape[1]
-            coded = Coded.of(prediction.batch)
-            features = self.targets.features(coded, whole, count, normalised=False)
-        return features.float(), _in_place(predicted, mask, self.config.predict)
+        mask, count = prediction.mask, prediction.batch.noise.shape[1]
+        predicted = self.targets.restored(prediction.of_patches(prediction.tokens).float())
+        whole, coded = mask._replace(chosen=None), Coded.of(prediction.batch)
+        features = self.targets.features(coded, whole, count, normalised=False)
+        return whole.in_raster(features.float()), _in_place(predicted, mask, self.config.predict)
 
 
 def _in_place(patches: torch.Tensor, mask: Mask, predict: str) -> torch.Tensor:
-    """Predicted patches [B, V + D, C] on the whole grid, [B, N, C].
+    """Predicted patches [B, V + D, C], in the decoder's order, on the whole grid, [B, N, C].
 
     Those that are not decoded, or not learnt (`predict`), are not a number.
     """
-    at = mask.predicted
+    at = mask.order
     if predict == "masked":
-        patches = patches.gather(1, mask.decoded_at[..., None].expand(-1, -1, patches.shape[2]))
-        at = mask.decoded
+        (_, patches), at = mask.split(patches), mask.decoded
     count = mask.visible.shape[1] + mask.masked.shape[1]
     blank = patches.new_full((len(patches), count, patches.shape[2]), float("nan"))
     return blank.scatter(1, at[..., None].expand_as(patches), patches)

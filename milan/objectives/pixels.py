@@ -24,19 +24,17 @@ class PixelRegression(Objective):
 
     def loss(self, prediction: Prediction) -> torch.Tensor:
         """`pixel_regression`."""
-        mask, at = prediction.mask, None
-        hidden = mask.boolean()
-        if mask.chosen is not None:
-            at = mask.predicted
-            hidden = hidden.gather(1, at)
+        mask = prediction.mask
+        _, decoded = mask.split(prediction.tokens)
         return pixel_regression(
-            prediction.patches, prediction.images, hidden, patch=prediction.patch_size, at=at
-        )
+            decoded, prediction.images, torch.ones_like(mask.decoded),
+            patch=prediction.patch_size, at=mask.decoded,
+        )  # fmt: skip
 
     def picture(self, prediction: Prediction) -> tuple[None, torch.Tensor]:
         """The predicted pixels."""
         images = unpatchify_prediction(
-            prediction.tokens, prediction.images, patch=prediction.patch_size
+            prediction.patches, prediction.images, patch=prediction.patch_size
         )
         if prediction.batch.channels is None:
             return None, denormalise(images, MEAN, STD)
@@ -63,7 +61,7 @@ def pixel_regression(
 
     `prediction` [B, T, patch * patch * C] (a class token's is ignored), `images` [B, C, S, S]
     normalised, `masked` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
-    `at` [B, K] names the patches that are predicted, if not all N: `masked` is theirs then.
+    `at` [B, K] names the patches of `prediction`, if not all N in raster order: `masked` is theirs.
     """
     target, mean, deviation = _patches(images, patch)
     target = (target - mean) / deviation

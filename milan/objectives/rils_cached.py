@@ -155,8 +155,7 @@ class CachedSentences(JointObjective, FeatureRegression):
             own = self._on(own.device, 2)[batch.rows]
         predicted, target = plain.tokens, features
         if self._argument("rows", "masked") == "masked":
-            at = mask.decoded_at[..., None].expand(-1, -1, features.shape[2])
-            predicted, target = (plain.of_patches(t).gather(1, at) for t in (predicted, target))
+            predicted, target = (mask.split(tokens)[1] for tokens in (predicted, target))
         output = CachedOutput(
             predicted, target, self.targets.class_token(Coded.of(batch)), batch.texts, own,
             image_regression(plain, features),

@@ -76,15 +76,15 @@ class TeacherTargets:
         `normalised` as the student predicts them, else as the teacher gave them. Of another grid
         than the student's they are resampled: normalised, or as unit vectors, for a long one must
         not drown its neighbours. A student without class token predicts patches only. Those of
-        patches that are not decoded are left out.
+        patches that are not decoded are left out. They are in the decoder's order, as predictions
+        are: to gather codes takes fewer bytes than to turn predictions back.
         """
         codes, scale = coded
         patches = mask.visible.shape[1] + mask.masked.shape[1]
-        resample, at = codes.shape[1] != 1 + patches, None
-        if mask.chosen is not None:
-            at = F.pad(1 + mask.predicted, (1, 0))
-            if not resample:  # decode those alone
-                codes, scale = _rows(codes, at), None if scale is None else scale.gather(1, at)
+        resample = codes.shape[1] != 1 + patches
+        if not resample:
+            codes = _rows(codes, mask.rows)
+            scale = None if scale is None else scale.gather(1, mask.rows)
         features = self.cache.codec.decode(codes, scale)
         if normalised and (affine := self.affine()):
             features = affine(features)
@@ -93,8 +93,7 @@ class TeacherTargets:
         elif resample:
             features = F.normalize(features, dim=-1)
         if resample:
-            features = resampled_features(features, patches)
-            features = features if at is None else _rows(features, at)
+            features = _rows(resampled_features(features, patches), mask.rows)
         return features[:, -tokens:]
 
     def restored(self, prediction: torch.Tensor) -> torch.Tensor:

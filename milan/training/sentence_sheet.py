@@ -155,7 +155,7 @@ def _said(
     assert features is not None
     at = mask.masked[..., None].expand(-1, -1, cache.spec.channels)
     with torch.inference_mode():
-        predicted = student(images, mask)[:, -count:].gather(1, at)
+        _, predicted = mask.split(student(images, mask))
     target = torch.from_numpy(patch_features(cache, rows, first)).gather(1, at)
     vectors, taus = torch.from_numpy(features), (objective.teacher_tau, objective.student_tau)
     return _Said(predicted, target, mask, texts, vectors, taus)

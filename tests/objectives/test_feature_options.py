@@ -55,8 +55,7 @@ def test_the_tokens_that_count_are_those_that_are_named() -> None:
         found = []
         for pair in [None, *itertools.combinations(range(4), 2)]:
             mask = Mask(visible, masked, None if pair is None else masked[:, list(pair)])
-            at = torch.nn.functional.pad(1 + mask.predicted, (1, 0))
-            tokens = distance.gather(1, at)
+            tokens = distance.gather(1, mask.rows)
             ours = Prediction(tokens[..., None], pixels, mask, Batch(*[pixels] * 5, None, None))
             found.append(image_loss(ours, tokens, predict=predict, class_weight=class_weight))
         torch.testing.assert_close(found[0], expected)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import open_clip
 import pytest
 import torch
-from helpers import STUDENT, TEACHER
+from helpers import STUDENT, TEACHER, in_raster
 from safetensors.torch import save_file
 from timm.optim import param_groups_weight_decay
 
@@ -108,7 +108,7 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
         cached = objective.mask(batch)
         assert torch.equal(prediction.mask.visible, cached.visible)
         assert torch.equal(prediction.mask.masked, cached.masked)
-        return feature_regression(prediction.tokens, features)
+        return feature_regression(in_raster(prediction.tokens, prediction.mask), features)
 
     found, seen = [], set()
     for batch in training_loader(dataset, sampler, features=True, num_workers=0):

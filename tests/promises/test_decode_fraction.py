@@ -38,9 +38,11 @@ def test_the_draw_is_uniform_whatever_the_attention() -> None:
     assert not (decoded & ~hidden).any()
     share = decoded.sum(dim=0) / hidden.sum(dim=0)
     assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / (0.4 * VIEWS)) ** 0.5
-    # The decoded ones are where `decoded_at` says, among the predicted ones in raster order.
-    assert torch.equal(chosen.predicted.gather(1, chosen.decoded_at), chosen.decoded)
-    assert torch.equal(mask.predicted.gather(1, mask.decoded_at), mask.decoded)
+    for some in (mask, chosen):  # the decoder's order, and raster order
+        assert torch.equal(some.split(some.order)[0], some.visible)
+        assert torch.equal(some.split(some.rows)[1], 1 + some.decoded)
+        assert torch.equal(some.in_raster(some.order[..., None])[..., 0], some.predicted)
+    assert torch.equal(mask.predicted, torch.arange(PATCHES).expand(VIEWS, -1))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "mae"])
@@ -61,13 +63,8 @@ def test_the_decoder_of_all_is_the_decoder_without_a_choice(kind: str) -> None:
     shared = student(images, some)
     assert shared.shape == (3, 1 + VISIBLE + 6, 24)
     if kind == "prompt":  # the class token and visible patches pass the decoder by
-        at = torch.cat([torch.zeros(3, 1, dtype=torch.int64), 1 + some.visible], dim=1)
-        left = 1 + torch.searchsorted(some.predicted, some.visible)
-        left = torch.cat([torch.zeros(3, 1, dtype=torch.int64), left], dim=1)
-        ours, theirs = (
-            t.gather(1, i[..., None].expand(-1, -1, 24)) for t, i in ((shared, left), (whole, at))
-        )
-        torch.testing.assert_close(ours, theirs)
+        first = 1 + VISIBLE
+        torch.testing.assert_close(shared[:, :first], whole[:, :first])
     with torch.no_grad():  # the position of a patch that is not decoded is read by nobody
         gone = next(p for p in range(PATCHES) if p not in some.predicted[0].tolist())
         student.decoder.pos_embed[0, 1 + gone] = 1e3
@@ -84,7 +81,7 @@ def test_losses_mean_what_those_of_all_tokens_are() -> None:
     features_losses, pixel_losses = [], []
     for pair in itertools.combinations(range(4), 2):
         mask = Mask(visible, masked, masked[:, list(pair)])
-        at = torch.nn.functional.pad(1 + mask.predicted, (1, 0))[..., None].expand(-1, -1, 12)
+        at = mask.rows[..., None].expand(-1, -1, 12)
         ours = Prediction(tokens.gather(1, at), pixels, mask, Batch(*[pixels] * 5, None, None))
         features_losses.append(image_regression(ours, features.gather(1, at)).mean())
         hidden = mask.boolean().gather(1, mask.predicted)

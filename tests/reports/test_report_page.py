@@ -203,7 +203,8 @@ def test_pictures_and_neighbours(page: Page, runs: dict[str, Path], store: Path)
         at = np.array([int(row)])
         batch = _batch_of(student, known, at)
         with torch.inference_mode():
-            predicted = student(normalise(batch[0], MEAN, STD), batch[1])[0, 1:]
+            tokens = student(normalise(batch[0], MEAN, STD), batch[1])
+        predicted = batch[1].in_raster(tokens[:, 1:])[0]
         cosine = F.cosine_similarity(predicted, batch[2][0], dim=-1)
         assert abs(float(cosine[batch[1].boolean()[0]].mean()) - float(shown[1])) < 2e-3
     # The first image's nearest by the teacher, among all 24: none was left out.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from counting import waits_of_a_step
-from helpers import EXTRACTION, SMALL, Notes, log_of, weights
+from helpers import EXTRACTION, SMALL, Notes, in_raster, log_of, weights
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -196,7 +196,7 @@ def test_the_loss_is_the_weighted_mean_of_the_teachers(layers: Path) -> None:
     widths, first = [f.shape[2] for f in features], 0
     each = []  # [teachers][B]
     for width, target in zip(widths, features, strict=True):
-        own = prediction.tokens[..., first : first + width]
+        own = in_raster(prediction.tokens, prediction.mask)[..., first : first + width]
         each.append((2 - 2 * F.cosine_similarity(own, target, dim=-1)).mean(dim=1))
         first += width
     expected = (3 * each[0] + each[1]) / 4

@@ -17,6 +17,7 @@ from helpers import (
     SMALL,
     WATCHED,
     Notes,
+    in_raster,
     log_of,
     make_photos,
     rows_seen,
@@ -157,7 +158,7 @@ def test_validation_is_what_it_says(watched: Path, store: Path, cache: TargetCac
         mask = importance_mask(attention, torch.from_numpy(noise), visible=4)
         images = normalise(torch.from_numpy(dataset.pixels(rows, views)), MEAN, STD)
         with torch.no_grad():
-            said = student(images, mask)
+            said = in_raster(student(images, mask), mask)
         cosine = F.cosine_similarity(said, features, dim=-1)[0]
         losses.append(float((2 - 2 * cosine).mean()))
         cosines.append(float(cosine[1:][mask.masked[0]].mean()))
