@@ -119,18 +119,18 @@ def _train_all(
             fix="a line for each checkpoint and draw (--first-draw)",
         )
     shapes = _shapes(configs) if len(configs) > 1 else {}
-    beside: dict[str | None, dict[str, Any]] = {}  # the baseline of a shape
+    beside: dict[str | None, dict[str, Any]] = {}  # the random baseline of a shape
     by_checkpoint: dict[str, Any] = {}
     for number, config in enumerate(configs, 1):
         if progress and len(configs) > 1:
             progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
-        shape = shapes.get(config.checkpoint)
-        if isinstance(config, SupervisedConfig) and (shape in beside or "random" in shapes):
+        shape, trained = shapes.get(config.checkpoint), isinstance(config, SupervisedConfig)
+        if trained and (shape in beside or "random" in shapes):
             config = replace(config, baseline="none")
         metrics = _train(protocol, config, run, stop, progress)
         if "stopped_by" in metrics or not metrics:
             return {config.checkpoint: metrics}
-        if "baseline" in metrics:
+        if trained and "baseline" in metrics:  # other protocols have the teacher, like none
             beside[shape] = metrics["baseline"] | {"like": config.checkpoint}
         if shape in beside:
             metrics["baseline"] = beside[shape]

@@ -81,10 +81,9 @@ class TeacherTargets:
         """
         codes, scale = coded
         patches = mask.visible.shape[1] + mask.masked.shape[1]
-        resample = codes.shape[1] != 1 + patches
+        resample, at = codes.shape[1] != 1 + patches, mask.rows
         if not resample:
-            codes = _rows(codes, mask.rows)
-            scale = None if scale is None else scale.gather(1, mask.rows)
+            codes, scale = _rows(codes, at), None if scale is None else scale.gather(1, at)
         features = self.cache.codec.decode(codes, scale)
         if normalised and (affine := self.affine()):
             features = affine(features)
@@ -93,7 +92,7 @@ class TeacherTargets:
         elif resample:
             features = F.normalize(features, dim=-1)
         if resample:
-            features = _rows(resampled_features(features, patches), mask.rows)
+            features = _rows(resampled_features(features, patches), at)
         return features[:, -tokens:]
 
     def restored(self, prediction: torch.Tensor) -> torch.Tensor:

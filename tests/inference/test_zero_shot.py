@@ -140,6 +140,25 @@ def test_several_in_one_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert 0 <= json.loads((place / folder / "zero_shot.json").read_text())["token_top1"] <= 100
 
 
+def test_students_share_the_teacher(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one row beside two students, and like none of them."""
+    monkeypatch.chdir(place)
+    ran = run_here(
+        "zero-shot", "--checkpoint", "random,run", "--like", "run", "--cache", "t.zarr",
+        "--data", "clothes.parquet", "--crop-share", 1, "--pictures", 0, "--out", "two.csv",
+        *(part for name, file in TEACHER.items() for part in (f"--{name}", file)),
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    lines = (place / "two.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "checkpoint",
+        "teacher teacher",
+        "random",
+        "run",
+    ]
+    assert "like" not in json.loads((place / "run/zero_shot.json").read_text())["baseline"]
+
+
 def test_the_text_tower_gives_what_the_store_lacks(place: Path, tmp_path: Path) -> None:
     """Of a store without texts, and of classes that it does not have; the same as stored ones."""
     store, data = tmp_path / "plain.zarr", str(place / "clothes.parquet")
