@@ -126,7 +126,7 @@ class Measurement:
 
 FACTS = (
     "chance", "classes", "features", "features_are", "train_images", "val_images",
-    "repeated_images",
+    "repeated_images", "rejected_images",
 )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         len(train),
         len(val),
         _repeated(evaluation),
+        sum(len(features.rejected) for features in _features(evaluation)),
     )
     return dict(zip(FACTS, facts, strict=True))
 
@@ -185,7 +186,7 @@ def _evaluation(
 def _tell(evaluation: Evaluation) -> None:
     """Notes on what the figures rest on. Raises DataError if all images to measure on were seen."""
     train, val, progress = evaluation.train, evaluation.val, evaluation.context.progress
-    for features in dict.fromkeys((train.features, val.features)):
+    for features in _features(evaluation):
         if features.rejected:
             progress.note(
                 f"rejected files: {len(features.rejected)}, the first is {features.rejected[0]}"
@@ -200,6 +201,11 @@ def _tell(evaluation: Evaluation) -> None:
         progress.note(f"{found} (the same bytes): figures are better than on new images")
     for doubt in doubts(train.labels, val.labels):
         progress.note(doubt)
+
+
+def _features(evaluation: Evaluation) -> list[Features]:
+    """Those of all images: once, where one set is split."""
+    return list(dict.fromkeys((evaluation.train.features, evaluation.val.features)))
 
 
 def _repeated(evaluation: Evaluation) -> int:

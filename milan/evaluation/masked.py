@@ -33,6 +33,7 @@ from milan.images.masks import (
 from milan.images.pairing import FilesOfImages
 from milan.images.source import ImageSource
 from milan.images.splits import TEST, VALIDATION, WantedSplit
+from milan.models.segmenter import fitted_size
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,16 @@ class _Seen(NamedTuple):
 
 
 def open_masked(
-    config: SegmentConfig, progress: Progress | None = None, channels: Channels | None = None
+    config: SegmentConfig,
+    progress: Progress | None = None,
+    channels: Channels | None = None,
+    *,
+    window: tuple[int, int] | None = None,
 ) -> MaskedData:
     """The images to fit on and those to measure on (`val_data`, or a fifth of `data` by seed).
 
-    `channels`: what is seen of them in place of RGB. Every mask is read once: sizes are compared,
+    `channels`: what is seen of them in place of RGB. `window` (H, W): strips that it does not fit
+    are left out (milan.models.segmenter.fitted_size). Every mask is read once: sizes are compared,
     classes counted. `progress` is told what was found. Raises DataError for images without a mask,
     masks of another size or with numbers that are no class, classes that only images to measure on
     have, and splits without an image; ConfigError if nobody says where the files beside the images
@@ -161,7 +167,7 @@ def open_masked(
         (train, val), (rows, val_rows), ("--data", "--val-data"), folders, strict=True
     ):
         split = _split(listed, chosen, coding, len(names) or MOST_CLASSES, folder, channels)
-        kept, counts, left_out = _checked(split, bool(names), flag, progress)
+        kept, counts, left_out = _checked(split, bool(names), window, flag, progress)
         splits.append(kept)
         pixels.append(counts)
         rejected += left_out
@@ -220,7 +226,11 @@ def _split(
 
 
 def _checked(
-    split: MaskedSplit, named: bool, flag: str, progress: Progress
+    split: MaskedSplit,
+    named: bool,
+    window: tuple[int, int] | None,
+    flag: str,
+    progress: Progress,
 ) -> tuple[MaskedSplit, np.ndarray, int]:
     """The split without pairs that cannot be read, pixels of each class, and how many those are.
 
@@ -229,7 +239,7 @@ def _checked(
     counts, ignored = np.zeros(split.classes, np.int64), 0
     wrong, faults, kept = list[tuple[str, str]](), list[str](), list[int]()
     progress.begin(f"masks of {flag}", len(split), "masks")
-    for position, seen in enumerate(_looked_at(split, named)):
+    for position, seen in enumerate(_looked_at(split, named, window)):
         if seen.wrong[0]:
             wrong.append((seen.wrong[0], f"{split.keys[position]}: {seen.wrong[1]}"))
         elif seen.fault:
@@ -283,22 +293,24 @@ _ADVICE = {
 }
 
 
-def _looked_at(split: MaskedSplit, named: bool) -> Iterator[_Seen]:
+def _looked_at(split: MaskedSplit, named: bool, window: tuple[int, int] | None) -> Iterator[_Seen]:
     """What is found in each pair, in order; by a thread a core."""
     threads = cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(split), 16 * threads):  # no more than this is read ahead
             rows = split.rows[first : first + 16 * threads].tolist()
-            yield from pool.map(partial(_look, split, named), rows)
+            yield from pool.map(partial(_look, split, named, window), rows)
 
 
-def _look(split: MaskedSplit, named: bool, row: int) -> _Seen:
+def _look(split: MaskedSplit, named: bool, window: tuple[int, int] | None, row: int) -> _Seen:
     nothing = np.zeros(0, np.int64)
     try:
         if split.channels:  # whether all are there is known once they are read
             height, width = split.seen(row).shape[:2]
         else:
             height, width = upright_size(split.images.read(row))
+        if window:
+            fitted_size(height, width, window)
     except ImageFault as fault:
         return _Seen(nothing, 0, str(fault))
     try:

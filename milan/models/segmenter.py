@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from milan.core.bilinear import bilinear
 from milan.core.device import network_input
-from milan.errors import CacheError, ConfigError
+from milan.errors import CacheError, ConfigError, ImageFault
 from milan.models.encoder import VIT_MODULES, create_vit, module_of
 from milan.models.export import CHANNELS, load_whole, read_about
 
@@ -31,6 +31,7 @@ _BLOCKS = (4, 6, 8, 12)  # of 12: what the pyramid is built from (BEiT, MAE)
 _DROPOUT = 0.1
 _ROWS = 64  # of an image, whose classes are decided at once
 _OVERLAP = 2 / 3  # a window's step, as a share of its edge: 341 of 512
+_LONGEST = 10  # windows along a side: 3 x 200 pixels would else become 512 x 34,133
 _NO_SMP = "pip install 'milan-pretrain[dense]'"
 
 
@@ -270,7 +271,7 @@ def predict_masks(
 
     Images of any size: each is scaled until a window just fits in, windows slide over it in steps
     of two thirds, `at_once` are looked at together, and their logits are averaged. On the device
-    of the segmenter, which is in eval mode.
+    of the segmenter, which is in eval mode. Raises ImageFault for a strip, as `fitted_size` does.
     """
     for pixels in images:
         scaled = fitted(pixels, segmenter.window)
@@ -293,13 +294,29 @@ def predict_scaled(
 
 def fitted(pixels: np.ndarray, window: tuple[int, int]) -> np.ndarray:
     """An image, uint8 [H, W, 3] or float32 [H, W, C], scaled so that a window just fits in; its
-    shape stays."""
+    shape stays. Raises ImageFault as `fitted_size`."""
     height, width = pixels.shape[:2]
-    scale = max(window[0] / height, window[1] / width)
-    size = max(window[0], round(height * scale)), max(window[1], round(width * scale))
+    size = fitted_size(height, width, window)
     if size == (height, width):
         return np.ascontiguousarray(pixels)
     return bilinear(pixels, size).copy()
+
+
+def fitted_size(height: int, width: int, window: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image in which a window just fits.
+
+    Raises ImageFault for a strip: the logits of 10 windows side by side take gigabytes already.
+    """
+    scale = max(window[0] / height, window[1] / width)
+    size = max(window[0], round(height * scale)), max(window[1], round(width * scale))
+    if any(edge > _LONGEST * part for edge, part in zip(size, window, strict=True)):
+        raise ImageFault(
+            "strip",
+            f"{width} x {height} pixels would be scaled to {size[1]:,} x {size[0]:,} for windows "
+            f"of {window[1]} x {window[0]}, and a side may have {_LONGEST} of them; cut the image "
+            "into parts",
+        )
+    return size
 
 
 def starts(length: int, window: int) -> list[int]:

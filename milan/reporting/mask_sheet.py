@@ -9,7 +9,7 @@ import numpy as np
 
 from milan.reporting.panels import GAP, LINE, MARGIN, cut, font
 
-_WIDTH = 288  # pixels of a panel
+_WIDTH, _MOST = 288, 576  # pixels of a panel, and of its height
 _SWATCH, _ENTRY = 13, 184  # pixels of a legend's colour, and of an entry
 _LEGEND = 40  # classes named below a sheet
 IGNORED_COLOUR = (24, 24, 24)
@@ -64,9 +64,9 @@ def mask_sheet(
     entries = _legend(rows, names, colours, figures)
     width = 2 * MARGIN + 3 * _WIDTH + 2 * GAP
     columns = max(1, (width - 2 * MARGIN) // _ENTRY)
-    heights = [max(1, round(_WIDTH * r.pixels.shape[0] / r.pixels.shape[1])) for r in rows]
+    sizes = [_panel_size(*row.pixels.shape[:2]) for row in rows]
     top = MARGIN + 2 * LINE
-    legend_at = top + sum(height + LINE + GAP for height in heights) + GAP
+    legend_at = top + sum(high + LINE + GAP for _, high in sizes) + GAP
     height = legend_at + -(-len(entries) // columns) * LINE + MARGIN
     page = Image.new("RGB", (width, height), (255, 255, 255))
     pen = ImageDraw.Draw(page)
@@ -78,14 +78,14 @@ def mask_sheet(
     for column, name in enumerate(("image", "truth", "prediction")):
         write(MARGIN + column * (_WIDTH + GAP), MARGIN + LINE, name, _WIDTH)
     at = top
-    for row, high in zip(rows, heights, strict=True):
+    for row, (wide, high) in zip(rows, sizes, strict=True):
         write(MARGIN, at, row.name, width - 2 * MARGIN)
         panels: list[tuple[np.ndarray, Any]] = [(row.pixels, Image.Resampling.BILINEAR)]
         panels += [
             (coloured(mask, colours), Image.Resampling.NEAREST) for mask in (row.truth, row.named)
         ]
         for column, (pixels, how) in enumerate(panels):
-            panel = Image.fromarray(pixels).resize((_WIDTH, high), how)
+            panel = Image.fromarray(pixels).resize((wide, high), how)
             page.paste(panel, (MARGIN + column * (_WIDTH + GAP), at + LINE))
         at += high + LINE + GAP
     for number, (name, colour) in enumerate(entries):
@@ -94,6 +94,12 @@ def mask_sheet(
         pen.rectangle((x, y, x + _SWATCH, y + _SWATCH), tuple(colour))
         write(x + _SWATCH + 4, y, name, _ENTRY - _SWATCH - 12)
     return np.asarray(page)
+
+
+def _panel_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of an image's panel: the column's width, or less for a tall one."""
+    scale = min(_WIDTH / width, _MOST / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _legend(

@@ -92,6 +92,7 @@ class _Data(SupervisedData):
 
     masked: MaskedData
     classes: list[str]
+    left_out: int
 
     @property
     def train_count(self) -> int:
@@ -167,8 +168,8 @@ class Segment(Supervised):
 
     def open_data(self, progress: Progress) -> _Data:
         """Images with masks. Raises DataError."""
-        masked = open_masked(self.config, progress, self.channels)
-        return _Data(masked, masked.names)
+        masked = open_masked(self.config, progress, self.channels, window=self.window)
+        return _Data(masked, masked.names, masked.rejected)
 
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Segmenter:
         """Encoder and head. Raises ConfigError."""

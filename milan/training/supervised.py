@@ -61,6 +61,8 @@ class SupervisedData(ABC):
 
     classes: list[str]
     """Names of what the head tells apart."""
+    left_out: int = 0
+    """Images that were found unusable before training, and are in neither count."""
 
     @property
     @abstractmethod
@@ -153,6 +155,10 @@ class SupervisedTask(ABC):
                 )
             self.rejected |= new
         return batch.to(self.context.device)
+
+    def rejected_of_all(self) -> set[int]:
+        """`rejected`, as far as any rank saw; all must call it."""
+        return set().union(*(own for _, own in self.context.ranks.gather_objects(self.rejected)))
 
     def describe(self, batch: Any) -> list[str]:
         """The key of each image of a micro-batch."""

@@ -202,6 +202,7 @@ def _train(work: Supervised, context: Context, until_end: ExitStack) -> dict[str
                 figures = figures | {k: before[k] for k in _SPEED if k in before}
         if task.measured:
             state = checkpoint.whole_weights(task.kept, ranks)
+            figures["rejected_images"] = data.left_out + len(task.rejected_of_all())
             ranks.on_rank0(lambda: _finish(work, task, weights, figures, state))
     if figures["seconds"] == 0:
         progress.note(f"nothing is left to do: {run} is at its last step")
@@ -373,7 +374,7 @@ def _finish(
         **metrics,
         "classes": len(data.classes),
         "train_images": data.train_count,
-        "rejected_images": len(task.rejected),
+        "rejected_images": figures["rejected_images"],
         "epochs": config.epochs,
         "run": str(run),
         **{k: figures[k] for k in ("step", "steps", "finished", *_SPEED) if k in figures},

@@ -437,6 +437,7 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
     assert "rejected files: 1, the first is red/broken.png: not-an-image" in ran.out
     metrics = json.loads((tmp_path / "out/probe.json").read_text())
     assert metrics["train_images"] + metrics["val_images"] == 20
+    assert metrics["rejected_images"] == 1
 
 
 def test_top5_counts_the_five_best(tmp_path: Path) -> None:

@@ -56,9 +56,11 @@ def test_masks_for_a_folder(trained: Path, tmp_path: Path, forked_ranks: None) -
     Image.new("RGB", (1, 1)).save(images / "a b/scene 00.jpg")
     broken = images / "a b/scene 03.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
+    Image.new("RGB", (200, 3)).save(images / "a b/strip.png")
     out = tmp_path / "found.parquet"
-    metrics = predict(str(trained), data=str(images), out=str(out), batch_size=2, pictures=2)
-    assert (metrics["images"], metrics["rejected_images"], metrics["classes"]) == (4, 1, 3)
+    metrics = predict(str(trained), data=str(images), out=str(out), batch_size=2, pictures=4)
+    assert (metrics["images"], metrics["rejected_images"], metrics["classes"]) == (4, 2, 3)
+    assert 'strip.png,"strip: 200 x 3 pixels' in out.with_suffix(".bad-images.csv").read_text()
     segmenter, table = load_segmenter(trained), pq.read_table(out).to_pylist()
     assert len(table) == 4
     for row in table:

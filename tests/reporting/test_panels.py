@@ -17,6 +17,7 @@ from milan.core.device import MEAN, STD, denormalise, normalise
 from milan.data.dataset import CachedDataset
 from milan.objectives.pixels import patchify, pixel_regression, unpatchify_prediction
 from milan.reporting import panels
+from milan.reporting.mask_sheet import MaskRow, mask_sheet
 from milan.reporting.panels import SheetInputs
 from milan.store.cache import TargetCache
 
@@ -101,3 +102,12 @@ def test_pixels_are_painted(store: Path, tmp_path: Path) -> None:
     expected = CachedDataset(TargetCache(store)).pixels(rows, np.zeros_like(rows))
     assert np.array_equal(view, expected)
     assert said.std() > 5
+
+
+def test_a_sheet_of_masks_has_no_endless_rows() -> None:
+    """Whatever the sides of an image: a tall one is narrower, with its shape."""
+    tall = np.zeros((900, 3, 3), np.uint8)
+    rows = [MaskRow("tall", tall, *2 * [np.zeros((900, 3), np.int64)])]
+    sheet = mask_sheet("title", rows, ["ground"], [[9, 200, 9]])
+    assert sheet.shape[0] < 700
+    assert (sheet == (9, 200, 9)).all(axis=2).any(axis=0).sum() < 40  # two panels and a swatch

@@ -330,6 +330,18 @@ def test_an_image_that_cannot_be_read(data: dict[str, str], tmp_path: Path) -> N
     assert figures["rejected_images"] == 1
 
 
+def test_images_that_no_rank_can_read_are_counted_once(
+    data: dict[str, str], tmp_path: Path, forked_ranks: None
+) -> None:
+    """Of two ranks each sees some of them."""
+    broken = make_photos(tmp_path / "broken")
+    for victim in sorted(broken.rglob("*.jpg"))[:6]:
+        victim.write_bytes(victim.read_bytes()[:200])
+    two: dict[str, Any] = {"devices": 2, "device": "cpu", "baseline": "none"}
+    figures = run(data, tmp_path, epochs=1, data=str(broken), **two)
+    assert figures["rejected_images"] == 6
+
+
 def test_the_command(data: dict[str, str], tmp_path: Path) -> None:
     """Metrics beside the encoder, a table, and the same line once more."""
     line = ["finetune", "--checkpoint", "random", "--model", SMALL["model"]]

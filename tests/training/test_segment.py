@@ -276,6 +276,23 @@ def test_an_image_that_cannot_be_read(data: dict[str, str], tmp_path: Path) -> N
     assert "the first is scene 03.jpg" in str(notes.lines)
 
 
+@pytest.mark.parametrize("protocol", ["linear", "upernet"])
+def test_a_strip_is_left_out(protocol: str, tmp_path: Path) -> None:
+    """Of 3 x 200 pixels a window of 32 would make 32 x 2,133: counted and said, for training and
+    for measuring. What is ten windows long is used."""
+    places = {kind: draw_masks(tmp_path / kind, count=5) for kind in ("data", "val_data")}
+    for place in places.values():
+        for name, size in (("scene 03", (3, 200)), ("scene 04", (200, 20))):
+            Image.new("RGB", size).save(place / f"images/{name}.jpg")
+            (mask,) = place.glob(f"*/{name}.png")
+            Image.new("L", size).save(mask)
+    notes, names = Notes(), {kind: str(place) for kind, place in places.items()}
+    figures = run(names, tmp_path, epochs=1, protocol=protocol, progress=notes)
+    assert (figures["rejected_images"], figures["train_images"], figures["val_images"]) == (2, 4, 4)
+    said = "scene 03.jpg: strip: 3 x 200 pixels would be scaled to 32 x 2,133 for windows of 32 x "
+    assert said + "32, and a side may have 10 of them; cut the image into parts" in str(notes.lines)
+
+
 def test_the_command(data: dict[str, str], tmp_path: Path) -> None:
     """Metrics beside the encoder, a table, and the same line once more."""
     line = ["segment", "--checkpoint", "random", "--model", SMALL["model"]]
