@@ -351,9 +351,14 @@ def _class_names(pictures: Pictures) -> list[str]:
             f"{data} has {int((labels < 0).sum())} images without a label, such as "
             f"{pictures.manifest.key(at)!r}",
             expected="class folders, a `label` column, or .cls members of tars",
+            fix="move them elsewhere",
         )
     if len(names) < 2:
-        raise DataError(f"all images of {data} are of one class", expected="at least two classes")
+        raise DataError(
+            f"all images of {data} are of one class",
+            expected="at least two classes",
+            fix="--val-data with images of several",
+        )
     return names
 
 

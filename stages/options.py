@@ -12,16 +12,17 @@ import inspect
 import itertools
 import re
 import typing
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from milan.core.config_fields import AUTO
-from milan.errors import MilanError
+from milan.errors import ConfigError, MilanError
 
 SETTINGS, CALL = "Settings", "This call"
 """Panels of the help for what is no setting itself."""
@@ -50,7 +51,8 @@ class Interrupted(Exception):
 
 
 class Command(TyperCommand):
-    """A command whose help shows its options in panels, and which takes pairs as 0.6,1 too."""
+    """A command whose help shows its options in panels, which takes pairs as 0.6,1 too, and one
+    value of a flag once."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Raises Interrupted at Ctrl-C."""
@@ -67,7 +69,8 @@ class Command(TyperCommand):
         rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Cut `--scale 0.6,1` in two."""
+        """Cut `--scale 0.6,1` in two. Raises ConfigError for a flag of one value that stands twice:
+        click would take the last in silence."""
         pairs = {name for param in self.params if param.nargs > 1 for name in param.opts}
         cut: list[str] = []
         for i, word in enumerate(args):
@@ -76,6 +79,15 @@ class Command(TyperCommand):
                 cut += [name, *value.split(",")]
             else:
                 cut += word.split(",") if i and args[i - 1] in pairs else [word]
+        given, _, in_order = self.make_parser(ctx).parse_args(args=list(cut))
+        options = (param for param in in_order if isinstance(param, TyperOption))
+        for param, times in Counter(options).items():
+            if times > 1 and not (param.multiple or param.is_flag):
+                name, value = param.opts[0], given[param.name]
+                text = " ".join(value) if isinstance(value, tuple) else value
+                raise ConfigError(
+                    f"{name} stands {times} times", expected="once", fix=f"{name} {text}"
+                )
         return super().parse_args(ctx, cut)
 
 
@@ -109,6 +121,7 @@ def settings_command(
             try:
                 command(flags=flags, **arguments)
             except MilanError as error:
+                error = _advice_for_keys(error, set(by_name) - set(fields))
                 raise _advice_for_file(error, by_name, arguments["params"], section) from None
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -118,6 +131,17 @@ def settings_command(
         return run
 
     return decorate
+
+
+def _advice_for_keys(error: MilanError, keys: Collection[str]) -> MilanError:
+    """`error`, whose advice sets `keys`, settings that are no flags, by --set."""
+
+    def by_set(found: re.Match[str]) -> str:
+        key = found[1].replace("-", "_")
+        return f"--set {key}={found[2]}" if key in keys else found[0]
+
+    fix = re.sub(r"--([a-z][a-z0-9-]*) ([^\s,]+)", by_set, error.fix)
+    return type(error)(error.found, expected=error.expected, fix=fix)
 
 
 def _advice_for_file(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from milan.config import PretrainConfig
-from milan.core.config_fields import AUTO
+from milan.core.config_fields import AUTO, as_typed
 from milan.errors import ConfigError, nearest
 from milan.evaluation.protocols import PROTOCOLS, find_protocol
 from milan.exchange.config import ExportConfig
@@ -96,8 +96,6 @@ def _shown(field: dataclasses.Field, value: Any) -> str:
     """As one writes it after `--set key=`."""
     if value is None:
         return AUTO if field.metadata.get("auto") else ""
-    if isinstance(value, tuple):
-        return ",".join(f"{part:.4g}" for part in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={part}" for key, part in value.items())
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, dict):  # its row is of KEY
+        return ", ".join(f"{key}={as_typed(part)}" for key, part in value.items())
+    return as_typed(value)

@@ -170,6 +170,23 @@ class Ran(NamedTuple):
     err: str
 
 
+def last_wins(*words: object) -> list[str]:
+    """The words of a line in which a flag that stands twice stands as the last one has it: what
+    a test asks for in place of what all have. Those of --set count by their key."""
+    groups: list[list[str]] = [[]]
+    for word in map(str, words):
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    kept: dict[str, list[str]] = {}
+    for group in groups:
+        flag = group[0] if group else ""
+        name = flag + group[1].partition("=")[0] if flag == "--set" else flag.partition("=")[0]
+        kept.pop(name, None)
+        kept[name] = group
+    return [word for group in kept.values() for word in group]
+
+
 def run_here(*arguments: object, cwd: Path | None = None) -> Ran:
     """`milan` with `arguments`, by its entry point in this process: torch is loaded only once.
 
@@ -318,7 +335,7 @@ def pretrain_line(store: Path, out: Path, *more: object) -> list[str]:
     flags = {"cache": store, "out": out, "epochs": 7, "batch-size": 8, "num-workers": 0, "lr": 1e-3}
     line = [MILAN, "pretrain"]
     line += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return [*line, *(part for s in sets for part in ("--set", s)), *map(str, more)]
+    return last_wins(*line, *(part for s in sets for part in ("--set", s)), *more)
 
 
 FORK = multiprocessing.get_context("forkserver")
@@ -501,7 +518,7 @@ class Command:
         env = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "1"}
         env.pop("RAY_ADDRESS", None)
         self.process = subprocess.Popen(
-            [MILAN, *map(str, (*words, *more))], cwd=cwd, env=env, text=True,
+            [MILAN, *last_wins(*words, *more)], cwd=cwd, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 

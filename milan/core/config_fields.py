@@ -51,7 +51,11 @@ def names_in(text: str) -> list[str]:
         return [text]
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ConfigError(f"an empty name in {text!r}", expected="names with a comma between")
+        raise ConfigError(
+            f"an empty name in {text!r}",
+            expected="names with a comma between",
+            fix=",".join(filter(None, names)) or "a name, or without this setting",
+        )
     return names
 
 
@@ -69,7 +73,9 @@ def check_seed(seed: int) -> None:
     """Raises ConfigError for a seed that is no field of a dataclass and is out of range."""
     if not _SEEDS[0] <= seed <= _SEEDS[1]:
         least, most = _SEEDS
-        raise ConfigError(f"seed {seed}", expected=f"at least {least}, at most {most}")
+        raise ConfigError(
+            f"seed {seed}", expected=f"at least {least}, at most {most}", fix="--seed 0"
+        )
 
 
 def check_fields(config: Any) -> None:
@@ -84,7 +90,33 @@ def check_fields(config: Any) -> None:
             check_choice(field.name, value, rule["choices"])
         expected = _range(rule)
         if expected and not _inside(value, rule):
-            raise ConfigError(f"{field.name} {value}", expected=expected)
+            raise ConfigError(f"{field.name} {value}", expected=expected, fix=as_given(field))
+
+
+def as_given(field: dataclasses.Field) -> str:
+    """A setting with a value that it surely takes, its default, as people type it."""
+    flag, default = f"--{field.name.replace('_', '-')}", field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return f"--set {field.name.removesuffix('_args')}.KEY=VALUE"
+    if default is None or default is dataclasses.MISSING:
+        return f"{flag} {AUTO}" if field.metadata.get("auto") else f"without {flag}"
+    if isinstance(default, bool):  # a switch takes no value
+        return f"--set {field.name}={as_typed(default)}"
+    return f"{flag} {as_typed(default)}"
+
+
+def as_typed(value: Any) -> str:
+    """A value as people type it after `--set key=` and in a parameter file.
+
+    3 * 1.2 / 32 is 0.1125, whatever float64 makes of it.
+    """
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, tuple | list):
+        return ",".join(map(as_typed, value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_typed(part)}" for key, part in value.items()) + "}"
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -93,7 +125,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(
             f"{name} {value!r}",
             expected="one of " + ", ".join(choices),
-            fix=nearest(str(value), choices),
+            fix=nearest(str(value), choices) or choices[0],
         )
 
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from milan.core.config_fields import is_auto
+from milan.core.config_fields import as_given, is_auto
 from milan.errors import ConfigError, nearest
 
 Config = TypeVar("Config")
@@ -60,7 +60,12 @@ class Given:
         if known.metadata.get("several") and isinstance(value, list | tuple):
             value = ",".join(map(str, value))
         is_default = is_auto(known, value)
-        self.values[key] = None if is_default else _coerce(hints[key], value, key, source)
+        try:
+            self.values[key] = None if is_default else _coerce(hints[key], value)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise ConfigError(
+                f"{key} = {value!r} in {source}", expected=_kind(hints[key]), fix=as_given(known)
+            ) from None
         self.sources[key] = source
 
     def build(self) -> Any:
@@ -74,7 +79,9 @@ class Given:
         ]
         if missing:
             names = ", ".join(missing)
-            raise ConfigError(f"{names} not given", expected=f"a value for {names}")
+            raise ConfigError(
+                f"{names} not given", expected=f"a value for {names}", fix=f"{missing[0]} VALUE"
+            )
         return self.kind(**self.values)
 
 
@@ -108,11 +115,18 @@ def collect(
     if params:
         for key, value in read_section(params, section, kind).items():
             given.put(str(key), value, f"{params}, section {section}")
+    seen: set[str] = set()
     for item in sets or []:
         key, equals, text = item.partition("=")
         if not equals:
-            raise ConfigError(f"--set {item}", expected="key=value, such as epochs=100")
-        given.put(key.strip(), _parse(text), "--set")
+            raise ConfigError(
+                f"--set {item}", expected="key=value, such as epochs=100", fix=f"--set {item}=VALUE"
+            )
+        key = key.strip()
+        if key in seen:
+            raise ConfigError(f"--set {key} stands twice", expected="once", fix=f"--set {item}")
+        seen.add(key)
+        given.put(key, _parse(text), "--set")
     for key, value in (flags or {}).items():
         if value is not None:
             given.put(key, value, "the command line")
@@ -179,13 +193,26 @@ def read_section(params: str, section: str, kind: type | None = None) -> dict[st
     try:
         read = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{params} is no YAML: {str(error).splitlines()[0]}") from None
+        line = (
+            f"line {mark.line + 1} of it" if (mark := getattr(error, "problem_mark", None)) else ""
+        )
+        raise ConfigError(
+            f"{params} is no YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}",
+            expected="lines `key: value`, indented, under the name of a command",
+            fix=f"mend {line or params}",
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(
-            f"{params} is no YAML: it is not UTF-8 text", expected="a file like params.yaml"
+            f"{params} is no YAML: it is not UTF-8 text",
+            expected="a file like params.yaml",
+            fix="save it as UTF-8",
         ) from None
     if not isinstance(read, dict) or not isinstance(read.get(section) or {}, dict):
-        raise ConfigError(f"{params} has no usable section {section!r}", expected="a mapping")
+        raise ConfigError(
+            f"{params} has no usable section {section!r}",
+            expected="a mapping",
+            fix=f"lines `key: value`, indented, under {section}:",
+        )
     similar = difflib.get_close_matches(section, map(str, read), n=1, cutoff=0.8)
     if section not in read and similar:
         raise ConfigError(
@@ -198,6 +225,7 @@ def read_section(params: str, section: str, kind: type | None = None) -> dict[st
         raise ConfigError(
             f"{params} has {', '.join(stray)} outside of any section",
             expected=f"the settings of this command, indented, under {section}:",
+            fix=f"a line {section}: above them, and spaces before each",
         )
     return read.get(section) or {}
 
@@ -285,42 +313,45 @@ def _untyped(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value)
 
 
-def _coerce(hint: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as the field's type, from text or as Python has it."""
+def _coerce(hint: Any, value: Any) -> Any:
+    """`value` as the field's type, from text or as Python has it. Raises AttributeError, KeyError,
+    OverflowError, TypeError or ValueError for what is none."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
         hint = next(a for a in inner if a is not type(None))
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if origin is tuple:
-            if isinstance(value, str):  # 0.6,1 as well as [0.6, 1]
-                value = value.replace(",", " ").split()
-            return tuple(_coerce(i, v, key, where) for i, v in zip(inner, value, strict=True))
-        if _is_dict(hint):
-            if not isinstance(value, dict):
-                raise TypeError
-            return _untyped(value)
-        if hint is bool:
-            return value if isinstance(value, bool) else _TRUTH[value.lower()]
-        if hint is int:
-            if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-                return int(value)  # by way of a float it would lose its last digits
-            if isinstance(value, bool) or int(float(value)) != float(value):
-                raise TypeError
-            return value if isinstance(value, int) else int(float(value))
-        if hint is float:
-            if isinstance(value, bool) or math.isnan(float(value)):
-                raise TypeError
-            return float(value)
-        if value is None or isinstance(value, bool | list | dict):
+    if origin is tuple:
+        if isinstance(value, str):  # 0.6,1 as well as [0.6, 1]
+            value = value.replace(",", " ").split()
+        return tuple(_coerce(i, v) for i, v in zip(inner, value, strict=True))
+    if _is_dict(hint):
+        if not isinstance(value, dict):
             raise TypeError
-        return str(value)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        expected = f"of type {getattr(hint, '__name__', str(hint))}"
-        if hint is float:
-            expected = "a number"
-        if origin is tuple:
-            expected = f"{len(inner)} numbers, such as {key}=0.5,1"
-        raise ConfigError(f"{key} = {value!r} in {where}", expected=expected) from None
+        return _untyped(value)
+    if hint is bool:
+        return value if isinstance(value, bool) else _TRUTH[value.lower()]
+    if hint is int:
+        if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return int(value)  # by way of a float it would lose its last digits
+        if isinstance(value, bool) or int(float(value)) != float(value):
+            raise TypeError
+        return value if isinstance(value, int) else int(float(value))
+    if hint is float:
+        if isinstance(value, bool) or math.isnan(float(value)):
+            raise TypeError
+        return float(value)
+    if value is None or isinstance(value, bool | list | dict):
+        raise TypeError
+    return str(value)
+
+
+def _kind(hint: Any) -> str:
+    """What a field takes, in words."""
+    named = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return f"{len(named)} numbers, with a comma between"
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return _kind(named[0])
+    return "a number" if hint is float else f"of type {getattr(hint, '__name__', str(hint))}"

@@ -17,7 +17,11 @@ def parse_bytes(text: str) -> int:
         count = float(match[1]) * base ** " KMGTP".index(match[2].upper() or " ")
         if 1 <= count < 2**63:
             return int(count)
-    raise ConfigError(f"{text!r} is not a size", expected="such as 20GB, 512MiB or 1.5TB")
+    raise ConfigError(
+        f"{text!r} is not a size",
+        expected="a number and a unit: KB, MB, GB, TB, KiB, MiB, ...",
+        fix="20GB",
+    )
 
 
 def format_bytes(count: float) -> str:

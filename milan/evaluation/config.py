@@ -33,7 +33,8 @@ class LabelledConfig:
     """File for the metrics (JSON); default: linear_probe.json and the like in the run's folder.
     With several checkpoints it has their table: JSON, or CSV if it ends in .csv."""
     like: str | None = setting(None, identity=False)
-    """With random: the run, timm:NAME or checkpoint whose encoder's shape is taken."""
+    """With random: the run, timm:NAME or checkpoint whose encoder's shape is taken; default: the
+    first that is measured beside it, else --model."""
     model: str = setting("vit_base_patch16_224", identity=False)
     """A ViT of timm: with random but no --like, and for published weights."""
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -85,13 +86,20 @@ class LabelledConfig:
         """The name of each."""
         return names_in(self.checkpoint)
 
+    @property
+    def _like(self) -> str | None:
+        """What a random encoder has its shape from: what it is measured beside, unless said."""
+        if self.like or self.model_args or self.model != LabelledConfig.model:
+            return self.like
+        return next((n for n in self.checkpoints if n not in ("random", "teacher")), None)
+
     def each(self) -> list[Self]:
         """These settings for each checkpoint, checked. Raises ConfigError, also if one is twice."""
         names = self.checkpoints
         if len(names) == 1:
             self.check()
             return [self]
-        configs = [replace(self, checkpoint=name, out=None) for name in names]
+        configs = [replace(self, checkpoint=name, out=None, like=self._like) for name in names]
         folders: dict[Path, str] = {}
         for config in configs:
             config.check()
@@ -101,6 +109,10 @@ class LabelledConfig:
                     f"checkpoints {folders[place]} and {config.checkpoint} are the same, or leave "
                     f"their metrics in the same folder, {config.folder}",
                     expected="each checkpoint once",
+                    fix=f"--checkpoint {folders[place]}, and a line of its own with --out for "
+                    f"{config.checkpoint}"
+                    if folders[place] != config.checkpoint
+                    else f"--checkpoint {','.join(dict.fromkeys(names))}",
                 )
             folders[place] = config.checkpoint
         return configs
@@ -139,6 +151,7 @@ class ClassificationConfig(LabelledConfig):
             raise ConfigError(
                 " and ".join(f"{name} {value}" for name, value in chosen.items()),
                 expected="one of them: each says which images are learnt from",
+                fix=f"without --{list(chosen)[-1].replace('_', '-')}",
             )
         if self.draws > 1 and not chosen.keys() & {"fraction", "shots"}:
             raise ConfigError(
@@ -265,7 +278,9 @@ class AttentiveProbeConfig(EvaluationConfig):
         parse_bytes(self.keep)
         if self.pooling != "auto":
             raise ConfigError(
-                f"pooling {self.pooling}", expected="none: queries look at the patches"
+                f"pooling {self.pooling}",
+                expected="none: queries look at the patches",
+                fix="without --pooling; --tokens all adds the class token",
             )
 
     @property
@@ -354,6 +369,7 @@ class SupervisedConfig(LabelledConfig):
             raise ConfigError(
                 f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs",
                 expected="less than the epochs",
+                fix="--warmup-epochs auto",
             )
 
     @property
@@ -403,7 +419,9 @@ class FinetuneConfig(SupervisedConfig, ClassificationConfig):
         super().check()
         if self.scale[0] > self.scale[1]:
             raise ConfigError(
-                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller share first"
+                f"scale {self.scale[0]:g} {self.scale[1]:g}",
+                expected="the smaller share first",
+                fix=f"--scale {self.scale[1]:g} {self.scale[0]:g}",
             )
 
 
@@ -461,11 +479,15 @@ class DetectConfig(SupervisedConfig):
         super().check()
         if self.scale[0] > self.scale[1]:
             raise ConfigError(
-                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller factor first"
+                f"scale {self.scale[0]:g} {self.scale[1]:g}",
+                expected="the smaller factor first",
+                fix=f"--scale {self.scale[1]:g} {self.scale[0]:g}",
             )
         if self.crop_share != DetectConfig.crop_share:
             raise ConfigError(
-                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+                f"crop_share {self.crop_share:g}",
+                expected="none: whole images are measured",
+                fix="without --crop-share",
             )
 
 
@@ -573,11 +595,15 @@ class SegmentConfig(SupervisedConfig):
         super(SegmentConfig, self.published()).check()
         if self.scale[0] > self.scale[1]:
             raise ConfigError(
-                f"scale {self.scale[0]:g} {self.scale[1]:g}", expected="the smaller number first"
+                f"scale {self.scale[0]:g} {self.scale[1]:g}",
+                expected="the smaller number first",
+                fix=f"--scale {self.scale[1]:g} {self.scale[0]:g}",
             )
         if self.crop_share != SegmentConfig.crop_share:
             raise ConfigError(
-                f"crop_share {self.crop_share:g}", expected="none: whole images are measured"
+                f"crop_share {self.crop_share:g}",
+                expected="none: whole images are measured",
+                fix="without --crop-share",
             )
 
     @property

@@ -30,6 +30,7 @@ from milan.evaluation.protocols import Column
 from milan.images.manifest import Manifest
 
 _LINES = "the name of an image in each line"
+_WRITTEN = "--shots 10 --save-lists lists, which leaves such a list"
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -133,7 +134,7 @@ def _listed(
     lines = read_lines(file, _LINES)
     wanted = dict.fromkeys(line.strip() for line in lines if line.strip() and line[0] != "#")
     if not wanted:
-        raise ConfigError(f"{file} names no image", expected=_LINES)
+        raise ConfigError(f"{file} names no image", expected=_LINES, fix=_WRITTEN)
     parts = {name.count("/") + 1 for name in wanted}
     known: dict[str, int] = {}
     times: Counter[str] = Counter()
@@ -148,9 +149,10 @@ def _listed(
         raise ConfigError(
             f"{len(twice):,} names in {file} stand for several images, the first is {twice[0]!r}",
             expected="names with their folder, such as class/image.jpg",
+            fix=_WRITTEN,
         )
     if missing := [name for name in wanted if name not in known]:
-        fix = "--val-data with images of its own" if config.val_data is None else ""
+        fix = _WRITTEN if config.val_data else "--val-data with images of its own"
         raise ConfigError(
             f"{len(missing):,} of {len(wanted):,} names in {file} are no training images, the "
             f"first is {missing[0]!r}",
@@ -175,7 +177,11 @@ def _save(
             lines = [head, *sorted(names[row] for row in rows.tolist())]
             write_text(folder / f"draw-{number}.txt", "\n".join(lines) + "\n")
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
+        raise ConfigError(
+            f"{folder} cannot be written: {error.strerror}",
+            expected="a folder for the lists",
+            fix="--save-lists elsewhere",
+        ) from None
 
 
 # --- what draws say together ----------------------------------------------------------------------

@@ -82,7 +82,9 @@ def evaluate(
     if frozen and ((config.devices or 1) > 1 or len(configs) > 1):
         found = f"devices {config.devices}" if len(configs) == 1 else f"{len(configs)} checkpoints"
         raise ConfigError(
-            f"{found} with a network of this process", expected="devices=1, one checkpoint"
+            f"{found} with a network of this process",
+            expected="devices=1, one checkpoint",
+            fix="devices=1, and a call for each checkpoint",
         )
     work = partial(_measure_all, protocol, configs, _Loaders(frozen, load_teacher), write=write)
     metrics = on_ranks(work, config, alone=bool(frozen), stop=stop, progress=progress)
@@ -238,7 +240,8 @@ def _measure_all(
     *,
     write: bool,
 ) -> dict[str, Any]:
-    """Metrics of each checkpoint. Images are listed once, a baseline is measured once a shape."""
+    """Metrics of each checkpoint. Images are listed once, a baseline is measured once a shape; a
+    random encoder that is named is measured first, and is the baseline of those of its shape."""
     seen = list[Channels]()
     for config in configs:  # a bad one is found before hours of work
         network = loaders.network(config, context)
@@ -261,7 +264,8 @@ def _measure_all(
     known: dict[str, dict[str, Any]] = {}  # by the network's identity
     shapes: dict[str, str] = {}  # the first checkpoint whose shape a baseline has
     by_checkpoint: dict[str, Any] = {}
-    for number, config in enumerate(configs, 1):
+    in_order = sorted(configs, key=lambda config: config.checkpoint != "random")
+    for number, config in enumerate(in_order, 1):
         began = time.perf_counter()
         if len(configs) > 1:
             context.progress.note(f"checkpoint {number} of {len(configs)}: {config.checkpoint}")
@@ -281,4 +285,4 @@ def _measure_all(
         by_checkpoint[config.checkpoint] = metrics
         if write and context.ranks.is_rank0:
             _write(protocol, config, metrics)
-    return by_checkpoint
+    return {config.checkpoint: by_checkpoint[config.checkpoint] for config in configs}

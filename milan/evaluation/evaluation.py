@@ -160,11 +160,14 @@ def _evaluation(
         raise DataError(
             f"{len(train)} images to fit on and {len(val)} to measure on",
             expected="2 and more, and some to measure on",
+            fix="more images, or --val-data with images of its own",
         )
     numbers, y = np.unique(train.labels, return_inverse=True)  # of classes that can be told apart
     if len(numbers) < 2:
         raise DataError(
-            f"all {len(y)} images to fit on are of one class", expected="at least two classes"
+            f"all {len(y)} images to fit on are of one class",
+            expected="at least two classes",
+            fix="--data with images of several: class folders, or a column `label`",
         )
 
     def numbered(labelled: Labelled) -> Labelled:

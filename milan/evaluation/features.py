@@ -384,6 +384,7 @@ def content_of(
             f"{frozen.name} gives features that are no numbers (NaN or infinite), first for row "
             f"{bad}",
             expected="a network whose training went well",
+            fix="another --checkpoint; log.jsonl in the run's folder has the losses",
         )
     return File(features, np.array(rows, np.int64), np.array(digests, np.uint64), rejected)
 

@@ -88,7 +88,8 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
     if name == "teacher":
         raise ConfigError(
             "checkpoint teacher without a network",
-            expected="frozen=pipeline.teachers.frozen.frozen_teacher(config, device)",
+            expected="its network, which the command `milan` loads by itself",
+            fix="frozen=pipeline.teachers.frozen.frozen_teacher(config, device)",
         )
     trained, said = "both", ""
     channels: dict[str, Any] | None = None

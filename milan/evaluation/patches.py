@@ -49,7 +49,9 @@ def features_for(
         one = frozen.features(frozen.blank(context.device))
     if one.ndim != 3:
         raise ConfigError(
-            f"{frozen.name} gives one vector an image", expected="patches, float16 [B, N, E]"
+            f"{frozen.name} gives one vector an image",
+            expected="patches, float16 [B, N, E]",
+            fix="milan linear-probe, which takes vectors",
         )
     needed = one.nbytes * len(data.labels)
     if needed <= limit:

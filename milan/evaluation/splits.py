@@ -190,7 +190,9 @@ def _labelled(
             f"{resolve_data(name, config.data_root)} has {int((labels < 0).sum())} images without "
             f"a label, such as {first!r}",
             expected="class folders, a `label` column, or .cls members of tars",
-            fix="move them elsewhere" if manifest.classes else "",
+            fix="move them elsewhere"
+            if manifest.classes
+            else "a folder for each class, with its images",
         )
     return manifest
 
@@ -280,6 +282,7 @@ def _check_classes(
         return
     known = [names[label] for label in np.unique(train.labels)] if names else []
     fix = nearest(first, known) if isinstance(first, str) else ""
+    fix = f"the names of --data in --val-data, {fix}" if fix else "--val-data without them"
     if config.val_data is None:
         fix = "more images of each class, or --val-data with images of its own"
     raise DataError(found, expected="classes that there are images of to fit on", fix=fix)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from milan.core.config_fields import as_typed
 from milan.errors import MilanError
 from milan.evaluation.protocols import PROTOCOLS
 from milan.exchange.formats import Written
@@ -104,7 +105,7 @@ def _origin(source: Source, run: dict[str, Any]) -> list[tuple[str, str]]:
     if "epochs" in about:
         rows.append(("epochs", f"{about['epochs']:g}"))
     if recipe := settings.get("recipe"):
-        changes = ", ".join(f"{k} {_short(v[0])}" for k, v in (run.get("differs") or {}).items())
+        changes = ", ".join(f"{k} {as_typed(v[0])}" for k, v in (run.get("differs") or {}).items())
         rows.append(("recipe", f"{recipe}; differs in: {changes or 'nothing'}"))
     if source.said:
         rows.append(("read", source.said))
@@ -171,9 +172,3 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {v}" for k, v in value.items()) + ")"
-    return str(value)

@@ -168,7 +168,9 @@ def _file_of(checkpoint: str) -> Path:
         if encoder
         else f"no network that predicts at {path}",
         expected="the folder of a training for a task, with " + " or ".join(names),
-        fix=f"milan finetune --checkpoint {path}" if encoder else "",
+        fix=f"milan finetune --checkpoint {path}"
+        if encoder
+        else "milan finetune, which leaves one",
     )
 
 

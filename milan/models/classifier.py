@@ -62,7 +62,11 @@ def load_classifier(folder: str | Path) -> Classifier:
     path = Path(folder)
     path = path / CLASSIFIER if path.is_dir() else path
     if not path.is_file():
-        raise CacheError(f"no {CLASSIFIER} at {folder}", expected="the folder of a fine-tuning")
+        raise CacheError(
+            f"no {CLASSIFIER} at {folder}",
+            expected="the folder of a fine-tuning",
+            fix="milan finetune, which leaves one",
+        )
     about = read_about(path)
     if "classes" not in about:
         raise CacheError(f"{path} is an encoder, without a head", fix="milan finetune")

@@ -293,7 +293,9 @@ def detector_encoder(spec: DetectorSpec, *, drop_path: float = 0.0) -> Any:
     stride = 2 ** round(math.log2(patch))
     if stride > spec.size:
         raise ConfigError(
-            f"size {spec.size} with patches of {patch} pixels", expected="an image of some patches"
+            f"size {spec.size} with patches of {patch} pixels",
+            expected="an image of some patches",
+            fix=f"--size {_COARSEST * -(-4 * stride // _COARSEST)}",
         )
     args["drop_path_rate"] = drop_path
     size, other = spec.size // stride * patch, bool(spec.channels)
@@ -338,7 +340,11 @@ def load_detector(folder: str | Path) -> Detector:
     path = Path(folder)
     path = path / DETECTOR if path.is_dir() else path
     if not path.is_file():
-        raise CacheError(f"no {DETECTOR} at {folder}", expected="the folder of a milan detect")
+        raise CacheError(
+            f"no {DETECTOR} at {folder}",
+            expected="the folder of a detection",
+            fix="milan detect, which leaves one",
+        )
     about = read_about(path)
     names = {f.name for f in fields(DetectorSpec)}
     about |= {"size": about["input_size"], CHANNELS: about.get(CHANNELS)}
@@ -348,7 +354,9 @@ def load_detector(folder: str | Path) -> Detector:
     try:
         detector = Detector(detector_encoder(spec), spec)
     except ConfigError as error:
-        raise CacheError(f"{path} does not fit {spec.model}: {error}") from None
+        raise CacheError(
+            f"{path} does not fit {spec.model}: {error}", fix="milan detect, which leaves one anew"
+        ) from None
     load_whole(detector, path, spec.model)
     return detector.eval()
 

@@ -222,13 +222,19 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     path = Path(folder)
     path = path / SEGMENTER if path.is_dir() else path
     if not path.is_file():
-        raise CacheError(f"no {SEGMENTER} at {folder}", expected="the folder of a segmentation")
+        raise CacheError(
+            f"no {SEGMENTER} at {folder}",
+            expected="the folder of a segmentation",
+            fix="milan segment, which leaves one",
+        )
     about = read_about(path)
     if "decoder_width" not in about:
         raise CacheError(f"{path} is no segmenter", fix="milan segment")
     if about["model"].startswith("teacher "):
         raise CacheError(
-            f"{path} is a head, and its encoder the {about['model']}", expected="a ViT of timm"
+            f"{path} is a head, and its encoder the {about['model']}",
+            expected="a ViT of timm",
+            fix="milan segment --checkpoint FOLDER, that of the teacher's config.json and weights",
         )
     window, names = (about["window"][0], about["window"][1]), about["classes"]
     encoder = create_encoder(

@@ -226,6 +226,8 @@ def _evaluation(name: str, runs: Sequence[Run]) -> Grid:
     low, high = _axis(main, rows)
     grid_rows = []
     for row in rows:
+        if all(row.get(column.key) is None for column in protocol.columns):
+            continue  # of a file in which a baseline is named without being measured
         key = row["checkpoint"]
         at = int(key) if key in measured else None
         label = runs[at].name if at is not None else _baseline(key, runs)

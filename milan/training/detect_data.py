@@ -185,6 +185,7 @@ def read_image(boxes: BoxSet, position: int) -> np.ndarray:
             f"{boxes.root / name} is {image.shape[1]} x {image.shape[0]} pixels, and {width} x "
             f"{height} in {boxes.annotations}",
             expected="the size that its boxes were drawn on",
+            fix="the image as it was annotated, or its width and height there if they are wrong",
         )
     return image
 

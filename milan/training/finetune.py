@@ -121,6 +121,7 @@ class Finetune(Supervised):
             raise DataError(
                 f"all {len(labels)} images to train on are of one class",
                 expected="at least two classes",
+                fix="--data with images of several: class folders, or a column `label`",
             )
         positions = np.searchsorted(numbers, val.labels).clip(max=len(numbers) - 1)
         val_labels = np.where(numbers[positions] == val.labels, positions, -1)

@@ -14,7 +14,7 @@ import torch
 
 from milan.config import PretrainConfig
 from milan.core.atomic import write_json
-from milan.core.config_fields import check_choice
+from milan.core.config_fields import as_typed, check_choice
 from milan.core.config_resolver import deviations, from_call, load_recipe
 from milan.core.device import MEAN, STD, pick_device, ranks_here, tf32, try_device
 from milan.core.distributed import Ranks, parallelise
@@ -468,7 +468,7 @@ def _note_settings(
         progress.note(note)
     if without := len(uncaptioned_rows(config, cache)):
         progress.note(f"left out: {without:,} images without a caption or a class")
-    changes = ", ".join(f"{name} {value}" for name, (value, _) in differs.items())
+    changes = ", ".join(f"{name} {as_typed(value)}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(
         f"objective: {config.objective}, {settings.masking} masks of {config.mask_ratio:.0%}, "

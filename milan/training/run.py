@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from milan.core.atomic import cannot_write, ensure_writable, lock_folder
-from milan.core.config_fields import identity_names
+from milan.core.config_fields import as_typed, identity_names
 from milan.core.paths import AnyPath, is_local
 from milan.core.progress import Progress
 from milan.core.versions import version
@@ -102,12 +102,13 @@ def decide(
         return Start(checkpoint.newest(run, note=progress.note))
     if overwrite:
         return Start(why=_why_anew(run, saved, "overwrite"))
+    typed = {name: (as_typed(old), as_typed(new)) for name, (old, new) in differs.items()}
     if differs.keys() <= {*_SCHEDULE} and _more_epochs(differs):
         step = checkpoint.newest(run, note=progress.note)
         if step is not None and step == _steps_of(run, step):
-            changes = [f"{name} {old} -> {new}" for name, (old, new) in differs.items()]
+            changes = [f"{name} {old} -> {new}" for name, (old, new) in typed.items()]
             return Start(step, schedule=tuple(changes))
-    differences = ", ".join(f"{name}: {old} != {new}" for name, (old, new) in differs.items())
+    differences = ", ".join(f"{name}: {old} != {new}" for name, (old, new) in typed.items())
     raise TrainError(
         f"{run} holds a run of other settings ({differences})",
         expected="the settings it was started with"

@@ -141,6 +141,7 @@ class MaskedBatches:
                     f"the mask of {split.keys[position]} has {mask.shape[1]} x {mask.shape[0]} "
                     f"pixels, its image {pixels.shape[1]} x {pixels.shape[0]}",
                     expected="the mask that was there when the run began",
+                    fix="put it back; the same line goes on",
                 )
             if not training:
                 return fitted(pixels, self.augmentation.window), mask

@@ -274,7 +274,9 @@ def initial_weights(config: SupervisedConfig) -> Weights:
         size = args.pop("img_size", 224)
         if not isinstance(size, int):
             raise ConfigError(
-                f"model.img_size {size}", expected="one number of pixels: images are square"
+                f"model.img_size {size}",
+                expected="one number of pixels: images are square",
+                fix="--set model.img_size=224",
             )
         return Weights({}, config.model, config.size or size, args)
     if config.like.startswith("timm:") or is_foreign(config.like):
@@ -297,6 +299,7 @@ def load_weights(vit: Any, weights: Weights, *, name: str, leave: tuple[str, ...
         raise ConfigError(
             f"the weights of {name} do not fit {weights.model}: {odd}",
             expected="the encoder of a plain ViT",
+            fix="--model NAME, if it is of another of timm's ViTs",
         )
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(leave)}
     vit.load_state_dict(kept, strict=False)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from milan.core.atomic import write_json
+from milan.core.config_fields import as_typed
 from milan.core.config_resolver import deviations
 from milan.core.device import pick_device, ranks_here, tf32
 from milan.core.distributed import Ranks
@@ -390,15 +391,10 @@ def _note(plan: Plan, data: Any, weights: Weights, differs: Differing, context: 
     )
     if weights.said:
         progress.note(f"{config.checkpoint} was read {weights.said}")
-    changes = ", ".join(f"{name} {_short(value)}" for name, (value, _) in differs.items())
+    changes = ", ".join(f"{name} {as_typed(value)}" for name, (value, _) in differs.items())
     progress.note(f"differs from the published recipe {config.recipe}: {changes or 'nothing'}")
     progress.note(
         f"steps: {config.epochs} epochs of {count // config.batch_size:,} x {config.batch_size} "
         f"images, peak learning rate {plan.lr:.3g}, layer decay {config.layer_decay:g}, "
         f"{plan.precision} on {context.device.type}, {plan.num_workers} loader workers"
     )
-
-
-def _short(value: Any) -> Any:
-    """A setting in words: 3 * 1.2 / 32 is 0.1125, whatever float64 makes of it."""
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -197,7 +197,7 @@ def test_tuples(params: Any) -> None:
 def test_values_of_another_type(item: str, kind: str) -> None:
     """Named with where it stands; never "None" as a folder or "False" as a masking."""
     key = item.partition("=")[0]
-    with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: {kind}$"):
+    with pytest.raises(ConfigError, match=f"^{key} = .* in --set; expected: {kind}; try: --"):
         pretraining([item])
 
 

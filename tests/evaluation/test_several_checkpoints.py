@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Notes, make_photos, published, run_here
+from helpers import Notes, last_wins, make_photos, published, run_here
 from safetensors.torch import save_file
 
 from milan.core.device import MEAN, STD
@@ -126,6 +126,24 @@ def test_random_beside_its_baseline(place: Path) -> None:
     assert notes.line("checkpoint 2 of 2: ")
 
 
+@pytest.mark.parametrize("protocol", ["knn", "linear-probe", "attentive-probe"])
+def test_a_random_encoder_that_is_named_is_the_baseline(
+    protocol: str, place: Path, tmp_path: Path
+) -> None:
+    """Of the shape of what it is measured beside; its features are computed once, wherever they
+    are kept, and each has its row."""
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("*features"))
+    line = ("--checkpoint", "a,random", "--data", place / "photos")
+    done = run_here(protocol, *line, cwd=tmp_path)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert done.out.count("features of random: 24 images") == 1
+    assert done.out.count("│ random ") == 1
+    file = f"{protocol.replace('-', '_')}.json"
+    a, random = (json.loads((tmp_path / x / file).read_text()) for x in ("a", "runs/random"))
+    key = "k20" if protocol == "knn" else "top1"
+    assert a["baseline"][key] == random[key]
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("protocol", ["knn", "linear_probe", "few_shot"])
@@ -167,11 +185,12 @@ def test_several_are_fine_tuned(place: Path) -> None:
 
 
 def tuned(place: Path, *more: str) -> Any:
-    return run_here(
+    line = last_wins(
         "finetune", "--data", "photos", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
         "--report-to", "none", "--set", "warmup_epochs=0", "--size", "16", "--out", "tuned.json",
-        "--overwrite", *more, cwd=place,
+        "--overwrite", *more,
     )  # fmt: skip
+    return run_here(*line, cwd=place)
 
 
 @pytest.mark.parametrize(

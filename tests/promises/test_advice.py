@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import STUDENT, run_here
+from helpers import ROOT, STUDENT, last_wins, run_here
 
+from milan.core.config_fields import check_fields
+from milan.core.config_resolver import resolve
 from milan.errors import ConfigError
+from milan.evaluation.protocols import PROTOCOLS, Protocol
 from milan.models.encoder import create_vit
 from milan.models.student import build_student
 
@@ -37,7 +43,7 @@ def test_advice_on_teachers(given: tuple[str, ...], photos: Path, tmp_path: Path
     line = ["extract-targets", "--data", photos, "--offline", *given]
     first = run_here(*line, cwd=tmp_path)
     assert first.code == 1
-    second = run_here(*line, *advice(first.err), cwd=tmp_path)
+    second = run_here(*last_wins(*line, *advice(first.err)), cwd=tmp_path)
     assert second.code == 1
     assert re.search("the weights .* are not here", second.err), (first.err, second.err)
 
@@ -93,8 +99,63 @@ def test_advice_on_stores(
     line = ["extract-targets", "--data", photos, "--views", 1, "--shard-size", 8, "--limit", 8]
     line += [word for name, value in teacher_files.items() for word in (f"--{name}", value)]
     assert run_here(*line, cwd=tmp_path).code == 0
-    refused = run_here(*line, *given, cwd=tmp_path)
+    refused = run_here(*last_wins(*line, *given), cwd=tmp_path)
     assert refused.code == 1
-    assert run_here(*line, *given, *advice(refused.err), cwd=tmp_path).code == 0
-    extended = run_here(*line, *given, "--extend", cwd=tmp_path)
+    assert run_here(*last_wins(*line, *given, *advice(refused.err)), cwd=tmp_path).code == 0
+    extended = run_here(*last_wins(*line, *given, "--extend"), cwd=tmp_path)
     assert ("--extend" in refused.err) == (extended.code == 0), extended.err
+
+
+def _of_evaluations() -> list[Path]:
+    """Files of what measures, predicts and trains for a task."""
+    trained = "supervised segment detect finetune stand_ins"
+    files = [
+        file
+        for room in ("evaluation", "inference", "training")
+        for file in sorted((ROOT / "milan" / room).glob("*.py"))
+    ]
+    return [
+        f for f in files if f.parent.name != "training" or f.stem.startswith((*trained.split(),))
+    ]
+
+
+@pytest.mark.parametrize("file", _of_evaluations(), ids=lambda file: file.stem)
+def test_every_error_says_what_to_type(file: Path) -> None:
+    """No error of an evaluation, a prediction or a training for a task leaves one alone."""
+    kinds = {"ConfigError", "DataError", "CacheError", "TrainError"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
+            assert {"fix", None} & {word.arg for word in node.keywords}, f"{file}:{node.lineno}"
+
+
+def _out_of_range(rule: Any) -> list[Any]:
+    beyond = [rule[side] - 1 for side in ("least", "above") if side in rule]
+    beyond += [rule[side] + 1 for side in ("most", "below") if side in rule]
+    return ["nonsense"] if rule["choices"] else beyond
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
+def test_advice_on_ranges(protocol: Protocol) -> None:
+    """Of every setting that has one: followed, the value is in it."""
+    for field in dataclasses.fields(protocol.settings):
+        for bad in _out_of_range(field.metadata) if field.metadata else ():
+            value = (bad,) * 2 if isinstance(field.default, tuple) else bad
+            with pytest.raises(ConfigError) as error:
+                check_fields(protocol.settings(**{field.name: value}))
+            fix, flag = error.value.fix, f"--{field.name.replace('_', '-')}"
+            if field.metadata["choices"]:
+                fix = f"{flag} {fix}"
+            assert fix.startswith((f"{flag} ", f"without {flag}")), fix
+            given = [] if "without" in fix else [f"{field.name}={fix.removeprefix(flag).strip()}"]
+            check_fields(resolve(protocol.settings, section=protocol.name, sets=given))
+
+
+def test_advice_on_settings_that_are_no_flags(tmp_path: Path) -> None:
+    """By --set, and by the type of a value too."""
+    line = ["pretrain", "--cache", "no.zarr"]
+    said = run_here(*line, "--set", "mask_ratio=2", cwd=tmp_path).err
+    assert said.rstrip().endswith("try: --set mask_ratio=0.75"), said
+    said = run_here(*line, "--set", "epochs=many", cwd=tmp_path).err
+    assert said.rstrip().endswith("expected: of type int; try: --epochs 400"), said
+    said = run_here(*line, "--set", "tf32=perhaps", cwd=tmp_path).err
+    assert said.rstrip().endswith("try: --set tf32=true"), said

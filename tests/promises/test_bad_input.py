@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import STUDENT, Ran, make_photos, run_here, tree
+from helpers import STUDENT, Ran, last_wins, make_photos, run_here, tree
 from PIL import Image
 
 
@@ -38,7 +38,7 @@ def extract(teacher_files: dict[str, str], tmp_path: Path) -> Callable[..., Ran]
         own: list[object] = ["--out", "t.zarr", "--executor", "local", "--views", 1]
         for flag, value in teacher_files.items():
             own += [] if f"--{flag}" in arguments else [f"--{flag}", value]
-        return run_here("extract-targets", *own, *arguments, cwd=tmp_path)
+        return run_here(*last_wins("extract-targets", *own, *arguments), cwd=tmp_path)
 
     return run
 
@@ -52,7 +52,7 @@ def train(store: Path, tmp_path: Path) -> Callable[..., Ran]:
         sets += [f"decoder.{k}={v}" for k, v in STUDENT["decoder"].items()]
         own = ["--cache", store, "--out", "run", "--epochs", 1, "--batch-size", 8]
         own += ["--num-workers", 0, *(part for s in sets for part in ("--set", s))]
-        return run_here("pretrain", *own, *arguments, cwd=tmp_path)
+        return run_here(*last_wins("pretrain", *own, *arguments), cwd=tmp_path)
 
     return run
 

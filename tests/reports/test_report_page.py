@@ -342,6 +342,16 @@ def test_a_run_that_lacks_something(
     assert not lacks or lacks not in page.text
 
 
+def test_a_baseline_without_a_figure_has_no_row(runs: dict[str, Path], tmp_path: Path) -> None:
+    """As of files that name one without having measured it."""
+    run = shutil.copytree(runs[ODD], tmp_path / "run")
+    metrics = json.loads((run / "linear_probe.json").read_text())
+    metrics["baseline"] = {"checkpoint": "random", "not_measured": "in as many hours", "like": "x"}
+    (run / "linear_probe.json").write_text(json.dumps(metrics))
+    page = read_page(milan.report(str(run), out=tmp_path / "r.html", compared=0, images=1))
+    assert [row[0] for row in page.tables["Linear probe"][1:]] == ["run"]
+
+
 def test_a_store_alone(store: Path, tmp_path: Path) -> None:
     """What the teacher sees, and which images it finds alike."""
     page = read_page(milan.report(str(store), out=tmp_path / "deep/r.html", compared=9, images=1))

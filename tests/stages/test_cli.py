@@ -215,7 +215,7 @@ def test_errors_are_one_line_and_exit_with_1(
         ("extract-targets --data x --img-size 100000", "expected: at least 1, at most 4096"),
         (
             "extract-targets --data x --scale nan 1",
-            "scale = nan in the command line; expected: a n",
+            "scale = (nan, 1.0) in the command line; expected: 2 numbers, with a comma",
         ),
         ("pretrain --out ''", "out ''; expected: a folder: runs are kept on a disk; try: --out"),
         ("pretrain --lr nan", "lr = 'nan' in the command line; expected: a number"),
@@ -233,6 +233,28 @@ def test_values_that_cannot_be(line: str, said: str, tmp_path: Path) -> None:
 
 
 # --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("pretrain --epochs 5 --seed 1 --epochs=6", "--epochs stands 2 times; expected: once; "
+         "try: --epochs 6"),
+        ("extract-targets --scale 0.5,1 --scale 0.6 1", "--scale stands 2 times"),
+        ("knn --data a --data a --checkpoint b", "--data stands 2 times"),
+        ("store prune a --layer b --layer c --views 1 --views 2", "--views stands 2 times"),
+        ("predict --out a.csv b --out c.csv", "--out stands 2 times"),
+        ("finetune --set a=1 --set model.depth=2 --set model.depth=3", "unknown parameter 'a'"),
+        ("finetune --set model.depth=2 --set model.depth=3", "--set model.depth stands twice"),
+    ],
+)  # fmt: skip
+def test_one_value_stands_once(line: str, said: str, tmp_path: Path) -> None:
+    """In every command; a flag of several values, and a switch, may be repeated."""
+    ran = run_here(*line.split(), cwd=tmp_path)
+    assert ran.code == 1
+    assert said in ran.err
+    several = "knn --checkpoint a --checkpoint b --set seed=1 --set limit=1 --data no"
+    assert "stands" not in run_here(*several.split(), cwd=tmp_path).err
 
 
 def test_a_parameter_file_is_read_only_when_named(tmp_path: Path) -> None:

@@ -309,6 +309,8 @@ def test_other_settings_are_another_run(data: dict[str, str], tmp_path: Path) ->
     run(data, tmp_path, epochs=1)
     with pytest.raises(TrainError, match=r"other settings \(layer_decay: 0.65 != 0.75\)"):
         run(data, tmp_path, epochs=1, layer_decay=0.75)
+    with pytest.raises(TrainError, match=r"\(warmup_epochs: 0.05 != 0.3, scale: 0.08,1 != 0.5,1\)"):
+        run(data, tmp_path, epochs=1, warmup_epochs=0.1 * 3, scale=(0.5, 1.0))
     figures = run(data, tmp_path, epochs=1, layer_decay=0.75, overwrite=True)
     assert figures["finished"]
     config = json.loads((tmp_path / "a/run.json").read_text())["config"]

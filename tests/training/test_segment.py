@@ -307,9 +307,11 @@ def test_the_command(data: dict[str, str], tmp_path: Path) -> None:
     assert metrics["run"] == "runs/random/segment/linear"
     assert (tmp_path / metrics["run"] / SEGMENTER).is_file()
     assert "nothing is left to do" in run_here(*line, cwd=tmp_path).out
-    refused = run_here(*line, "--ignore", "255", cwd=tmp_path)
+    refused = run_here(*line, "--reduce-zero-label", cwd=tmp_path)
     assert refused.code == 1
     assert "holds a run of other settings" in refused.err
+    longer = run_here(*line, "--lr", "0.1", cwd=tmp_path)  # of 1.2 / 32 epochs, and 1e-3 * 4 / 16
+    assert "(lr: 0.00025 != 0.1)" in longer.err
 
 
 def test_camvid(tmp_path: Path) -> None:
