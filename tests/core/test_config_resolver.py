@@ -64,7 +64,8 @@ def test_later_wins(params: Any) -> None:
     config = pretraining(sets, file, seed=32)
     assert (config.epochs, config.batch_size, config.seed) == (10, 21, 32)
     assert config.lr is None
-    assert pretraining(["seed=1", "seed=2"]).seed == 2
+    with pytest.raises(ConfigError, match="--set seed stands twice"):
+        pretraining(["seed=1", "seed=2"])
 
 
 def test_flags_not_given_say_nothing(params: Any) -> None:
