@@ -134,12 +134,15 @@ def settings_command(
 
 
 def _advice_for_keys(error: MilanError, keys: Collection[str]) -> MilanError:
-    """`error`, whose advice sets `keys`, settings that are no flags, by --set."""
+    """`error`, whose advice sets `keys`, settings that are no flags, by --set; advice that is
+    another command stays."""
 
     def by_set(found: re.Match[str]) -> str:
         key = found[1].replace("-", "_")
         return f"--set {key}={found[2]}" if key in keys else found[0]
 
+    if not error.fix.startswith("--"):
+        return error
     fix = re.sub(r"--([a-z][a-z0-9-]*) ([^\s,]+)", by_set, error.fix)
     return type(error)(error.found, expected=error.expected, fix=fix)
 

@@ -170,9 +170,15 @@ def read_lines(where: str | AnyPath, what: str) -> list[str]:
     try:
         return read_file(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise DataError(f"{where} is not UTF-8 text", expected=what) from None
+        raise DataError(
+            f"{where} is not UTF-8 text", expected=what, fix="save it as UTF-8"
+        ) from None
     except OSError as error:
-        raise DataError(f"{where} cannot be read: {error.strerror}", expected=what) from None
+        raise DataError(
+            f"{where} cannot be read: {error.strerror}",
+            expected=what,
+            fix="the path of such a file",
+        ) from None
 
 
 def read_parts(where: AnyPath, parts: Sequence[tuple[int, int]]) -> list[bytes]:

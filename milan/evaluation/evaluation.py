@@ -160,7 +160,9 @@ def _evaluation(
         raise DataError(
             f"{len(train)} images to fit on and {len(val)} to measure on",
             expected="2 and more, and some to measure on",
-            fix="more images, or --val-data with images of its own",
+            fix="without --limit"
+            if config.limit
+            else "more images, or --val-data with images of its own",
         )
     numbers, y = np.unique(train.labels, return_inverse=True)  # of classes that can be told apart
     if len(numbers) < 2:

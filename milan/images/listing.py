@@ -188,7 +188,9 @@ def list_images(source: AnyPath, wanted: WantedSplit | None = None) -> Listing:
         return _list_tars(files, wanted)
     if alone:
         raise DataError(
-            f"{source} is a file", expected="a folder of images, a Parquet file or a tar"
+            f"{source} is a file",
+            expected="a folder of images, a Parquet file or a tar",
+            fix=f"--data {source.parent}, its folder",
         )
     files.leave_out(list(files.sizes))
     return files.listed([SCHEMA.empty_table()], {})
@@ -200,7 +202,9 @@ def _files_of(source: AnyPath, alone: bool) -> _Files:
         return _Files(source.parent, {source.name: 0}, Counter(), alone=True)
     if not source.is_dir():
         raise DataError(
-            f"{source} is neither a file nor a folder", expected="a folder of images, or a file"
+            f"{source} is neither a file nor a folder",
+            expected="a folder of images, or a file",
+            fix="--data a folder",
         )
     ignored: Counter[str] = Counter()
     files = _Files(source, dict(sorted(files_below(source, ignored))), ignored)

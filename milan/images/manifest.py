@@ -210,6 +210,7 @@ def build_manifest(
             expected="files ending in "
             + " ".join(extensions())
             + ", Parquet files, or tars of them",
+            fix="--data the folder that has them",
         )
     keys = rows["key"].to_pylist()
     if len(set(keys)) < len(keys):

@@ -58,7 +58,8 @@ class Palette:
             if len(values) < 3 or not all(0 <= value < 256 for value in values):
                 raise DataError(
                     f"line {number} of {path} is {line!r}",
-                    expected="red green blue name, such as: 128 64 128 road",
+                    expected="red green blue name, three numbers from 0 to 255 first",
+                    fix="128 64 128 road",
                 )
             colours.append((values[0], values[1], values[2]))
             names.append(class_name(parts[3].strip()) if len(parts) > 3 else str(number - 1))
@@ -212,6 +213,7 @@ def list_masked(
             f"{source} has no folder images, and no Parquet files of images and masks",
             expected=f"{source}/images, and masks of the same names in {source}/{FOLDERS[0]} or "
             f"{source}/{FOLDERS[1]}; or Parquet files with columns image and mask",
+            fix=f"move the images to {source}/images, and the masks to {source}/{FOLDERS[0]}",
         )
     for path in pc.unique(manifest.table["path"]).to_pylist():
         _check_column(manifest.root, path, column)
@@ -250,6 +252,7 @@ def _of_folders(
         raise DataError(
             f"no masks at {root} for the images in {manifest.root}",
             expected="a folder of the same name for the masks",
+            fix="--masks NAME, a folder beside images",
         )
     files = FilesBeside.below(root, _ENDINGS)
     masks = _matched(manifest, files)

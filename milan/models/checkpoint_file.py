@@ -60,7 +60,11 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise ConfigError(f"no checkpoint at {path}", expected="a .pth or .safetensors file")
+        raise ConfigError(
+            f"no checkpoint at {path}",
+            expected="a .pth or .safetensors file",
+            fix="--checkpoint FILE",
+        )
     check_fetched(path, ConfigError)
     content = _load(path)
     state = inner_state(content)
@@ -75,7 +79,9 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     if not tensors:
         has = f": it has {listed(map(str, named))}" if named else ""
         raise ConfigError(
-            f"{path} holds no state dict{has}", expected="named tensors, or `model`, `state_dict`"
+            f"{path} holds no state dict{has}",
+            expected="named tensors, or `model`, `state_dict`",
+            fix="torch.save(network.state_dict(), FILE), where the network is",
         )
     others = [_described(key, value) for key, value in named.items() if str(key) not in tensors]
     if state is not content:
@@ -108,6 +114,7 @@ def _load(path: Path) -> Any:
         raise ConfigError(
             f"{path} cannot be loaded safely: {_reason(path, error)}",
             expected="a checkpoint of torch (.pth), or .safetensors",
+            fix="--checkpoint FILE of such a kind, or the folder of a run",
         ) from None
 
 
@@ -144,6 +151,7 @@ def _folder(path: Path) -> CheckpointFile:
         raise ConfigError(
             f"no checkpoint at {path}: the folder has no {' or '.join(files)}",
             expected="a run, or a folder of timm, transformers or open_clip",
+            fix="milan pretrain, which leaves a run in its --out",
         )
     state: dict[str, torch.Tensor] = {}
     for part in parts:

@@ -27,7 +27,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
-from milan.errors import DataError
+from milan.errors import ConfigError, DataError
 from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.meaning import chance
 from milan.evaluation.outcome import TOP, Answers, Outcome
@@ -136,6 +136,13 @@ class Finetune(Supervised):
     def build(self, weights: Weights, plan: Plan, data: _Data) -> Any:
         """A timm ViT with a new head. Raises ConfigError."""
         _augmentation(plan).build()  # refuses what it does not know before the run begins
+        patch = weights.args.get("patch_size")
+        if self.config.size and patch and self.config.size % patch:
+            raise ConfigError(
+                f"size {self.config.size} with patches of {patch} pixels",
+                expected="a multiple of the patch",
+                fix=f"--size {max(1, round(self.config.size / patch)) * patch}",
+            )
         return classifier_of(weights, self.config, size=plan.size, classes=len(data.classes))
 
     def source(self, plan: Plan, data: _Data) -> LabelledImages:

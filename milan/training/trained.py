@@ -82,6 +82,7 @@ def load_student(
             f"{run} does not predict the teacher's features"
             + (f" (objective {settings['objective']})" if targets else ""),
             expected="a pretraining with objective milan",
+            fix="milan pretrain --objective milan, which leaves one",
         )
     law = Channels.if_any(content.get(CHANNELS) or targets.get(CHANNELS))
     config = config_of(folder)

@@ -157,5 +157,9 @@ def test_advice_on_settings_that_are_no_flags(tmp_path: Path) -> None:
     assert said.rstrip().endswith("try: --set mask_ratio=0.75"), said
     said = run_here(*line, "--set", "epochs=many", cwd=tmp_path).err
     assert said.rstrip().endswith("expected: of type int; try: --epochs 400"), said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/encoder.safetensors").write_bytes(b"")
+    said = run_here("predict", "run", "photos", cwd=tmp_path).err  # another command's flag
+    assert said.rstrip().endswith("try: milan finetune --checkpoint run"), said
     said = run_here(*line, "--set", "tf32=perhaps", cwd=tmp_path).err
     assert said.rstrip().endswith("try: --set tf32=true"), said

@@ -294,6 +294,7 @@ def test_what_is_refused(data: dict[str, str], tmp_path: Path) -> None:
         ({"auto_augment": "rand-nonsense"}, ConfigError, "auto_augment rand-nonsense"),
         ({"scale": (0.5, 0.1)}, ConfigError, "scale 0.5 0.1"),
         ({"warmup_epochs": 3}, ConfigError, "warmup_epochs 3"),
+        ({"size": 30}, ConfigError, "size 30 with patches of 8 pixels.*try: --size 32"),
     ]
     for changes, kind, said in cases:
         with pytest.raises(kind, match=said):
