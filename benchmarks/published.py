@@ -149,8 +149,8 @@ class Published:
         with torch.no_grad():
             features, attention = self.teacher(images)
             if attention.shape[1] != self.student.patches:  # nothing published for this case: ours
-                features = resampled_features(features, self.student.patches)
-                attention = resampled_attention(attention, self.student.patches)
+                features = resampled_features(features, self.student.patches, 1)
+                attention = resampled_attention(attention, self.student.patches, 1)
         drawn = torch.multinomial(attention.float(), attention.shape[1])
         visible = drawn.shape[1] // 4
         prediction = self.predict(images, drawn[:, :visible], drawn[:, visible:])

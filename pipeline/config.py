@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from milan.core.config_fields import check_fields, seed_setting, setting
+from milan.core.size import Size, as_size
 from milan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ class ExtractConfig:
     """Store the tokens of this block of the teacher, from 1, before norm and projection; default:
     the teacher's output."""
     img_size: int | None = setting(None, unit="pixels", auto=True, least=1, most=4096)
-    """Edge of a view; auto: the teacher's."""
+    """Edge of a view, or its height; auto: the teacher's."""
+    img_width: int | None = setting(None, unit="pixels", auto=True, least=1, most=4096)
+    """Width of a view; auto: its height."""
     views: int = setting(4, unit="views", least=1, most=10_000)
     """K, views of each image."""
     scale: tuple[float, float] = setting((0.2, 1.0), unit="share", above=0, most=1)
     """Smallest and largest area of a crop, as a share of the image."""
-    ratio: tuple[float, float] = setting((0.75, 4 / 3), unit="ratio", above=0)
-    """Smallest and largest width / height of a crop."""
+    ratio: tuple[float, float] | None = setting(None, unit="ratio", auto=True, above=0)
+    """Smallest and largest width / height of a crop; auto: 3/4 and 4/3 of the view's own."""
     hflip: float = setting(0.5, unit="probability", least=0, most=1)
     """Probability of a horizontal flip."""
     bands: tuple[int, int, int] | None = setting(None, unit="number", least=1)
@@ -114,6 +117,12 @@ class ExtractConfig:
                 fix="without one of the two",
             )
         allowed_bad(self.max_bad, 1)
+        if self.img_width and not self.img_size:
+            raise ConfigError(
+                f"--img-width {self.img_width} without --img-size",
+                expected="height and width of a view, as the teacher sees it",
+                fix=f"--img-size 224 --img-width {self.img_width}",
+            )
         if self.band_range and not self.bands:
             raise ConfigError(
                 f"--band-range {' '.join(f'{x:g}' for x in self.band_range)} without --bands",
@@ -121,13 +130,19 @@ class ExtractConfig:
                 fix="--bands 4 3 2",
             )
 
-    def view_spec(self, size: int) -> ViewSpec:
-        """The views that are drawn, of `size` pixels. Raises ConfigError."""
-        from milan.images.views import ViewSpec
+    @property
+    def view_size(self) -> Size | None:
+        """The size of a view that is asked for, in pixels; None: the teacher's."""
+        if self.img_size is None:
+            return None
+        return as_size((self.img_size, self.img_width or self.img_size))
 
-        return ViewSpec(
-            size, self.scale, self.ratio, self.hflip, self.seed, self.bands, self.band_range
-        )
+    def view_spec(self, size: Size) -> ViewSpec:
+        """The views that are drawn, of `size` pixels. Raises ConfigError."""
+        from milan.images.views import ViewSpec, ratio_for
+
+        ratio = self.ratio or ratio_for(size)
+        return ViewSpec(size, self.scale, ratio, self.hflip, self.seed, self.bands, self.band_range)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from milan.core.device import MEAN, STD, normalise
+from milan.core.size import as_size
 from milan.errors import ConfigError, TrainError
 from milan.evaluation.config import ZeroShotConfig
 from milan.evaluation.frozen import MEAN_OF_PATCHES, Frozen
@@ -143,7 +144,7 @@ def joint_view(student: RilsStudent, name: str, channels: Channels | None) -> Fr
 
     return Frozen(
         lambda pixels: patches(pixels).mean(dim=1),
-        student.encoder.patch_embed.img_size[0],
+        as_size(student.encoder.patch_embed.img_size),
         name,
         None,
         lambda pixels: (None, patches(pixels)),

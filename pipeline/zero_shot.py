@@ -23,6 +23,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import MEAN, STD, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
+from milan.core.size import as_size
 from milan.errors import ConfigError, DataError, MilanError
 from milan.evaluation.config import ZeroShotConfig
 from milan.evaluation.features import Context
@@ -313,7 +314,7 @@ def _predictor(trained: TrainedStudent, config: ZeroShotConfig, device: torch.de
         mean = patches.mean(dim=1)
         return mean if first is None else torch.cat([first, mean], dim=1)
 
-    size = student.encoder.patch_embed.img_size[0]
+    size = as_size(student.encoder.patch_embed.img_size)
     return Frozen(features, size, config.checkpoint, None, tokens, channels=law)
 
 

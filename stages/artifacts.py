@@ -10,8 +10,8 @@ from pipeline.config import ExtractConfig
 from stages.options import settings_command
 
 LAW = (
-    "data", "split", "data_root", "views", "img_size", "scale", "ratio", "hflip", "bands",
-    "band_range", "seed",
+    "data", "split", "data_root", "views", "img_size", "img_width", "scale", "ratio", "hflip",
+    "bands", "band_range", "seed",
 )  # fmt: skip
 Teacher = Annotated[
     str | None, typer.Option(help="The teacher's name or config, if its files have moved.")
@@ -118,7 +118,7 @@ def _views_to_come(
     config = resolve(ExtractConfig, section="extract", params=params, sets=sets, flags=flags)
     config.check()
     # Crops are the same at any size: no teacher is needed to know it.
-    size = config.img_size or _SHOWN_AT
+    size = config.view_size or _SHOWN_AT
     law = config.view_spec(size)
     return view_sheet(
         config.data, law, config.views, out=out, images=images, split=config.split,

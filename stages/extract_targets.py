@@ -14,7 +14,7 @@ from stages.options import CALL, settings_command
 PANELS: dict[str, tuple[str, ...]] = {
     "Data": ("data", "split", "data_root", "limit", "max_bad", "drop_missing"),
     "Views": (
-        "views", "img_size", "scale", "ratio", "hflip", "bands", "band_range", "seed"
+        "views", "img_size", "img_width", "scale", "ratio", "hflip", "bands", "band_range", "seed"
     ),
     "Teacher": (
         "teacher", "pretrained", "teacher_norm", "teacher_layer", "texts", "targets", "captions",

@@ -73,7 +73,7 @@ def network(checkpoint: str, like: str | None, classes: tuple[str, ...]) -> Dete
     )  # fmt: skip
     torch.manual_seed(0)
     vit = detector_encoder(spec)
-    known = replace(weights, encoder=interpolated(weights.encoder, vit))
+    known = replace(weights, encoder=interpolated(weights.encoder, vit, weights.size))
     load_weights(vit, known, name=checkpoint, leave=LEFT_OUT)
     return Detector(vit, spec).eval()
 

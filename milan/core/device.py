@@ -299,7 +299,7 @@ def tf32(device: torch.device, on: bool, progress: Progress | None = None) -> It
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 [B, S, S, 3] to float32 [B, 3, S, S], (x / 255 - mean) / std, on the same device."""
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], (x / 255 - mean) / std, on the same device."""
     scale, shift = _scale_and_shift(pixels.device, tuple(mean), tuple(std))
     return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2).contiguous()
 
@@ -321,7 +321,7 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.T
 
 
 def denormalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """The pixels, uint8 [B, S, S, 3], that `normalise` would give as `images` [B, 3, S, S]."""
+    """The pixels, uint8 [B, H, W, 3], that `normalise` would give as `images` [B, 3, H, W]."""
     scale, shift = torch.tensor([std, mean], device=images.device)
     colours = images.float().permute(0, 2, 3, 1) * scale + shift
     return (255 * colours).round().clamp(0, 255).to(torch.uint8)

@@ -17,7 +17,7 @@ from milan.core.device import copy_to
 
 Address = TypeVar("Address")
 Compute = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-"""Pixels [B, S, S, 3] uint8 on the device to results by name, [B, ...], on the device."""
+"""Pixels [B, H, W, 3] uint8 on the device to results by name, [B, ...], on the device."""
 
 
 def through_device(
@@ -29,7 +29,7 @@ def through_device(
 ) -> Iterator[tuple[Address, dict[str, np.ndarray]]]:
     """(address, results) of each batch, in the order of `batches`: (address, B views).
 
-    A view is uint8 [S, S, 3]; B is at most `largest`. Results are valid until the next are asked
+    A view is uint8 [H, W, 3]; B is at most `largest`. Results are valid until the next are asked
     for. On CUDA they come one batch late: an error that they tell of is met then.
     """
     if device.type == "cuda":

@@ -101,13 +101,13 @@ class StudentChannels:
         return table["row"].to_numpy(), table["path"], table["digest"]
 
     def load(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the teacher's pixels uint8 [B, S, S, 3], channels float32 [B, C, S, S]) of views.
+        """(the teacher's pixels uint8 [B, H, W, 3], channels float32 [B, C, H, W]) of views.
 
         Raises DataError as CachedDataset.pixels, and for a file that is gone, has changed or has
         no such channels.
         """
-        size, crops = self.dataset.cache.view_spec.size, self.dataset.cache.crops(rows, views)
-        out = np.empty((len(rows), self.law.count, size, size), np.float32)
+        spec, crops = self.dataset.cache.view_spec, self.dataset.cache.crops(rows, views)
+        out = np.empty((len(rows), self.law.count, *spec.shape), np.float32)
 
         def fill(i: int, data: bytes | None, pixels: np.ndarray) -> None:
             row = int(rows[i])
@@ -115,7 +115,7 @@ class StudentChannels:
                 data = self._bytes(row) if data is None else data
                 self._check(row, data)
                 samples = self.law.samples(data)
-                out[i] = self.law.view(samples, View.of(crops[i]), size, pixels)
+                out[i] = self.law.view(samples, View.of(crops[i]), spec.size, pixels)
             except ImageFault as fault:
                 raise self._refused(row, str(fault)) from None
 

@@ -25,7 +25,7 @@ class OwnChannels(Protocol):
     law: Channels
 
     def load(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the teacher's pixels uint8 [B, S, S, 3], channels float32 [B, C, S, S])."""
+        """(the teacher's pixels uint8 [B, H, W, 3], channels float32 [B, C, H, W])."""
 
 
 class CachedDataset(Dataset):
@@ -33,7 +33,7 @@ class CachedDataset(Dataset):
 
     An item is a dict of
 
-    - `image`: uint8 [3, S, S] in 0..255, RGB, the pixels that the teacher saw; or what `transform`
+    - `image`: uint8 [3, H, W] in 0..255, RGB, the pixels that the teacher saw; or what `transform`
       made of it
     - `features`: float32 [T, C], decoded. Row 0 is the class token (of a teacher without one, what
       the store says in its place), rows 1 to N are the patches in raster order. Only directions
@@ -122,7 +122,7 @@ class CachedDataset(Dataset):
         views: np.ndarray,
         seen: Callable[[int, bytes, np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """The pixels the teacher saw of (rows[i], views[i]); uint8 [B, S, S, 3].
+        """The pixels the teacher saw of (rows[i], views[i]); uint8 [B, H, W, 3].
 
         Where they are rendered from originals, `seen` is called with i, the image's bytes and its
         pixels. Raises DataError if an image is gone, has changed, or renders to other pixels than
@@ -130,7 +130,7 @@ class CachedDataset(Dataset):
         """
         rows, views = np.asarray(rows), np.asarray(views)
         spec = self.cache.view_spec
-        out = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
+        out = np.empty((len(rows), *spec.shape, 3), np.uint8)
         checksums = self.cache.pixel_checksums(rows, views).tolist()
         entries = zip(rows.tolist(), views.tolist(), checksums, strict=True)
         if self.stored:
@@ -197,7 +197,7 @@ def open_cache(
     """A finished store as a torch Dataset; CachedDataset says what an item is.
 
     `data_root` is where the images lie, if they moved. Of a store that holds the targets of several
-    teachers or codecs, `layer` names one. `transform` is called with each `image`, uint8 [3, S, S].
+    teachers or codecs, `layer` names one. `transform` is called with each `image`, uint8 [3, H, W].
     It may change its colours and type, but must leave patches where they are: the targets belong
     to them. Loader workers need one that can be pickled. Raises CacheError for a store that is
     absent, incomplete, foreign or damaged, and DataError if the images are not found.

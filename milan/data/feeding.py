@@ -6,6 +6,7 @@ The one place for this law. A run and a dry run measure what a core loads and wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def loader_workers(
         return Workers(wanted, "--num-workers")
     cores = loader_cores(ranks_here)
     ready = batches_ahead(cores)
-    batch = micro_batch * ((3 + 4 * channels) * cache.view_spec.size**2 + cache.view_bytes)
+    batch = micro_batch * ((3 + 4 * channels) * math.prod(cache.view_spec.shape) + cache.view_bytes)
     rooms = {
         "cores": cores,
         "memory": free_memory() // 2 // ranks_here // (_OWN_BYTES + ready * batch),

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     """B views with their targets, as they leave a loader worker; codes are not decoded yet."""
 
     pixels: torch.Tensor
-    """[B, S, S, 3] uint8"""
+    """[B, H, W, 3] uint8"""
     attention: torch.Tensor
     """[B, N] float32, > 0"""
     noise: torch.Tensor
@@ -78,11 +78,11 @@ class Batch(NamedTuple):
     """[B, teachers] float32 in (0, 1), drawn at (seed, epoch, row, view): which teachers an image
     does without; None for one teacher"""
     channels: torch.Tensor | None = None
-    """[B, channels, S, S] float32: what a student sees that sees no RGB, as it sees it"""
+    """[B, channels, H, W] float32: what a student sees that sees no RGB, as it sees it"""
 
     @property
     def images(self) -> torch.Tensor:
-        """What the student sees, [B, channels, S, S] float32: pixels by ImageNet's mean and
+        """What the student sees, [B, channels, H, W] float32: pixels by ImageNet's mean and
         deviation, or its own channels."""
         return normalise(self.pixels, MEAN, STD) if self.channels is None else self.channels
 

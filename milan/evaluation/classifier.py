@@ -14,6 +14,7 @@ from milan.core.device import normalise, pick_device
 from milan.core.launch import as_rank
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
+from milan.core.size import as_size
 from milan.evaluation.config import ClassificationConfig, EvaluationConfig
 from milan.evaluation.corruptions import Corruption, robustness
 from milan.evaluation.features import Context, Labelled, features_of
@@ -58,7 +59,7 @@ def _scores(run: Path, device: torch.device) -> Frozen:
     """The classifier of a run, whose features are its logits [B, classes]."""
     vit = load_classifier(run).requires_grad_(False)
     about = timm.data.resolve_model_data_config(vit)
-    size, mean, std = about["input_size"][1], list(about["mean"]), list(about["std"])
+    size, mean, std = as_size(about["input_size"][1:]), list(about["mean"]), list(about["std"])
     identity = {
         "weights": weights_digest(vit), "mean": mean, "std": std, "size": size,
         "features": "scores of the classes",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from milan.core.config_fields import check_choice, check_fields, names_in, seed_setting, setting
 from milan.core.config_resolver import load_recipe
+from milan.core.size import Size, as_size
 from milan.core.units import parse_bytes
 from milan.errors import ConfigError
 
@@ -40,7 +41,7 @@ class LabelledConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: --set model.embed_dim=128."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
-    """Edge of the central square that is shown, as a share of the shorter edge (224 of 256)."""
+    """Edge of the centre crop that is shown, as a share of the shorter edge (224 of 256)."""
     batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
     num_workers: int | None = setting(None, identity=False, unit="threads", auto=True, least=1)
@@ -314,7 +315,7 @@ class SupervisedConfig(LabelledConfig):
     recipe: str = setting("vit_base", identity=False)
     """A published recipe: it gives the defaults of all other settings. vit_base, vit_large."""
     size: int | None = setting(None, unit="pixels", auto=True, least=1)
-    """Edge of the images; auto: the encoder's. Positions are resampled."""
+    """Edge of the images, or their height; auto: the encoder's. Positions are resampled."""
     epochs: int = setting(100, unit="epochs", least=1)
     """Passes over the images."""
     warmup_epochs: float | None = setting(None, unit="epochs", auto=True, least=0)
@@ -382,6 +383,11 @@ class SupervisedConfig(LabelledConfig):
         """The folder of the run: beside its metrics, without .json."""
         return Path(self.out).with_suffix("") if self.out else self.folder / self.section
 
+    @property
+    def image_size(self) -> Size | None:
+        """The size of the images that is asked for; None: the encoder's."""
+        return self.size
+
 
 def teacher_refused() -> ConfigError:
     """The error for a teacher that would be trained."""
@@ -399,6 +405,8 @@ class FinetuneConfig(SupervisedConfig, ClassificationConfig):
 
     section = "finetune"
 
+    width: int | None = setting(None, unit="pixels", auto=True, least=1)
+    """Width of the images, with --size their height; auto: as --size."""
     pooling: str = setting("mean", choices=("mean", "token"))
     """What the head sees: the mean of patches, or the class token."""
     scale: tuple[float, float] = setting((0.08, 1.0), unit="share", above=0, most=1)
@@ -423,6 +431,17 @@ class FinetuneConfig(SupervisedConfig, ClassificationConfig):
                 expected="the smaller share first",
                 fix=f"--scale {self.scale[1]:g} {self.scale[0]:g}",
             )
+        if self.width and not self.size:
+            raise ConfigError(
+                f"width {self.width} without size",
+                expected="height and width of the images",
+                fix=f"--size {self.width} --width {self.width}",
+            )
+
+    @property
+    def image_size(self) -> Size | None:
+        """The size of the images that is asked for; None: the encoder's."""
+        return as_size((self.size, self.width or self.size)) if self.size else None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Seven corruptions at five severities, after ImageNet-C (Hendrycks and Dietterich 2019, arXiv
 1903.12261), made by torchvision's transforms. Noise, blur, contrast, JPEG and pixelation have
-ImageNet-C's strengths; brightness and saturation are torchvision's factors. The central square is
+ImageNet-C's strengths; brightness and saturation are torchvision's factors. The centre crop is
 corrupted as the network sees it; lengths are those of 224 pixels, in proportion. Noise is drawn by
 the image's content and the severity: every checkpoint sees the same pictures. These are no figures
 of the ImageNet-C data set.
@@ -52,7 +52,7 @@ class Corruption:
         return {"corruption": self.name, "severity": self.severity, "law": _LAW}
 
     def apply(self, pixels: np.ndarray, image: int) -> np.ndarray:
-        """uint8 [S, S, 3] to the same shape; noise is drawn by `image`, a number of 64 bits."""
+        """uint8 [H, W, 3] to the same shape; noise is drawn by `image`, a number of 64 bits."""
         strength = SEVERITIES[self.name][self.severity - 1]
         before = torch.from_numpy(pixels).permute(2, 0, 1)
         if self.name == "gaussian noise":
@@ -66,14 +66,16 @@ class Corruption:
 
 
 def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    sigma *= image.shape[-1] / 224
-    kernel = 2 * min(math.ceil(3 * sigma), image.shape[-1] - 1) + 1
+    edge = min(image.shape[-2:])
+    sigma *= edge / 224
+    kernel = 2 * min(math.ceil(3 * sigma), edge - 1) + 1
     return transforms.gaussian_blur(image, [kernel, kernel], [sigma, sigma])
 
 
 def _pixelate(image: torch.Tensor, share: float) -> torch.Tensor:
-    size, fewer = list(image.shape[-2:]), max(1, round(share * image.shape[-1]))
-    coarse = transforms.resize(image, [fewer, fewer], antialias=True)
+    size = list(image.shape[-2:])
+    fewer = [max(1, round(share * edge)) for edge in size]
+    coarse = transforms.resize(image, fewer, antialias=True)
     return transforms.resize(coarse, size, interpolation=InterpolationMode.NEAREST)
 
 
@@ -85,7 +87,7 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "jpeg": transforms.jpeg,
     "pixelate": _pixelate,
 }
-"""uint8 [3, S, S] and a strength to uint8 [3, S, S]."""
+"""uint8 [3, H, W] and a strength to uint8 [3, H, W]."""
 
 
 def robustness(accuracy: Callable[[Corruption], float], clean: float) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _shapes(configs: Sequence[LabelledConfig]) -> dict[str, str]:
             shapes[config.checkpoint] = config.checkpoint
         else:
             weights = find_weights(config.checkpoint, flag="--checkpoint", model=config.model)
-            values = [weights.model, weights.args, weights.size, weights.channels]
+            values: list[Any] = [weights.model, weights.args, weights.size, weights.channels]
             values += [list(weights.mean), list(weights.std)]
             shapes[config.checkpoint] = digest_of(values)
     return shapes

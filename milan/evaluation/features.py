@@ -47,7 +47,7 @@ from milan.evaluation.config import EvaluationConfig
 from milan.evaluation.corruptions import Corruption
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.splits import LabelledSet, Split
-from milan.images.channels import central_square
+from milan.images.channels import centre_crop
 from milan.images.decode import content_digest
 
 FILE_ROWS = 2048
@@ -123,7 +123,7 @@ def features_of(
 ) -> Features:
     """Features of all rows of `data`: those in `folder`, computed where they are not there yet.
 
-    Each rank computes its share; all must call this. Images are shown as their central square,
+    Each rank computes its share; all must call this. Images are shown as their centre crop,
     corrupted if asked for. `file_rows` is for large features: the rows of a file, else FILE_ROWS.
     Raises DataError if none can be read, features are no numbers, or the disk is full; Stopped.
     """
@@ -311,7 +311,7 @@ class Decoded(NamedTuple):
 
     rows: list[int]
     pixels: torch.Tensor
-    """What the network takes: uint8 [b, S, S, 3], or its channels; pinned where the device is a
+    """What the network takes: uint8 [b, H, W, 3], or its channels; pinned where the device is a
     GPU."""
     digests: list[int]
     rejected: list[str]
@@ -413,7 +413,7 @@ def decoded(
     threads = decoding_threads(cpu_count() // context.ranks.on_node)
     pool = ThreadPoolExecutor(config.num_workers or threads)
     pinned = context.device.type == "cuda"
-    load = partial(_central_square, data, frozen, config.crop_share, corruption)
+    load = partial(_centre_crop, data, frozen, config.crop_share, corruption)
     blank = frozen.blank(torch.device("cpu"))
 
     def begin(rows: list[int]) -> tuple[list[int], torch.Tensor, list[Future]]:
@@ -455,7 +455,7 @@ def _finished(keys: Any, rows: list[int], pixels: torch.Tensor, futures: list[Fu
     return Decoded([rows[i] for i in good], pixels, [answers[i] for i in good], rejected)
 
 
-def _central_square(
+def _centre_crop(
     of: LabelledSet,
     frozen: Frozen,
     share: float,
@@ -468,7 +468,7 @@ def _central_square(
     law = frozen.channels
     try:
         data, beside = of.images.read(row), of.beside.read(row, law)
-        pixels[:] = central_square(law, data, beside, share=share, size=frozen.size)
+        pixels[:] = centre_crop(law, data, beside, share=share, size=frozen.size)
     except ImageFault as fault:
         return str(fault)
     digest = int(content_digest(data)[:16], 16)

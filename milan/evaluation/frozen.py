@@ -11,6 +11,7 @@ import timm
 import torch
 
 from milan.core.device import MEAN, STD, normalise, seeded_weights
+from milan.core.size import Size, as_size, height_width
 from milan.errors import ConfigError
 from milan.evaluation.config import EvaluationConfig
 from milan.images.channels import Channels
@@ -19,6 +20,7 @@ from milan.models.encoder import (
     encode,
     pooled_features,
     pretrained_vit,
+    size_argument,
     unpretrained_vit,
 )
 from milan.models.export import CHANNELS, load_encoder, read_about
@@ -45,9 +47,9 @@ class Frozen:
     """A frozen network as an evaluation sees it."""
 
     features: Callable[[torch.Tensor], torch.Tensor]
-    """uint8 [B, S, S, 3] on the device to [B, F] float32 there; patches to [B, N, E] float16."""
-    size: int
-    """S, edge of its input in pixels."""
+    """uint8 [B, H, W, 3] on the device to [B, F] float32 there; patches to [B, N, E] float16."""
+    size: Size
+    """Of its input in pixels."""
     name: str
     identity: dict[str, Any] | None = None
     """All that determines its features, as JSON; None: nobody knows, so none are kept."""
@@ -62,14 +64,14 @@ class Frozen:
     said: str = ""
     """How a checkpoint of others was read, in a line."""
     channels: Channels | None = None
-    """What it sees in place of pictures' RGB: its functions take float32 [B, C, S, S] then, as
-    Channels.square gives them."""
+    """What it sees in place of pictures' RGB: its functions take float32 [B, C, H, W] then, as
+    Channels.centre_crop gives them."""
 
     def blank(self, device: torch.device) -> torch.Tensor:
         """An input of one image, all zeros."""
         if self.channels:
-            return torch.zeros(1, self.channels.count, self.size, self.size, device=device)
-        return torch.zeros(1, self.size, self.size, 3, dtype=torch.uint8, device=device)
+            return torch.zeros(1, self.channels.count, *height_width(self.size), device=device)
+        return torch.zeros(1, *height_width(self.size), 3, dtype=torch.uint8, device=device)
 
     @property
     def words(self) -> str:
@@ -104,7 +106,7 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         built = {"model": about["model"], "model_args": about["model_args"]}
         trained, channels = about.get("pooling", trained), about.get(CHANNELS)
     data_config = timm.data.resolve_model_data_config(vit)
-    size = _edge(name, data_config["input_size"], bool(channels))
+    size = _size(name, data_config["input_size"], bool(channels))
     own_pass = "timm" in built
     tokens_of = _timm_tokens(name, vit, size) if own_pass else partial(encode, vit)
     vit = vit.eval().requires_grad_(False)
@@ -192,19 +194,19 @@ def _last_blocks(
     return layers
 
 
-def _edge(name: str, shape: tuple[int, int, int], any_channels: bool) -> int:
-    """The edge of a network's input [channels, height, width]. Raises ConfigError."""
-    if (shape[0] != 3 and not any_channels) or shape[1] != shape[2]:
+def _size(name: str, shape: tuple[int, int, int], any_channels: bool) -> Size:
+    """The size of a network's input [channels, height, width]. Raises ConfigError."""
+    if shape[0] != 3 and not any_channels:
         raise ConfigError(
-            f"{name} takes {shape[1]} x {shape[2]} pixels of {shape[0]} channels",
-            expected="square RGB images",
+            f"{name} takes pixels of {shape[0]} channels",
+            expected="RGB images",
             fix="--checkpoint timm:vit_base_patch16_224.augreg_in21k",
         )
-    return shape[1]
+    return as_size(shape[1:])
 
 
-def _timm_tokens(model: str, vit: Any, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """images [B, 3, S, S] to tokens as `encode` orders them, by timm's own pass.
+def _timm_tokens(model: str, vit: Any, size: Size) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images [B, 3, H, W] to tokens as `encode` orders them, by timm's own pass.
 
     timm's ViTs have positions of many kinds, or tokens that `encode` does not know. Raises
     ConfigError for a model whose output is not one token a patch.
@@ -216,7 +218,7 @@ def _timm_tokens(model: str, vit: Any, size: int) -> Callable[[torch.Tensor], to
     shape: tuple[int, ...] = ()
     if hasattr(vit, "forward_features") and hasattr(vit, "num_prefix_tokens"):
         with torch.inference_mode():
-            output = vit.eval().forward_features(torch.zeros(1, 3, size, size))
+            output = vit.eval().forward_features(torch.zeros(1, 3, *height_width(size)))
         shape = tuple(getattr(output, "shape", ()))
     if len(shape) != 3:
         raise ConfigError(
@@ -261,7 +263,8 @@ def _random(config: EvaluationConfig) -> tuple[Any, dict[str, Any], str, dict[st
         pooling, channels = about.get("pooling", pooling), about.get(CHANNELS)
     else:
         name, args = config.model, dict(config.model_args)
-        size = args.pop("img_size", 224)
+        size = size_argument(args)
+        args.pop("img_size", None)
     with seeded_weights(config.seed):
         if like.startswith(_TIMM):
             return unpretrained_vit(like.removeprefix(_TIMM)), {"timm": like}, pooling, None

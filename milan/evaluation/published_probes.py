@@ -1,4 +1,4 @@
-"""Linear probes as papers have them, but for augmentation: features are those of central squares.
+"""Linear probes as papers have them, but for augmentation: features are those of centre crops.
 
 published   MILAN and MAE (main_linprobe.py): class token, batch normalisation without weights of
             its own, LARS, 100 or 90 epochs of 16,384 images a step

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from milan.core.config_fields import as_typed
+from milan.core.size import height_width, size_in_words
 from milan.errors import MilanError
 from milan.evaluation.protocols import PROTOCOLS
 from milan.exchange.formats import Written
@@ -57,11 +58,13 @@ def _args(source: Source) -> str:
 
 
 def _images(source: Source) -> list[tuple[str, str]]:
-    resize = round(source.size / source.crop_share)
+    height, width = height_width(source.size)
+    resize = round(min(height, width) / source.crop_share)
+    first = f"shorter edge to {resize}" if height == width else "as much as covers them"
     pooled = "mean of patches" if source.averages else "class token"
     rows = [
-        ("size", f"{source.size} x {source.size}: shorter edge to {resize}, bicubic, then the "
-                 "central square"),
+        ("size", f"{height} x {width} (height x width): {first}, bicubic, then the centre crop "
+                 f"of {source.crop_share:g}"),
         (f"mean of {_seen(source)}", _numbers(source.mean)),
         ("standard deviation", _numbers(source.std)),
         ("an image as one vector", pooled),
@@ -75,8 +78,8 @@ def _images(source: Source) -> list[tuple[str, str]]:
     if about.get("paired"):
         rows.append(("numbered channels", "of a file beside each image, of its name"))
     if source.size != source.trained_size:
-        rows.append(("trained at", f"{source.trained_size} pixels; positions are made for "
-                                   f"{source.size}"))  # fmt: skip
+        trained, now = size_in_words(source.trained_size), size_in_words(source.size)
+        rows.append(("trained at", f"{trained}; positions are made for {now}"))
     return rows
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from milan.core.size import height_width, size_in_words
 from milan.errors import ConfigError
 from milan.exchange.onnx import write_onnx
 from milan.exchange.source import Source
@@ -57,7 +58,7 @@ def write_timm(source: Source, folder: Path) -> Written:
         "model_args": {k: v for k, v in source.args.items() if k != "norm_eps"}
         | {"img_size": source.size},
         "pretrained_cfg": {
-            "input_size": [vit.patch_embed.proj.in_channels, source.size, source.size],
+            "input_size": [vit.patch_embed.proj.in_channels, *height_width(source.size)],
             "mean": list(source.mean), "std": list(source.std),
             "crop_pct": source.crop_share, "crop_mode": "center", "interpolation": "bicubic",
             "num_classes": len(classes), "pool_size": None, "fixed_input_size": True,
@@ -100,7 +101,7 @@ def write_transformers(source: Source, folder: Path) -> Written:
     vit = _plain(source, "transformers' ViTModel")
     classes = dict(enumerate(source.classes))
     state = renamed(parted(source.state), TRANSFORMERS)
-    width = vit.embed_dim
+    width, (high, wide) = vit.embed_dim, height_width(source.size)
     config: dict[str, Any] = {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification" if classes else "ViTModel"],
@@ -121,15 +122,18 @@ def write_transformers(source: Source, folder: Path) -> Written:
     _json(folder / CONFIG, config)
     _json(folder / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": round(source.size / source.crop_share)},
-        "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": source.size, "width": source.size},
+        "do_resize": True, "size": {"shortest_edge": round(high / source.crop_share)}
+        if high == wide else {"height": high, "width": wide},
+        "resample": 3, "do_center_crop": high == wide,
+        "crop_size": {"height": high, "width": wide},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": list(source.mean), "image_std": list(source.std),
     })  # fmt: skip
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     kind = "AutoModelForImageClassification" if classes else "AutoModel"
     notes = []
+    if high != wide:
+        notes.append("The processor squeezes whole images into this shape: cut them to it first.")
     if source.averages:
         notes.append("`pooler_output` is the class token, which the training left alone: take the "
                      "mean of `last_hidden_state[:, 1:]`.")  # fmt: skip
@@ -174,10 +178,10 @@ def write_mmpretrain(source: Source, folder: Path) -> Written:
         encoding="utf-8",
     )
     return Written(
-        """from mmpretrain import get_model
+        f"""from mmpretrain import get_model
 
 model = get_model("FOLDER/config.py", pretrained="FOLDER/model.pth")
-features = model.backbone(images)  # float32 [B, 3, S, S], normalised""",
+features = model.backbone(images)  # {source.input}""",
         "mmpretrain",
         () if source.classes else ("`out_type='raw'`: class token and patches, after the norm.",),
     )
@@ -185,7 +189,7 @@ features = model.backbone(images)  # float32 [B, 3, S, S], normalised""",
 
 def write_detectron2(source: Source, folder: Path) -> Written:
     """A checkpoint for detectron2's ViT backbone, as ViTDet's configs name it."""
-    vit = _plain(source, "detectron2's ViT")
+    vit = _plain(source, "detectron2's ViT", square=True)
     if source.classes:
         raise ConfigError(
             "detectron2 takes a backbone, and this is a classifier",
@@ -225,7 +229,7 @@ train.init_checkpoint = "FOLDER/model.pth\"""",
 
 def write_torchvision(source: Source, folder: Path) -> Written:
     """A state dict of torchvision's VisionTransformer, and its arguments."""
-    vit = _plain(source, "torchvision's VisionTransformer")
+    vit = _plain(source, "torchvision's VisionTransformer", square=True)
     if vit.blocks[0].attn.qkv.bias is None:
         raise _no_place("torchvision's VisionTransformer", "queries without a bias")
     torch.save(renamed(source.state, TORCHVISION), folder / _PTH)
@@ -323,14 +327,21 @@ def _hidden(vit: Any) -> int:
     return int(vit.blocks[0].mlp.fc1.out_features)
 
 
-def _plain(source: Source, what: str, *, mean: bool = False, scale: bool = False) -> Any:
+def _plain(
+    source: Source, what: str, *, mean: bool = False, scale: bool = False, square: bool = False
+) -> Any:
     """The network, if it is one that `what` can hold. Raises ConfigError.
 
-    `mean`: it may average, for a classifier; `scale`: it may have layer scales.
+    `mean`: it may average, for a classifier; `scale`: it may have layer scales; `square`: its
+    images must be squares.
     """
     vit = source.network
     for there, part in (
         (bool(source.channels), f"channels {source.channels} in place of RGB"),
+        (
+            square and not isinstance(source.size, int),
+            f"images of {size_in_words(source.size)}",
+        ),
         (vit.cls_token is None, "no class token"),
         (vit.reg_token is not None, "registers"),
         (vit.no_embed_class, "a class token without a position"),

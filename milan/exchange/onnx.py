@@ -26,7 +26,7 @@ class _Outputs(nn.Module):
         self.vit, self.classifies = source.network, bool(source.classes)
 
     def forward(self, images: torch.Tensor) -> Any:
-        """Images [B, channels, S, S], normalised."""
+        """Images [B, channels, H, W], normalised."""
         if self.classifies:
             return self.vit(images)
         tokens = self.vit.forward_features(images)

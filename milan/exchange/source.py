@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from milan.core.size import Size, height_width
 from milan.errors import ConfigError
 from milan.models.classifier import CLASSIFIER, POOLING, load_classifier
 from milan.models.encoder import create_vit
@@ -30,12 +31,12 @@ class Source:
     """Its name in timm."""
     args: dict[str, Any]
     """Its arguments, pooling among them, without size and classes."""
-    size: int
-    trained_size: int
+    size: Size
+    trained_size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_share: float
-    """Central square shown, as a share of the shorter edge."""
+    """Centre crop shown, as a share of the shorter edge."""
     about: dict[str, Any]
     """What its file says of its origin."""
     folder: Path | None
@@ -61,11 +62,12 @@ class Source:
     @property
     def input(self) -> str:
         """What its input is, in words."""
+        height, width = height_width(self.size)
         if not self.channels:
-            return f"float32 [B, 3, {self.size}, {self.size}], RGB, (pixel / 255 - mean) / std"
+            return f"float32 [B, 3, {height}, {width}], RGB, (pixel / 255 - mean) / std"
         count = self.network.patch_embed.proj.in_channels
         what = f"channels {self.channels} of the files, (sample - mean) / std"
-        return f"float32 [B, {count}, {self.size}, {self.size}], {what}"
+        return f"float32 [B, {count}, {height}, {width}], {what}"
 
     @property
     def averages(self) -> bool:
@@ -134,7 +136,7 @@ def _source(
     vit = create_vit(about["model"], img_size=size or own, args=args, any_channels=True)
     if classes:
         vit.reset_classifier(len(classes))
-    vit.load_state_dict(resampled(trained.state_dict(), vit))
+    vit.load_state_dict(resampled(trained.state_dict(), vit, own))
     return Source(
         vit.eval().requires_grad_(False), about["model"], args, size or own, own,
         tuple(about["mean"]), tuple(about["std"]), about.get("crop_share", 0.875), about, folder,
@@ -143,7 +145,7 @@ def _source(
 
 
 def example(source: Source, count: int = 2) -> torch.Tensor:
-    """Images [count, channels, S, S] of noise, as the network sees them."""
+    """Images [count, channels, H, W] of noise, as the network sees them."""
     generator = torch.Generator().manual_seed(0)
     channels = source.network.patch_embed.proj.in_channels
-    return torch.randn(count, channels, source.size, source.size, generator=generator)
+    return torch.randn(count, channels, *height_width(source.size), generator=generator)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from milan.core.device import MEAN, STD
+from milan.core.size import Size
 from milan.errors import ConfigError, ImageFault
 from milan.images.decode import decode_pixels
 from milan.images.samples import Bands, pick, read_samples, resize_samples
@@ -137,12 +138,12 @@ class Channels:
         return samples
 
     def view(
-        self, samples: np.ndarray | None, view: View, size: int, pixels: np.ndarray | None
+        self, samples: np.ndarray | None, view: View, size: Size, pixels: np.ndarray | None
     ) -> np.ndarray:
-        """What the student sees of an image: float32 [C, S, S], (x - mean) / std.
+        """What the student sees of an image: float32 [C, H, W], (x - mean) / std.
 
         `samples` are the numbered channels of the whole image, if there are any; `pixels` the
-        teacher's view of it, uint8 [S, S, 3], where colours are seen too.
+        teacher's view of it, uint8 [H, W, 3], where colours are seen too.
         """
         planes = list[np.ndarray]()
         if self.colours and pixels is not None:
@@ -153,12 +154,12 @@ class Channels:
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         return (np.concatenate(planes) - mean) / std
 
-    def square(self, data: bytes, beside: bytes, *, share: float, size: int) -> np.ndarray:
-        """The same of an image's central square, for evaluations. Raises ImageFault."""
-        return self.part(data, beside, partial(centre_view, crop_share=share), size=size)
+    def centre_crop(self, data: bytes, beside: bytes, *, share: float, size: Size) -> np.ndarray:
+        """The same of an image's centre crop, for evaluations. Raises ImageFault."""
+        return self.part(data, beside, partial(centre_view, crop_share=share, size=size), size=size)
 
     def part(
-        self, data: bytes, beside: bytes, place: Callable[[int, int], View], *, size: int
+        self, data: bytes, beside: bytes, place: Callable[[int, int], View], *, size: Size
     ) -> np.ndarray:
         """The same of the part of an image that `place` says, of its height and width.
 
@@ -216,16 +217,16 @@ def whole_image(channels: Channels | None, data: bytes, beside: bytes = b"") -> 
     return channels.whole(data, beside) if channels else decode_pixels(data)
 
 
-def central_square(
-    channels: Channels | None, data: bytes, beside: bytes = b"", *, share: float, size: int,
+def centre_crop(
+    channels: Channels | None, data: bytes, beside: bytes = b"", *, share: float, size: Size,
     bands: Bands | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """The same of its central square: float32 [C, S, S]; without channels uint8 [S, S, 3], whose
+    """The same of its centre crop: float32 [C, H, W]; without channels uint8 [H, W, 3], whose
     colours are `bands` of the file where such are given. Raises ImageFault."""
     if channels:
-        return channels.square(data, beside, share=share, size=size)
+        return channels.centre_crop(data, beside, share=share, size=size)
     image = bands.pixels(data) if bands else decode_pixels(data)
-    return render(image, centre_view(*image.shape[:2], crop_share=share), size=size)
+    return render(image, centre_view(*image.shape[:2], crop_share=share, size=size), size=size)
 
 
 def picture_of(channels: Channels | None, seen: np.ndarray) -> np.ndarray:

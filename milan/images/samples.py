@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from milan.core.paths import answered
+from milan.core.size import Size, height_width
 from milan.errors import DataError, ImageFault
 from milan.images.decode import (
     MAX_PIXELS,
@@ -206,15 +207,16 @@ def percentiles(files: Iterable[bytes], numbers: tuple[int, ...]) -> tuple[float
     return float(low), float(max(high, low + 1)), len(sampled)
 
 
-def resize_samples(samples: np.ndarray, size: int, *, flip: bool) -> np.ndarray:
-    """Samples [h, w, C] of any type as float32 [C, size, size], mirrored with `flip`.
+def resize_samples(samples: np.ndarray, size: Size, *, flip: bool) -> np.ndarray:
+    """Samples [h, w, C] of any type as float32 [C, H, W], mirrored with `flip`.
 
     By the filter that resizes a teacher's view (Pillow's bicubic, antialiased), each channel by
     itself; computed in float64, neither rounded nor cut to a range.
     """
-    out = np.empty((samples.shape[2], size, size), np.float32)
+    height, width = height_width(size)
+    out = np.empty((samples.shape[2], height, width), np.float32)
     for channel, into in enumerate(out):
         plane = Image.fromarray(np.ascontiguousarray(samples[..., channel], np.float32))
-        resized = np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
+        resized = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
         into[:] = resized[:, ::-1] if flip else resized
     return out

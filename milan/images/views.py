@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from milan.core import rng
+from milan.core.size import Size, as_size, height_width
 from milan.errors import ConfigError
 from milan.images.decode import decode_pixels
 from milan.images.formats import open_picture
@@ -24,6 +25,8 @@ from milan.images.jpeg import decode_jpeg
 from milan.images.resize import resize
 from milan.images.samples import Bands
 
+USUAL_RATIO = (3 / 4, 4 / 3)
+"""Least and greatest width / height of a crop that becomes a square (torchvision's)."""
 _TRIES = 10  # torchvision's; then the largest central crop inside the ratio limits
 
 
@@ -31,11 +34,11 @@ _TRIES = 10  # torchvision's; then the largest central crop inside the ratio lim
 class ViewSpec:
     """How views are sampled. Every field is part of a store's fingerprint."""
 
-    size: int = 224
-    """Edge of a rendered view in pixels."""
+    size: Size = 224
+    """Of a rendered view in pixels: the edge of a square, or (height, width)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Least and greatest share of the image's area in a crop (MILAN, PRETRAIN.sh)."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = USUAL_RATIO
     """Least and greatest width / height of a crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
@@ -47,6 +50,7 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         # As plain numbers, so that a spec read back from JSON equals the one written.
+        object.__setattr__(self, "size", as_size(self.size))
         if self.bands is not None:
             object.__setattr__(self, "bands", tuple(int(n) for n in self.bands))
             given = tuple(float(x) for x in self.band_range or ())
@@ -68,7 +72,7 @@ class ViewSpec:
                 expected="two samples, of which the lower becomes 0 and the greater 255",
                 fix="--band-range 0 3000; without one milan extract-targets measures a proposal",
             )
-        if self.size < 1:
+        if min(self.shape) < 1:
             raise ConfigError(f"view size {self.size}", expected="at least 1 pixel")
 
     def law(self) -> dict:
@@ -85,6 +89,11 @@ class ViewSpec:
                    bands=law.get("bands"), band_range=law.get("band_range"))  # fmt: skip
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of a rendered view in pixels."""
+        return height_width(self.size)
+
+    @property
     def colours(self) -> Bands | None:
         """How red, green and blue are made of a file's channels; None: as decode_pixels does."""
         return Bands(self.bands, *self.band_range) if self.bands and self.band_range else None
@@ -95,6 +104,14 @@ class ViewSpec:
         Raises ImageFault as decode_pixels and Bands.pixels do.
         """
         return self.colours.pixels(data) if self.colours else decode_pixels(data)
+
+
+def ratio_for(size: Size) -> tuple[float, float]:
+    """The usual least and greatest width / height of a crop that becomes a view of `size`: it is
+    squeezed or stretched by a third at most, as it is for a square."""
+    height, width = height_width(size)
+    low, high = USUAL_RATIO
+    return low * width / height, high * width / height
 
 
 @dataclass(frozen=True)
@@ -146,8 +163,8 @@ def view_of(spec: ViewSpec, row: int, *, view: int, height: int, width: int) -> 
     )
 
 
-def render(image: Image.Image | np.ndarray, view: View, *, size: int) -> np.ndarray:
-    """The pixels of a view: cropped, resized (bicubic, antialiased), mirrored; uint8 [S, S, 3].
+def render(image: Image.Image | np.ndarray, view: View, *, size: Size) -> np.ndarray:
+    """The pixels of a view: cropped, resized (bicubic, antialiased), mirrored; uint8 [H, W, 3].
 
     `image` as milan.images.decode gives it: an RGB image, or its pixels [H, W, 3] uint8.
 
@@ -159,7 +176,8 @@ def render(image: Image.Image | np.ndarray, view: View, *, size: int) -> np.ndar
     resized = resize(crop, size, flip=view.flip)
     if resized is not None:
         return resized
-    image = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+    height, width = height_width(size)
+    image = Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     if view.flip:
         pixels = pixels[:, ::-1]
@@ -167,7 +185,7 @@ def render(image: Image.Image | np.ndarray, view: View, *, size: int) -> np.ndar
 
 
 def pack(pixels: np.ndarray, how: str) -> bytes:
-    """Rendered pixels [S, S, 3] uint8 as a picture: `jpeg:95` (lossy), or `webp` (lossless).
+    """Rendered pixels [H, W, 3] uint8 as a picture: `jpeg:95` (lossy), or `webp` (lossless).
 
     The teacher is then given the unpacked picture, so that a replay is exact.
     """
@@ -181,7 +199,7 @@ def pack(pixels: np.ndarray, how: str) -> bytes:
 
 
 def unpack(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
-    """The pixels [S, S, 3] uint8 of a stored view; in `out` if it has this shape and is contiguous.
+    """The pixels [H, W, 3] uint8 of a stored view; in `out` if it has this shape and is contiguous.
 
     Raises ValueError if it is no picture.
     """
@@ -199,7 +217,11 @@ def checksum(pixels: np.ndarray) -> int:
     return google_crc32c.value(np.ascontiguousarray(pixels))
 
 
-def centre_view(height: int, width: int, *, crop_share: float = 0.875) -> View:
-    """The evaluation view: a central square of `crop_share` of the shorter edge (224 of 256)."""
-    edge = max(1, round(min(height, width) * crop_share))
-    return View((height - edge) // 2, (width - edge) // 2, edge, edge, False)
+def centre_view(height: int, width: int, *, crop_share: float = 0.875, size: Size = 1) -> View:
+    """The evaluation view: `crop_share` (224 of 256) of the largest central rectangle that has the
+    shape of `size`; of a square the shorter edge of the image.
+    """
+    tall, wide = height_width(size)
+    scale = min(height / tall, width / wide) * crop_share
+    crop = [max(1, round(edge * scale)) for edge in (tall, wide)]
+    return View((height - crop[0]) // 2, (width - crop[1]) // 2, crop[0], crop[1], False)

@@ -10,8 +10,9 @@ import timm
 import torch
 
 from milan.core.device import normalise
+from milan.core.size import as_size
 from milan.evaluation.meaning import accuracy_interval
-from milan.images.channels import central_square, picture_of, whole_image
+from milan.images.channels import centre_crop, picture_of, whole_image
 from milan.inference.pictures import Pictures
 from milan.inference.predict import Job
 from milan.models.classifier import load_classifier
@@ -24,18 +25,18 @@ def predict_classes(job: Job) -> dict[str, Any]:
     """Of each image its key, its class as the data have it, and up to 5 classes with scores.
 
     Scores are softmax probabilities in float32. An image is shown as in fine-tuning's validation:
-    its central square. Where the data have labels of classes that the classifier knows, returns
+    its centre crop. Where the data have labels of classes that the classifier knows, returns
     top1 (percent) over the images that have one, with its 95 % interval.
     """
     vit = load_classifier(job.file).to(job.device)
     data = timm.data.resolve_model_data_config(vit)
-    size, share, names = data["input_size"][1], data["crop_pct"], vit.class_names
+    size, share, names = as_size(data["input_size"][1:]), data["crop_pct"], vit.class_names
     top, shown = min(_TOP, len(names)), job.shown
 
     channels = job.pictures.channels
 
     def prepare(row: int, data: bytes, beside: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-        view = central_square(channels, data, beside, share=share, size=size)
+        view = centre_crop(channels, data, beside, share=share, size=size)
         if row not in shown:
             return view, None
         return view, thumbnail(picture_of(channels, whole_image(channels, data, beside)))

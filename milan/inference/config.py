@@ -71,7 +71,7 @@ class EmbedConfig(ImagesConfig):
     dtype: str = setting("float32", choices=("float32", "float16"))
     """Type of the numbers in the file."""
     crop_share: float = setting(0.875, unit="share", above=0, most=1)
-    """Edge of the central square that is shown, as a share of the shorter edge (224 of 256)."""
+    """Edge of the centre crop that is shown, as a share of the shorter edge (224 of 256)."""
     batch_size: int = setting(256, unit="images", least=1)
     """Images at once."""
     devices: int | None = setting(None, identity=False, unit="ranks", auto=True, least=1)

@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from milan.core.distributed import Ranks
+from milan.core.size import Size
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.meaning import accuracy_interval
 from milan.evaluation.outcome import TOP, Outcome
-from milan.images.channels import Channels, central_square
+from milan.images.channels import Channels, centre_crop
 from milan.images.samples import Bands
 from milan.inference.pictures import Pictures
 
-_Input = tuple[int, Channels | None]
+_Input = tuple[Size, Channels | None]
 """Edge, and channels in place of RGB."""
 
 
@@ -105,7 +106,7 @@ def look(
 
     def prepare(row: int, data: bytes, beside: bytes) -> dict[_Input, np.ndarray]:
         return {
-            (size, law): central_square(
+            (size, law): centre_crop(
                 law, data, beside, share=crop_share, size=size, bands=bands
             )
             for size, law in inputs

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from milan.core.device import seeded_weights
+from milan.core.size import Size, height_width
 from milan.errors import CacheError
 from milan.models.encoder import create_vit
 from milan.models.export import CHANNELS, load_whole, read_about
@@ -29,7 +30,7 @@ _HEAD_STD = 0.02
 
 
 def create_classifier(
-    model: str, args: dict[str, Any], *, size: int, classes: int, pooling: str,
+    model: str, args: dict[str, Any], *, size: Size, classes: int, pooling: str,
     drop_path: float = 0, any_channels: bool = False,
 ) -> Any:  # fmt: skip
     """A timm ViT with a head for `classes`, drawn by torch's generator; positions are trained.
@@ -55,7 +56,7 @@ def new_weights(pooling: str) -> tuple[str, ...]:
 def load_classifier(folder: str | Path) -> Classifier:
     """The classifier of a fine-tuning (its folder, or a classifier.safetensors), in eval mode.
 
-    A timm VisionTransformer: images [B, C, S, S], C 3 for RGB, to logits [B, classes];
+    A timm VisionTransformer: images [B, C, H, W], C 3 for RGB, to logits [B, classes];
     `timm.data.resolve_model_data_config` gives its mean, std and size, and `class_names` the names
     of its classes. Raises CacheError.
     """
@@ -81,12 +82,12 @@ def load_classifier(folder: str | Path) -> Classifier:
     return vit.eval()
 
 
-def describe_input(vit: Any, mean: Any, std: Any, *, size: int, crop_share: float) -> None:
+def describe_input(vit: Any, mean: Any, std: Any, *, size: Size, crop_share: float) -> None:
     """Let timm know what images a ViT takes."""
     vit.pretrained_cfg = {
         **vit.pretrained_cfg, "mean": tuple(mean), "std": tuple(std),
-        "input_size": (vit.patch_embed.proj.in_channels, size, size), "crop_pct": crop_share,
-        "interpolation": "bicubic",
+        "input_size": (vit.patch_embed.proj.in_channels, *height_width(size)),
+        "crop_pct": crop_share, "interpolation": "bicubic",
     }  # fmt: skip
 
 

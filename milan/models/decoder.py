@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         kind: str,
         *,
         encoder_width: int,
-        grid: int,
+        grid: int | tuple[int, int],
         target_width: int | Sequence[int],
         embed_dim: int,
         depth: int,

@@ -35,6 +35,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from milan.core.bilinear import bilinear
 from milan.core.device import MEAN, STD
+from milan.core.size import Size, grid_of
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
 from milan.models.export import CHANNELS, load_whole, read_about
@@ -313,8 +314,9 @@ def _patch_of(model: str, args: dict[str, Any]) -> int:
     return vit.patch_embed.patch_size[0]
 
 
-def interpolated(state: State, vit: Any) -> State:
-    """Weights with positions for the grid of a ViT, by bicubic interpolation (ViTDet).
+def interpolated(state: State, vit: Any, size: Size) -> State:
+    """Weights of images of `size` with positions for the grid of a ViT, by bicubic interpolation
+    (ViTDet).
 
     Of sine-cosine ones too: continued beyond the grid that they were trained on, they would be of
     places that the encoder has never seen.
@@ -323,7 +325,10 @@ def interpolated(state: State, vit: Any) -> State:
         return state
     grid, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
     prefix = 0 if vit.no_embed_class else prefix
-    new = resample_abs_pos_embed(state[POSITIONS], list(grid), num_prefix_tokens=prefix)
+    old = grid_of(state[POSITIONS].shape[1] - prefix, size)
+    new = resample_abs_pos_embed(
+        state[POSITIONS], list(grid), old_size=list(old), num_prefix_tokens=prefix
+    )
     return state | {POSITIONS: new}
 
 

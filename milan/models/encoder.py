@@ -6,7 +6,8 @@ B views, N patches = V visible + M masked, P prefix tokens (class token, registe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from milan.core.size import Size, as_size, height_width, size_in_words
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import ConfigError, nearest
 
@@ -53,13 +55,13 @@ def sincos_positions(width: int, grid: int | tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.vstack([np.zeros((1, width)), table])).float()[None]
 
 
-def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = None) -> Any:
+def build_encoder(name: str, *, img_size: Size, args: dict[str, Any] | None = None) -> Any:
     """A timm ViT without head, with frozen sine-cosine positions in place of its own.
 
     Arguments and errors are `create_vit`'s; `initialise` gives it MAE's initial weights.
     """
     vit = create_vit(name, img_size=img_size, args=args, any_channels=True)
-    table = sincos_positions(vit.embed_dim, vit.patch_embed.grid_size[0])[:, 1:]
+    table = sincos_positions(vit.embed_dim, vit.patch_embed.grid_size)[:, 1:]
     vit.pos_embed.data.zero_()
     vit.pos_embed.data[:, -table.shape[1] :] = table
     vit.pos_embed.requires_grad_(False)
@@ -67,7 +69,7 @@ def build_encoder(name: str, *, img_size: int, args: dict[str, Any] | None = Non
 
 
 def create_vit(
-    name: str, *, img_size: int, args: dict[str, Any] | None = None, any_channels: bool = False
+    name: str, *, img_size: Size, args: dict[str, Any] | None = None, any_channels: bool = False
 ) -> Any:
     """A timm ViT without head, initialised as timm does; of RGB, unless it may have `any_channels`.
 
@@ -105,12 +107,12 @@ def create_vit(
         why = f"embeds its patches by a {type(vit.patch_embed).__name__}"
     elif vit.attn_pool is not None:
         why, fix = "pools by an attention that pretraining does not train", _UNPOOLED
-    elif vit.patch_embed.grid_size[0] != vit.patch_embed.grid_size[1]:
-        why = "has a grid that is not square"
-    elif vit.patch_embed.num_patches * vit.patch_embed.patch_size[0] ** 2 != img_size**2:
-        patch = vit.patch_embed.patch_size[0]
-        why = f"has patches of {patch} pixels, which do not tile {img_size}"
-        fix = f"--set model.patch_size={_tiling(img_size, patch)}"
+    elif vit.patch_embed.patch_size[0] != vit.patch_embed.patch_size[1]:
+        why, fix = "has patches that are not square", "--set model.patch_size=16"
+    elif any(edge % vit.patch_embed.patch_size[0] for edge in vit.patch_embed.img_size):
+        patch, seen = vit.patch_embed.patch_size[0], as_size(vit.patch_embed.img_size)
+        why = f"has patches of {patch} px, which do not tile {size_in_words(seen)}"
+        fix = f"--set model.patch_size={_tiling(seen, patch)}"
     elif vit.pos_embed is None:
         why = "has no absolute positions"
     elif not vit.patch_embed.flatten or not (any_channels or vit.patch_embed.proj.in_channels == 3):
@@ -124,6 +126,19 @@ def create_vit(
             fix=fix,
         )
     return vit
+
+
+def size_argument(args: Mapping[str, Any], default: Size = 224) -> Size:
+    """The size that `img_size` among a ViT's arguments says. Raises ConfigError."""
+    given = args.get("img_size", default)
+    edges = given if isinstance(given, list | tuple) else [given]
+    if len(edges) not in (1, 2) or not all(type(edge) is int and edge > 0 for edge in edges):
+        raise ConfigError(
+            f"model argument img_size={given!r}",
+            expected="pixels: one number, or height and width",
+            fix="--set model.img_size=224",
+        )
+    return as_size(edges if len(edges) == 2 else edges[0])
 
 
 def _norms(eps: float) -> Any:
@@ -172,10 +187,11 @@ def module_of(name: str) -> str:
     return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
 
 
-def _tiling(img_size: int, patch: int) -> int:
-    """The largest patch up to `patch` that tiles `img_size` with 7 x 7 patches or more, if any."""
-    fits = [p for p in range(1, min(patch, img_size) + 1) if img_size % p == 0]
-    return max([p for p in fits if img_size // p >= 7] or fits)
+def _tiling(size: Size, patch: int) -> int:
+    """The largest patch up to `patch` that tiles a size with 7 x 7 patches or more, if any."""
+    edge = math.gcd(*height_width(size))
+    fits = [p for p in range(1, min(patch, edge) + 1) if edge % p == 0]
+    return max([p for p in fits if min(height_width(size)) // p >= 7] or fits)
 
 
 def encode(
@@ -187,7 +203,7 @@ def encode(
 ) -> torch.Tensor:
     """Tokens after the final norm: [B, P + V, E], class token and registers first.
 
-    `images` [B, channels, S, S] normalised; `visible` [B, V] raster indices, None for all patches.
+    `images` [B, channels, H, W] normalised; `visible` [B, V] raster indices, None for all patches.
     Positions are added before patches are dropped (MAE). `recompute` keeps only what goes into
     each block and computes the rest again on the way back. A ViT that averages has its norm
     behind the average: each token gets the same norm.
@@ -239,12 +255,12 @@ def _embedded(embed: Any, images: torch.Tensor, visible: torch.Tensor) -> torch.
 
     A quarter of the convolution's work; as one product it also takes the fast way back.
     """
-    b, c, size, _ = images.shape
+    b, c, height, width = images.shape
     patch = embed.patch_size[0]
-    grid = size // patch
-    patches = images.view(b, c, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = height // patch, width // patch
+    patches = images.view(b, c, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
     image = torch.arange(b, device=images.device)[:, None]
-    chosen = patches[image, visible // grid, visible % grid].flatten(2)
+    chosen = patches[image, visible // columns, visible % columns].flatten(2)
     return embed.norm(F.linear(chosen, embed.proj.weight.flatten(1), embed.proj.bias))
 
 

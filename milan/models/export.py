@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
+from milan.core.size import as_size, height_width
 from milan.errors import CacheError
 from milan.models.encoder import build_encoder
 from milan.models.state_dict import check_fetched, unwrapped
@@ -100,6 +101,7 @@ def read_about(run: str | Path) -> dict[str, Any]:
         raise CacheError(
             f"{path} was not written by milan", expected="an encoder of milan pretrain"
         )
+    about["input_size"] = as_size(about["input_size"])
     if not isinstance(about.get(CHANNELS, {}), dict):  # version 1.0: of a segmenter, its width
         about["decoder_width"] = about.pop(CHANNELS)
     return about
@@ -161,7 +163,7 @@ def load_encoder(run: str | Path) -> VisionTransformer:
         **encoder.pretrained_cfg,
         "mean": tuple(about["mean"]),
         "std": tuple(about["std"]),
-        "input_size": (encoder.patch_embed.proj.in_channels, size, size),
+        "input_size": (encoder.patch_embed.proj.in_channels, *height_width(size)),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
     }

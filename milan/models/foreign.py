@@ -11,6 +11,7 @@ import torch
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from milan.core.device import MEAN, STD
+from milan.core.size import Size, as_size, grid_of, height_width, size_in_words
 from milan.errors import ConfigError
 from milan.models.checkpoint_file import CheckpointFile, read_checkpoint
 from milan.models.encoder import create_vit
@@ -41,8 +42,8 @@ class Weights:
     encoder: State
     model: str
     """The ViT of timm that has such weights."""
-    size: int
-    """Edge of the images that it was trained on, in pixels."""
+    size: Size
+    """Of the images that it was trained on, in pixels."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the ViT."""
     decoder: State | None = None
@@ -111,8 +112,8 @@ def read_foreign(path: str | Path) -> Weights:
 
 def _shape(
     state: State, file: CheckpointFile, path: str | Path
-) -> tuple[str, dict[str, Any], int, int | None]:
-    """(ViT of timm, its arguments, edge of its images, heads if they are known)."""
+) -> tuple[str, dict[str, Any], Size, int | None]:
+    """(ViT of timm, its arguments, size of its images, heads if they are known)."""
     try:
         width, channels, patch, patch_wide = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1]
@@ -128,13 +129,17 @@ def _shape(
             f"{path} has patches of {channels} x {patch} x {patch_wide}", expected="3 x P x P"
         )
     token, registers = "cls_token" in state, state.get("reg_token", torch.empty(1, 0)).shape[1]
-    tried = (token + registers, int(token), 0)
-    prefix = next((p for p in tried if _edge(positions - p)), -1)
+    tried, shape = (token + registers, int(token), 0), _stated_size(file)
+    prefix = next((p for p in tried if _tiled(positions - p, shape)), -1)
     if prefix < 0:
         raise ConfigError(
-            f"{path} has {positions} positions", expected="those of a square grid of patches"
+            f"{path} has {positions} positions",
+            expected=f"those of a grid of patches of {size_in_words(shape)}"
+            if shape
+            else "those of a square grid of patches",
         )
-    size = _edge(positions - prefix) * patch
+    rows, columns = grid_of(positions - prefix, shape or 1)
+    size = as_size((rows * patch, columns * patch))
     if "architecture" in file.config:  # timm says it all
         model = str(file.config["architecture"]).partition(".")[0]
         args = dict(file.config.get("model_args") or {})
@@ -172,10 +177,18 @@ def _shape(
     return model, args, size, stated or (heads if width in HEADS else None)
 
 
-def _edge(patches: int) -> int:
-    """The edge of a square grid; 0 if they form none."""
-    edge = round(max(patches, 0) ** 0.5)
-    return edge if edge**2 == patches else 0
+def _stated_size(file: CheckpointFile) -> Size | None:
+    """The size of images that config.json of timm or of transformers states, if it does."""
+    stated = (file.config.get("pretrained_cfg") or {}).get("input_size", [])[1:]
+    stated = stated or file.config.get("image_size")
+    return as_size(stated) if stated else None
+
+
+def _tiled(patches: int, shape: Size | None) -> bool:
+    """Whether so many patches tile images of this shape; None: squares."""
+    rows, columns = grid_of(max(patches, 0), shape or 1)
+    height, width = height_width(shape or 1)
+    return 0 < patches == rows * columns and rows * width == columns * height
 
 
 def _stated_heads(file: CheckpointFile, path: str | Path) -> int | None:

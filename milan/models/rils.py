@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from milan.core.size import as_size, grid_of
 from milan.errors import ConfigError
 from milan.models.decoder import Decoder
 from milan.models.encoder import build_encoder, encode
@@ -92,7 +93,7 @@ class RilsStudent(Student):
         nn.init.normal_(self.image_projection, std=width**-0.5)
 
     def forward(self, images: torch.Tensor, mask: Mask, ids: torch.Tensor) -> JointOutput:  # type: ignore[override]
-        """Normalised images [B, 3, S, S] and the token ids [B, L] of a caption each."""
+        """Normalised images [B, 3, H, W] and the token ids [B, L] of a caption each."""
         predicted = None
         if self.reconstruct:
             _, predicted = mask.split(super().forward(images, mask))
@@ -162,6 +163,9 @@ def published_shape(student: RilsStudent) -> dict[str, str]:
         "quick_gelu": student.text.shape.quick_gelu,
         "tokenizer": student.tokenizer,
     }
+    rows, columns = student.encoder.patch_embed.grid_size
+    if rows != columns:  # what a number of positions does not tell
+        shape["grid"] = [rows, columns]
     return {name: json.dumps(value) for name, value in shape.items()}
 
 
@@ -257,12 +261,12 @@ def _header(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def _of_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> RilsStudent:
     """A student of the sizes of a published state dict, and of what its header says."""
     width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    grid = round((state["visual.pos_embed"].shape[1] - 1) ** 0.5)
+    rows, columns = shape.get("grid") or grid_of(state["visual.pos_embed"].shape[1] - 1, 1)
     hidden = state["visual.blocks.0.mlp.fc1.weight"].shape[0]
     heads = shape.get("heads", HEADS.get(width, max(1, width // 64)))
     encoder = build_encoder(
         "vit_base_patch16_224",
-        img_size=grid * patch,
+        img_size=as_size((rows * patch, columns * patch)),
         args={
             "patch_size": patch,
             "embed_dim": width,
@@ -281,7 +285,7 @@ def _of_shape(state: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> Ri
     decoder = Decoder(
         "mae",
         encoder_width=width,
-        grid=grid,
+        grid=(rows, columns),
         target_width=state["visual.decoder_pred.weight"].shape[0],
         **arguments,
     )

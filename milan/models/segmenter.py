@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from milan.core.bilinear import bilinear
 from milan.core.device import network_input
+from milan.core.size import Size, as_size
 from milan.errors import CacheError, ConfigError, ImageFault
 from milan.models.encoder import VIT_MODULES, create_vit, module_of
 from milan.models.export import CHANNELS, load_whole, read_about
@@ -171,9 +172,9 @@ def build_head(protocol: str, encoder: Any, classes: int, *, width: int | None =
 
 
 def create_encoder(
-    model: str, args: dict[str, Any], *, size: int, any_channels: bool = False
+    model: str, args: dict[str, Any], *, size: Size, any_channels: bool = False
 ) -> Any:
-    """A ViT of timm without head, as timm initialises it, for images of `size` pixels' edge.
+    """A ViT of timm without head, as timm initialises it, for images of `size`.
 
     Of RGB, unless it may have `any_channels`. Raises ConfigError for a model whose blocks cannot be
     looked at.
@@ -238,7 +239,7 @@ def load_segmenter(folder: str | Path) -> Segmenter:
         )
     window, names = (about["window"][0], about["window"][1]), about["classes"]
     encoder = create_encoder(
-        about["model"], about["model_args"], size=about["native_size"],
+        about["model"], about["model_args"], size=as_size(about["native_size"]),
         any_channels=CHANNELS in about,
     )  # fmt: skip
     set_window(encoder, window)

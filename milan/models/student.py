@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from milan.core.device import seeded_weights
+from milan.core.size import Size
 from milan.models.decoder import Decoder, decoder_arguments
 from milan.models.encoder import build_encoder, encode, encode_all, pooled_features
 from milan.models.masking import Mask
@@ -42,7 +43,7 @@ class Student(nn.Module):
         return self.encoder.patch_embed.num_patches
 
     def forward(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Normalised images [B, channels, S, S] to predictions [B, T, C] in the decoder's order
+        """Normalised images [B, channels, H, W] to predictions [B, T, C] in the decoder's order
         (`Mask.order`, behind the class token), fewer where the mask chooses.
 
         With deep decoders [1 + those, B, T, C], theirs behind the decoder's (`split_deep`).
@@ -67,7 +68,7 @@ class Student(nn.Module):
         return torch.cat([latent[:, : prefix - registers], latent[:, prefix:]], dim=1)
 
     def pooled_features(self, images: torch.Tensor) -> torch.Tensor:
-        """What a probe sees of whole images [B, channels, S, S] (milan.models.encoder.summary)."""
+        """What a probe sees of whole images [B, channels, H, W] (milan.models.encoder.summary)."""
         return pooled_features(self.encoder, encode(self.encoder, images))
 
 
@@ -93,7 +94,7 @@ def add_deep_decoders(student: Student, blocks: Sequence[int]) -> None:
 def build_student(
     name: str,
     *,
-    img_size: int,
+    img_size: Size,
     target_width: int | Sequence[int] | Callable[[Any], int | Sequence[int]],
     decoder_kind: str = "prompt",
     model_args: dict[str, Any] | None = None,
@@ -110,7 +111,7 @@ def build_student(
     """
     with seeded_weights(seed):
         vit = build_encoder(name, img_size=img_size, args=model_args)
-        grid = vit.patch_embed.grid_size[0]
+        grid = vit.patch_embed.grid_size
         head = Decoder(
             decoder_kind,
             encoder_width=vit.embed_dim,

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 
+from milan.core.size import Size, as_size, grid_of
 from milan.errors import ConfigError, nearest
 from milan.models.checkpoint_file import CLIP_CONFIG
 from milan.models.encoder import create_vit, pretrained_vit, sincos_positions
@@ -21,7 +22,7 @@ FOLDER = ("config.json", "model.safetensors", "pytorch_model.bin", CLIP_CONFIG)
 """What a folder of timm, transformers or open_clip has."""
 
 
-def find_weights(name: str, *, flag: str, model: str, size: int | None = None) -> Weights:
+def find_weights(name: str, *, flag: str, model: str, size: Size | None = None) -> Weights:
     """The weights that `name` names: a run's folder, timm:NAME, or published[:FILE].
 
     `flag` takes the name on the command line. `size`: of the images that they are to see, for
@@ -70,14 +71,14 @@ def is_foreign(name: str) -> bool:
     return path.is_file() and not is_ours(path)
 
 
-def _of_timm(name: str, size: int | None) -> Weights:
+def _of_timm(name: str, size: Size | None) -> Weights:
     model = name.split(".")[0]
     args = {} if size is None else {"img_size": size}
     if size is not None:
         create_vit(model, img_size=size)  # says what a ViT must be
     vit = pretrained_vit(name, **args)
     data = timm.data.resolve_model_data_config(vit)
-    trained = size or data["input_size"][1]
+    trained = size or as_size(data["input_size"][1:])
     heads = vit.blocks[0].attn.num_heads
     return Weights(
         vit.state_dict(), model, trained, mean=data["mean"], std=data["std"], heads=heads
@@ -89,23 +90,23 @@ def published_file(model: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / f"milan-{model}.pth"
 
 
-def resampled(state: State, vit: Any) -> State:
+def resampled(state: State, vit: Any, size: Size) -> State:
     """The weights with position embeddings [1, prefix + N, E] for the grid of a ViT, square or not.
 
-    They come from a square grid. Sine-cosine ones are those of any grid; learned ones are resampled
-    as timm does.
+    `size` is that of the images that they are for. Sine-cosine ones are those of any grid; learned
+    ones are resampled as timm does.
     """
     theirs, ours = state.get(POSITIONS), vit.pos_embed
     if theirs is None or ours is None or theirs.shape[-1] != ours.shape[-1]:
         return state
     grid = vit.patch_embed.grid_size
     prefix = ours.shape[1] - grid[0] * grid[1]
-    old = round((theirs.shape[1] - prefix) ** 0.5)
-    if old**2 + prefix != theirs.shape[1] or (old, old) == grid:
+    old = grid_of(theirs.shape[1] - prefix, size)
+    if old[0] * old[1] + prefix != theirs.shape[1] or old == grid:
         return state
     table = sincos_positions(theirs.shape[-1], old)[:, 1:]
     if torch.allclose(theirs[:, prefix:], table, atol=1e-5):
         patches = sincos_positions(theirs.shape[-1], grid)[:, 1:]
         return state | {POSITIONS: torch.cat([theirs[:, :prefix], patches], dim=1)}
-    new = resample_abs_pos_embed(theirs, list(grid), old_size=[old, old], num_prefix_tokens=prefix)
+    new = resample_abs_pos_embed(theirs, list(grid), old_size=list(old), num_prefix_tokens=prefix)
     return state | {POSITIONS: new}

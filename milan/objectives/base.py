@@ -4,7 +4,7 @@ Adding one takes a subclass of `Objective` in a file of its own and a line in
 `milan.config.OBJECTIVES`. One that lives elsewhere is named `package.module:Class`.
 
 B views, N patches = V visible + M masked, T = 1 + N tokens with the class token first (T = N for
-an encoder without one), C width of the targets, S edge of a view in pixels.
+an encoder without one), C width of the targets, H x W pixels of a view.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from milan.config import OBJECTIVES, PretrainConfig
 from milan.core.distributed import SINGLE, Ranks
+from milan.core.size import grid_of
 from milan.data.loader import Batch
 from milan.errors import ConfigError
 from milan.models.decoder import decoder_arguments
@@ -41,7 +42,7 @@ class Prediction(NamedTuple):
     """[B, T, C] in the decoder's order: class token, visible patches, masked ones (`Mask.order`);
     T = 1 + V + D where the mask chooses D masked patches."""
     images: torch.Tensor
-    """[B, channels, S, S] normalised."""
+    """[B, channels, H, W] normalised."""
     mask: Mask
     batch: Batch
     """On the same device."""
@@ -64,7 +65,8 @@ class Prediction(NamedTuple):
     @property
     def patch_size(self) -> int:
         """Edge of the student's patches in pixels."""
-        return self.images.shape[2] // round(self.batch.noise.shape[1] ** 0.5)
+        height, width = self.images.shape[2:]
+        return height // grid_of(self.batch.noise.shape[1], (height, width))[0]
 
 
 class JointLoss(NamedTuple):
@@ -165,7 +167,7 @@ class Objective(ABC):
     def picture(self, prediction: Prediction) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(target, prediction) as pictures: both [B, N, C] float32, shown by common colours.
 
-        Or (None, uint8 pixels [B, S, S, 3]).
+        Or (None, uint8 pixels [B, H, W, 3]).
         """
 
     def mask(self, batch: Batch) -> Mask:
@@ -221,7 +223,8 @@ def attention_of(batch: Batch) -> torch.Tensor:
     patches = batch.noise.shape[1]
     if batch.attention.shape[1] == patches:
         return batch.attention
-    return resampled_attention(batch.attention, patches)
+    height, width = batch.images.shape[2:]
+    return resampled_attention(batch.attention, patches, (height, width))
 
 
 def objective_class(name: str) -> type[Objective]:

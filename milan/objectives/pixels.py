@@ -43,7 +43,7 @@ class PixelRegression(Objective):
 
 
 def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, C, S, S] to [B, N, patch * patch * C], raster order, channels last within a patch."""
+    """[B, C, H, W] to [B, N, patch * patch * C], raster order, channels last within a patch."""
     b, c, height, width = images.shape
     grid = images.reshape(b, c, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
@@ -59,7 +59,7 @@ def pixel_regression(
 ) -> torch.Tensor:
     """Mean squared error on masked patches, each target patch normalised to mean 0, variance 1.
 
-    `prediction` [B, T, patch * patch * C] (a class token's is ignored), `images` [B, C, S, S]
+    `prediction` [B, T, patch * patch * C] (a class token's is ignored), `images` [B, C, H, W]
     normalised, `masked` [B, N] bool, True = masked. MAE (arXiv 2111.06377) with norm_pix_loss.
     `at` [B, K] names the patches of `prediction`, if not all N in raster order: `masked` is theirs.
     """
@@ -74,16 +74,15 @@ def pixel_regression(
 def unpatchify_prediction(
     prediction: torch.Tensor, images: torch.Tensor, *, patch: int
 ) -> torch.Tensor:
-    """Predicted patches as pictures [B, C, S, S], normalised as `images` are.
+    """Predicted patches as pictures [B, C, H, W], normalised as `images` are.
 
     Mean and deviation of a patch, which the student does not predict, are the image's own.
     """
     _, mean, deviation = _patches(images, patch)
-    b, c, size, _ = images.shape
-    grid = size // patch
+    b, c, height, width = images.shape
     pixels = prediction[:, -mean.shape[1] :].float() * deviation + mean
-    pixels = pixels.reshape(b, grid, grid, patch, patch, c)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, c, size, size)
+    pixels = pixels.reshape(b, height // patch, width // patch, patch, patch, c)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, c, height, width)
 
 
 def _patches(images: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -92,7 +92,8 @@ class TeacherTargets:
         elif resample:
             features = F.normalize(features, dim=-1)
         if resample:
-            features = _rows(resampled_features(features, patches), at)
+            shape = self.cache.view_spec.size
+            features = _rows(resampled_features(features, patches, shape), at)
         return features[:, -tokens:]
 
     def restored(self, prediction: torch.Tensor) -> torch.Tensor:

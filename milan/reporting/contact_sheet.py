@@ -30,7 +30,7 @@ from milan.reporting.panels import (
     save_picture,
     view_column,
     visible_column,
-    zoom_of,
+    zoomed,
 )
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
@@ -64,7 +64,7 @@ def contact_sheet(
     store = dataset.cache
     attention = store.read(rows, views, features=False).attention
     pixels = dataset.pixels(rows, views)
-    size = pixels.shape[1]
+    size = (pixels.shape[1], pixels.shape[2])
     masked = list[Column]()
     for number in range(seed, seed + masks):
         noise = mask_noise(number, np.zeros_like(rows), rows, views, attention.shape[1])
@@ -80,7 +80,7 @@ def contact_sheet(
         draw_crops(
             Image.fromarray(store.view_spec.decode(dataset.source.read(row))),
             [View.of(c) for c in store.crops(np.full(store.views, row), np.arange(store.views))],
-            size * zoom_of(size),
+            zoomed(size),
             thick=view,
         )
         for row, view in zip(rows.tolist(), views.tolist(), strict=True)
@@ -110,7 +110,7 @@ def codec_sheet(
     data_root: str | None = None,
 ) -> Path:
     """Draw what the codec changed, a row for each view: the teacher's features of it, computed now
-    by `teacher` (uint8 [B, S, S, 3] to [B, T, C]), those of the store, and 1 - cosine of the two.
+    by `teacher` (uint8 [B, H, W, 3] to [B, T, C]), those of the store, and 1 - cosine of the two.
 
     The same views as in the contact sheet of this seed. Raises as contact_sheet does.
     """
@@ -123,7 +123,7 @@ def codec_sheet(
     computed = teacher(pixels)[:, 1:].float().cpu().numpy()
     lengths = np.linalg.norm(stored, axis=-1) * np.linalg.norm(computed, axis=-1)
     error = 1 - (stored * computed).sum(axis=-1) / lengths.clip(1e-12)
-    size, most = pixels.shape[1], max(float(error.max()), 1e-12)
+    size, most = (pixels.shape[1], pixels.shape[2]), max(float(error.max()), 1e-12)
     by_teacher = features_column(computed, colours, size)
     columns = [
         view_column(pixels),
@@ -173,13 +173,15 @@ def _saved(
     return save_picture(page, out)
 
 
-def draw_crops(image: Any, crops: list[View], edge: int, *, thick: int | None = None) -> np.ndarray:
-    """An image with a box for each of its crops, in a square of `edge` pixels, uint8."""
+def draw_crops(
+    image: Any, crops: list[View], shape: tuple[int, int], *, thick: int | None = None
+) -> np.ndarray:
+    """An image with a box for each of its crops, in a panel of this height and width, uint8."""
     from PIL import ImageDraw
 
-    scale = edge / max(image.size)
+    scale = min(shape[0] / image.size[1], shape[1] / image.size[0])
     small = image.convert("RGB").resize([max(1, round(scale * n)) for n in image.size])
-    panel = Image.new("RGB", (edge, edge), (255, 255, 255))
+    panel = Image.new("RGB", shape[::-1], (255, 255, 255))
     panel.paste(small)
     pen = ImageDraw.Draw(panel)
     for view, crop in enumerate(crops):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from milan.core.size import Size
 from milan.reporting.panels import Column, draw_page, to_grid, upscale, view_column
 
 
@@ -14,7 +15,7 @@ class DenseMap(NamedTuple):
 
     caption: str
     pixels: np.ndarray
-    """[S, S, 3] uint8"""
+    """[H, W, 3] uint8"""
     cosines: np.ndarray
     """[N, P]: each patch with each class."""
 
@@ -28,8 +29,8 @@ def draw_dense(title: str, maps: list[DenseMap], classes: list[str]) -> np.ndarr
     import matplotlib
 
     inferno = matplotlib.colormaps["inferno"]
-    edge = max(map_.pixels.shape[0] for map_ in maps)
-    views = np.stack([upscale(map_.pixels[None], edge)[0] for map_ in maps])
+    shape: Size = max((map_.pixels.shape[:2] for map_ in maps), key=max)
+    views = np.stack([upscale(map_.pixels[None], shape)[0] for map_ in maps])
     columns = [view_column(views)._replace(explanation="what the networks see of an image")]
     heats = []
     for map_ in maps:
@@ -42,7 +43,11 @@ def draw_dense(title: str, maps: list[DenseMap], classes: list[str]) -> np.ndarr
         "is little, yellow is much, with one scale for a row"
     )
     for number, name in enumerate(classes):
-        heat = np.stack([upscale(to_grid(h[None, :, number]), edge)[0] for h in heats])
+        grids = [
+            to_grid(heat[None, :, number], map_.pixels.shape[:2])
+            for heat, map_ in zip(heats, maps, strict=True)
+        ]
+        heat = np.stack([upscale(grid, shape)[0] for grid in grids])
         panels = 0.7 * inferno(heat)[..., :3] + 0.3 * grey
         panels = (255 * panels).round().astype(np.uint8)
         columns.append(Column(name, "" if number else f"as every class: {what}", panels))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from milan.core.paths import AnyPath, is_local
+from milan.core.size import Size, grid_of, height_width
 from milan.data.dataset import CachedDataset
 from milan.errors import CacheError, DataError
 from milan.store.cache import TargetCache
@@ -29,7 +30,7 @@ class SheetInputs(NamedTuple):
     rows: np.ndarray
     """[B]"""
     pixels: np.ndarray
-    """[B, S, S, 3] uint8"""
+    """[B, H, W, 3] uint8"""
     attention: np.ndarray
     """[B, N]"""
     masked: np.ndarray
@@ -37,9 +38,9 @@ class SheetInputs(NamedTuple):
     features: np.ndarray | None
     """[B, N, C] of the teacher; None where the student predicts pixels"""
     prediction: np.ndarray
-    """[B, N, C], not a number where nothing is learnt; or the pixels, uint8 [B, S, S, 3]"""
+    """[B, N, C], not a number where nothing is learnt; or the pixels, uint8 [B, H, W, 3]"""
     student: np.ndarray | None = None
-    """Three channels that the student saw in place of the pixels, uint8 [B, S, S, 3]"""
+    """Three channels that the student saw in place of the pixels, uint8 [B, H, W, 3]"""
 
     @classmethod
     def joined(cls, parts: list[SheetInputs]) -> SheetInputs:
@@ -54,14 +55,14 @@ class Column(NamedTuple):
     name: str
     explanation: str
     panels: np.ndarray
-    """[B, S, S, 3] uint8"""
+    """[B, H, W, 3] uint8"""
 
 
 # --- columns that every sheet may have ------------------------------------------------------------
 
 
 def view_column(pixels: np.ndarray) -> Column:
-    """Views [B, S, S, 3]."""
+    """Views [B, H, W, 3]."""
     return Column("view", "the pixels that the teacher saw", pixels)
 
 
@@ -69,7 +70,8 @@ def attention_column(pixels: np.ndarray, attention: np.ndarray) -> Column:
     """The attention [B, N] on its views, in one colour map; each view has its own scale."""
     import matplotlib
 
-    heat = upscale(to_grid(attention), pixels.shape[1])
+    shape = (pixels.shape[1], pixels.shape[2])
+    heat = upscale(to_grid(attention, shape), shape)
     low, high = heat.min(axis=(1, 2), keepdims=True), heat.max(axis=(1, 2), keepdims=True)
     colour = matplotlib.colormaps["inferno"]((heat - low) / np.maximum(high - low, 1e-12))
     panels = 0.65 * colour[..., :3] + 0.35 * pixels.mean(axis=-1, keepdims=True) / 255
@@ -80,35 +82,36 @@ def attention_column(pixels: np.ndarray, attention: np.ndarray) -> Column:
 def visible_column(pixels: np.ndarray, masked: np.ndarray) -> Column:
     """Views with the `masked` patches [B, N] in grey."""
     shown = pixels.copy()
-    shown[upscale(to_grid(masked), pixels.shape[1])] = GREY
+    shape = (pixels.shape[1], pixels.shape[2])
+    shown[upscale(to_grid(masked, shape), shape)] = GREY
     return Column(
         "visible patches", "what the student sees of a view; grey patches are masked", shown
     )
 
 
-def heat_column(name: str, explanation: str, values: np.ndarray, most: float, size: int) -> Column:
+def heat_column(name: str, explanation: str, values: np.ndarray, most: float, size: Size) -> Column:
     """Values of patches [B, N] from 0 to `most` in one colour map, dark to yellow."""
     import matplotlib
 
-    colour = matplotlib.colormaps["inferno"]((to_grid(values) / most).clip(0, 1))
+    colour = matplotlib.colormaps["inferno"]((to_grid(values, size) / most).clip(0, 1))
     return Column(name, explanation, upscale(as_bytes(colour[..., :3]), size))
 
 
-def features_column(features: np.ndarray, colours: Colours, size: int) -> Column:
+def features_column(features: np.ndarray, colours: Colours, size: Size) -> Column:
     """The teacher's features of the patches [B, N, C]."""
     what = (
         "the teacher's, three principal components as red, green and blue: like colours are like "
         f"features; {colours.origin}"
     )
-    return Column("features", what, upscale(as_bytes(colours(features)), size))
+    return Column("features", what, upscale(as_bytes(colours(features, size)), size))
 
 
 class Colours:
     """Features as red, green and blue: their first three principal components; grey where they are
     not a number.
 
-    Like colours are like features. Fitted once, to patches [B, N, C] with N a square number, so
-    that what is coloured later can be compared. Only directions count.
+    Like colours are like features. Fitted once, to patches [B, N, C], so that what is coloured
+    later can be compared. Only directions count.
     """
 
     def __init__(self, features: np.ndarray, origin: str = "fitted to this sheet") -> None:
@@ -140,13 +143,13 @@ class Colours:
         """C."""
         return len(self.mean)
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """[B, N, C] to RGB [B, grid, grid, 3] in 0..1."""
+    def __call__(self, features: np.ndarray, shape: Size) -> np.ndarray:
+        """[B, N, C] of views of a shape to RGB [B, rows, columns, 3] in 0..1."""
         parts = (_unit(features) - self.mean) @ self.axes
         scaled = ((parts - self.low) / np.maximum(self.high - self.low, 1e-12)).clip(0, 1)
         scaled = np.pad(scaled, ((0, 0), (0, 0), (0, 3 - scaled.shape[-1])))
         scaled[~np.isfinite(features).all(axis=-1)] = GREY / 255
-        return to_grid(scaled)
+        return to_grid(scaled, shape)
 
 
 def patch_features(cache: TargetCache, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
@@ -169,16 +172,17 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
 
-def to_grid(patches: np.ndarray) -> np.ndarray:
-    """[B, N, ...] in raster order to [B, grid, grid, ...]."""
-    grid = round(patches.shape[1] ** 0.5)
-    return patches.reshape(len(patches), grid, grid, *patches.shape[2:])
+def to_grid(patches: np.ndarray, shape: Size) -> np.ndarray:
+    """[B, N, ...] of views of a shape, in raster order, to [B, rows, columns, ...]."""
+    return patches.reshape(len(patches), *grid_of(patches.shape[1], shape), *patches.shape[2:])
 
 
-def upscale(cells: np.ndarray, size: int) -> np.ndarray:
-    """[B, g, g, ...] to [B, size, size, ...], each cell a square."""
-    at = np.arange(size) * cells.shape[1] // size
-    return cells[:, at][:, :, at]
+def upscale(cells: np.ndarray, size: Size) -> np.ndarray:
+    """[B, rows, columns, ...] to [B, H, W, ...], each cell a rectangle."""
+    height, width = height_width(size)
+    down = np.arange(height) * cells.shape[1] // height
+    along = np.arange(width) * cells.shape[2] // width
+    return cells[:, down][:, :, along]
 
 
 def as_bytes(colours: np.ndarray) -> np.ndarray:
@@ -192,7 +196,7 @@ def sheet_of_run(shown: SheetInputs, colours: Mapping[str, Colours] | None) -> l
     `colours` are those of each teacher by its name, in the order of their channels; None for
     targets that are not the features of a store.
     """
-    size = shown.pixels.shape[1]
+    size = (shown.pixels.shape[1], shown.pixels.shape[2])
     columns = [
         view_column(shown.pixels),
         attention_column(shown.pixels, shown.attention),
@@ -209,7 +213,7 @@ def sheet_of_run(shown: SheetInputs, colours: Mapping[str, Colours] | None) -> l
     for name, own in (colours or {"": Colours(shown.features)}).items():
         part = slice(first, first + own.width)
         target = features_column(shown.features[..., part], own, size)
-        predicted = upscale(as_bytes(own(shown.prediction[..., part])), size)
+        predicted = upscale(as_bytes(own(shown.prediction[..., part], size)), size)
         what = "the student's features, in the same colours"
         what += "; grey patches are not learnt" * bool(np.isnan(shown.prediction).any())
         pair = [target, Column("prediction", what, predicted)]
@@ -242,9 +246,10 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
     """
     from PIL import Image, ImageDraw
 
-    smallest = min(column.panels.shape[1] for column in columns)
-    step = smallest * zoom_of(smallest) + GAP
-    width = 2 * MARGIN + len(columns) * step - GAP
+    smallest = min((column.panels.shape[1:3] for column in columns), key=max)
+    panel = zoomed(smallest)
+    across, down = panel[1] + GAP, panel[0] + GAP
+    width = 2 * MARGIN + len(columns) * across - GAP
     legend = [
         line
         for column in columns
@@ -252,7 +257,7 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
         for line in _wrapped(f"{column.name}: {column.explanation}", width - 2 * MARGIN)
     ]
     top = MARGIN + 2 * LINE
-    height = top + len(captions) * (LINE + step) + len(legend) * LINE + MARGIN
+    height = top + len(captions) * (LINE + down) + len(legend) * LINE + MARGIN
     page = Image.new("RGB", (width, height), (255, 255, 255))
     pen = ImageDraw.Draw(page)
 
@@ -261,14 +266,14 @@ def draw_page(title: str, columns: list[Column], captions: list[str]) -> np.ndar
 
     write(MARGIN, MARGIN, title)
     for x, column in enumerate(columns):
-        write(MARGIN + x * step, MARGIN + LINE, column.name)
-        for y, panel in enumerate(upscale(column.panels, step - GAP)):
-            at = MARGIN + x * step, top + LINE + y * (LINE + step)
-            page.paste(Image.fromarray(panel), at)
+        write(MARGIN + x * across, MARGIN + LINE, column.name)
+        for y, pixels in enumerate(upscale(column.panels, panel)):
+            at = MARGIN + x * across, top + LINE + y * (LINE + down)
+            page.paste(Image.fromarray(pixels), at)
     for y, caption in enumerate(captions):
-        write(MARGIN, top + y * (LINE + step), caption)
+        write(MARGIN, top + y * (LINE + down), caption)
     for y, line in enumerate(legend):
-        write(MARGIN, top + len(captions) * (LINE + step) + y * LINE, line)
+        write(MARGIN, top + len(captions) * (LINE + down) + y * LINE, line)
     return np.asarray(page)
 
 
@@ -353,9 +358,11 @@ def save_picture(page: np.ndarray, path: Path) -> Path:
     return path
 
 
-def zoom_of(size: int) -> int:
-    """How many times as large a view of `size` pixels is drawn: small ones could not be seen."""
-    return max(1, round(PANEL / size))
+def zoomed(size: Size) -> tuple[int, int]:
+    """(height, width) in which a view of `size` pixels is drawn: small ones could not be seen."""
+    height, width = height_width(size)
+    zoom = max(1, round(PANEL / max(height, width)))
+    return zoom * height, zoom * width
 
 
 def _font_file() -> str:

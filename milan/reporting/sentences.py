@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from milan.core.size import grid_of
 from milan.reporting.panels import (
     GAP,
     LINE,
     MARGIN,
     cut,
     font,
-    to_grid,
     upscale,
     visible_column,
-    zoom_of,
+    zoomed,
 )
 
 _TEXT = 400  # pixels of a column of sentences
@@ -29,7 +29,7 @@ class NamedPatch(NamedTuple):
 
     name: str
     pixels: np.ndarray
-    """The view [S, S, 3] uint8."""
+    """The view [H, W, 3] uint8."""
     masked: np.ndarray
     """[N] bool"""
     patch: int
@@ -43,11 +43,11 @@ def draw_sentences(title: str, rows: list[NamedPatch], legend: list[str]) -> np.
     red, and beside them what the target and the student say, the nearest sentence first."""
     from PIL import Image, ImageDraw
 
-    size = rows[0].pixels.shape[0]
-    edge = size * zoom_of(size)
+    shape = rows[0].pixels.shape[:2]
+    high, wide = zoomed(shape)
     lines = max(len(row.target) for row in rows)
-    step = LINE + max(edge, (lines + 1) * LINE) + GAP
-    first = MARGIN + 2 * (edge + GAP)
+    step = LINE + max(high, (lines + 1) * LINE) + GAP
+    first = MARGIN + 2 * (wide + GAP)
     width = first + 2 * (_TEXT + GAP) + MARGIN
     page = Image.new(
         "RGB", (width, 2 * MARGIN + LINE + len(rows) * step + len(legend) * LINE), (255, 255, 255)
@@ -62,24 +62,19 @@ def draw_sentences(title: str, rows: list[NamedPatch], legend: list[str]) -> np.
         top = MARGIN + LINE + number * step
         write(MARGIN, top, row.name, first - MARGIN)
         seen = visible_column(row.pixels[None], row.masked[None]).panels[0]
-        grid = to_grid(row.masked[None]).shape[1]
+        grid = grid_of(len(row.masked), shape)
+        line, column = divmod(row.patch, grid[1])
         for i, pixels in enumerate((row.pixels, seen)):
-            at = MARGIN + i * (edge + GAP), top + LINE
-            page.paste(Image.fromarray(upscale(pixels[None], edge)[0]), at)
-            left, above = (at[k] + p * edge // grid for k, p in enumerate(_place(row, grid)))
-            box = (left - 1, above - 1, left + edge // grid, above + edge // grid)
+            at = MARGIN + i * (wide + GAP), top + LINE
+            page.paste(Image.fromarray(upscale(pixels[None], (high, wide))[0]), at)
+            left, above = at[0] + column * wide // grid[1], at[1] + line * high // grid[0]
+            box = (left - 1, above - 1, left + wide // grid[1], above + high // grid[0])
             pen.rectangle(box, outline=_FRAME, width=2)
         for i, (who, said) in enumerate((("target", row.target), ("student", row.student))):
             x = first + i * (_TEXT + GAP)
             write(x, top + LINE, who, _TEXT)
             for k, (sentence, share) in enumerate(said):
                 write(x, top + (k + 2) * LINE, f"{share:4.0%}  {sentence}", _TEXT)
-    for k, line in enumerate(legend):
-        write(MARGIN, MARGIN + LINE + len(rows) * step + k * LINE, line, width - 2 * MARGIN)
+    for k, text in enumerate(legend):
+        write(MARGIN, MARGIN + LINE + len(rows) * step + k * LINE, text, width - 2 * MARGIN)
     return np.asarray(page)
-
-
-def _place(row: NamedPatch, grid: int) -> tuple[int, int]:
-    """(column, line) of the patch."""
-    line, column = divmod(row.patch, grid)
-    return column, line

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from milan.core.progress import NoProgress, Progress
+from milan.core.size import size_in_words
 from milan.errors import ImageFault, none_readable
 from milan.images.manifest import build_manifest, describe_source, resolve_data
 from milan.images.source import ImageSource
@@ -20,7 +21,7 @@ from milan.reporting.panels import (
     draw_page,
     save_picture,
     view_column,
-    zoom_of,
+    zoomed,
 )
 
 _VIEWS = 6  # that have a column: more would be too small to see
@@ -51,7 +52,7 @@ def view_sheet(
     assert listing is not None
     check_apart(Path(out), [listing.root / listing.file if listing.file else listing.root])
     source = ImageSource(manifest, manifest.root)
-    edge, shown, captions, shares = law.size * zoom_of(law.size), [], [], []
+    panel, shown, captions, shares = zoomed(law.size), [], [], []
     for row in range(len(manifest)):
         try:
             image = Image.fromarray(law.decode(source.read(row)))
@@ -62,7 +63,7 @@ def view_sheet(
         crops = [view_of(law, row, view=v, height=height, width=width) for v in range(views)]
         shares.append([crop.height * crop.width / (height * width) for crop in crops])
         panels = [render(image, crop, size=law.size) for crop in crops[:_VIEWS]]
-        shown.append((draw_crops(image, crops, edge), panels, _covered(crops, height, width)))
+        shown.append((draw_crops(image, crops, panel), panels, _covered(crops, height, width)))
         captions.append(f"row {row}: {manifest.key(row)}, {width} x {height}")
         if len(shown) == images:
             break
@@ -84,9 +85,9 @@ def view_sheet(
 
 def _what(law: ViewSpec) -> str:
     return (
-        f"and so on: {law.size} pixels, {law.scale[0]:.0%} to {law.scale[1]:.0%} of the image's "
-        f"area, width / height {law.ratio[0]:.3g} to {law.ratio[1]:.3g}, {law.hflip:.0%} flipped, "
-        f"seed {law.seed}"
+        f"and so on: {size_in_words(law.size)}, {law.scale[0]:.0%} to {law.scale[1]:.0%} of "
+        f"the image's area, width / height {law.ratio[0]:.3g} to {law.ratio[1]:.3g}, "
+        f"{law.hflip:.0%} flipped, seed {law.seed}"
     )
 
 

@@ -241,6 +241,12 @@ def _evaluation(name: str, runs: Sequence[Run]) -> Grid:
     return Grid(protocol.title, headings, grid_rows, _notes(rows, protocol.settings), axis)
 
 
+_CONDITIONS = (
+    "protocol", "classes", "val_images", "train_images", "shots", "fraction", "epochs"
+)  # fmt: skip
+"""What figures must have in common to be compared. A baseline has it of the metrics it is in."""
+
+
 def _with_known_baselines(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The metrics; baselines of the same figures are `like` the first run that has them."""
     known: list[tuple[str, dict[str, Any]]] = []
@@ -251,7 +257,8 @@ def _with_known_baselines(measured: dict[str, dict[str, Any]]) -> dict[str, dict
             bare = {key: value for key, value in other.items() if key not in ("like", "seconds")}
             like = next((first for first, figures in known if figures == bare), at)
             known.append((like, bare))
-            linked[at] = metrics | {"baseline": other | {"like": like}}
+            shared = {key: metrics[key] for key in _CONDITIONS if key in metrics}
+            linked[at] = metrics | {"baseline": shared | other | {"like": like}}
     return linked
 
 
@@ -302,7 +309,7 @@ def _bar(
 def _notes(rows: list[dict[str, Any]], settings: Any) -> list[str]:
     """What must be known to compare the rows."""
     notes = []
-    for key in ("protocol", "classes", "val_images", "train_images", "shots", "fraction", "epochs"):
+    for key in _CONDITIONS:
         usual = getattr(settings, "protocol", None) if key == "protocol" else None
         values = [row.get(key, usual) for row in rows]
         if len(set(map(str, values))) > 1:

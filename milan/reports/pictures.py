@@ -64,7 +64,7 @@ class Panels:
     """B images as one student saw them, and predicted one teacher."""
 
     visible: np.ndarray
-    """[B, S, S, 3] uint8, masked patches in grey."""
+    """[B, H, W, 3] uint8, masked patches in grey."""
     predicted: np.ndarray
     """[B, g, g, 3] uint8 in the colours of the target, a cell a patch; or the pixels predicted."""
     cosine: np.ndarray | None
@@ -116,9 +116,9 @@ class Shown:
     runs: list[Run]
     captions: list[str]
     pixels: np.ndarray
-    """[B, S, S, 3] uint8: view 0 of each image."""
+    """[B, H, W, 3] uint8: view 0 of each image."""
     attention: np.ndarray | None
-    """[B, S, S, 3] uint8, on the views; None for a store without targets."""
+    """[B, H, W, 3] uint8, on the views; None for a store without targets."""
     target: np.ndarray | None
     """[B, g, g, 3] uint8, the teacher's patches by colour."""
     origin: str
@@ -128,7 +128,7 @@ class Shown:
     students: dict[str, list[Panels]] = field(default_factory=dict)
     """By the name of the run: one for each of its teachers."""
     bank: np.ndarray | None = None
-    """[m, S, S, 3] uint8: the images among which neighbours were sought, view 0."""
+    """[m, H, W, 3] uint8: the images among which neighbours were sought, view 0."""
     bank_captions: list[str] = field(default_factory=list)
     bank_classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[m] int64, -1 where unknown."""
@@ -177,7 +177,7 @@ def shown_of(
     if cache.spec.has_targets:
         colours = Colours.of_store(cache)
         attention = attention_column(pixels, cache.read(rows, first, features=False).attention)
-        target = as_bytes(colours(patch_features(cache, rows, first)))
+        target = as_bytes(colours(patch_features(cache, rows, first), cache.view_spec.size))
     shown = Shown(
         cache, [run for run, _ in runs], [caption_of(dataset, row, 0) for row in rows.tolist()],
         pixels, None if attention is None else attention.panels, target,
@@ -236,7 +236,8 @@ def _panels(
     with torch.inference_mode():
         seen = sheet_inputs(student, objective, batch.to(device))
     visible = visible_column(seen.pixels, seen.masked).panels
-    masked = to_grid(seen.masked)
+    shape = (seen.pixels.shape[1], seen.pixels.shape[2])
+    masked = to_grid(seen.masked, shape)
     if seen.features is None:
         return [Panels(visible, seen.prediction, None, masked)]
     parts = dataset.cache.parts
@@ -252,8 +253,8 @@ def _panels(
         ours, theirs = (torch.from_numpy(part).float() for part in (target, predicted))
         cosine = F.cosine_similarity(ours, theirs, dim=-1).numpy()
         panels.append(Panels(
-            visible, as_bytes(own(predicted)), to_grid(cosine), masked, name,
-            as_bytes(own(target)) if panels else None,
+            visible, as_bytes(own(predicted, shape)), to_grid(cosine, shape), masked, name,
+            as_bytes(own(target, shape)) if panels else None,
         ))  # fmt: skip
     return panels
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from milan.core.paths import AnyPath, as_path, map_files, sizes_below
+from milan.core.size import grid_of
 from milan.errors import CacheError, DataError, nearest
 from milan.images.manifest import Manifest
 from milan.images.views import ViewSpec
@@ -117,9 +118,9 @@ class TargetCache:
         return sum(part.spec.view_bytes() for part in self.parts)
 
     @property
-    def grid(self) -> int:
-        """Patches along an edge of the teacher's grid."""
-        return round((self.spec.tokens - 1) ** 0.5)
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the teacher's patches in a view."""
+        return grid_of(self.spec.tokens - 1, self.view_spec.size)
 
     @cached_property
     def manifest(self) -> Manifest:

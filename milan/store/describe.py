@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from milan.core.paths import AnyPath, as_path, size_of
+from milan.core.size import size_in_words
 from milan.core.units import format_bytes
 from milan.errors import CacheError, DataError
 from milan.store.cache import TargetCache
@@ -57,9 +58,9 @@ def _what(cache: TargetCache) -> list[tuple[str, Any]]:
         ("views of each", cache.views),
         (
             "view",
-            f"{views.size} px, area {views.scale[0]:g} to {views.scale[1]:g}, width / height "
-            f"{views.ratio[0]:.3g} to {views.ratio[1]:.3g}, mirrored {views.hflip:.0%}, "
-            f"seed {views.seed}"
+            f"{size_in_words(views.size)}, area {views.scale[0]:g} to {views.scale[1]:g}, "
+            f"width / height {views.ratio[0]:.3g} to {views.ratio[1]:.3g}, "
+            f"mirrored {views.hflip:.0%}, seed {views.seed}"
             + (
                 f"; RGB are channels {views.bands}, {views.band_range} become (0, 255)"
                 if views.bands

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from milan.core.paths import AnyPath, names_in, read_file
+from milan.core.size import as_size, height_width
 from milan.errors import CacheError
 from milan.store.codecs import NO_TARGETS, codec_of
 
@@ -124,6 +126,11 @@ class CacheSpec:
     def has_targets(self) -> bool:
         """Whether a teacher's features and attention are stored; else views and token ids alone."""
         return self.codec != NO_TARGETS.name
+
+    @property
+    def view_shape(self) -> tuple[int, int]:
+        """(height, width) of a view in pixels."""
+        return height_width(as_size(self.view_law["size"]))
 
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of every field."""
@@ -257,7 +264,7 @@ class CacheSpec:
         Stored views are estimated: about 5 bits a pixel as JPEG, 16 as WebP.
         """
         bits = {"none": 0.0, "webp": 16.0}.get(self.stored_views, 5.0)
-        pictures = int(self.view_law["size"] ** 2 * bits / 8) * self.rows
+        pictures = int(math.prod(self.view_shape) * bits / 8) * self.rows
         last = self.rows - (self.blocks - 1) * self.shard_size
         return sum(
             (self.blocks - 1) * self.shard_bytes(self.shard_size, view=view)

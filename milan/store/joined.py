@@ -16,6 +16,7 @@ import numpy as np
 
 from milan.core.config_fields import names_in
 from milan.core.paths import AnyPath, as_path
+from milan.core.size import same_shape, size_in_words
 from milan.errors import CacheError, ConfigError, DataError, nearest
 from milan.store.cache import TargetCache, Targets
 from milan.store.format import canonical
@@ -128,13 +129,17 @@ class JoinedCache(TargetCache):
 
     def _check_law(self, part: TargetCache) -> None:
         """Raises CacheError unless a layer's views are drawn as the first's, whatever their size
-        in pixels."""
+        in pixels, and of the same shape."""
         ours, theirs = self.spec.view_law, part.spec.view_law
         for name in sorted((ours.keys() | theirs.keys()) - {"size"}):
             if ours.get(name) != theirs.get(name):
                 raise self._other_views(
                     part, f"{name} {theirs.get(name)} where {self.path} has {ours.get(name)}"
                 )
+        sizes = self.view_spec.size, part.view_spec.size
+        if not same_shape(*sizes):
+            mine, other = map(size_in_words, sizes)
+            raise self._other_views(part, f"{other} where {self.path} has {mine}")
 
     def _check_sample(self) -> None:
         """Compare some views of all layers. Raises as `_check_views`."""

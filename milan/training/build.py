@@ -13,12 +13,14 @@ from torch import nn
 from milan.config import PretrainConfig
 from milan.core.distributed import SINGLE, Ranks
 from milan.core.progress import NoProgress, Progress
+from milan.core.size import size_in_words
 from milan.data.dataset import CachedDataset
 from milan.data.feeding import Workers, loader_workers
 from milan.data.loader import Batch, training_loader
 from milan.data.order import Order, Stream, order_of
 from milan.data.sampler import StepSampler
 from milan.errors import ConfigError
+from milan.models.encoder import size_argument
 from milan.models.masking import visible_count
 from milan.models.student import Student, build_student
 from milan.objectives.base import Objective, objective_class
@@ -156,10 +158,11 @@ def student_of(
             expected="masks by a teacher's attention",
             fix="--masking semantic, or without --mask-layer",
         )
-    if config.model_args.get("img_size", size) != size:
+    if size_argument(config.model_args, size) != size:
         raise ConfigError(
             f"model argument img_size={config.model_args['img_size']}",
-            expected=f"{size}, as the views of the store are",
+            expected=f"{size_in_words(size)}, as the views of the store are",
+            fix="without --set model.img_size",
         )
     objective = settings.objective(cache)
     student = build_student(

@@ -113,6 +113,11 @@ class Detect(Supervised):
         """Shares of the run after which the learning rate is a tenth."""
         return _DROPS if self.config.schedule == "steps" else ()
 
+    @property
+    def canvas(self) -> int:
+        """Edge of the square that images are padded to, in pixels."""
+        return self.config.size or self.default_size
+
     def weights(self) -> Weights:
         """As they were trained: positions are resampled for the canvas. Raises ConfigError."""
         return initial_weights(replace(self.config, size=None))
@@ -126,13 +131,13 @@ class Detect(Supervised):
         """The encoder with its weights, and new heads. Raises ConfigError."""
         config = self.config
         spec = DetectorSpec(
-            weights.model, tuple(data.classes), data.train.masks is not None, plan.size,
+            weights.model, tuple(data.classes), data.train.masks is not None, self.canvas,
             weights.args, config.window, config.width, config.anchor_scale, config.proposals,
             plan.mean, plan.std, weights.channels,
         )  # fmt: skip
         with seeded_weights(config.seed):
             vit = detector_encoder(spec, drop_path=config.drop_path)
-            known = replace(weights, encoder=interpolated(weights.encoder, vit))
+            known = replace(weights, encoder=interpolated(weights.encoder, vit, weights.size))
             leave = ("head.", "fc_norm.", "norm.")
             load_weights(vit, known, name=config.checkpoint, leave=leave)
             return Detector(vit, spec, samples=config.samples)
@@ -141,7 +146,7 @@ class Detect(Supervised):
         """Scaled, cropped and mirrored images to train on, whole ones to measure on."""
         config = self.config
         return BoxImages(
-            data.train, data.val, size=plan.size, scale=config.scale, hflip=config.hflip,
+            data.train, data.val, size=self.canvas, scale=config.scale, hflip=config.hflip,
             seed=config.seed,
         )  # fmt: skip
 

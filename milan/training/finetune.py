@@ -27,6 +27,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, normalise
 from milan.core.progress import Progress
 from milan.core.signals import Stop
+from milan.core.size import Size
 from milan.errors import ConfigError, DataError
 from milan.evaluation.config import FinetuneConfig
 from milan.evaluation.meaning import chance
@@ -146,7 +147,7 @@ class Finetune(Supervised):
         return classifier_of(weights, self.config, size=plan.size, classes=len(data.classes))
 
     def source(self, plan: Plan, data: _Data) -> LabelledImages:
-        """Augmented images to train on, central squares to measure on."""
+        """Augmented images to train on, centre crops to measure on."""
         return LabelledImages(
             data.train, data.val, _augmentation(plan), crop_share=self.config.crop_share,
             seed=self.config.seed, channels=self.channels,
@@ -168,7 +169,7 @@ class Finetune(Supervised):
         }
 
 
-def classifier_of(weights: Weights, config: FinetuneConfig, *, size: int, classes: int) -> Any:
+def classifier_of(weights: Weights, config: FinetuneConfig, *, size: Size, classes: int) -> Any:
     """A timm ViT with these weights, positions resampled for `size`, and a new head.
 
     Raises ConfigError for weights that do not fit.
@@ -241,7 +242,7 @@ class FinetuneTask(SupervisedTask):
         return self._metrics(answers, total), {}
 
     def _images(self, batch: LabelledBatch) -> torch.Tensor:
-        """What the network sees, [B, C, S, S]; channels of files come as it sees them."""
+        """What the network sees, [B, C, H, W]; channels of files come as it sees them."""
         if batch.pixels.is_floating_point():
             return batch.pixels
         return normalise(batch.pixels, self.plan.mean, self.plan.std)

@@ -1,4 +1,4 @@
-"""Images of fine-tuning: augmented by address for training, their central square for validation."""
+"""Images of fine-tuning: augmented by address for training, their centre crop for validation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from milan.core import rng
 from milan.core.device import copy_to
+from milan.core.size import Size, height_width
 from milan.data.loader import each
 from milan.data.sampler import Address, Kind
 from milan.errors import ConfigError
 from milan.evaluation.splits import Split
-from milan.images.channels import Channels, central_square
+from milan.images.channels import Channels, centre_crop
 from milan.images.decode import decode
-from milan.images.views import View, ViewSpec, view_of
+from milan.images.views import View, ViewSpec, ratio_for, view_of
 from milan.training.stand_ins import read_batch
 
 _PART = re.compile(r"(m|n|w|d|t|p|a|b|inc|mmax)[0-9.]+|mstd([0-9.]+|inf)|3a|weights")
@@ -39,7 +40,7 @@ class LabelledBatch(NamedTuple):
     """B labelled images."""
 
     pixels: torch.Tensor
-    """[B, S, S, 3] uint8; channels of files [B, C, S, S] float32, normalised"""
+    """[B, H, W, 3] uint8; channels of files [B, C, H, W] float32, normalised"""
     labels: torch.Tensor
     """[B] int64"""
     positions: torch.Tensor
@@ -60,8 +61,8 @@ class LabelledBatch(NamedTuple):
 class Augmentation:
     """What an image becomes before training sees it: timm's parts, with their names."""
 
-    size: int
-    """Edge of the pictures in pixels."""
+    size: Size
+    """Of the pictures, in pixels."""
     scale: tuple[float, float]
     """Area of the random crop, as a share of the image."""
     hflip: float
@@ -72,12 +73,14 @@ class Augmentation:
     """Colour that fills what a rotation leaves empty."""
 
     def build(self) -> Any:
-        """The transform: a PIL image to a PIL image [S, S]. The device erases and mixes.
+        """The transform: a PIL image to a PIL image [H, W]. The device erases and mixes.
 
         As timm.data.create_transform composes it. Raises ConfigError for a policy unknown to timm.
         """
         parts: list[Any] = [
-            RandomResizedCropAndInterpolation(self.size, self.scale, interpolation="bicubic"),
+            RandomResizedCropAndInterpolation(
+                height_width(self.size), self.scale, ratio_for(self.size), interpolation="bicubic"
+            ),
             RandomHorizontalFlip(self.hflip),
         ]
         if self.auto_augment != "none":
@@ -86,7 +89,7 @@ class Augmentation:
 
     def _policy(self) -> Any:
         hparams = {
-            "translate_const": int(0.45 * self.size),
+            "translate_const": int(0.45 * min(height_width(self.size))),
             "img_mean": tuple(min(255, round(255 * value)) for value in self.mean),
             "interpolation": Image.Resampling.BICUBIC,
             # At 10 posterize keeps no bit, which Pillow refuses.
@@ -121,7 +124,11 @@ class LabelledImages:
         self.crop_share, self.seed, self.channels = crop_share, seed, channels
         self._transform: Any = None
         self._crops = ViewSpec(
-            augmentation.size, augmentation.scale, hflip=augmentation.hflip, seed=seed
+            augmentation.size,
+            augmentation.scale,
+            ratio_for(augmentation.size),
+            augmentation.hflip,
+            seed,
         )
 
     def load(self, address: Address) -> LabelledBatch:
@@ -142,11 +149,11 @@ class LabelledImages:
         )
 
     def _seen(self, split: Split, position: int, epoch: int | None) -> np.ndarray:
-        """An image as it is trained on in an epoch, or its central square. Raises ImageFault."""
+        """An image as it is trained on in an epoch, or its centre crop. Raises ImageFault."""
         row, law = int(split.rows[position]), self.channels
         data, beside = split.of.images.read(row), split.of.beside.read(row, law)
         if epoch is None:
-            return central_square(
+            return centre_crop(
                 law, data, beside, share=self.crop_share, size=self.augmentation.size
             )
         if law is None:
@@ -158,7 +165,7 @@ class LabelledImages:
         return law.part(data, beside, place, size=self.augmentation.size)
 
     def _augmented(self, image: Image.Image, epoch: int, position: int) -> np.ndarray:
-        """uint8 [S, S, 3], as drawn for this image in this epoch."""
+        """uint8 [H, W, 3], as drawn for this image in this epoch."""
         self._transform = self._transform or self.augmentation.build()
         with seeded(self.seed, rng.AUGMENTED, (epoch, position)):
             return np.asarray(self._transform(image))

@@ -22,6 +22,7 @@ from timm.models import adapt_input_conv
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD
 from milan.core.progress import Progress
+from milan.core.size import as_size
 from milan.errors import ConfigError
 from milan.images.channels import RGB, Channels
 from milan.models.checkpoint_file import read_checkpoint
@@ -47,7 +48,7 @@ def initialise_from(
     """
     if config.init is None:
         return {}
-    size = student.encoder.patch_embed.img_size[0]
+    size = as_size(student.encoder.patch_embed.img_size)
     whole = _rils_file(config.init) if isinstance(student, RilsStudent) else None
     if whole:
         weights, joint = _of_rils(whole)
@@ -134,7 +135,7 @@ def check_absolute(init: str | None) -> None:
 
 def _fitting(weights: Weights, encoder: Any, config: PretrainConfig) -> State:
     """The weights as the encoder takes them. Raises ConfigError for the first that does not fit."""
-    state = resampled(weights.encoder, encoder)
+    state = resampled(weights.encoder, encoder, weights.size)
     if odd := misfit(state, encoder):
         raise ConfigError(
             f"the weights of {config.init} do not fit {config.model}: {odd}",

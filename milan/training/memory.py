@@ -87,13 +87,13 @@ def trial_batch(
     objective: Objective | None = None,
 ) -> Batch:
     """A micro-batch as it arrives on `device`; only its shapes are a store's."""
-    spec, edge = cache.spec, cache.view_spec.size
+    spec, shape = cache.spec, cache.view_spec.shape
     texts = objective is not None and objective.needs_texts
     tokens = texts or (objective is not None and objective.needs_tokens)
     first, *others = (_trial_codes(size, part, device) for part in cache.parts)
     rows = torch.zeros(size, dtype=torch.int64, device=device)
     return Batch(
-        torch.zeros(size, edge, edge, 3, dtype=torch.uint8, device=device),
+        torch.zeros(size, *shape, 3, dtype=torch.uint8, device=device),
         torch.ones(size, cache.masking.spec.tokens - 1, device=device),
         torch.full((size, student.patches), 0.5, device=device),
         rows,
@@ -103,7 +103,7 @@ def trial_batch(
         torch.ones(size, spec.channels, device=device) if texts else None,
         tuple(others),
         torch.full((size, 1 + len(others)), 0.5, device=device) if others else None,
-        _trial_channels(size, student, edge, device),
+        _trial_channels(size, student, shape, device),
     )
 
 
@@ -120,13 +120,13 @@ def _trial_codes(
 
 
 def _trial_channels(
-    size: int, student: Student, edge: int, device: torch.device
+    size: int, student: Student, shape: tuple[int, int], device: torch.device
 ) -> torch.Tensor | None:
     """What a student sees that does not see the teacher's pixels."""
     if not student.own_channels:
         return None
     count = student.encoder.patch_embed.proj.in_channels
-    return torch.zeros(size, count, edge, edge, device=device)
+    return torch.zeros(size, count, *shape, device=device)
 
 
 def _trial_ids(size: int, cache: TargetCache, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from milan.config import PretrainConfig
+from milan.core.size import as_size
 from milan.data.changed_images import CSV, changed_images
 from milan.data.dataset import CachedDataset
 from milan.data.order import Stream
@@ -105,7 +106,7 @@ def _summary_of(cache: TargetCache) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {
         "teacher": [part.attributes["about"]["name"] for part in cache.parts],
         "image_size": [cache.view_spec.size],
-        "grid": [part.grid for part in cache.parts],
+        "grid": [as_size(part.grid) for part in cache.parts],
         "width": [part.spec.channels for part in cache.parts],
         "codec": [part.spec.codec for part in cache.parts],
     }

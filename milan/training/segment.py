@@ -26,6 +26,7 @@ from milan.core.config_resolver import from_call
 from milan.core.device import autocast, network_input, seeded_weights
 from milan.core.progress import Progress
 from milan.core.signals import Stop
+from milan.core.size import Size, height_width
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import none_readable
 from milan.evaluation.config import SegmentConfig
@@ -129,8 +130,8 @@ class Segment(Supervised):
     def __init__(self, config: SegmentConfig, load: LoadTeacher | None = None) -> None:
         super().__init__(config)
         self.load, self.teacher = load, None
-        self.native_size = 0
-        """Edge of the images that the encoder was made for; known with its weights."""
+        self.native_size: Size = 0
+        """Of the images that the encoder was made for; known with its weights."""
 
     @property
     def linear(self) -> bool:
@@ -150,7 +151,10 @@ class Segment(Supervised):
         """Those of any ViT of timm, whose blocks can be looked at, or of the teacher."""
         if self.config.checkpoint == "teacher" and self.load and self.linear:
             self.teacher, weights = self.load(self.config)
-            self.config = replace(self.config, size=weights.size)
+            height, width = height_width(weights.size)
+            self.config = replace(
+                self.config, size=height, width=None if width == height else width
+            )
             return weights
         weights = initial_weights(replace(self.config, size=None))
         with torch.device("meta"):

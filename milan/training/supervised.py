@@ -19,11 +19,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from milan.core.config_resolver import load_recipe
 from milan.core.distributed import parallelise
 from milan.core.progress import Progress
+from milan.core.size import Size
 from milan.data.loader import BatchSource
 from milan.data.sampler import Address, Kind, split_over_ranks
 from milan.errors import ConfigError
 from milan.evaluation.config import SupervisedConfig, teacher_refused
 from milan.images.channels import Channels
+from milan.models.encoder import size_argument
 from milan.models.export import CHANNELS, read_about
 from milan.models.foreign import Weights
 from milan.models.state_dict import misfit
@@ -43,8 +45,8 @@ class Plan:
     precision: str
     """fp32, bf16 or fp16."""
     num_workers: int
-    size: int
-    """Edge of the images in pixels."""
+    size: Size
+    """Of the images, in pixels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Of the encoder's normalisation, of each channel."""
@@ -184,7 +186,7 @@ class Supervised(ABC):
     most: ClassVar[tuple[int, int]] = (128, 32)
     """Images at once: on a GPU (as published for ViT-B), and on a CPU."""
     compiles: ClassVar[bool] = True
-    """Whether the network can be tried on images [B, 3, S, S] and is left as it was by that: has no
+    """Whether the network can be tried on images [B, 3, H, W] and is left as it was by that: has no
     running statistics."""
     default_size: ClassVar[int | None] = None
     """Edge of the images in pixels, if not the encoder's."""
@@ -268,19 +270,16 @@ def initial_weights(config: SupervisedConfig) -> Weights:
     if name == "teacher":
         raise teacher_refused()
     if name != "random":
-        return find_weights(name, flag="--checkpoint", model=config.model, size=config.size)
+        return find_weights(name, flag="--checkpoint", model=config.model, size=config.image_size)
     if not config.like:
         args = dict(config.model_args)
-        size = args.pop("img_size", 224)
-        if not isinstance(size, int):
-            raise ConfigError(
-                f"model.img_size {size}",
-                expected="one number of pixels: images are square",
-                fix="--set model.img_size=224",
-            )
-        return Weights({}, config.model, config.size or size, args)
+        size = size_argument(args)
+        args.pop("img_size", None)
+        return Weights({}, config.model, config.image_size or size, args)
     if config.like.startswith("timm:") or is_foreign(config.like):
-        weights = find_weights(config.like, flag="--like", model=config.model, size=config.size)
+        weights = find_weights(
+            config.like, flag="--like", model=config.model, size=config.image_size
+        )
         return replace(weights, encoder={})
     about = read_about(config.like)
     return Weights(
@@ -294,7 +293,7 @@ def load_weights(vit: Any, weights: Weights, *, name: str, leave: tuple[str, ...
     `leave` stay as they are. Raises ConfigError for weights that do not fit."""
     if not weights.encoder:
         return
-    state = resampled(weights.encoder, vit)
+    state = resampled(weights.encoder, vit, weights.size)
     if odd := misfit(state, vit, leave=leave):
         raise ConfigError(
             f"the weights of {name} do not fit {weights.model}: {odd}",

@@ -28,6 +28,7 @@ from milan.core.launch import as_rank, launch
 from milan.core.paths import AnyPath
 from milan.core.progress import NoProgress, Progress
 from milan.core.signals import Stop
+from milan.core.size import height_width, size_in_words
 from milan.core.units import format_duration
 from milan.core.versions import version
 from milan.core.waiting import Stopped
@@ -223,7 +224,7 @@ def _data_of(config: SupervisedConfig) -> list[AnyPath]:
 def _compiled(task: SupervisedTask) -> Any:
     """The network that `loss` calls, as the setting `compile` asks for it."""
     plan, context, plain = task.plan, task.context, task.network
-    shape = (plan.micro_batch, len(plan.mean), plan.size, plan.size)
+    shape = (plan.micro_batch, len(plan.mean), *height_width(plan.size))
 
     def trial(network: Any) -> torch.Tensor:
         return network(torch.zeros(shape, device=context.device)).float().mean()
@@ -317,7 +318,7 @@ def _plan_of(work: Supervised, weights: Weights, context: Context) -> Plan:
         warmup_epochs=config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs,
         precision=precision_of(config.precision, context.device),
         num_workers=workers,
-        size=config.size or work.default_size or weights.size,
+        size=config.image_size or work.default_size or weights.size,
         mean=tuple(weights.mean),
         std=tuple(weights.std),
         micro_batch=_micro_batch(work, context),
@@ -386,8 +387,8 @@ def _note(plan: Plan, data: Any, weights: Weights, differs: Differing, context: 
     config, progress = plan.config, context.progress
     count = data.train_count
     progress.note(
-        f"training: {config.checkpoint} ({weights.model}) at {plan.size} pixels on {count:,} "
-        f"images of {len(data.classes):,} classes, validated on {data.val_count:,}"
+        f"training: {config.checkpoint} ({weights.model}) at {size_in_words(plan.size)} on "
+        f"{count:,} images of {len(data.classes):,} classes, validated on {data.val_count:,}"
     )
     if weights.said:
         progress.note(f"{config.checkpoint} was read {weights.said}")

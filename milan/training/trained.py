@@ -11,6 +11,7 @@ import torch
 from milan.config import PretrainConfig
 from milan.core.config_fields import names_in
 from milan.core.progress import NoProgress, Progress
+from milan.core.size import as_size
 from milan.errors import ConfigError, TrainError, nearest
 from milan.images.channels import Channels
 from milan.models.export import CHANNELS
@@ -94,7 +95,7 @@ def load_student(
         )
     student = build_student(
         settings["model"],
-        img_size=targets["image_size"],
+        img_size=as_size(targets["image_size"]),
         target_width=targets["width"],
         decoder_kind=settings["decoder_kind"],
         model_args=settings["model_args"],

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from milan.core.size import height_width
 from milan.errors import ConfigError, nearest
 from pipeline.teachers.load import Teacher
 
@@ -76,5 +77,5 @@ def teacher_seconds_on(accelerator: Accelerator, teacher: Teacher) -> float:
 def view_flop(teacher: Teacher) -> float:
     """Operations of a view: products of matrices, counted on tensors without memory."""
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counted:
-        teacher.forward(torch.zeros(1, 3, teacher.size, teacher.size, device=teacher.device))
+        teacher.forward(torch.zeros(1, 3, *height_width(teacher.size), device=teacher.device))
     return float(counted.get_total_flops())

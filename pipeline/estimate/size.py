@@ -115,12 +115,12 @@ def _fixed(spec: CacheSpec, attributes: dict, first: bool, classes: int) -> tupl
     """(bytes, files, folders) of a generation without its rows, its index entry included."""
     tables: dict[str, np.ndarray] = {}
     if first:
-        size, canaries = spec.view_law["size"], min(CANARIES, spec.rows)
+        canaries = min(CANARIES, spec.rows)
         tables = {
             f"codec/{name}": table
             for name, table in stand_in(spec.codec, spec.channels).tables.items()
         }
-        tables["canary/pixels"] = np.zeros((canaries, size, size, 3), np.uint8)
+        tables["canary/pixels"] = np.zeros((canaries, *spec.view_shape, 3), np.uint8)
         tables["canary/features"] = np.zeros((canaries, spec.tokens, spec.channels), np.float32)
         tables["canary/attention"] = np.zeros((canaries, spec.tokens - 1), np.float32)
     if spec.texts and classes and spec.first_view == 0:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from milan.core.progress import Progress
+from milan.core.size import height_width
 from milan.errors import CacheError
 from milan.store.codecs import Codec, codec_of
 from milan.store.format import CacheSpec
@@ -174,8 +175,8 @@ def scratch(location: Location) -> Iterator[Path]:
 def _teacher_seconds(work: Plan) -> float:
     """Seconds of the teacher for a view, the faster of two batches of noise."""
     views = _VIEWS if work.teacher.device.type == "cpu" else work.batch_size
-    size = work.teacher.size
-    pixels = np.random.default_rng(0).integers(0, 256, (views, size, size, 3), np.uint8)
+    shape = (views, *height_width(work.teacher.size), 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     seconds = []
     for _ in range(2):
         started = time.perf_counter()

@@ -158,7 +158,7 @@ def check_canaries(root: AnyPath, teacher: Teacher) -> None:
 
 
 def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [n], pixels uint8 [n, S, S, 3]): first views of the first n <= `count` images.
+    """(rows [n], pixels uint8 [n, H, W, 3]): first views of the first n <= `count` images.
 
     Images that cannot be decoded are skipped.
     """
@@ -185,7 +185,7 @@ def _first_views(spec: CacheSpec, source: ImageSource, count: int) -> tuple[np.n
                 views.append(pixels)
             if len(views) == count:
                 break
-    empty = np.empty((0, view_spec.size, view_spec.size, 3), np.uint8)
+    empty = np.empty((0, *view_spec.shape, 3), np.uint8)
     return np.array(rows, np.int64), np.stack(views) if views else empty
 
 

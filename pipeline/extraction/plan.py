@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from milan.core.paths import AnyPath, names_in
 from milan.core.progress import Progress
+from milan.core.size import size_in_words
 from milan.core.versions import version
 from milan.errors import ConfigError, DataError
 from milan.images.manifest import Manifest, build_manifest, describe_source, resolve_data
@@ -83,13 +84,13 @@ def teacher_spec(config: ExtractConfig, hardware: Hardware) -> TeacherSpec:
     if config.targets == "none":
         name = config.teacher if config.teacher.startswith(PREFIX) else PREFIX + config.teacher
         return TeacherSpec(
-            name, None, "imagenet", config.img_size, "fp32", config.offline, texts=True
+            name, None, "imagenet", config.view_size, "fp32", config.offline, texts=True
         )
     return TeacherSpec(
         name=config.teacher,
         pretrained=config.pretrained,
         norm=config.teacher_norm,
-        img_size=config.img_size,
+        img_size=config.view_size,
         precision=hardware.precision if config.precision == "auto" else config.precision,
         offline=config.offline,
         texts=config.texts,
@@ -166,13 +167,13 @@ def plan(config: ExtractConfig, progress: Progress) -> Plan:
     about, identity = teacher.about, teacher.identity
     warning = ", RANDOM WEIGHTS (for tests of shape and speed only)"
     line = (
-        f"teacher: {about['name']} ({about['pretrained']}), {teacher.size} px, "
+        f"teacher: {about['name']} ({about['pretrained']}), {size_in_words(teacher.size)}, "
         f"{teacher.tokens} x {teacher.channels}, {identity['precision']} on {teacher.device}, "
         f"normalisation {about['normalisation']}, licence of the weights: {about['licence']}"
         + (warning if about["random_weights"] else "")
     )
     if texts and config.targets == "none":
-        line = f"targets: none; views of {teacher.size} px, and of each image up to "
+        line = f"targets: none; views of {size_in_words(teacher.size)}, and of each image up to "
         line += f"{texts['captions']} captions of up to {texts['context']} token ids"
     progress.note(line)
     for note in about["notes"]:

@@ -44,7 +44,7 @@ class _Rendered:
     """An image after decoding: its K views, or the reason why it was rejected."""
 
     row: int
-    pixels: list[np.ndarray] | None = None  # K x [S, S, 3] uint8
+    pixels: list[np.ndarray] | None = None  # K x [H, W, 3] uint8
     sums: list[int] | None = None  # their K checksums
     crops: np.ndarray | None = None  # [K, 5]
     packed: list[bytes] | None = None  # K pictures, if views are stored
@@ -290,7 +290,7 @@ def same_teacher(teacher: Teacher, spec: CacheSpec) -> bool:
 
 @torch.inference_mode()
 def targets_of(teacher: Teacher, codec: Codec, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is stored of views [B, S, S, 3] uint8, by array, and `faults` [B] (`target_faults`).
+    """What is stored of views [B, H, W, 3] uint8, by array, and `faults` [B] (`target_faults`).
 
     All of it on the teacher's device, which nobody waits for.
     """

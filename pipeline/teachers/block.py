@@ -53,11 +53,11 @@ class BlockTower(Tower):
         ]
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, S, S] to [B, T, C]; the whole tower runs, for its attention."""
+        """[B, 3, H, W] to [B, T, C]; the whole tower runs, for its attention."""
         self.tower.tokens(images)
         assert self._output is not None
         output, self._output = self._output, None
-        patches = output[:, output.shape[1] - (self.size // self.patch) ** 2 :]
+        patches = output[:, output.shape[1] - self.patches :]
         first = output[:, :1] if self.pooling == "token" else patches.mean(dim=1, keepdim=True)
         return torch.cat([first, patches], dim=1)
 

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
 from milan.core.device import seeded_weights
+from milan.core.size import Size, as_size, height_width
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from milan.models.checkpoint_file import CLIP_CONFIG, CLIP_FILES
@@ -65,7 +69,7 @@ def _pretrained(spec: TeacherSpec) -> str:
     if spec.name == DEFAULT_TEACHER:
         return DEFAULT_PRETRAINED
     config, _, _ = _local_or_named_config(spec.name, texts=False)  # a name first, then weights
-    _size_options(spec.name, config, None)
+    _check_size(spec.name, config, None)
     raise TeacherError(
         f"--teacher {spec.name} without --pretrained",
         expected="a tag, a weight file, or none",
@@ -90,9 +94,12 @@ def load_clip(spec: TeacherSpec) -> Loaded:
     published = spec.name.startswith(_PUBLISHED)
     clip = (_build_published if published else _build_from_config)(spec, pretrained)
     visual, vision = clip.model.visual, clip.config["vision_cfg"]
+    # Positions in a file are of its own size: towers are resized once their weights are loaded.
     if "timm_model_name" in vision:
         # As open_clip does, but of the config's size too: a trunk of another size would not run.
-        resize(spec.name, visual.trunk, spec.img_size or int(visual.image_size[0]))
+        resize(spec.name, visual.trunk, spec.img_size or as_size(visual.image_size))
+    elif spec.img_size:
+        _resize_native(visual, spec.img_size)
     architecture = {key: vision[key] for key in sorted(vision) if key not in _NOT_ARCHITECTURE}
     if "timm_model_name" not in vision:  # timm's towers run the activation of their own name
         architecture["quick_gelu"] = bool(clip.config.get("quick_gelu", False))
@@ -109,13 +116,13 @@ def _build_published(spec: TeacherSpec, pretrained: str) -> _Clip:
 
     name = spec.name
     config = _published_config(name)
-    options = _size_options(name, config, spec.img_size)
+    _check_size(name, config, spec.img_size)
     with seeded_weights(0):
         try:
             with stalled_connections_fail():
                 model = open_clip.create_model(
                     name, load_weights=pretrained != "none", require_pretrained=not pretrained,
-                    force_patch_dropout=0.0, **options,
+                    force_patch_dropout=0.0,
                 )  # fmt: skip
         except Exception as error:  # pickle, safetensors, torch and the hub: each has its own
             reason = " ".join(str(error).split())[:300]
@@ -129,7 +136,7 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
 
     name, notes = spec.name, list[str]()
     config, preprocess, source = _local_or_named_config(name, texts=spec.texts)
-    options = _size_options(name, config, spec.img_size)
+    _check_size(name, config, spec.img_size)
     state, licence = None, "none (random weights)"
     if pretrained != "none":
         tag = open_clip.get_pretrained_cfg(name, pretrained) if not source else {}
@@ -161,7 +168,7 @@ def _build_from_config(spec: TeacherSpec, pretrained: str) -> _Clip:
         Path(folder, CLIP_CONFIG).write_text(json.dumps(hub_config), encoding="utf-8")
         try:
             model = open_clip.create_model(
-                f"local-dir:{folder}", load_weights=False, force_patch_dropout=0.0, **options
+                f"local-dir:{folder}", load_weights=False, force_patch_dropout=0.0
             )
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise TeacherError(f"the model config of {name} is not usable: {error}") from None
@@ -308,7 +315,7 @@ def _may_be_teacher(name: str) -> bool:
 
     config = open_clip.get_model_config(name)
     try:
-        _size_options(name, config, None)
+        _check_size(name, config, None)
         return not config["vision_cfg"].get("attentional_pool")
     except TeacherError:
         return False
@@ -402,22 +409,33 @@ def _tower(name: str, visual: Any) -> Tower:
     return TimmTower(name, visual, trunk, visual.head, trunk.global_pool)
 
 
-def _size_options(name: str, config: dict, img_size: int | None) -> dict[str, int]:
-    """open_clip's options for the image size. Refuses unusable towers before they are built.
+def _check_size(name: str, config: dict, size: Size | None) -> None:
+    """Refuse towers that cannot be used before they are built, and sizes that patches do not tile.
 
-    A timm tower is resized after its weights are loaded: positions in a file are of its own size.
+    Raises TeacherError.
     """
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
         check_module(name, vision["timm_model_name"])
-        return {}
-    if isinstance(vision.get("layers"), list):
+    elif isinstance(vision.get("layers"), list):
         refuse(name, "its image tower is a ResNet")
-    if not img_size:
-        return {}
-    if vision.get("patch_size"):
-        check_tiling(img_size, vision["patch_size"])
-    return {"force_image_size": img_size}
+    elif size and vision.get("patch_size"):
+        check_tiling(size, vision["patch_size"])
+
+
+def _resize_native(visual: Any, size: Size) -> None:
+    """Make open_clip's own ViT take images of `size`, as its `force_image_size` does.
+
+    That is decided by the number of positions alone, and 7 x 28 are as many as 14 x 14.
+    """
+    height, width = height_width(size)
+    if (height, width) == tuple(visual.image_size):
+        return
+    positions = visual.positional_embedding
+    grid = (height // visual.patch_size[0], width // visual.patch_size[1])
+    new = resample_abs_pos_embed(positions.data[None], list(grid), list(visual.grid_size))[0]
+    visual.positional_embedding = nn.Parameter(new, requires_grad=positions.requires_grad)
+    visual.image_size, visual.grid_size = (height, width), grid
 
 
 FAMILY: Final = Family(lambda name: True, load_clip, weights_of)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from milan.core.atomic import digest_of
-from milan.errors import ConfigError
+from milan.core.size import as_size
 from milan.evaluation.config import SegmentConfig
 from milan.models.foreign import Weights
 from pipeline.teachers.load import Teacher, load_teacher
@@ -24,24 +24,18 @@ class DenseTeacher(nn.Module):
         self.num_features, self.blocks = teacher.channels, (teacher.visual,)
 
     def forward_intermediates(self, images: torch.Tensor, **_: Any) -> list[torch.Tensor]:
-        """Normalised images [B, 3, S, S] to one map [B, C, S / patch, S / patch]."""
+        """Normalised images [B, 3, H, W] to one map [B, C, H / patch, W / patch]."""
         patches = self._tower.tokens(images)[:, 1:]
-        grid = round(patches.shape[1] ** 0.5)
-        return [patches.transpose(1, 2).reshape(len(images), -1, grid, grid)]
+        return [patches.transpose(1, 2).unflatten(2, self._tower.grid)]
 
 
 def dense_teacher(config: SegmentConfig) -> tuple[DenseTeacher, Weights]:
-    """The teacher that `config` names, on the CPU, and what it is; for squares of its size or
-    `config.size`. Raises TeacherError as load_teacher does, ConfigError for other windows."""
-    if config.width not in (None, config.size):
-        raise ConfigError(
-            f"windows of {config.width} x {config.size} pixels for the teacher",
-            expected="squares, whose features it gives",
-            fix="without --width",
-        )
+    """The teacher that `config` names, on the CPU, and what it is; for windows of its size, or of
+    `config.size` and `config.width`. Raises TeacherError as load_teacher does."""
+    window = None if config.size is None else as_size((config.size, config.width or config.size))
     spec = TeacherSpec(
         config.teacher or DEFAULT_TEACHER, config.pretrained, config.teacher_norm,
-        img_size=config.size, precision="fp32",
+        img_size=window, precision="fp32",
     )  # fmt: skip
     teacher = load_teacher(spec, device="cpu")
     norm, name = teacher.identity["normalisation"], f"teacher {teacher.about['name']}"

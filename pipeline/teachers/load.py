@@ -4,9 +4,9 @@ To add a family of teachers, write one file like `timm_vit.py`: a loader from a 
 `Loaded` (its tower is a `Tower`, pipeline/teachers/towers.py), declared as `FAMILY`; and name it in
 `FAMILIES` below. docs/teachers.md has a table row for each kind of tower.
 
-Shapes: B views, S pixels an edge, N patches, T = 1 + N tokens with the class token (or what takes
-its place, see pipeline/teachers/towers.py) first, C the features' width: of a CLIP, the joint width
-of image and text.
+Shapes: B views of H x W pixels, N patches, T = 1 + N tokens with the class token (or what takes its
+place, see pipeline/teachers/towers.py) first, C the features' width: of a CLIP, the joint width of
+image and text.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class Teacher:
             texts.model.to(device)
         self.identity, self.about, self.device = identity, about, device
         self.size, self.patch, self.channels = tower.size, tower.patch, tower.channels
-        self.tokens = 1 + (self.size // self.patch) ** 2
+        self.tokens = 1 + tower.patches
 
     @torch.inference_mode()
     def targets(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [B, T, C] and attention [B, N] (> 0) of views, uint8 [B, S, S, 3]; float32."""
+        """Features [B, T, C] and attention [B, N] (> 0) of views, uint8 [B, H, W, 3]; float32."""
         images = torch.as_tensor(pixels).to(self.device)
         norm = self.identity["normalisation"]
         return self.forward(normalise(images, norm["mean"], norm["std"]))
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `targets`, of normalised images [B, 3, S, S], float32."""
+        """As `targets`, of normalised images [B, 3, H, W], float32."""
         with autocast(self.device, self.identity["precision"]):
             tokens = self.tower.tokens(images)
         return tokens.float(), self.tower.attention()
@@ -108,7 +108,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "auto") -> Teacher:
         "weights": weights_digest(tower.module),
         "architecture": loaded.architecture,
         "channels": tower.channels,
-        "image_size": tower.size,
+        "image_size": tower.size if isinstance(tower.size, int) else list(tower.size),
         "patch_size": tower.patch,
         "normalisation": {"mean": [float(m) for m in mean], "std": [float(s) for s in std]},
         "precision": precision,

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from milan.core.device import MEAN, STD
+from milan.core.size import Size, as_size, height_width
 from pipeline.teachers import clip
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import Tokens
@@ -23,10 +24,10 @@ PREFIX: Final = "none:"
 class NoTower(Tower):
     """A tower without a channel; an image is one patch."""
 
-    pooling, left_out, channels, plain = "token", 0, 0, True
+    pooling, left_out, channels, plain, patches = "token", 0, 0, True, 1
 
-    def __init__(self, size: int) -> None:
-        self.module, self.size, self.patch = torch.nn.Identity(), size, size
+    def __init__(self, size: Size) -> None:
+        self.module, self.size, self.patch = torch.nn.Identity(), size, max(height_width(size))
 
     def about(self) -> dict:
         """Nothing: no feature and no attention is stored."""
@@ -46,8 +47,7 @@ def load(spec: TeacherSpec) -> Loaded:
     """The tokenizer that `spec` names, and the size of its images."""
     name = spec.name.removeprefix(PREFIX)
     config, tokenizer = clip.architecture_of(name), clip.tokenizer_of(name)
-    size = spec.img_size or config["vision_cfg"].get("image_size", 224)
-    size = size if isinstance(size, int) else size[0]
+    size = spec.img_size or as_size(config["vision_cfg"].get("image_size", 224))
     texts = Tokens(name, tokenizer, config)
     own = {"mean": MEAN, "std": STD}
     return Loaded(NoTower(size), {}, own, "none", "none needed", [], texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from milan.core.size import Size, as_size
 from milan.errors import CacheError
 
 DEFAULT_TEACHER: Final = "ViT-B-16-quickgelu"
@@ -23,8 +24,8 @@ class TeacherSpec:
     weights. Default: `openai` for the default teacher, timm's own default for a ViT of timm."""
     norm: str | None = None
     """`imagenet` (as in the published results; default of the default teacher) or `own`."""
-    img_size: int | None = None
-    """Edge in pixels; position embeddings are interpolated. Default: the teacher's own."""
+    img_size: Size | None = None
+    """Of its images, in pixels; positions are interpolated. Default: the teacher's own."""
     precision: str = "auto"
     """fp32, bf16 or fp16 (autocast); auto: fp16 on CUDA as published, else fp32."""
     offline: bool = False
@@ -44,7 +45,8 @@ class TeacherSpec:
     def recorded(cls, values: dict[str, Any]) -> TeacherSpec:
         """The one that a store's origin.json has. Raises CacheError if it has other fields."""
         try:
-            return cls(**values)
+            spec = cls(**values)
+            return replace(spec, img_size=None if spec.img_size is None else as_size(spec.img_size))
         except TypeError as error:
             raise CacheError(
                 f"the teacher in the store's origin.json is not one: {error}",

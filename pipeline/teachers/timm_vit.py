@@ -18,6 +18,7 @@ from timm.models import (
 from torch import nn
 
 from milan.core.device import seeded_weights
+from milan.core.size import Size, height_width
 from milan.core.waiting import stalled_connections_fail
 from milan.errors import TeacherError, nearest
 from pipeline.teachers.spec import TeacherSpec
@@ -194,28 +195,29 @@ def _published(cfg: Any, what: str, offline: bool) -> dict[str, torch.Tensor]:
         raise not_here(what, wanted, offline=offline, error=error) from None
 
 
-def resize(name: str, trunk: Any, size: int | None) -> None:
-    """Make `trunk` take images of `size` pixels; positions are resampled by timm, bicubic.
+def resize(name: str, trunk: Any, size: Size | None) -> None:
+    """Make `trunk` take images of `size`; positions are resampled by timm, bicubic.
 
     None leaves it as it is. Raises TeacherError unless it is a ViT whose patches tile the size.
     """
     check_vit(name, trunk)
-    if size is None or (size, size) == tuple(trunk.patch_embed.img_size):
+    if size is None or height_width(size) == tuple(trunk.patch_embed.img_size):
         return
     check_tiling(size, patch_of(trunk))
     if not hasattr(trunk, "set_input_size"):
         refuse(name, f"this timm cannot resize a {type(trunk).__name__} (--img-size)")
-    trunk.set_input_size(img_size=(size, size))
+    trunk.set_input_size(img_size=height_width(size))
 
 
-def check_tiling(size: int, patch: int) -> None:
-    """Raises TeacherError, with the two nearest sizes, unless patches tile `size` pixels."""
-    if size % patch:
-        low = max(patch, size // patch * patch)
-        raise TeacherError(
-            f"--img-size {size} is not a whole number of the teacher's {patch}-pixel patches",
-            fix=f"--img-size {low} or {low + patch}",
-        )
+def check_tiling(size: Size, patch: int) -> None:
+    """Raises TeacherError, with the two nearest sizes, unless patches tile images of `size`."""
+    for flag, edge in zip(("--img-size", "--img-width"), height_width(size), strict=True):
+        if edge % patch:
+            low = max(patch, edge // patch * patch)
+            raise TeacherError(
+                f"{flag} {edge} is not a whole number of the teacher's {patch}-pixel patches",
+                fix=f"{flag} {low} or {low + patch}",
+            )
 
 
 FAMILY: Final = Family(lambda name: name.startswith("timm:"), load_timm_vit, weights_of)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from milan.core.device import kept_copy
+from milan.core.size import Size, as_size, height_width, size_in_words
 from milan.errors import TeacherError
 from pipeline.teachers.spec import TeacherSpec
 from pipeline.teachers.text_tower import TextTower
@@ -83,9 +84,10 @@ class Tower(ABC):
     """token, map or avg."""
     left_out: int
     """Tokens that are neither row 0 nor patches: registers, or a class token that is not used."""
-    size: int
-    """Edge of an image in pixels."""
+    size: Size
+    """Of an image, in pixels."""
     patch: int
+    """Edge of a patch in pixels; it tiles the image."""
     channels: int
     """C."""
     blocks: Any
@@ -117,9 +119,21 @@ class Tower(ABC):
             note += " (registers, an unused class token)"
         return [note]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of its patches."""
+        height, width = height_width(self.size)
+        return height // self.patch, width // self.patch
+
+    @property
+    def patches(self) -> int:
+        """N."""
+        rows, columns = self.grid
+        return rows * columns
+
     @abstractmethod
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B, 3, S, S] to features [B, T, C]; under the caller's autocast."""
+        """Normalised images [B, 3, H, W] to features [B, T, C]; under the caller's autocast."""
 
     @abstractmethod
     def attention(self) -> torch.Tensor:
@@ -134,10 +148,9 @@ class NativeTower(Tower):
         why = ""
         if visual.attn_pool is not None:
             why = "it pools by attention, so ln_post and proj do not apply to its tokens"
-        elif visual.image_size[0] != visual.image_size[1]:
-            why = f"its images are not square: {visual.image_size}"
-        elif visual.image_size[0] % visual.patch_size[0]:
-            why = f"{visual.patch_size[0]}-pixel patches do not tile {visual.image_size[0]} pixels"
+        elif any(edge % visual.patch_size[0] for edge in visual.image_size):
+            shape = size_in_words(as_size(visual.image_size))
+            why = f"{visual.patch_size[0]}-pixel patches do not tile {shape}"
         elif not isinstance(block.attn, nn.MultiheadAttention):
             why = "its attention is not a plain one"
         elif not hasattr(block.ln_1, "eps"):
@@ -150,7 +163,7 @@ class NativeTower(Tower):
         self.pooling = "token" if visual.pool_type == "tok" else "avg"
         self.plain = self.pooling == "token"
         self.left_out = 0 if self.plain else 1
-        self.size, self.patch = int(visual.image_size[0]), int(visual.patch_size[0])
+        self.size, self.patch = as_size(visual.image_size), int(visual.patch_size[0])
         self.channels = int(visual.proj.shape[1])
         self.blocks, self.width = visual.transformer.resblocks, int(visual.proj.shape[0])
         visual.output_tokens = False
@@ -192,18 +205,15 @@ class TimmTower(Tower):
     ) -> None:
         check_vit(name, trunk)
         embed = trunk.patch_embed
-        self.size, self.patch = int(embed.img_size[0]), patch_of(trunk)
+        self.size, self.patch = as_size(embed.img_size), patch_of(trunk)
         self.module, self.trunk, self.head, self.pooling = module, trunk, head, pooling
         self.prefix: int = trunk.num_prefix_tokens
         self.left_out = self.prefix - (pooling == "token")
-        self.patches: int = embed.num_patches
         self.blocks, self.width = trunk.blocks, int(trunk.embed_dim)
         attn: Any = trunk.attn_pool if pooling == "map" else getattr(trunk.blocks[-1], "attn", None)
         why = ""
-        if embed.img_size[0] != embed.img_size[1]:
-            why = f"its images are not square: {embed.img_size}"
-        elif self.patches * self.patch**2 != self.size**2:
-            why = f"{self.patch}-pixel patches do not tile {self.size} pixels"
+        if tuple(embed.grid_size) != self.grid or embed.num_patches != self.patches:
+            why = f"{self.patch}-pixel patches do not tile {size_in_words(self.size)}"
         elif pooling not in CLASS_TOKEN:
             why = f"it pools by {pooling!r}"
         elif attn is None:

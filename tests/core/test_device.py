@@ -95,8 +95,8 @@ def test_nothing_fake_is_kept() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             on_gpu = [fake.from_tensor(t).to(GPU) for t in (codes, scale, features, attention)]
             assert codec.decode(*on_gpu[:2]).device == GPU
-            assert resampled_features(on_gpu[2], 9).device == GPU
-            assert resampled_attention(on_gpu[3], 9).device == GPU
+            assert resampled_features(on_gpu[2], 9, 1).device == GPU
+            assert resampled_attention(on_gpu[3], 9, 1).device == GPU
             pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8, device=GPU)
             assert normalise(pixels, MEAN, STD).device == GPU
 

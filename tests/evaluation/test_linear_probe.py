@@ -365,12 +365,11 @@ def one_image_each(folder: Path) -> dict[str, Any]:
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str | None]] = {
     "several labels of an image": (lists_of_labels, "label"),
     "a checkpoint without encoder": (no_encoder, r"no encoder\.safetensors at"),
-    "an input that is not square": (
-        lambda f: random_encoder(f, model_args={"img_size": [32, 64]}),
-        "has a grid that is not square",
-    ),
     "an input that is no size": (
-        lambda f: random_encoder(f, model_args={"img_size": "large"}), "cannot be built with"
+        lambda f: random_encoder(f, model_args={"img_size": "large"}), "img_size='large'"
+    ),
+    "an input of three sizes": (
+        lambda f: random_encoder(f, model_args={"img_size": [8, 8, 8]}), "height and width"
     ),
     "no model of timm": (lambda f: random_encoder(f, like="timm:vit_x"), "unknown timm model"),
     "an empty split": (

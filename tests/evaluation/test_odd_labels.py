@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str | None]] = {
     "images smaller than a patch": (lambda f: pair(f, "abc", "abc", size=(2, 1)), None),
     "images that are not square": (lambda f: pair(f, "abc", "abc", size=(50, 7)), None),
     "an encoder that is not square": (
-        lambda f: pair(f, "abc", "abc") | {"model_args": {"img_size": [16, 32]}}, "square"
+        lambda f: pair(f, "abc", "abc") | {"model_args": {"img_size": [16, 32]}}, None
     ),
     "several labels of an image": (several_labels, "label"),
 }  # fmt: skip

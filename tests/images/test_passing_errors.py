@@ -29,7 +29,7 @@ from milan.core.signals import Stop
 from milan.data.changed_images import changed_images
 from milan.data.dataset import open_cache
 from milan.errors import CacheError, DataError, ImageFault, MachineError
-from milan.evaluation.features import _central_square
+from milan.evaluation.features import _centre_crop
 from milan.evaluation.frozen import Frozen
 from milan.evaluation.splits import LabelledSet
 from milan.images import decode as decoding
@@ -186,7 +186,7 @@ def test_whoever_reads_images_ends(
         "changed images": lambda: changed_images(
             dataset, at[0], stop=Stop(), progress=NoProgress()
         ),
-        "probe": lambda: _central_square(labelled, network, 0.875, None, 0, square),
+        "probe": lambda: _centre_crop(labelled, network, 0.875, None, 0, square),
         "audit": lambda: verify(store, audit=Audit(4)),
     }
     images, labels = dataset.source, dataset.labels

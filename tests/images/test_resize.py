@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from milan.core.size import Size, height_width
 from milan.images import resize as resizing
 from milan.images.resize import resize
 from milan.images.views import View, render
@@ -25,8 +26,9 @@ def anew() -> Iterator[None]:
         known.cache_clear()
 
 
-def pillows(pixels: np.ndarray, size: int, flip: bool) -> np.ndarray:
-    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+def pillows(pixels: np.ndarray, size: Size, flip: bool) -> np.ndarray:
+    height, width = height_width(size)
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized)[:, ::-1] if flip else np.asarray(resized)
 
 
@@ -40,10 +42,11 @@ SHAPES = [
 @compiled
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_values_are_pillows(flip: bool) -> None:
-    """Of noise, which meets every rounding: smaller, larger, either direction first, one pixel."""
+    """Of noise, which meets every rounding: smaller, oblong, either direction first, one pixel."""
     rng = np.random.default_rng(7)
     random = [(*rng.integers(1, 90, 2), int(rng.integers(1, 50))) for _ in range(60)]
-    for height, width, size in [*SHAPES, *random]:
+    wide = [(h, w, (int(a), int(b))) for h, w, a, b in rng.integers(1, 70, (150, 4))]
+    for height, width, size in [*SHAPES, *random, *wide]:
         whole = rng.integers(0, 256, (height + 2, width + 3, 3), np.uint8)
         cut = whole[1 : 1 + height, 2 : 2 + width]
         ours = resize(cut, size, flip=flip)
@@ -64,7 +67,7 @@ def test_both_orders_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     resizing._rule.cache_clear()
     assert resizing._rule() == 1 - followed
     assert np.array_equal(resize(tall, 20), pillows(tall, 20, False))
-    monkeypatch.setattr(resizing, "_RULES", (lambda height, width, size: height < width,))
+    monkeypatch.setattr(resizing, "_RULES", (lambda rows, columns: rows[0] < columns[0],))
     resizing._rule.cache_clear()
     assert resize(tall, 20) is None
 

@@ -178,8 +178,8 @@ def test_a_square_is_of_the_image_whose_file_it_is(photos: Path) -> None:
     image = decode_pixels(data)
     law = Channels("rgb,1", paired=True, mean=(0.0,) * 4, std=(1.0,) * 4)
     depth = image[..., 1].astype(np.float32) / 3
-    square = law.square(data, saved(np.save, depth), share=0.875, size=24)
+    square = law.centre_crop(data, saved(np.save, depth), share=0.875, size=24)
     assert square.shape == (4, 24, 24)
     assert np.abs(square[3] * 3 - square[1]).max() < 2
     with pytest.raises(ImageFault, match="other-size"):
-        law.square(data, saved(np.save, depth[1:]), share=0.875, size=24)
+        law.centre_crop(data, saved(np.save, depth[1:]), share=0.875, size=24)

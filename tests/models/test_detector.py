@@ -123,7 +123,7 @@ def test_positions_are_interpolated() -> None:
             [torch.full((1, 1, 32), 7.0), plane.view(1, 16, 1).expand(1, 16, 32)], 1
         )
     }
-    new = interpolated(state, vit)["pos_embed"]
+    new = interpolated(state, vit, 1)["pos_embed"]
     assert new.shape == (1, 65, 32)
     assert (new[:, 0] == 7).all()
     inner = new[0, 1:, 0].view(8, 8)[2:6, 2:6]

@@ -231,7 +231,7 @@ def test_the_image_tower_of_a_clip(teacher_files: dict[str, str], tmp_path: Path
         found.model, ("cell",), masks=False, size=64, model_args=found.args, window=0, width=8
     )
     under = detector_encoder(detecting)
-    known = replace(found, encoder=interpolated(found.encoder, under))
+    known = replace(found, encoder=interpolated(found.encoder, under, found.size))
     load_weights(under, known, name="", leave=("head.", "norm."))
     with torch.no_grad():
         maps = Detector(under, detecting).backbone(torch.randn(1, 3, 64, 64))

@@ -43,7 +43,7 @@ def test_positions_for_any_grid(window: tuple[int, int]) -> None:
     made = create_vit("vit_tiny_patch16_224", img_size=32, args=ARGS)
     ours = create_encoder("vit_tiny_patch16_224", ARGS, size=32)
     set_window(ours, window)
-    ours.load_state_dict(resampled(made.state_dict(), ours), strict=True)
+    ours.load_state_dict(resampled(made.state_dict(), ours, 1), strict=True)
     theirs = create_vit("vit_tiny_patch16_224", img_size=32, args=ARGS)
     theirs.load_state_dict(made.state_dict())
     theirs.set_input_size(img_size=window)
@@ -53,7 +53,7 @@ def test_positions_for_any_grid(window: tuple[int, int]) -> None:
         expected = theirs.eval().forward_features(images)
         assert torch.equal(ours.eval().forward_features(images), expected)
     sincos = build_encoder("vit_tiny_patch16_224", img_size=32, args=ARGS)
-    found = resampled(sincos.state_dict(), ours)["pos_embed"]
+    found = resampled(sincos.state_dict(), ours, 1)["pos_embed"]
     grid = window[0] // 8, window[1] // 8
     assert torch.allclose(found[:, 1:], sincos_positions(32, grid)[:, 1:], atol=1e-6)
 

@@ -39,7 +39,7 @@ def ramp(grid: int) -> torch.Tensor:
 @pytest.mark.parametrize(("old", "new"), PAIRS[:-1])
 def test_a_gradient_stays_where_it_is(old: int, new: int) -> None:
     """No flip, no transpose, no half-pixel shift: inside, a ramp is the other grid's ramp."""
-    got, expected = resampled_features(ramp(old), new * new), ramp(new)
+    got, expected = resampled_features(ramp(old), new * new, 1), ramp(new)
     assert got.shape == expected.shape
     assert torch.equal(got[:, 0], ramp(old)[:, 0])
     assert torch.allclose(got[..., 2][:, 1:], torch.ones(1, new * new), atol=1e-6)
@@ -65,7 +65,7 @@ def test_a_gradient_image_seen_in_patches_of_two_sizes(teacher: int, student: in
         return torch.cat([tokens[:, :1], tokens], dim=1)
 
     new = 224 // student
-    got = resampled_features(seen(teacher), new * new)[:, 1:].view(new, new, 3)
+    got = resampled_features(seen(teacher), new * new, 1)[:, 1:].view(new, new, 3)
     apart = (got - seen(student)[:, 1:].view(new, new, 3)).abs()
     # At the edges there is nothing beyond to interpolate with.
     edge = -(-teacher // student)
@@ -81,7 +81,7 @@ def test_features_are_torchs_bilinear(old: int, new: int) -> None:
     theirs = F.interpolate(
         grid, size=(new, new), mode="bilinear", align_corners=False, antialias=new < old
     )
-    got = resampled_features(features, new * new)[:, 1:]
+    got = resampled_features(features, new * new, 1)[:, 1:]
     assert (got - theirs.flatten(2).transpose(1, 2)).abs().max() < 1e-5
 
 
@@ -90,7 +90,7 @@ def test_attention_is_spread_over_its_area(old: int, new: int) -> None:
     """Positive, the same sum, the same mass in every corner; within a patch it is even."""
     weights = torch.randn(3, old * old, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
     weights[:, 0] = 1e-30
-    got = resampled_attention(weights, new * new)
+    got = resampled_attention(weights, new * new, 1)
     assert got.shape == (3, new * new)
     assert (got > 0).all()
     assert torch.allclose(got.sum(dim=1), weights.sum(dim=1), atol=1e-6)
@@ -109,9 +109,9 @@ def test_attention_is_spread_over_its_area(old: int, new: int) -> None:
 def test_halves_are_not_computed_in_halves() -> None:
     """Training calls it under autocast; a density in bfloat16 would lose a hundredth."""
     weights = torch.rand(1, 49) + 0.01
-    expected = resampled_attention(weights, 196), resampled_features(ramp(7), 196)
+    expected = resampled_attention(weights, 196, 1), resampled_features(ramp(7), 196, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        got = resampled_attention(weights, 196), resampled_features(ramp(7), 196)
+        got = resampled_attention(weights, 196, 1), resampled_features(ramp(7), 196, 1)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.optim import param_groups_weight_decay
 
 from milan.config import PretrainConfig
+from milan.core.size import Size, height_width
 from milan.data.dataset import CachedDataset, open_cache
 from milan.data.loader import Batch, training_loader
 from milan.data.order import order_of
@@ -63,9 +64,8 @@ def wide_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def teacher(wide_files: dict[str, str]) -> Teacher:
-    spec = TeacherSpec(wide_files["teacher"], wide_files["pretrained"])
+def teacher(files: dict[str, str], size: Size) -> Teacher:
+    spec = TeacherSpec(files["teacher"], files["pretrained"], img_size=size)
     return load_teacher(spec, device="cpu")
 
 
@@ -142,16 +142,18 @@ def train(dataset: CachedDataset, teacher: Teacher) -> list[Difference]:
     return found
 
 
-@pytest.mark.parametrize("codec", ["float16", "int8"])
+@pytest.mark.parametrize(("codec", "size"), [("float16", 32), ("int8", 32), ("float16", (24, 48))])
 def test_cached_equals_online(
-    photos: Path, wide_files: dict[str, str], teacher: Teacher, tmp_path: Path, codec: str
+    photos: Path, wide_files: dict[str, str], tmp_path: Path, codec: str, size: Size
 ) -> None:
-    """Loss, gradient and masks at twenty sets of parameters; what must differ does."""
+    """Loss, gradient and masks at twenty sets of parameters, of squares and of other views; what
+    must differ does."""
+    height, width = height_width(size)
     extract_targets(
         str(photos), out=str(tmp_path / "t.zarr"), views=VIEWS, codec=codec, shard_size=8,
-        batch_size=7, executor="local", **wide_files,
+        batch_size=7, executor="local", img_size=height, img_width=width, **wide_files,
     )  # fmt: skip
-    found = train(open_cache(tmp_path / "t.zarr"), teacher)
+    found = train(open_cache(tmp_path / "t.zarr"), teacher(wide_files, size))
     bound = GRADIENT[codec]
     for step, difference in enumerate(found):
         assert difference.gradient <= bound, (step, difference)

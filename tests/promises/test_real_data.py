@@ -102,7 +102,7 @@ def test_cifar(shared_data: Path, teacher_files: dict[str, str], tmp_path: Path)
     )  # fmt: skip
     assert summary["bad"] == {}
     cache = TargetCache(store)
-    assert (cache.rows, cache.views, cache.grid) == (64, 2, 4)
+    assert (cache.rows, cache.views, cache.grid) == (64, 2, (4, 4))
     assert cache.manifest.classes is not None
     assert "airplane" in cache.manifest.classes
     assert len(set(cache.manifest.labels().tolist())) > 5

@@ -149,7 +149,7 @@ def test_colours_compare_between_sheets(
         for name in ("features", "attention"):
             assert (few.columns[name].panels[here] == among.columns[name].panels[there]).all()
     page = np.asarray(Image.open(finished_run(epochs=2) / "sheet.png"))
-    edge = 32 * panels.zoom_of(32)
+    edge = panels.zoomed(32)[0]
     left = panels.MARGIN + 3 * (edge + panels.GAP)
     ours = page[panels.MARGIN + 3 * panels.LINE :, left:][:edge, :edge]  # of row 0, view 0
     at = next(i for i, caption in enumerate(among.captions) if caption.startswith("row 0, view 0:"))
@@ -162,7 +162,7 @@ def test_captions_that_cannot_be_drawn_as_they_are() -> None:
     names = ["price $5_{$", "a\nb\tc", "\udcff.jpg", "写真.jpg", "x" * 500 + "y.jpg", ""]
     grey = np.full((len(names), 32, 32, 3), 90, np.uint8)
     page = panels.draw_page("t" * 300, [panels.Column("view", "what it is " * 30, grey)], names)
-    assert page.shape[1] == 2 * panels.MARGIN + 32 * panels.zoom_of(32)
+    assert page.shape[1] == 2 * panels.MARGIN + panels.zoomed(32)[1]
     assert panels.cut("x" * 500 + "y.jpg", 200).endswith("y.jpg")
     assert panels.cut("a\nb\udcff", 200) == r"a\nb\udcff"
     assert panels.cut("short ü Ж", 200) == "short ü Ж"
@@ -174,7 +174,7 @@ def test_like_features_have_like_colours_in_their_places() -> None:
     features = np.ones((2, 16, 24), np.float32)
     features[0, 6, :12] = -1  # row 1, column 2
     features[1, 13] *= 5  # only directions count
-    colours = Colours(features)(features)
+    colours = Colours(features)(features, 1)
     assert colours.shape == (2, 4, 4, 3)
     assert 0 <= colours.min() <= colours.max() <= 1
     odd = (np.abs(colours - colours[0, 0, 0]) > 0.5).any(axis=-1)

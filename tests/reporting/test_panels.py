@@ -40,7 +40,7 @@ def test_a_sheet_every_so_often(watched: Path) -> None:
 
 def panels_of(page: np.ndarray, size: int = 32, columns: int = 5, rows: int = 4) -> np.ndarray:
     """[columns, rows, size, size, 3] of a sheet."""
-    zoom = panels.zoom_of(size)
+    zoom = panels.zoomed(size)[0] // size
     edge, top = size * zoom, panels.MARGIN + 3 * panels.LINE
     step = edge + panels.GAP
     body = page[top:, panels.MARGIN :]

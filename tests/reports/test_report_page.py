@@ -185,6 +185,7 @@ def test_evaluations_have_their_intervals(page: Page, runs: dict[str, Path]) -> 
         low, high = probe["top1_interval"]
         assert row[1] == f"{probe['top1']:.1f} ({low:.1f}–{high:.1f})"
     assert "Small figures: 95 % interval over images." in page.text
+    assert "Not measured alike" not in page.text
 
 
 def test_pictures_and_neighbours(page: Page, runs: dict[str, Path], store: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_broken_config_is_refused(teacher_files: dict[str, str], tmp_path: Pat
         "unknown": json.dumps({**TEACHER, "vision_cfg": {**vision, "colour": 3}}),
         "heads": json.dumps({**TEACHER, "vision_cfg": {**vision, "head_width": 10}}),
         "tiles": json.dumps({**TEACHER, "vision_cfg": {**vision, "image_size": 36}}),
-        "oblong": json.dumps({**TEACHER, "vision_cfg": {**vision, "image_size": [32, 64]}}),
+        "oblong": json.dumps({**TEACHER, "vision_cfg": {**vision, "image_size": [32, 60]}}),
     }
     for name, text in texts.items():
         path = tmp_path / f"{name}.json"

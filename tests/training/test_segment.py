@@ -153,8 +153,10 @@ def test_the_teacher(teacher_files: dict[str, str], data: dict[str, str], tmp_pa
     assert json.loads((tmp_path / "t.json").read_text())["miou"] > 5
     with pytest.raises(CacheError, match="is a head, and its encoder the teacher"):
         load_segmenter(tmp_path / "t")
-    refused = run_here(*line, "--width", 96)
-    assert (refused.code, "squares, whose features it gives" in refused.err) == (1, True)
+    wide = [value if value != tmp_path / "t.json" else tmp_path / "w.json" for value in line]
+    done = run_here(*wide, "--width", 96)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert read_about(tmp_path / "w" / SEGMENTER)["window"] == [64, 96]
     assert "its network is not trained here" in run_here(*line, "--protocol", "upernet").err
 
 

@@ -92,7 +92,7 @@ def test_layers_are_read_side_by_side(layers: Path) -> None:
     clip, vit = TargetCache(layers), TargetCache(layers, layer=VIT)
     joined = open_targets(layers, f"{clip.layer},{VIT}")
     again = open_targets(layers, f"{VIT},{clip.layer}", mask_layer=clip.layer)
-    assert (joined.grid, vit.grid, joined.view_spec.size) == (4, 3, 32)
+    assert (joined.grid, vit.grid, joined.view_spec.size) == ((4, 4), (3, 3), 32)
     assert joined.digest not in (clip.digest, vit.digest, again.digest)
     assert joined.view_bytes == clip.spec.view_bytes() + vit.spec.view_bytes()
     assert short_names(joined) == [clip.layer.partition("/")[0], "timm-test_vit"]
@@ -192,7 +192,7 @@ def test_the_loss_is_the_weighted_mean_of_the_teachers(layers: Path) -> None:
     objective = settings.objective(joined)
     prediction = objective.predict(student, batch)
     features = [decoded(clip, ROWS, VIEWS), decoded(vit, ROWS, VIEWS)]
-    features[1] = resampled_features(F.normalize(features[1], dim=-1), 16)
+    features[1] = resampled_features(F.normalize(features[1], dim=-1), 16, 32)
     widths, first = [f.shape[2] for f in features], 0
     each = []  # [teachers][B]
     for width, target in zip(widths, features, strict=True):

@@ -236,7 +236,7 @@ def test_fine_tuning_sees_the_same_channels(scene_run: Path, scenes: Path, tmp_p
     train, val = open_splits(config)
     with torch.inference_mode():
         seen = [
-            law.square(val.of.images.read(row), b"", share=0.875, size=32)
+            law.centre_crop(val.of.images.read(row), b"", share=0.875, size=32)
             for row in val.rows.tolist()
         ]
         named = vit(torch.from_numpy(np.stack(seen))).argmax(dim=1).numpy()

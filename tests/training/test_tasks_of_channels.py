@@ -190,7 +190,7 @@ def test_zero_shot_of_a_student_of_other_channels(
     whole, vectors, names = torch.arange(16)[None], [], []
     for path in sorted(images.rglob("*.png")):
         own = (tmp_path / "grey" / path.relative_to(images)).with_suffix(".npy").read_bytes()
-        seen = torch.from_numpy(law.square(path.read_bytes(), own, share=1.0, size=28))[None]
+        seen = torch.from_numpy(law.centre_crop(path.read_bytes(), own, share=1.0, size=28))[None]
         with torch.inference_mode():
             vectors.append(student(seen, Mask(whole, whole[:, :0]))[0, 0])
         names.append(path.parent.name)
