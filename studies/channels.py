@@ -20,13 +20,15 @@ from milan.evaluation.splits import open_splits
 from milan.images.decode import decode_pixels
 from milan.images.pairing import stem_of
 from studies.setting import Setting, add_images, small
-from studies.steps import Figures, flags, markdown
+from studies.steps import Figures, Probe, flags, markdown
 
 STUDENTS = {
     "RGB": "", "brightness": "1", "edges": "2", "RGB and edges": "rgb,2",
 }  # fmt: skip
 """Name -> --student-channels; none for RGB."""
-MEASURES = ("k-NN", "linear")
+TIMED = "RGB and edges, equal time"
+PROBED = ("k-NN", "linear")
+TUNED = "fine-tuned"
 
 
 def channels_of(data: bytes) -> np.ndarray:
@@ -65,21 +67,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--tuning", type=int, default=3, help="epochs of fine-tuning")
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
     for seed in range(given.seeds):
         for name, spelled in STUDENTS.items():
-            measure(given, setting, figures, name, spelled, seed)
-    rows = [[name, *(figures.cell(name, m) for m in (*MEASURES, "CPU s"))] for name in STUDENTS]
-    print("\n" + markdown([["the student sees", *MEASURES, "CPU s"], *rows]))
+            measure(given, setting, figures, name, spelled, seed, given.epochs)
+    epochs = figures.epochs_at_equal_time("RGB and edges", "RGB", given.epochs)
+    for seed in range(given.seeds):
+        measure(given, setting, figures, TIMED, STUDENTS["RGB and edges"], seed, epochs)
+    measures = (*PROBED, TUNED, "CPU s")
+    rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*STUDENTS, TIMED)]
+    table = markdown([["the student sees", *measures], *rows])
+    print(f"\n{table}\n{TIMED}: {epochs} epochs")
 
 
 def measure(
     given: argparse.Namespace, setting: Setting, figures: Figures, name: str, spelled: str,
-    seed: int,
+    seed: int, epochs: int,
 ) -> None:  # fmt: skip
     """The figures of a student of these channels."""
-    run = given.work / f"channels/{setting.name}-{name.replace(' ', '-')}-{given.epochs}-{seed}"
+    label = name.replace(",", "").replace(" ", "-")
+    run = given.work / f"channels/{setting.name}-{label}-{epochs}-{seed}"
     store = partial(setting.store, given.work, codec="int8", views=given.views, images=given.images)
     folder = given.work / f"channels/{setting.name}-{given.images}-{given.measured}"
     own: dict[str, Any] = {}
@@ -91,9 +100,12 @@ def measure(
     def train() -> float:
         if spelled:
             files_beside(setting, store(), folder)
-        return setting.train(store(), run, seed, epochs=given.epochs, **own)
+        return setting.train(store(), run, seed, epochs=epochs, **own)
 
-    probes = {m: partial(setting.probe, run, m, **beside) for m in MEASURES}
+    probes: dict[str, Probe] = {m: partial(setting.probe, run, m, **beside) for m in PROBED}
+    probes[TUNED] = partial(
+        setting.fine_tuned, run, seed, epochs=given.tuning, images=given.measured, **beside
+    )
     figures.run(name, seed, train, probes)
 
 

@@ -62,12 +62,6 @@ def measure(
         figures.keep(method, seed, "epochs", epochs)
 
 
-def epochs_at_equal_time(figures: Figures, name: str, epochs: int) -> int:
-    """How many epochs of an option take as long as so many of the published objective, rounded."""
-    share = figures.mean(PUBLISHED, "CPU s") / figures.mean(name, "CPU s")
-    return max(1, round(epochs * share))
-
-
 def rows(figures: Figures, names: Sequence[str]) -> list[list[str]]:
     """The table: equal steps, and beside it equal time."""
     found = [
@@ -99,7 +93,8 @@ def main() -> None:
     for name in names:
         measure(given, setting, figures, name, given.epochs, name)
     for name in names[1:]:
-        epochs, timed = epochs_at_equal_time(figures, name, given.epochs), at_equal_time(name)
+        epochs = figures.epochs_at_equal_time(name, PUBLISHED, given.epochs)
+        timed = at_equal_time(name)
         if epochs == given.epochs:  # the same runs
             for seed in range(given.seeds):
                 for what in (*MEASURES, "CPU s", "epochs"):

@@ -90,11 +90,13 @@ class Setting:
         )  # fmt: skip
         return unless_stopped(found)[figure]
 
-    def fine_tuned(self, run: Path, seed: int, *, epochs: int, images: int) -> float:
+    def fine_tuned(
+        self, run: Path, seed: int, *, epochs: int, images: int, **settings: Any
+    ) -> float:
         """Top-1 in percent after so many epochs of a few training images, of all weights."""
         found = milan.finetune(
             str(run), seed=seed, epochs=epochs, progress=NoProgress(),
-            **self.measured | TUNING | {"limit": images},
+            **self.measured | TUNING | {"limit": images} | settings,
         )  # fmt: skip
         return unless_stopped(found)["top1"]
 

@@ -99,6 +99,11 @@ class Figures:
         found = self.values(method, name)
         return statistics.mean(found) if found else float("nan")
 
+    def epochs_at_equal_time(self, method: str, reference: str, epochs: int) -> int:
+        """How many epochs of a method take as long as so many of another, rounded."""
+        share = self.mean(reference, "CPU s") / self.mean(method, "CPU s")
+        return max(1, round(epochs * share))
+
     def cell(self, method: str, name: str, form: str = "{:.1f}") -> str:
         """Mean and standard deviation over the seeds, as far as they are known."""
         return spread(self.values(method, name), form)

@@ -1,20 +1,21 @@
 """What a second teacher is worth: `python -m studies.teachers`.
 
 The second teacher is a student of this project that was trained by pixels alone (MAE), exported and
-extracted into the store beside CLIP. CLIP alone, it alone, and both at equal steps, also with
-teacher dropping.
+extracted into the store beside CLIP. CLIP alone, it alone, and both, at equal steps, with teacher dropping,
+and in the time of one.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import milan
 from milan.store.cache import TargetCache
 from studies.setting import Setting, add_images, small
-from studies.steps import Figures, flags, markdown
+from studies.steps import Figures, Probe, flags, markdown
 
 CLIP, OWN = "teacher/int8", "timm:own/int8"
 SECOND = "second teacher"
@@ -24,7 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "both": {"layer": [CLIP, OWN]},
     "both, dropping 0.5": {"layer": [CLIP, OWN], "teacher_dropping": 0.5},
 }
-MEASURES = ("k-NN", "linear")
+TIMED = "both, equal time"
+PROBED = ("k-NN", "linear")
+TUNED = "fine-tuned"
 
 
 def train_second(given: argparse.Namespace, setting: Setting, work: Path) -> float:
@@ -57,23 +60,36 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--teacher-epochs", type=int, default=12)
+    parser.add_argument("--tuning", type=int, default=3, help="epochs of fine-tuning")
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
     work = given.work / f"teachers/{setting.name}-{given.images}-{given.views}"
-    second = setting.probes(work / SECOND, MEASURES)
-    figures.run(SECOND, 0, lambda: train_second(given, setting, work), second)
+    tuned = partial(setting.fine_tuned, epochs=given.tuning, images=given.measured)
+
+    def probes(run: Path, seed: int) -> dict[str, Probe]:
+        return setting.probes(run, PROBED) | {TUNED: partial(tuned, run, seed)}
+
+    figures.run(SECOND, 0, lambda: train_second(given, setting, work), probes(work / SECOND, 0))
+
+    def measure(method: str, how: dict[str, Any], epochs: int, seed: int) -> None:
+        run = work / f"{method.replace(', ', '-').replace(' ', '-')}-{epochs}-{seed}"
+
+        def train() -> float:
+            return setting.train(
+                store_of_both(given, setting, work), run, seed, epochs=epochs, **how
+            )
+
+        figures.run(method, seed, train, probes(run, seed))
+
     for seed in range(given.seeds):
         for method, how in METHODS.items():
-            run = work / f"{method.replace(', ', '-').replace(' ', '-')}-{given.epochs}-{seed}"
-
-            def train(run: Path = run, how: dict[str, Any] = how, seed: int = seed) -> float:
-                store = store_of_both(given, setting, work)
-                return setting.train(store, run, seed, epochs=given.epochs, **how)
-
-            figures.run(method, seed, train, setting.probes(run, MEASURES))
-    measures = (*MEASURES, "CPU s")
-    rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*METHODS, SECOND)]
-    print("\n" + markdown([["", *measures], *rows]))
+            measure(method, how, given.epochs, seed)
+    epochs = figures.epochs_at_equal_time("both", "CLIP", given.epochs)
+    for seed in range(given.seeds):
+        measure(TIMED, METHODS["both"], epochs, seed)
+    measures = (*PROBED, TUNED, "CPU s")
+    rows = [[m, *(figures.cell(m, name) for name in measures)] for m in (*METHODS, TIMED, SECOND)]
+    print("\n" + markdown([["", *measures], *rows]) + f"\n{TIMED}: {epochs} epochs")
 
 
 if __name__ == "__main__":

@@ -361,6 +361,11 @@ class SupervisedConfig(LabelledConfig):
     """What is trained afterwards for comparison: random (the same network as timm initialises it,
     in as many hours again), or none."""
 
+    def __post_init__(self) -> None:
+        # The run's folder lies beside its metrics: one may name the folder.
+        if self.out and not self.out.endswith(".json"):
+            object.__setattr__(self, "out", f"{self.out.rstrip('/')}.json")
+
     def check(self) -> None:
         """Raises ConfigError for the first value out of its range."""
         super().check()

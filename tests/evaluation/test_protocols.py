@@ -13,7 +13,12 @@ from helpers import STUDENT, make_photos, run_here
 
 import milan
 from milan.errors import ConfigError
-from milan.evaluation.config import EvaluationConfig
+from milan.evaluation.config import (
+    DetectConfig,
+    EvaluationConfig,
+    FinetuneConfig,
+    SegmentConfig,
+)
 from milan.evaluation.protocols import PROTOCOLS, find_protocol, get_protocol
 from milan.reports.pipeline import check_alike
 
@@ -164,3 +169,13 @@ def test_a_report_compares_like_with_like() -> None:
     check_alike(get_protocol("knn"), {"a": {"k20": 1.0}, "b": {"k20": 2.0}})
     with pytest.raises(ConfigError, match="linear-probe: a by logistic, b by dinov2"):
         check_alike(probe, {"a": {"top1": 1.0}, "b": {"top1": 2.0, "protocol": "dinov2"}})
+
+
+@pytest.mark.parametrize("out", ["runs/v1.0", "runs/v1.0/", "runs/v1.0.json"])
+def test_a_training_may_be_named_by_its_folder(out: str) -> None:
+    """Its metrics lie beside it, whatever dots the name has."""
+    for kind in (FinetuneConfig, SegmentConfig, DetectConfig):
+        config = kind("runs/a", out=out)
+        assert config.run == Path("runs/v1.0")
+        assert config.out == "runs/v1.0.json"
+        assert PROTOCOLS[kind.section].metrics_path(config) == Path("runs/v1.0.json")

@@ -35,6 +35,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     return run
 
 
+TUNED = ("--tuning", "1", "--measured", "80")
 SMALL = ("--images", "192", "--epochs", "2", "--seeds", "1", "--measured", "60")
 
 
@@ -142,11 +143,15 @@ def test_what_a_store_saves(
     [
         (
             "views",
-            ("--keep", "1", "2", "--codecs", "int8", "pq:16", "--tuning", "1", "--measured", "80"),
+            ("--keep", "1", "2", "--codecs", "int8", "pq:16", *TUNED),
         ),
         ("ablation", ("--views", "1")),
-        ("teachers", ("--views", "1", "--teacher-epochs", "2")),
-        ("channels", ("--views", "1")),
+        (
+            "teachers",
+            ("--views", "1", "--teacher-epochs", "2", *TUNED),
+        ),
+        ("channels", ("--views", "1", *TUNED)),
+        ("shapes", ("--views", "1", *TUNED)),
     ],
 )
 def test_every_study_runs(study: Study, tmp_path: Path, name: str, flags: tuple[str, ...]) -> None:
