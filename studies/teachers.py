@@ -1,7 +1,7 @@
 """What a second teacher is worth: `python -m studies.teachers`.
 
 The second teacher is a student of this project that was trained by pixels alone (MAE), exported and
-extracted into the store beside CLIP. CLIP alone, it alone, and both, at equal steps, with teacher dropping,
+extracted into the store beside CLIP. CLIP alone, it alone, and both: at equal steps, with dropping,
 and in the time of one.
 """
 
