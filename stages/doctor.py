@@ -7,14 +7,8 @@ from typing import Any
 import typer
 
 from pipeline.config import DoctorConfig
+from stages.extract_targets import PANELS
 from stages.options import settings_command
-
-PANELS: dict[str, tuple[str, ...]] = {
-    "Data": ("data", "split", "data_root"),
-    "Teacher": ("teacher", "pretrained", "targets", "offline"),
-    "Store": ("out", "store_views"),
-    "Machine": ("address", "device"),
-}
 
 
 @settings_command(DoctorConfig, PANELS, "extract")
