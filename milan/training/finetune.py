@@ -138,12 +138,14 @@ class Finetune(Supervised):
         """A timm ViT with a new head. Raises ConfigError."""
         _augmentation(plan).build()  # refuses what it does not know before the run begins
         patch = weights.args.get("patch_size")
-        if self.config.size and patch and self.config.size % patch:
-            raise ConfigError(
-                f"size {self.config.size} with patches of {patch} pixels",
-                expected="a multiple of the patch",
-                fix=f"--size {max(1, round(self.config.size / patch)) * patch}",
-            )
+        for name in ("size", "width"):
+            edge = getattr(self.config, name)
+            if edge and patch and edge % patch:
+                raise ConfigError(
+                    f"{name} {edge} with patches of {patch} pixels",
+                    expected="a multiple of the patch",
+                    fix=f"--{name} {max(1, round(edge / patch)) * patch}",
+                )
         return classifier_of(weights, self.config, size=plan.size, classes=len(data.classes))
 
     def source(self, plan: Plan, data: _Data) -> LabelledImages:
