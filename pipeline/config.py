@@ -45,8 +45,8 @@ class ExtractConfig:
     """K, views of each image."""
     scale: tuple[float, float] = setting((0.2, 1.0), unit="share", above=0, most=1)
     """Smallest and largest area of a crop, as a share of the image."""
-    ratio: tuple[float, float] | None = setting(None, unit="ratio", auto=True, above=0)
-    """Smallest and largest width / height of a crop; auto: 3/4 and 4/3 of the view's own."""
+    ratio: tuple[float, float] | None = setting(None, unit="ratio", above=0)
+    """Smallest and largest width / height of a crop; default: 3/4 and 4/3 of the view's own."""
     hflip: float = setting(0.5, unit="probability", least=0, most=1)
     """Probability of a horizontal flip."""
     bands: tuple[int, int, int] | None = setting(None, unit="number", least=1)

@@ -285,7 +285,7 @@ def test_without_a_reconstruction_it_is_plain_clip(tokens: Path, tmp_path: Path)
 def test_the_gather_is_part_of_a_run(run: Path, tokens: Path, tmp_path: Path) -> None:
     """A run does not go on with another one."""
     shutil.copytree(run, tmp_path / "run")
-    with pytest.raises(MilanError, match="gather: None != full"):
+    with pytest.raises(MilanError, match="gather: none != full"):
         milan.pretrain(str(tokens), out=str(tmp_path / "run"), gather="full", **RUN)
 
 

@@ -265,7 +265,7 @@ TRAIN_CASES = {
     "model value": (("--set", "model.depth=deep"), ("vit_base_patch16_224", "depth")),
     "patch": (
         ("--set", "model.patch_size=12"),
-        ("patches of 12 pixels, which do not tile 32",),
+        ("patches of 12 px, which do not tile 32 px",),
     ),
     "patch value": (("--set", "model.patch_size=big"), ("patch_size", "big")),
     "decoder argument": (("--set", "decoder.width=8"), ("unknown decoder argument", "embed_dim")),

@@ -299,3 +299,21 @@ def test_it_opens_elsewhere(wide_run: Path, tmp_path: Path) -> None:
     ran = run_here("export", wide_run, "--format", "detectron2", "--out", tmp_path / "d2")
     assert ran.code == 1
     assert "32 x 64 px (height x width)" in ran.err
+
+
+def test_the_flags_of_a_view(photos: Path, teacher_files: dict[str, str], tmp_path: Path) -> None:
+    """Height, width and ratio as one types them; crops of a square stay those of a square."""
+    line = ["extract-targets", "--data", photos, "--views", 1, "--limit", 4, "--executor", "local"]
+    line += [w for name, value in teacher_files.items() for w in (f"--{name}", value)]
+    for size, ratio, expected in (
+        ((32, 64), (), ((32, 64), (1.5, 8 / 3))),
+        ((32, 64), (1, 3), ((32, 64), (1.0, 3.0))),
+        ((32, 32), (), (32, (0.75, 4 / 3))),
+    ):
+        out = tmp_path / f"{size}{ratio}.zarr"
+        flags = ["--img-size", size[0], "--img-width", size[1]]
+        flags += ["--ratio", *ratio] if ratio else []
+        ran = run_here(*line, *flags, "--out", out)
+        assert ran.code == 0, ran.err
+        law = TargetCache(out).view_spec
+        assert (law.size, law.ratio) == expected

@@ -431,7 +431,7 @@ def test_what_pretraining_says(project: tuple[Path, dict[str, Ran]]) -> None:
     assert lines[0].startswith("cache: targets.zarr, 24 images x 2 views, int8, teacher ")
     assert "RANDOM WEIGHTS" in lines[0]
     differs = next(line for line in lines if line.startswith("differs from the published recipe"))
-    for told in ("epochs 2", "batch_size 8", "'embed_dim': 32", "'depth': 2"):
+    for told in ("epochs 2", "batch_size 8", "embed_dim: 32", "depth: 2"):
         assert told in differs
     for own in ("cache", "beta2", "weight_decay"):
         assert own not in differs
