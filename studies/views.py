@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--keep", type=int, nargs="+", default=[1, 2, 4, 8], help="views")
     parser.add_argument("--codecs", nargs="+", default=CODECS)
-    parser.add_argument("--tuning", type=int, default=0, help="epochs of fine-tuning; 0: none")
+    parser.add_argument("--tuning", type=int, default=3, help="epochs of fine-tuning; 0: none")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/study-views.png"))
     given = parser.parse_args()
     setting, figures = small(given), Figures(given.out)
