@@ -215,7 +215,7 @@ def test_places_that_are_not_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ([*line, "--data", "photos"], tmp_path / bad),
         ([*line, *photos, "--data-root", bad], tmp_path),
         ([*line, *photos, "--split", bad], tmp_path),
-        ([*line, *photos, "--out", bad], tmp_path),
+        (["extract-targets", *photos, "--out", bad], tmp_path),
         (["extract-targets", *photos, "--out", "t.zarr"], tmp_path / bad),
         (["pretrain", "--cache", "t.zarr", "--out", bad], tmp_path),
         (["pretrain", "--cache", bad], tmp_path),
