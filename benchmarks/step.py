@@ -27,6 +27,7 @@ from benchmarks.published import TOWERS, Published
 from milan.config import PretrainConfig
 from milan.core.device import MEAN, STD, autocast, normalise, pick_device
 from milan.data.loader import Batch
+from milan.images.views import ViewSpec
 from milan.models.kernels import choose_kernels
 from milan.models.student import Student
 from milan.store.codecs import CODECS, Codec
@@ -83,7 +84,7 @@ def in_place_of_a_store(codec: Codec, *, size: int, patches: int, channels: int)
     targets: Any = SimpleNamespace(
         codec=codec,
         spec=SimpleNamespace(channels=channels, tokens=1 + patches, has_targets=True),
-        view_spec=SimpleNamespace(size=size),
+        view_spec=ViewSpec(size),
     )
     targets.parts, targets.masking = [targets], targets
     return targets

@@ -70,7 +70,7 @@ def test_of_another_run(store: Path, finished_run: Callable[..., Path], tmp_path
     assert all(torch.allclose(ours[name], tensor, atol=1e-6) for name, tensor in theirs.items())
     about = json.loads((tmp_path / "run.json").read_text())
     assert about["identity"]["init"] == about["initial"]["encoder"] == str(other)
-    with pytest.raises(TrainError, match=r"init: .* != None"):
+    with pytest.raises(TrainError, match=r"init: .* != none"):
         milan.pretrain(str(store), **run)
 
 
