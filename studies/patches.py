@@ -11,7 +11,6 @@ accuracy of patches, and the average precision of each class, in percent.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def network(checkpoint: str, like: str | None, classes: tuple[str, ...]) -> Dete
     )  # fmt: skip
     torch.manual_seed(0)
     vit = detector_encoder(spec)
-    known = replace(weights, encoder=interpolated(weights.encoder, vit, weights.size))
+    known = interpolated(weights, vit)
     load_weights(vit, known, name=checkpoint, leave=LEFT_OUT)
     return Detector(vit, spec).eval()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from milan.core.bilinear import bilinear
 from milan.core.device import MEAN, STD
-from milan.core.size import Size, grid_of
+from milan.core.size import as_size, grid_of
 from milan.errors import CacheError, ConfigError
 from milan.models.encoder import create_vit
 from milan.models.export import CHANNELS, load_whole, read_about
-from milan.models.layouts import State
+from milan.models.foreign import Weights
 from milan.models.weights import POSITIONS
 
 DETECTOR = "detector.safetensors"
@@ -314,22 +314,23 @@ def _patch_of(model: str, args: dict[str, Any]) -> int:
     return vit.patch_embed.patch_size[0]
 
 
-def interpolated(state: State, vit: Any, size: Size) -> State:
-    """Weights of images of `size` with positions for the grid of a ViT, by bicubic interpolation
-    (ViTDet).
+def interpolated(weights: Weights, vit: Any) -> Weights:
+    """The weights with positions for the grid of a ViT, by bicubic interpolation (ViTDet).
 
     Of sine-cosine ones too: continued beyond the grid that they were trained on, they would be of
     places that the encoder has never seen.
     """
+    state = weights.encoder
     if POSITIONS not in state:
-        return state
+        return weights
     grid, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
     prefix = 0 if vit.no_embed_class else prefix
-    old = grid_of(state[POSITIONS].shape[1] - prefix, size)
+    old = grid_of(state[POSITIONS].shape[1] - prefix, weights.size)
     new = resample_abs_pos_embed(
         state[POSITIONS], list(grid), old_size=list(old), num_prefix_tokens=prefix
     )
-    return state | {POSITIONS: new}
+    seen = as_size(vit.patch_embed.img_size)
+    return replace(weights, encoder=state | {POSITIONS: new}, size=seen)
 
 
 # --- use ------------------------------------------------------------------------------------------

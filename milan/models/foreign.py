@@ -179,9 +179,10 @@ def _shape(
 
 def _stated_size(file: CheckpointFile) -> Size | None:
     """The size of images that config.json of timm or of transformers states, if it does."""
-    stated = (file.config.get("pretrained_cfg") or {}).get("input_size", [])[1:]
-    stated = stated or file.config.get("image_size")
-    return as_size(stated) if stated else None
+    of_timm = (file.config.get("pretrained_cfg") or {}).get("input_size") or []
+    stated: Any = of_timm[1:] or file.config.get("image_size")
+    edges = list(stated) if isinstance(stated, list) else [stated, stated]
+    return as_size(edges) if [type(edge) for edge in edges] == [int, int] else None
 
 
 def _tiled(patches: int, shape: Size | None) -> bool:

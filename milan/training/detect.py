@@ -137,7 +137,7 @@ class Detect(Supervised):
         )  # fmt: skip
         with seeded_weights(config.seed):
             vit = detector_encoder(spec, drop_path=config.drop_path)
-            known = replace(weights, encoder=interpolated(weights.encoder, vit, weights.size))
+            known = interpolated(weights, vit)
             leave = ("head.", "fc_norm.", "norm.")
             load_weights(vit, known, name=config.checkpoint, leave=leave)
             return Detector(vit, spec, samples=config.samples)

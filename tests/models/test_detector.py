@@ -18,6 +18,9 @@ from milan.models.detector import (
     interpolated,
     load_detector,
 )
+from milan.models.encoder import create_vit
+from milan.models.foreign import Weights
+from milan.models.weights import resampled
 from milan.training.supervised import parameter_groups
 
 
@@ -123,12 +126,27 @@ def test_positions_are_interpolated() -> None:
             [torch.full((1, 1, 32), 7.0), plane.view(1, 16, 1).expand(1, 16, 32)], 1
         )
     }
-    new = interpolated(state, vit, 1)["pos_embed"]
+    new = interpolated(Weights(state, "x", 32), vit).encoder["pos_embed"]
     assert new.shape == (1, 65, 32)
     assert (new[:, 0] == 7).all()
     inner = new[0, 1:, 0].view(8, 8)[2:6, 2:6]
     assert torch.allclose(inner.diff(dim=0), torch.full((3, 4), 0.5), atol=0.1)
     assert torch.allclose(inner.diff(dim=1), torch.full((4, 3), 5.0), atol=0.5)
+
+
+def test_positions_of_wide_images() -> None:
+    """Of 4 x 9 patches on 6 x 6, which are as many: interpolated once, then left as they are."""
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    vit = create_vit("vit_base_patch16_224", img_size=48, args=args)
+    along = torch.arange(9.0).expand(4, 9).reshape(1, 36, 1).expand(1, 36, vit.embed_dim)
+    state = {"pos_embed": torch.cat([torch.zeros(1, 1, vit.embed_dim), along], dim=1)}
+    known = interpolated(Weights(state, "x", (32, 72)), vit)
+    new = known.encoder["pos_embed"]
+    grid = new[0, 1:, 0].view(6, 6)
+    assert torch.allclose(grid[0], grid[5], atol=1e-5)
+    assert (grid.diff(dim=1) > 1).all()
+    assert known.size == 48
+    assert torch.equal(resampled(known.encoder, vit, known.size)["pos_embed"], new)
 
 
 def test_what_does_not_fit(tmp_path: Any) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +230,7 @@ def test_the_image_tower_of_a_clip(teacher_files: dict[str, str], tmp_path: Path
         found.model, ("cell",), masks=False, size=64, model_args=found.args, window=0, width=8
     )
     under = detector_encoder(detecting)
-    known = replace(found, encoder=interpolated(found.encoder, under, found.size))
+    known = interpolated(found, under)
     load_weights(under, known, name="", leave=("head.", "norm."))
     with torch.no_grad():
         maps = Detector(under, detecting).backbone(torch.randn(1, 3, 64, 64))
