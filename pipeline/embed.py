@@ -77,6 +77,7 @@ def _embed(config: EmbedConfig, context: Context) -> dict[str, Any]:
     frozen = load(evaluation, context.device)
     shape = _shape_of(frozen, config.pooling, context.device)
     images = ranks.on_rank0(lambda: open_images(evaluation, context.progress))
+    images.beside.check(frozen.channels)
     source = resolve_data(config.data, config.data_root)
     ranks.on_rank0(lambda: check_apart(out, [source]))
     ranks.on_rank0(lambda: check_place(out, folder=True))

@@ -38,26 +38,26 @@ def channels_of(data: bytes) -> np.ndarray:
     return np.stack([brightness, np.hypot(down, right)], axis=2)
 
 
-def images_of(setting: Setting, store: Path) -> Iterator[tuple[str, bytes]]:
-    """(key, bytes) of all images that students or probes see."""
+def images_of(setting: Setting, store: Path, seed: int) -> Iterator[tuple[str, bytes]]:
+    """(key, bytes) of all images that a student, its probes (of seed 0) and its fine-tuning see."""
     dataset = open_cache(store)
     for row, key in enumerate(dataset.cache.manifest.keys()):
         yield key, dataset.source.read(row)
-    for split in open_splits(EvaluationConfig(**setting.measured)):
-        for position, row in enumerate(split.rows.tolist()):
-            yield split.key(position), split.of.images.read(row)
+    for drawn in sorted({0, seed}):
+        for split in open_splits(EvaluationConfig(**setting.measured, seed=drawn)):
+            for position, row in enumerate(split.rows.tolist()):
+                yield split.key(position), split.of.images.read(row)
 
 
-def files_beside(setting: Setting, store: Path, folder: Path) -> Path:
-    """The folder of `channels_of` all images, made once."""
-    done = folder / "done"
+def files_beside(setting: Setting, store: Path, folder: Path, seed: int) -> None:
+    """The files of `channels_of` all images in `folder`, made once."""
+    done = folder / f"done-{seed}"
     if not done.exists():
-        for key, data in images_of(setting, store):
+        for key, data in images_of(setting, store, seed):
             file = folder / f"{stem_of(key)}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, channels_of(data))
         done.touch()
-    return folder
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def measure(
 
     def train() -> float:
         if spelled:
-            files_beside(setting, store(), folder)
+            files_beside(setting, store(), folder, seed)
         return setting.train(store(), run, seed, epochs=epochs, **own)
 
     probes: dict[str, Probe] = {m: partial(setting.probe, run, m, **beside) for m in PROBED}

@@ -259,8 +259,7 @@ def _measure_all(
     # One rank lists the images: what the others listed might be something else by then.
     splits = context.ranks.on_rank0(lambda: open_draws(configs[0], context.progress))
     for split in (*splits[0], splits[1]):
-        for channels in seen:
-            split.of.identity_for(channels)  # refuses images whose channel files nobody named
+        split.of.beside.check(*seen)
     known: dict[str, dict[str, Any]] = {}  # by the network's identity
     shapes: dict[str, str] = {}  # the first checkpoint whose shape a baseline has
     by_checkpoint: dict[str, Any] = {}

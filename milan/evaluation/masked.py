@@ -219,6 +219,7 @@ def _split(
     images, masks = listed.sources()
     every, root = listed.images.keys(), listed.images.root
     beside = FilesOfImages(folder, every, of=root)
+    beside.check(channels)
     sha = "".join(identity_of(manifest) for manifest in (listed.images, listed.masks))
     sha = beside.identity_for(sha, channels)
     keys = [every[row] for row in rows.tolist()]

@@ -84,8 +84,19 @@ class FilesOfImages:
         files = FilesBeside.below(self.root, EXTENSIONS)
         self.paths = files.of_images(list(keys), OF_CHANNELS)
 
-    def check(self, channels: Channels | None) -> None:
-        """Raises ConfigError for `channels` of files beside the images, if no folder was named."""
+    def check(self, *networks: Channels | None) -> None:
+        """Raises ConfigError if no folder was named and one of `networks` sees channels of files
+        beside the images, and if a folder was named and none of them does."""
+        for channels in networks:
+            self._check_named(channels)
+        if self.root is not None and not any(seen and seen.paired for seen in networks):
+            raise ConfigError(
+                f"files beside the images in {self.root}, which the encoder does not see",
+                expected="an encoder that was pretrained with --student-data, as run.json says",
+                fix="the same line without --student-data and --val-student-data",
+            )
+
+    def _check_named(self, channels: Channels | None) -> None:
         if channels and channels.paired and self.root is None:
             raise ConfigError(
                 f"channels {channels.spelled} of files beside the images of {self.of}",
@@ -100,7 +111,7 @@ class FilesOfImages:
         """
         if channels is None or not channels.paired:
             return b""
-        self.check(channels)
+        self._check_named(channels)
         file = self.paths[row]
         if self.root is None or file is None:
             raise ImageFault("missing", f"no file of its name in {self.root}")
@@ -109,9 +120,9 @@ class FilesOfImages:
     def identity_for(self, identity: str, channels: Channels | None) -> str:
         """`identity`, and that of the files beside the images, for a network that sees these.
 
-        Raises ConfigError as `check`.
+        Raises ConfigError if it sees these, and no folder was named.
         """
-        self.check(channels)
+        self._check_named(channels)
         if channels is None or not channels.paired or self.root is None:
             return identity
         sha = hashlib.sha256(identity.encode())

@@ -115,8 +115,11 @@ class Finetune(Supervised):
         return 2 if self.config.mixup or self.config.cutmix else 1
 
     def open_data(self, progress: Progress) -> _Data:
-        """Images to train on and to measure on. Raises DataError."""
+        """Images to train on and to measure on. Raises DataError, and ConfigError for files beside
+        them that are not named, or not seen."""
         train, val = open_splits(self.config, progress)
+        for split in (train, val):
+            split.of.beside.check(self.channels)
         numbers, labels = np.unique(train.labels, return_inverse=True)
         if len(numbers) < 2:
             raise DataError(

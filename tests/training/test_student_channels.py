@@ -43,6 +43,7 @@ from milan.training.estimate import estimate_run
 from milan.training.finetune import finetune
 from milan.training.finetune_data import Augmentation, LabelledImages
 from milan.training.pretrain import pretrain
+from pipeline.embed import embed
 from pipeline.extract import extract_targets
 
 BANDS, RANGE = (3, 2, 1), (0.0, 9435.0)
@@ -309,6 +310,44 @@ def test_a_student_of_colours_and_depth(
         with pytest.raises(ConfigError, match="--student-data FOLDER"):
             finetune(str(out), **tuning)
         assert finetune(str(out), student_data=str(depths), **tuning)["val_images"] == 4
+        with pytest.raises(ConfigError, match="the encoder does not see"):
+            finetune(str(init), student_data=str(depths), **tuning)
+
+
+def test_a_student_of_wide_views_and_depth(
+    depths: Path, photos: Path, teacher_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Views that are not square: a batch has the teacher's box of the file beside the image, and
+    the whole of it is read by what measures and what embeds."""
+    store, out = tmp_path / "s.zarr", tmp_path / "r"
+    wide = {"img_size": 32, "img_width": 64}
+    extract_targets(data=str(photos), out=str(store), **wide, **teacher_files, **EXTRACTION)
+    channels = {"student_channels": "rgb,1", "student_data": str(depths), "report_to": "none"}
+    pretrain(str(store), out=str(out), **{**SMALL, **channels, "epochs": 2, "held_out": 0.34})
+    about, dataset = read_about(out), open_cache(store)
+    assert about["input_size"] == (32, 64)
+    law = kept_channels(out, dataset)
+    assert law
+    pixels, seen = law.load(np.array([2, 9]), np.array([0, 1]))
+    assert (pixels.shape, seen.shape) == ((2, 32, 64, 3), (2, 4, 32, 64))
+    depth = seen[:, 3] * about["std"][3] + about["mean"][3]
+    assert np.abs(depth / 100 - pixels[..., 0]).max() < 3  # it is a hundred times its red
+    data = {"data": str(photos), "student_data": str(depths)}
+    metrics = {"features": "none", "out": str(tmp_path / "m.json")}
+    assert evaluate("knn", str(out), **metrics, **data)["val_images"] == 4
+    assert embed(str(out), out=str(tmp_path / "e.npy"), **data)["images"] == 24
+
+
+def test_files_that_no_encoder_sees_are_refused(
+    depths: Path, photos: Path, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whoever names them expects that they are looked at."""
+    run, data = str(finished_run(epochs=1)), {"data": str(photos), "student_data": str(depths)}
+    unseen = "files beside the images in .*, which the encoder does not see"
+    with pytest.raises(ConfigError, match=unseen):
+        evaluate("knn", run, features="none", out=str(tmp_path / "m.json"), **data)
+    with pytest.raises(ConfigError, match=unseen):
+        embed(run, out=str(tmp_path / "e.npy"), **data)
 
 
 class Notes(NoProgress):
