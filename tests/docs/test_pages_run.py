@@ -11,6 +11,7 @@ import io
 import re
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +47,7 @@ SMALL = {
     "detect": "--epochs 1 --warmup-epochs 0 --batch-size 4 --size 128 --width 16",
     "zero-shot": "--limit 24",
 }
-"""Settings that make a command small, after those of the page."""
+"""Settings that make a command small, in place of those of the page."""
 MAKES = {"extract-targets": "targets.zarr", "pretrain": "runs/pretrain"}
 """What a command makes where it is told no other place."""
 ELSEWHERE = {
@@ -110,8 +111,26 @@ def typed(words: list[str], here: Path) -> None:
         assert out.getvalue()
         return
     assert words[0] == "milan", f"not known how to run: {' '.join(words)}"
-    ran = run_here(*words[1:], *SMALL.get(words[1], "").split(), cwd=here)
+    ran = run_here(*made_small(words[1:]), cwd=here)
     assert ran.code == 0, f"{' '.join(words)}\n{ran.out[-1500:]}\n{ran.err}"
+
+
+def made_small(words: list[str]) -> list[str]:
+    """The words of a command, with the settings that make it small in place of its own."""
+    small = flags_of(SMALL.get(words[0], "").split())
+    own = [flag for flag in flags_of(words) if name_of(flag) not in map(name_of, small)]
+    return [word for flag in (*own, *small) for word in flag]
+
+
+def flags_of(words: list[str]) -> list[list[str]]:
+    """Each flag of a command with its values; what stands before them is the first."""
+    starts = [n for n, word in enumerate(words) if not n or word.startswith("--")]
+    return [words[a:b] for a, b in pairwise([*starts, len(words)])]
+
+
+def name_of(flag: list[str]) -> str:
+    """Of --set with its key."""
+    return " ".join(flag[:2]).partition("=")[0] if flag[0] == "--set" else flag[0]
 
 
 def run_block(block: Block, here: Path, made: set[str]) -> None:
