@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from milan.store.cache import TargetCache
 from studies.setting import Setting, add_images, small
 from studies.steps import Figures, flags, markdown
 
 PUBLISHED = "published"
+BLOCK = 4
+"""The teacher's inner block; the demo's has six."""
+OUTPUT, INNER = "teacher/int8", f"teacher@{BLOCK}/int8"
+"""Layers of the store."""
 OPTIONS: dict[str, dict[str, Any]] = {
     PUBLISHED: {},
     "both": {"predict": "both"},
@@ -31,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layernorm": {"target_norm": "layernorm"},
     "standardise": {"target_norm": "standardise"},
     "smooth-l1-phi-s": {"loss": "smooth-l1", "target_norm": "phi-s"},
+    "inner": {"layer": INNER},
+    "inner-relation": {"layer": INNER, "loss": "relation"},
 }
 """Name -> what differs from the published objective."""
 PROBED = ("k-NN", "linear")
@@ -49,11 +56,16 @@ def measure(
 ) -> None:  # fmt: skip
     """An option with so many epochs, all seeds."""
     store = setting.store(given.work, codec="int8", views=given.views, images=given.images)
+    how = {"layer": OUTPUT} | OPTIONS[name]
+    if how["layer"] not in TargetCache(store).layers:
+        setting.extract(
+            store, codec="int8", views=given.views, limit=given.images, store_views="jpeg:95",
+            extend=True, teacher_layer=BLOCK,
+        )  # fmt: skip
     for seed in range(given.seeds):
         run = given.work / f"options/{name}-{given.images}-{epochs}-{seed}"
         train = partial(
-            setting.train, store, run, seed, epochs=epochs, warmup_epochs=epochs / 10,
-            **OPTIONS[name],
+            setting.train, store, run, seed, epochs=epochs, warmup_epochs=epochs / 10, **how
         )  # fmt: skip
         tune = partial(
             setting.fine_tuned, run, seed, epochs=given.tuning, images=given.tuned_images

@@ -97,9 +97,9 @@ def test_options_at_equal_steps_and_at_equal_time(
     monkeypatch.setattr(options, "MEASURES", ("k-NN", "fine-tuned"))
     figures = study(
         "options", "--images", "96", "--epochs", "1", "--seeds", "1", "--measured", "40",
-        "--options", "visible", "--tuning", "1", "--tuned-images", "64",
+        "--options", "visible", "inner", "--tuning", "1", "--tuned-images", "64",
     )  # fmt: skip
-    for method in ("published", "visible", "visible, equal time"):
+    for method in ("published", "visible", "visible, equal time", "inner", "inner, equal time"):
         assert all(figures.value(method, 0, name) > 0 for name in ("CPU s", "k-NN", "epochs"))
         # How many epochs take as long differs from call to call, and a head that has seen 64 images
         # may know none of the 40.
