@@ -13,6 +13,7 @@ among its 10.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def _listed(
 ) -> np.ndarray:
     """Those of `rows` that a file names: by key, or by the last parts of it. Raises MilanError."""
     lines = read_lines(file, _LINES)
-    wanted = dict.fromkeys(line.strip() for line in lines if line.strip() and line[0] != "#")
+    wanted = dict.fromkeys(_name_in(line) for line in lines if line.strip() and line[0] != "#")
     if not wanted:
         raise ConfigError(f"{file} names no image", expected=_LINES, fix=_WRITTEN)
     parts = {name.count("/") + 1 for name in wanted}
@@ -174,7 +175,8 @@ def _save(
         folder.mkdir(parents=True, exist_ok=True)
         for number, rows in enumerate(drawn, config.first_draw):
             head = f"# {len(rows)} training images, {chosen}, draw {number} (milan)"
-            lines = [head, *sorted(names[row] for row in rows.tolist())]
+            chosen_names = sorted(names[row] for row in rows.tolist())
+            lines = [head, *map(_line_of, chosen_names)]
             write_text(folder / f"draw-{number}.txt", "\n".join(lines) + "\n")
     except OSError as error:
         raise ConfigError(
@@ -182,6 +184,22 @@ def _save(
             expected="a folder for the lists",
             fix="--save-lists elsewhere",
         ) from None
+
+
+def _line_of(name: str) -> str:
+    """A name as a line: as it is, or as a JSON string where such a line would say something else
+    (a comment, two lines, no spaces at its ends) or is no UTF-8."""
+    plain = name.isprintable() and name == name.strip() and name[0] not in '#"'
+    return name if plain else json.dumps(name)
+
+
+def _name_in(line: str) -> str:
+    """The name that a line has: see `_line_of`."""
+    line = line.strip()
+    try:
+        return json.loads(line) if line[0] == '"' else line
+    except ValueError:  # a name that begins with a quotation mark, written by hand
+        return line
 
 
 # --- what draws say together ----------------------------------------------------------------------

@@ -129,6 +129,25 @@ def test_draws(data: dict[str, Any], tmp_path: Path) -> None:
     assert measured(moved, train_list=str(names_alone))["top1"] == values[0]
 
 
+def test_lists_of_odd_names(data: dict[str, Any], tmp_path: Path) -> None:
+    """A saved list names what was drawn, whatever the files are called."""
+    names = ["#tag", "two\nlines", " spaces ", '"quoted"', "back\\slash", "Größe ☃"]
+    classes = ("#1", "line\nbreak", '"c"')
+    for folder in (Path(data["data"]), Path(data["val_data"])):
+        for old, name in zip(sorted(folder.iterdir()), classes, strict=True):
+            old.rename(folder / name)
+            for file, new in zip(sorted((folder / name).iterdir()), names, strict=False):
+                file.rename(file.with_name(f"{new}.jpg"))
+    lists = tmp_path / "lists"
+    got = measured(data, shots=8, save_lists=str(lists))
+    again = measured(data, train_list=str(lists / "draw-0.txt"))
+    assert (again["top1"], again["train_images"]) == (got["top1"], 18)
+    by_hand = tmp_path / "by-hand.txt"  # no JSON, and so the names of files
+    by_hand.write_text('"c"/#tag.jpg\nline_break/x.jpg\n')
+    with pytest.raises(MilanError, match=r"1 of 2 names .* the first is 'line_break/x"):
+        measured(data, train_list=str(by_hand))
+
+
 def test_intervals_over_draws() -> None:
     """Student's; what differs is kept for each draw."""
     column, t = Column("top1", "top-1 %"), np.linspace(0, 1, 200_001)
