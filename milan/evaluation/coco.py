@@ -151,6 +151,8 @@ class _Reader:
                 expected="one entry an image: of two, each would lack the other's boxes",
                 fix="move the boxes of both to one of them",
             )
+        if not content["categories"]:
+            raise DataError(f"{self.file} has no categories", expected="at least one", fix=_MEND)
         numbers = {entry["id"]: n for n, entry in enumerate(content["categories"])}
         self._check_ids(
             content["categories"], "categories", "which class a box is of is not known else"

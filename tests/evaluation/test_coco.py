@@ -115,6 +115,7 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda content: [content], "has no list of images; expected: COCO's JSON"),
     (lambda content: content | {"annotations": {}}, "has no list of annotations"),
     (lambda content: content | {"images": []}, "has no images"),
+    (lambda content: content | {"categories": []}, "has no categories; expected: at least one"),
     (lambda content: content | {"annotations": []}, "has no box to train on in 10 images"),
     (drop_keys("images", "width"), "entry 0 of images in .* has no usable width"),
     (put("categories", id="x"), "entry 1 of categories in .* has no usable id"),
