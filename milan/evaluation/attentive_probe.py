@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from milan.errors import ConfigError
 from milan.evaluation.config import AttentiveProbeConfig
 from milan.evaluation.evaluation import Evaluation
 from milan.evaluation.features import Share
@@ -43,12 +42,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     config, images = evaluation.config, len(evaluation.train)
     assert isinstance(config, AttentiveProbeConfig)
     width, classes = evaluation.train.features.width, evaluation.classes
-    if config.queries == "one" and width % config.heads:
-        raise ConfigError(
-            f"heads {config.heads} for patches of {width} channels",
-            expected="a number that divides them",
-            fix=f"--heads {max(h for h in range(1, config.heads) if width % h == 0)}",
-        )
+    heads = config.heads_of(width)
     standardise = _standardisation(evaluation)
 
     def make(lr: float, weight_decay: float) -> Head:
@@ -56,7 +50,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         if config.queries == "class":
             module = ClassQueries(width, classes)
         else:
-            module = OneQuery(width, classes, config.heads)
+            module = OneQuery(width, classes, heads)
         decayed = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim == 1]
         module = module.to(evaluation.context.device)

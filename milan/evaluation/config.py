@@ -207,6 +207,9 @@ class EvaluationConfig(ClassificationConfig):
         if self.memory is not None:
             parse_bytes(self.memory)
 
+    def check_width(self, width: int) -> None:
+        """Raises ConfigError if features of `width` channels do not go with the settings."""
+
     @property
     def feature_set(self) -> str:
         """Which features are looked at: a name of milan.evaluation.frozen.FEATURES."""
@@ -261,8 +264,8 @@ class AttentiveProbeConfig(EvaluationConfig):
 
     queries: str = setting("class", choices=("class", "one"))
     """class: a learnt query and a weight vector for each class; one: a single learnt query."""
-    heads: int = setting(4, unit="heads", least=1)
-    """Heads of the single query; each has a share of the channels."""
+    heads: int | None = setting(None, unit="heads", auto=True, least=1)
+    """Heads of the single query; each has a share of the channels. Auto: 4."""
     tokens: str = setting("patches", choices=("patches", "all"))
     """What queries look at: patches, or all (the class token too, if there is one)."""
     epochs: int | None = setting(None, unit="epochs", auto=True, least=1)
@@ -277,12 +280,31 @@ class AttentiveProbeConfig(EvaluationConfig):
         """Raises ConfigError for the first value out of its range."""
         super().check()
         parse_bytes(self.keep)
+        if self.heads is not None and self.queries == "class":
+            raise ConfigError(
+                f"heads {self.heads} with queries class, which have none", fix="--queries one"
+            )
         if self.pooling != "auto":
             raise ConfigError(
                 f"pooling {self.pooling}",
                 expected="none: queries look at the patches",
                 fix="without --pooling; --tokens all adds the class token",
             )
+
+    def heads_of(self, width: int) -> int:
+        """Heads of the single query for patches of `width` channels. Raises ConfigError."""
+        heads = self.heads or 4
+        if self.queries == "one" and width % heads:
+            raise ConfigError(
+                f"heads {heads} for patches of {width} channels",
+                expected="a number that divides them",
+                fix=f"--heads {max(h for h in range(1, heads) if width % h == 0)}",
+            )
+        return heads
+
+    def check_width(self, width: int) -> None:
+        """Raises ConfigError for heads that do not divide the channels."""
+        self.heads_of(width)
 
     @property
     def feature_set(self) -> str:
@@ -303,6 +325,17 @@ class FewShotConfig(LinearProbeConfig):
     """Train on this many images of each class."""
     draws: int = setting(3, identity=False, unit="draws", least=1, most=30)
     """Number of draws: each is learnt from, metrics are means over them."""
+
+    def check(self) -> None:
+        """Raises ConfigError for the first value out of its range, and other choices of images."""
+        for name, draws in (("fraction", f" --draws {self.draws}"), ("train_list", "")):
+            if self.shots is not None and (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"{name} {value} with few-shot, which draws {self.shots} images of each class",
+                    expected="--shots, or the linear probe: they are the same otherwise",
+                    fix=f"milan linear-probe --{name.replace('_', '-')} {value}{draws}",
+                )
+        super().check()
 
 
 @dataclass(frozen=True)

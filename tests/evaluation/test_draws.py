@@ -185,6 +185,19 @@ def test_finetuning_on_draws(data: dict[str, Any], tmp_path: Path) -> None:
         finetune("random", **settings | {"out": str(tmp_path / "b.json")})
 
 
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"fraction": 0.1}, "--fraction 0.1 --draws 3"),
+        ({"train_list": "a.txt"}, "--train-list a.txt"),
+    ],
+)
+def test_few_shot_draws_shots(given: dict[str, Any], instead: str) -> None:
+    """What else chooses images is refused: nobody has typed the --shots that is in its way."""
+    with pytest.raises(ConfigError, match=f"try: milan linear-probe {instead}$"):
+        evaluate("few_shot", "random", **given)
+
+
 Change = Callable[[Path], dict[str, Any]]
 
 

@@ -418,6 +418,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "colours gives one vector an image",
     ),
     "heads that divide nothing": ({"queries": "one", "heads": 2}, "heads 2 for patches of 3 chann"),
+    "heads of no query": ({"heads": 8}, "heads 8 with queries class, which have none; try: --qu"),
     "a size that is none": ({"keep": "much"}, "'much' is not a size"),
     "an unknown kind": ({"queries": "two"}, "queries 'two'"),
     "label sets that differ": ({"val_data": "other"}, "classes of --val-data are not in --data"),
@@ -438,6 +439,19 @@ def test_what_the_attentive_probe_refuses(case: str, tmp_path: Path) -> None:
     with pytest.raises(MilanError, match=found) as refused:
         evaluate("attentive_probe", **given)
     assert "\n" not in str(refused.value)
+
+
+def test_heads_that_divide_nothing_are_refused_before_features(tmp_path: Path) -> None:
+    """By what the checkpoint says of itself."""
+    spots(tmp_path / "a", count=9, seed=1)
+    vit = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    notes = Notes()
+    with pytest.raises(MilanError, match=r"heads 3 for patches of 16 channels; .* --heads 2"):
+        evaluate(
+            "attentive_probe", "random", model_args=vit, data=str(tmp_path / "a"), queries="one",
+            heads=3, features=str(tmp_path / "kept"), progress=notes,
+        )  # fmt: skip
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("count", [3, 4, 7])
