@@ -553,6 +553,10 @@ class ZeroShotConfig(LabelledConfig):
     """Settings of classification by words alone. All images of --val-data are measured, else of
     --data, for nothing is fitted."""
 
+    data: str = setting("imagenet", identity=False)
+    """Labelled images, measured where --val-data is not given."""
+    val_data: str | None = setting(None, identity=False)
+    """Labelled images to measure on; default: those of --data."""
     cache: str | None = None
     """Store with the texts of classes; default: the one that the run was trained on. If it has
     none, the teacher's text tower computes them."""

@@ -119,8 +119,15 @@ def is_ours(path: Path) -> bool:
 def encoder_file(run: str | Path) -> Path:
     """The encoder of a run's folder, or the file itself. Raises CacheError if there is none."""
     path = Path(run)
+    others = sorted(file.name for file in path.glob("*.safetensors")) if path.is_dir() else []
     path = path / ENCODER if path.is_dir() else path
     if not path.is_file():
+        if others:  # a network that was trained for a task
+            raise CacheError(
+                f"no {ENCODER} in {run}, which holds {', '.join(others)}",
+                expected="the folder of a finished pretraining: its encoder is asked for",
+                fix=f"the run that it was trained from; or milan predict {run} FOLDER",
+            )
         raise CacheError(
             f"no {ENCODER} at {run}",
             expected="the folder of a finished pretraining, or timm:NAME",

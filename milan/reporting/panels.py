@@ -352,8 +352,8 @@ def save_picture(page: np.ndarray, path: Path) -> Path:
         why = getattr(error, "strerror", None) or error
         raise CacheError(
             f"{path} cannot be written: {why}",
-            expected="a picture's name, on a disk with room",
-            fix=f"--out {path.stem or 'sheet'}.png",
+            expected="a folder that can be written, on a disk with room, and an ending of pictures",
+            fix=f"--out elsewhere, for a picture as {path.stem or 'sheet'}.png",
         ) from None
     return path
 

@@ -256,7 +256,10 @@ def linked(place: Path) -> str:
 
 REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "no encoder": (no_encoder, r"no encoder\.safetensors at .*none"),
-    "a classifier in its place": (classifier, r"no encoder\.safetensors at .*tuned"),
+    "a classifier in its place": (
+        classifier,
+        r"no encoder\.safetensors in .*tuned, which holds classifier",
+    ),
     "a damaged file": (damaged, "is damaged"),
     "no file": (lambda p: f"{p / 'a'},published:nowhere.pth", "not at nowhere.pth"),
     "no folder": (lambda p: f"{p / 'a'},runs/nowhere", "at runs/nowhere"),
