@@ -30,7 +30,7 @@ UPERNET = (
 )
 DETECT = (
     "detect --data BCCD --size 128 --anchor-scale 2 --width 48 --proposals 100 --samples 64 "
-    "--epochs 8 --warmup-epochs 1 --batch-size 4 --set micro_batch=4 --lr 1e-3 --layer-decay 0.8 "
+    "--epochs 24 --warmup-epochs 1 --batch-size 4 --set micro_batch=4 --lr 1e-3 --layer-decay 0.8 "
     "--schedule cosine --scale 0.8 1.25 --baseline none --report-to none --num-workers 0"
 )
 MILAN, RANDOM = "--checkpoint MILAN", "--checkpoint random --like MILAN"
