@@ -105,11 +105,11 @@ def frozen_encoder(config: EvaluationConfig, device: torch.device) -> Frozen:
         vit, about = load_encoder(name), read_about(name)
         built = {"model": about["model"], "model_args": about["model_args"]}
         trained, channels = about.get("pooling", trained), about.get(CHANNELS)
-    config.check_width(vit.embed_dim)
     data_config = timm.data.resolve_model_data_config(vit)
     size = _size(name, data_config["input_size"], bool(channels))
     own_pass = "timm" in built
     tokens_of = _timm_tokens(name, vit, size) if own_pass else partial(encode, vit)
+    config.check_width(vit.num_features)
     vit = vit.eval().requires_grad_(False)
     wanted = config.feature_set
     mean_alone = vit.cls_token is None or _pooling(config, trained) == "mean"
