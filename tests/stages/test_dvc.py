@@ -367,7 +367,7 @@ def test_all_kinds_of_protocols_in_one_pipeline(project: Path, tmp_path: Path) -
     for name in own:
         assert {f"finetune@{name}-milan", f"finetune@{name}-pixels"} <= set(stages)
         assert f"finetune-random@{name}" in stages
-    assert (len(stages), stages[-1]) == (18, "report")
+    assert (len(stages), stages[-1]) == (15, "report")
     report = (tmp_path / "report/report.txt").read_text()
     for title in ("Linear probe", "Fine-tuning", "Segmentation", "Detection", "Zero-shot"):
         assert title in report

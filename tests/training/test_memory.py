@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 STEP = Path(__file__).parent / "memory_worker.py"
 
@@ -45,7 +46,7 @@ def _taken(settings: dict, environment: dict[str, str]) -> tuple[int, int]:
     """(bytes predicted, bytes measured) in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(STEP), json.dumps(settings)],
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
         timeout=600,  # bf16 is very slow on CPUs that have no instructions for it
