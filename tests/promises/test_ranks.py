@@ -205,8 +205,7 @@ def test_a_group_is_asked_to_stop(store: Path, alone: Path, tmp_path: Path) -> N
     """Ctrl-C reaches loader workers too: they go on until the step in hand has its batches."""
     out = tmp_path / "run"
     more = ("--num-workers", 2, "--set", "micro_batch=1")
-    line = pretrain_line(store, out)
-    process = _start([*line, *map(str, more)], start_new_session=True)
+    process = _start(pretrain_line(store, out, *more), start_new_session=True)
     wait_for_step(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=120)
